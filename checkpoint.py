@@ -1,0 +1,200 @@
+"""Model directories in Hugging Face's GPT-2 form, training state beside them, and import of GPT-2 and nanoGPT weights.
+
+A checkpoint is a directory: config.json, model.safetensors, generation_config.json and the tokenizer's
+files, which every GPT-2 tool reads; `last` also has optimizer.safetensors and training.json. Nothing
+in it is code, and nothing is ever unpickled but nanoGPT's ckpt.pt, with weights_only.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from config.settings import UserError
+from data.tokenizer import Tokenizer, gpt2
+from files import existing, whole_directory
+from model import GPT, GPTConfig
+
+FORMAT_VERSION = 1
+HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+
+# Hugging Face's GPT-2 keeps these matrices as (in, out), nn.Linear as (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# GPTConfig's names in config.json
+CONFIG_NAMES = {
+    "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+    "n_embd": "n_embd", "dropout": "resid_pdrop", "bias": "bias",
+}  # fmt: skip
+
+
+def save_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Fill `directory` with a complete Hugging Face model. Weights keep their precision; absent biases become zeros."""
+    config = model.config
+    tensors = {}
+    for name, weight in model.weights().items():
+        tensors[name] = (weight.T if name.endswith(TRANSPOSED) else weight).contiguous().cpu()
+        if not config.bias and name.endswith(".weight") and "wte" not in name and "wpe" not in name:
+            tensors[name.removesuffix("weight") + "bias"] = weight.new_zeros(len(weight)).cpu()
+    safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(directory)
+    ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
+    _write_json(
+        directory / "config.json",
+        {CONFIG_NAMES[name]: value for name, value in dataclasses.asdict(config).items()}
+        | {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
+        | {"n_ctx": config.block_size, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+        | {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"}
+        | ends,
+    )
+    _write_json(directory / "generation_config.json", ends | {"max_new_tokens": 100, "do_sample": True})
+
+
+def save_checkpoint(directory: Path, model: GPT, optimizers: list, tokenizer: Tokenizer, training: dict) -> None:
+    """Replace `directory` by the whole state of a run, or leave it as it was."""
+    state = get_optimizer_state_dict(model, optimizers, options=_FULL)
+    tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
+    with whole_directory(directory) as new:
+        save_model(new, model, tokenizer)
+        safetensors.torch.save_file(tensors, new / "optimizer.safetensors")
+        _write_json(new / "training.json", {"format_version": FORMAT_VERSION} | training)
+
+
+def save_best(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    with whole_directory(directory) as new:
+        save_model(new, model, tokenizer)
+
+
+def load_training(directory: Path) -> dict:
+    """What `save_checkpoint` was told of the run."""
+    found = existing(directory)
+    if found is None:
+        raise UserError(f"{directory}: no checkpoint there; start a run with --init_from=scratch")
+    training = _read_json(found / "training.json")
+    if training.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{found}: format version {training.get('format_version')}, this is for {FORMAT_VERSION}")
+    return training
+
+
+def load_optimizers(directory: Path, model: nn.Module, optimizers: list) -> None:
+    """Put the saved optimizer state into `optimizers`."""
+    path = existing(directory) / "optimizer.safetensors"
+    tensors = _read_tensors(path)
+    state = get_optimizer_state_dict(model, optimizers, options=_FULL)
+    wanted = {name for name, value in state.items() if isinstance(value, Tensor)}
+    if wanted != set(tensors) or any(tensors[name].shape != state[name].shape for name in wanted):
+        raise UserError(f"{path} does not fit the model and the optimizer")
+    set_optimizer_state_dict(model, optimizers, state | tensors, options=_FULL)
+
+
+# One flat dictionary of full tensors on the CPU, the same from one process or many.
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+
+
+def load_model(path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
+    """(model, tokenizer) of a model directory, a nanoGPT ckpt.pt, or a GPT-2 on the hub such as `gpt2`.
+
+    The model is on the CPU, in evaluation mode. A smaller `block_size` crops the positions.
+    """
+    path = Path(path_or_name)
+    if path.suffix == ".pt":
+        config, weights, tokenizer = _read_nanogpt(path)
+    else:
+        directory = existing(path) or _from_hub(str(path_or_name))
+        config, weights = _read_model(directory)
+        has_tokenizer = (directory / "tokenizer.json").is_file()
+        tokenizer = Tokenizer.load(directory) if has_tokenizer or config.vocab_size != 50257 else gpt2()
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{path_or_name}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    if block_size is not None and block_size != config.block_size:
+        if block_size > config.block_size:
+            raise UserError(f"block_size={block_size}: {path_or_name} has only {config.block_size} positions")
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size].clone()
+    config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=dropout)
+    try:
+        return GPT.from_weights(config, {name: tensor.float() for name, tensor in weights.items()}).eval(), tokenizer
+    except (RuntimeError, KeyError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path_or_name}: the weights do not fit config.json: {problem[:300]}") from error
+
+
+def _from_hub(name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # of many kinds: no such name, no network, no permission, not in the cache
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} is no directory here, and cannot be had from the hub: {reason}") from error
+
+
+def _read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    path = directory / "config.json"
+    found = _read_json(path)
+    if found.get("model_type") != "gpt2":
+        raise UserError(f"{path}: a model of type {found.get('model_type')}, not a GPT-2")
+    if found.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise UserError(f"{path}: activation {found['activation_function']}, but GPT-2 has gelu_new")
+    try:
+        config = GPTConfig(**{ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found})
+        assert config.n_embd % config.n_head == 0 and min(config.n_layer, config.vocab_size, config.block_size) > 0
+    except (TypeError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(f"{path} does not describe a GPT-2") from error
+    tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        if file.name != "optimizer.safetensors":
+            tensors |= _read_tensors(file)
+    if not tensors:
+        raise UserError(f"{directory} has no model.safetensors")
+    weights = {}
+    for name, tensor in tensors.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            continue  # the causal mask, which old files carry, and the tied head
+        if name.endswith("bias") and not config.bias:
+            continue  # the zeros that `save_model` wrote for other tools
+        name = f"transformer.{name.removeprefix('transformer.')}"
+        weights[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
+    return config, weights
+
+
+def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = GPTConfig(**checkpoint["model_args"])
+        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
+    except Exception as error:  # a damaged file, or one that wants to run code, fails in many ways
+        raise UserError(f"{path} is no nanoGPT checkpoint that can be read safely: {type(error).__name__}") from error
+    weights = {k: v for k, v in weights.items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
+    tokenizer = gpt2()
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"{path} was trained with {config.vocab_size} ids of its own; only GPT-2's can be imported")
+    wte = weights["transformer.wte.weight"][: tokenizer.vocab_size]  # nanoGPT pads 50,257 ids to 50,304
+    return dataclasses.replace(config, vocab_size=len(wte)), weights | {"transformer.wte.weight": wte}, tokenizer
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_bytes())
+        assert isinstance(found, dict), "not an object"
+        return found
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

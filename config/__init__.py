@@ -1,0 +1,1 @@
+"""Recipes (one a file: plain assignments) and `settings.py`, which loads them."""

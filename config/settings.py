@@ -1,0 +1,211 @@
+"""Typed settings: a dataclass filled from its defaults, then recipe files, then flags.
+
+python train.py config/train_shakespeare_char.py --batch_size=32
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import runpy
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number, both included; `above` excludes its own value."""
+
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.min is None or value >= self.min)
+            and (self.max is None or value <= self.max)
+            and (self.above is None or value > self.above)
+            and abs(value) != float("inf")
+        )
+
+    def __str__(self) -> str:
+        bounds = [("at least", self.min), ("at most", self.max), ("more than", self.above)]
+        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+
+
+PositiveInt = Annotated[int, Range(min=1)]
+NonNegativeInt = Annotated[int, Range(min=0)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(min=0)]
+Fraction = Annotated[float, Range(min=0, max=1)]
+
+
+def load_settings(cls: type, argv: list[str] | None = None, positional: str = "recipes") -> tuple[Any, dict[str, str]]:
+    """Return (an instance of dataclass `cls`, {name of each setting given: where it was given}).
+
+    A positional argument is a recipe file, unless `positional` names the field of `cls` that takes
+    the list of them. Raises UserError for an unknown name, a wrong type or an impossible value.
+    """
+    parser = _parser(cls, positional)
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    fields = _fields(cls)
+    retired = getattr(cls, "RETIRED", {})
+    for flag in unknown:
+        if not flag.startswith("--"):
+            raise UserError(f"{flag}: what is this? Settings are written --name=value")
+        name = flag[2:].split("=")[0]
+        if name not in retired:
+            raise UserError(_unknown(name, flag.split("=")[0], fields))
+        note(f"{flag}: {retired[name]}")
+
+    values, given = {}, {}
+    files = getattr(arguments, positional)
+    if positional in fields:
+        values[positional], files = files, []
+    for path in files:
+        for name, value in _read_recipe(path).items():
+            if name in retired:
+                note(f"{path}: {name}: {retired[name]}")
+            elif name not in fields:
+                raise UserError(_unknown(name, path, fields))
+            else:
+                values[name], given[name] = _check(name, value, fields[name], path), path
+    for name, text in vars(arguments).items():
+        if name != positional and text is not None:
+            values[name] = _check(name, _parse(text, fields[name]), fields[name], f"--{name}")
+            given[name] = f"--{name}"
+    return cls(**values), given
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run `main` as the process: a UserError becomes one line on standard error and status 2."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        sys.exit(main())
+    except UserError as error:
+        where = "" if rank == "0" else f" [rank {rank}]"
+        print(f"{os.path.basename(sys.argv[0])}{where}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def note(message: str) -> None:
+    """Tell the person at the terminal one line; under torchrun, only rank 0 speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+def closest(name: str, names: typing.Iterable[str]) -> str:
+    """A clause that names the nearest of `names`, or nothing where none is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _unknown(name: str, source: str, fields: dict) -> str:
+    return f"{source}: there is no setting {name}{closest(name, fields) or '; --help lists them'}"
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """The string literal below each field of a dataclass, read from its source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    return {
+        field.target.id: text.value.value
+        for field, text in zip(body, body[1:])
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _parser(cls: type, positional: str) -> argparse.ArgumentParser:
+    module_doc = sys.modules[cls.__module__].__doc__
+    parser = _Parser(
+        description=module_doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage=f"%(prog)s [{positional.upper()} ...] [--setting=value ...]",
+    )
+    docs = _docstrings(cls)
+    parser.add_argument(positional, nargs="*", help=docs.get(positional, "Python files of plain assignments"))
+    for field in dataclasses.fields(cls):
+        if field.name != positional:
+            default = "" if field.default is None else f" [{field.default}]"
+            text = (docs[field.name] + default).replace("%", "%%")
+            parser.add_argument(f"--{field.name}", metavar=_type_name(_fields(cls)[field.name]), help=text)
+    return parser
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    """The plain values that a recipe assigns. A recipe is the user's own code, and is run."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such recipe file")
+    try:
+        names = runpy.run_path(path)
+    except Exception as error:
+        raise UserError(f"{path}: the recipe does not run: {type(error).__name__}: {error}") from error
+    skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, skipped)}
+
+
+def _alternatives(hint: Any) -> tuple[list[Any], Range | None]:
+    """Split a type hint into its allowed types and literals, and its range."""
+    if typing.get_origin(hint) is Annotated:
+        base, bounds = typing.get_args(hint)[:2]
+        return _alternatives(base)[0], bounds
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        parts = [_alternatives(part) for part in typing.get_args(hint)]
+        return [kind for kinds, _ in parts for kind in kinds], next((b for _, b in parts if b), None)
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint)), None
+    return [hint], None
+
+
+def _type_name(hint: Any) -> str:
+    kinds, bounds = _alternatives(hint)
+    names = [kind.__name__ if isinstance(kind, type) else str(kind) for kind in kinds if kind is not type(None)]
+    return "|".join(names) + (f" ({bounds})" if bounds else "")
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """The value that a flag's text stands for; text that fits no type stays text, for `_check` to refuse."""
+    kinds, _ = _alternatives(hint)
+    if bool in kinds and text.lower() in ("true", "false", "1", "0"):
+        return text.lower() in ("true", "1")
+    if type(None) in kinds and text == "None":
+        return None
+    for kind in (int, float):
+        try:
+            if kind in kinds:
+                return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _check(name: str, value: Any, hint: Any, source: str) -> Any:
+    kinds, bounds = _alternatives(hint)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        value = float(value)
+    if isinstance(value, float) and value.is_integer() and int in kinds:
+        value = int(value)  # 1e5 is how people write 100000
+    fits = any(type(value) is kind if isinstance(kind, type) else value == kind for kind in kinds)
+    if not fits or (bounds and value is not None and value not in bounds):
+        raise UserError(f"{source}: {name} must be {_type_name(hint)}, not {value!r}")
+    return value

@@ -1,0 +1,183 @@
+"""Token files: raw ids in train.bin and val.bin, and meta.json, which says what they are."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config.settings import UserError
+from data.tokenizer import Tokenizer, gpt2
+from files import existing
+
+FORMAT_VERSION = 1
+CHUNK = 1 << 24  # ids read at a time when a whole file is checked
+
+
+class SplitWriter:
+    """Writes one split's file and keeps its figures for meta.json."""
+
+    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
+        self.name = f"{split}.bin"
+        self._file = open(directory / self.name, "wb")
+        self._dtype = id_dtype(tokenizer.vocab_size)
+        self._separator = np.array([tokenizer.end_of_text], self._dtype).tobytes()
+        self._digest = hashlib.sha256()
+        self.documents = self.tokens = self.bytes = 0
+
+    def add(self, text: str, ids: list[int]) -> None:
+        """Append a document; end of text stands between two documents."""
+        data = np.array(ids, self._dtype).tobytes()
+        if self.documents:
+            data = self._separator + data
+        self._file.write(data)
+        self._digest.update(data)
+        self.documents += 1
+        self.tokens += len(data) // self._dtype.itemsize
+        self.bytes += len(text.encode())
+
+    def close(self) -> dict:
+        self._file.close()
+        file = {"name": self.name, "tokens": self.tokens, "sha256": self._digest.hexdigest()}
+        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "files": [file]}
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, splits: dict[str, dict]) -> None:
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": kind,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": id_dtype(tokenizer.vocab_size).name,
+        "end_of_text": tokenizer.end_of_text,
+        "source": source,
+        "splits": splits,
+    }
+    (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A prepared data set, opened: its two splits, its tokenizer, and a digest that names its content."""
+
+    train: "Tokens"
+    val: "Tokens"
+    tokenizer: Tokenizer
+    digest: str
+
+
+class Tokens:
+    """One split as an endless ring of ids: after the last comes the first."""
+
+    def __init__(self, files: list[np.ndarray], n_bytes: int | None = None):
+        self._files = [file for file in files if len(file)]
+        self._ends = np.cumsum([len(file) for file in self._files])
+        self.n_bytes = n_bytes  # of the text, or None where it is not known
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Copy the ids from position `start` on into `out`."""
+        filled = 0
+        while filled < len(out):
+            position = (start + filled) % len(self)
+            shard = int(np.searchsorted(self._ends, position, side="right"))
+            left = int(self._ends[shard]) - position
+            part = self._files[shard][len(self._files[shard]) - left :][: len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+
+    def all(self) -> Iterable[np.ndarray]:
+        """The files' ids, in pieces of bounded size."""
+        return (file[i : i + CHUNK] for file in self._files for i in range(0, len(file), CHUNK))
+
+
+def open_data_set(directory: Path, check: bool = True) -> DataSet:
+    """Open data/<name>. With `check`, every byte is compared with meta.json, once for each state of a file.
+
+    nanoGPT's folders, train.bin and val.bin alone, are read as GPT-2 tokens.
+    """
+    found = existing(directory)
+    if found is None:
+        raise UserError(f"{directory}: no such data set; prepare it: python prepare_data.py {Path(directory).name}")
+    directory = found
+    meta_path = directory / "meta.json"
+    if not meta_path.is_file():
+        return _open_nanogpt(directory, check)
+    try:
+        meta = json.loads(meta_path.read_bytes())
+        if meta["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{meta_path}: format version {meta['format_version']}, this is for {FORMAT_VERSION}")
+        vocab_size, dtype = int(meta["vocab_size"]), np.dtype(meta["dtype"])
+        splits = {split: meta["splits"][split] for split in ("train", "val")}
+        tokens = {split: [(f["name"], int(f["tokens"]), f["sha256"]) for f in splits[split]["files"]] for split in splits}
+        n_bytes = {split: int(splits[split]["bytes"]) for split in splits}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{meta_path} is damaged ({type(error).__name__}: {error}); prepare the data again") from error
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, meta.json says {vocab_size}")
+    opened = {
+        split: Tokens([_open_ids(directory / Path(name).name, dtype, n) for name, n, _ in tokens[split]], n_bytes[split])
+        for split in tokens
+    }
+    if check:
+        for name, _, digest in (file for split in tokens.values() for file in split):
+            _check_file(directory / Path(name).name, dtype, vocab_size, digest)
+    digests = "".join(digest for split in tokens.values() for _, _, digest in split)
+    digest = hashlib.sha256(digests.encode()).hexdigest()
+    return DataSet(opened["train"], opened["val"], tokenizer, digest)
+
+
+def _open_nanogpt(directory: Path, check: bool) -> DataSet:
+    if (directory / "meta.pkl").exists():
+        raise UserError(
+            f"{directory}/meta.pkl is a pickle, which can run code: it is not read; "
+            f"prepare the text again: python prepare_data.py FILES --tokenizer=char --name={directory.name}"
+        )
+    if not (directory / "train.bin").exists() or not (directory / "val.bin").exists():
+        raise UserError(f"{directory} is not a prepared data set: it has neither meta.json nor train.bin and val.bin")
+    dtype, tokenizer = np.dtype("<u2"), gpt2()
+    if check:
+        for split in ("train", "val"):
+            _check_file(directory / f"{split}.bin", dtype, tokenizer.vocab_size, None)
+    train, val = (Tokens([_open_ids(directory / f"{split}.bin", dtype, None)]) for split in ("train", "val"))
+    sizes = f"{len(train)} {len(val)}"
+    return DataSet(train, val, tokenizer, hashlib.sha256(sizes.encode()).hexdigest())
+
+
+def _open_ids(path: Path, dtype: np.dtype, tokens: int | None) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"{path} is missing; prepare the data again")
+    found, remainder = divmod(path.stat().st_size, dtype.itemsize)
+    if remainder or (tokens is not None and found != tokens):
+        raise UserError(f"{path} holds {found:,} ids, not the {tokens or found:,} that were written; prepare the data again")
+    return np.memmap(path, dtype, mode="r") if found else np.zeros(0, dtype)
+
+
+def _check_file(path: Path, dtype: np.dtype, vocab_size: int, digest: str | None) -> None:
+    """Compare the file with its checksum and its ids with the vocabulary; a stamp beside it saves the next reading."""
+    status = path.stat()
+    stamp = path.with_name(path.name + ".checked")
+    state = f"{status.st_size} {status.st_mtime_ns} {vocab_size} {digest}"
+    if stamp.is_file() and stamp.read_text(errors="replace") == state:
+        return
+    found = hashlib.sha256()
+    ids = _open_ids(path, dtype, None)
+    for i in range(0, len(ids), CHUNK):
+        chunk = ids[i : i + CHUNK]
+        found.update(chunk)
+        if chunk.max() >= vocab_size:
+            raise UserError(f"{path} has the id {chunk.max()}, but the vocabulary ends at {vocab_size - 1}")
+    if digest is not None and found.hexdigest() != digest:
+        raise UserError(f"{path} was changed since meta.json was written; prepare the data again")
+    try:
+        stamp.write_text(state)
+    except OSError:
+        pass  # a read-only folder: the check is simply made again next time

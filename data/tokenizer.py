@@ -1,0 +1,157 @@
+"""One interface over every tokenizer: text to ids and back, kept on disk in Hugging Face form (tokenizer.json).
+
+Four kinds can be made: GPT-2's own, from the ranks beside this file; characters; bytes; and a
+byte-level BPE trained on the user's text. Any other tokenizer.json that a model comes with works too.
+"""
+
+import base64
+import functools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from config.settings import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+KINDS = ("gpt2", "char", "byte", "bpe")
+
+
+class Tokenizer:
+    """`encode`, `decode`, `vocab_size` and `end_of_text` (an id, or None where there is none)."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, bulk_encode=None):
+        self._backend = backend
+        self._bulk_encode = bulk_encode
+        self.vocab_size = backend.get_vocab_size()
+        self.end_of_text = backend.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`. The text `<|endoftext|>` is ordinary text unless `special`."""
+        self._backend.encode_special_tokens = not special
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library's own class, raised by the character tokenizer alone
+            vocabulary = self._backend.get_vocab()
+            unknown = "".join(sorted({c for c in text if c not in vocabulary}))
+            raise UserError(f"the tokenizer does not know {unknown!r}; it was made from text without it") from error
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, all of it ordinary text, on all cores."""
+        if self._bulk_encode:
+            return self._bulk_encode(texts)
+        self._backend.encode_special_tokens = True
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Pieces of text as ids arrive; a character whose bytes span several ids comes when it is whole."""
+        stream = decoders.DecodeStream(skip_special_tokens=False)
+        for token in ids:
+            piece = stream.step(self._backend, int(token))
+            if piece:
+                yield piece
+
+    def same_as(self, other: "Tokenizer") -> bool:
+        """Whether ids mean the same in both."""
+        return self._backend.get_vocab() == other._backend.get_vocab()
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and the configuration that transformers' AutoTokenizer wants beside it."""
+        self._backend.save(str(Path(directory) / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.end_of_text is not None:
+            config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+        (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{directory} has no tokenizer.json")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises plain Exception for every fault of the file
+            raise UserError(f"{path} is damaged: {error}") from error
+
+
+def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer of one of KINDS; `char` and `bpe` are learned from the documents, `bpe` up to `vocab_size`."""
+    if kind == "gpt2":
+        return gpt2()
+    if kind == "byte":
+        symbols = {symbol: byte for byte, symbol in _byte_symbols().items()}
+        return Tokenizer(_byte_level(models.BPE(symbols, []), use_regex=False))
+    if kind == "char":
+        characters = set()
+        for text in documents:
+            characters.update(text)
+        backend = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(sorted(characters))}))
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"(?m:.)"), "isolated")  # m: newlines too
+        backend.decoder = decoders.Fuse()
+        backend.add_special_tokens([END_OF_TEXT])
+        return Tokenizer(backend)
+    if vocab_size < 257:
+        raise UserError(f"--vocab_size={vocab_size}: a byte-level BPE needs 256 bytes and {END_OF_TEXT}: at least 257")
+    learned = tokenizers.Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # and end of text, which comes last as in GPT-2
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learned.train_from_iterator(documents, trainer)
+    return Tokenizer(_byte_level(learned.model))
+
+
+@functools.cache
+def gpt2() -> Tokenizer:
+    """GPT-2's tokenizer. tiktoken encodes in bulk; its ids are the same."""
+    import tiktoken
+
+    lines = (Path(__file__).parent / "gpt2.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+    encoding = tiktoken.Encoding(
+        name="gpt2",
+        pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: len(ranks)},
+    )
+    symbols = _byte_symbols()
+
+    def spell(token: bytes) -> str:
+        return "".join(symbols[byte] for byte in token)
+
+    merges = [(spell(left), spell(right)) for left, right in (_halves(t, ranks) for t in ranks if len(t) > 1)]
+    model = models.BPE({spell(token): rank for token, rank in ranks.items()}, merges)
+    return Tokenizer(_byte_level(model), bulk_encode=encoding.encode_ordinary_batch)
+
+
+def _byte_level(model: models.Model, use_regex: bool = True) -> tokenizers.Tokenizer:
+    """GPT-2's arrangement around `model`: its splitting pattern, bytes as printable symbols, end of text as last id."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT])
+    return backend
+
+
+def _byte_symbols() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself where it prints, else the next character from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge made `token`: run BPE on it with the merges that are older than itself."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]

@@ -1,0 +1,127 @@
+"""The machine as the training loop sees it: one frozen object for one process or many, on CPU, CUDA or MPS."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config.settings import UserError
+
+# Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362, "L4": 121,
+    "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Distributed:
+    device: torch.device
+    dtype: torch.dtype
+    """what matrix products are computed in; parameters and optimizer state are float32"""
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of all processes' cards at their limit, or None where the card is not known."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if card in name), None)
+        return peak * 1e12 * self.world_size if peak else None
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model`, its gradients averaged over the processes in `backward`. All ranks."""
+        if self.world_size == 1:
+            return model
+        # No buffer of the model ever changes: broadcasting them before each forward would be for nothing.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Copies on the device; on CUDA without waiting, from pinned memory."""
+        if self.device.type == "cuda":
+            return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+        return [tensor.to(self.device) for tensor in tensors]
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each number summed over all ranks. All ranks; waits for the device."""
+        if self.world_size == 1:
+            return list(numbers)
+        totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it, so that a clock tells the truth."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
+    """Join the other processes, if torchrun started any, and choose what was left to the machine."""
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size, local_world_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = _choose_device(device, local_rank, world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif world_size > 1:  # torchrun allows each process one thread; the cores are there to be shared out
+        torch.set_num_threads(max(1, _cores() // local_world_size))
+    if world_size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size)
+
+
+def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device={name}: there is no such device; use cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda":
+        index = local_rank if world_size > 1 else device.index or 0
+        if not torch.cuda.is_available():
+            raise UserError(f"--device={name}: torch {torch.__version__} finds no CUDA device; use --device=cpu")
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device={name}: process {index} has no card, there are {torch.cuda.device_count()}")
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device={name}: torch {torch.__version__} finds no Apple GPU; use --device=cpu")
+    if device.type not in ("cpu", "mps"):
+        raise UserError(f"--device={name}: use cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bf16 only where the processor has it: emulated, it is slower than fp32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        native = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,61 @@
+"""Directories that are whole or absent, and checksums: what checkpoints and token files both stand on."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_directory(final: Path) -> Iterator[Path]:
+    """Give a new directory to fill; when the block ends without an error it takes the place of `final`.
+
+    Until then, and if anything fails, `final` stays as it was. Everything is flushed to disk before
+    it is renamed. A directory cannot be renamed over a full one, so for an instant only
+    `final.old` exists: `existing` looks there too.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = _sibling(final, "new"), _sibling(final, "old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)  # a leftover: `final` is there, so it is not needed
+            final.rename(old)
+        temporary.rename(final)
+        _flush(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def existing(final: Path) -> Path | None:
+    """`final`, or what an interrupted `whole_directory` left in its place, or None."""
+    final = Path(final)
+    return next((path for path in (final, _sibling(final, "old")) if path.is_dir()), None)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sibling(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.name}.{suffix}")
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no way to flush a directory
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,217 @@
+"""GPT-2 (Radford et al. 2019), exactly: token ids in, logits and loss out.
+
+Shapes: B batch, T time (positions), C channels (n_embd), H heads, D head width (C / H), V vocabulary.
+Parameter names are those of nanoGPT and Hugging Face; docs/model.md walks through the computation.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORED = -1  # a target with this id does not count in the loss
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of `wte`: matrix products are fastest in multiples of 64. Outside the model nobody sees the padding."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        dropout = self.dropout if self.training else 0.0
+        with torch.autocast(x.device.type, enabled=x.device.type != "cpu"):
+            if x.device.type == "cpu":  # bf16 attention has a pathologically slow backward there
+                q, k, v = q.float(), k.float(), v.float()
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # tanh: OpenAI's form
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        assert config.n_embd % config.n_head == 0, "each head takes an equal part of the channels"
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.register_buffer("padding", torch.empty(config.padded_vocab_size), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0, LayerNorms the identity."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+        self.transformer.wte.weight[self.config.vocab_size :] = 0
+        self.init_padding()
+
+    def init_padding(self) -> None:
+        """Set what is added to the logits: a padded id has probability exactly 0, so that its row of wte
+        gets no gradient and stays 0."""
+        self.padding.zero_()[self.config.vocab_size :] = -torch.inf
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
+        """A model with these parameters, by name; `wte` without its padding. Nothing is initialised in vain."""
+        with torch.device("meta"):
+            model = cls(config)
+        padding = config.padded_vocab_size - config.vocab_size
+        wte = F.pad(weights["transformer.wte.weight"], (0, 0, 0, padding))
+        model.load_state_dict(weights | {"transformer.wte.weight": wte}, assign=True)
+        model.requires_grad_(True)
+        model.padding = torch.empty(config.padded_vocab_size)
+        model.init_padding()
+        return model
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, `wte` without its padding: what `from_weights` takes."""
+        weights = self.state_dict()
+        wte = "transformer.wte.weight"
+        return weights | {wte: weights[wte][: self.config.vocab_size]}
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return (logits, loss) for token ids.
+
+        idx: (B, T) int64, T at most block_size. targets: (B, T), the next id of each position, or IGNORED.
+        logits: (B, T, vocab_size), in the precision of the matrix products. loss: the mean
+        cross-entropy in nats over the targets that count, or None without targets.
+        """
+        T = idx.size(1)
+        assert T <= self.config.block_size, f"{T} positions, but the model has {self.config.block_size}"
+        t = self.transformer
+        x = t.drop(t.wte(idx) + t.wpe.weight[:T])  # (B, T, C)
+        for block in t.h:
+            x = block(x)
+        logits = F.linear(t.ln_f(x), t.wte.weight, self.padding)  # (B, T, padded V): the head is tied to wte
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return logits[..., : self.config.vocab_size], loss
+
+    def num_parameters(self) -> int:
+        """Parameters of the model as saved: without the padding of the vocabulary."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(parameter.numel() for parameter in self.parameters()) - padding
+
+    def flop_per_token(self) -> int:
+        """FLOP to train on one token, forward and backward: 6N + 12 L H D T (PaLM, Chowdhery et al. 2022, appendix B).
+
+        N leaves out wpe, which is looked up, not multiplied.
+        """
+        c = self.config
+        return 6 * (self.num_parameters() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        end_of_text: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
+        """Yield new token ids one by one, until `max_new_tokens` or `end_of_text`, which is not yielded.
+
+        temperature 0 takes the likeliest; top_k 0 and top_p 1 keep every token. A context longer than
+        block_size is cropped to its last block_size tokens. `generator` lives on the CPU.
+        """
+        assert prompt, "generation goes on from at least one token"
+        device = self.transformer.wte.weight.device
+        context = list(prompt)
+        for _ in range(max_new_tokens):
+            context = context[-self.config.block_size :]
+            logits, _ = self(torch.tensor([context], device=device))
+            token = sample(logits[0, -1].float().cpu(), temperature, top_k, top_p, generator)
+            if token == end_of_text:
+                return
+            context.append(token)
+            yield token
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
+    """Draw one id from logits (V,)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator))
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The distribution that is sampled from: logits (V,) to probabilities (V,).
+
+    Logits are divided by the temperature; then top_k keeps the k likeliest; then top_p keeps the
+    smallest set of likeliest ids whose probability reaches p (nucleus sampling, Holtzman et al. 2020).
+    """
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        smallest_kept = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    p = logits.softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = p.sort(descending=True, stable=True)
+        dropped = ordered.cumsum(dim=-1) - ordered >= top_p  # the likelier ids have p already
+        dropped[0] = False
+        p = p.index_fill(0, order[dropped], 0.0)
+        p = p / p.sum()
+    return p
