@@ -6,8 +6,10 @@ in it is code, and nothing is ever unpickled but nanoGPT's ckpt.pt, with weights
 """
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from config.settings import UserError
+from config.settings import UserError, note
+from data.token_files import DataSet
 from data.tokenizer import Tokenizer, gpt2
 from files import existing, whole_directory
 from model import GPT, GPTConfig
@@ -73,6 +76,14 @@ def save_best(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
         save_model(new, model, tokenizer)
 
 
+def set_aside(out_dir: Path) -> None:
+    """An earlier run in the same folder is kept under another name: a new run never destroys it."""
+    if existing(out_dir / "last") or existing(out_dir / "best"):
+        free = next(path for i in itertools.count(1) if not (path := Path(f"{out_dir}.{i}")).exists())
+        out_dir.rename(free)
+        note(f"{out_dir} held an earlier run: it is now {free} (--init_from=resume goes on with a run)")
+
+
 def load_training(directory: Path) -> dict:
     """What `save_checkpoint` was told of the run."""
     found = existing(directory)
@@ -124,6 +135,32 @@ def load_model(path_or_name: str | Path, block_size: int | None = None, dropout:
     except (RuntimeError, KeyError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{path_or_name}: the weights do not fit config.json: {problem[:300]}") from error
+
+
+def initial_model(config: Any, given: dict[str, str], data: DataSet, resumed: bool) -> tuple[GPT, Any]:
+    """The model that train.py's `config` asks for, on the CPU: new, resumed, or pretrained; and `config` with its shape.
+
+    Raises UserError where a setting in `given` or the data set's tokenizer contradicts a model that exists.
+    """
+    shape = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    if not resumed and config.init_from in ("scratch", "auto"):
+        torch.manual_seed(config.seed)
+        settings = {name: getattr(config, name) for name in shape}
+        return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **settings)), config
+    source = Path(config.out_dir) / "last" if resumed else config.init_from
+    crop = "block_size" in given and not resumed
+    model, tokenizer = load_model(source, config.block_size if crop else None, config.dropout)
+    for name in shape:
+        if name in given and getattr(config, name) != getattr(model.config, name):
+            raise UserError(
+                f"{given[name]}: {name}={getattr(config, name)}, but {source} has {getattr(model.config, name)}"
+            )
+    if not tokenizer.same_as(data.tokenizer):
+        raise UserError(
+            f"the data set {config.dataset} was prepared with another tokenizer than {source}; "
+            "prepare it again with that one (python prepare_data.py --help)"
+        )
+    return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in shape})
 
 
 def _from_hub(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +55,18 @@ class Distributed:
         return [tensor.to(self.device) for tensor in tensors]
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over all ranks. All ranks; waits for the device."""
+        """Each number summed over all ranks. All ranks; through the CPU, so the device is not waited for."""
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def max(self, *numbers: int) -> list[int]:
+        """The largest of each number over all ranks. All ranks, as `sum`."""
+        return [int(number) for number in self._reduce(numbers, dist.ReduceOp.MAX)]
+
+    def _reduce(self, numbers: tuple, operation) -> list:
         if self.world_size == 1:
             return list(numbers)
-        totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
+        totals = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(totals, operation)
         return totals.tolist()
 
     def synchronize(self) -> None:
@@ -75,6 +83,23 @@ class Distributed:
             dist.destroy_process_group()
 
 
+class StopSignal:
+    """Which of SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) asked the run to end, or 0.
+
+    The loop looks at it between updates and saves before it leaves; a second Ctrl-C leaves at once.
+    """
+
+    def __init__(self):
+        self.number = 0
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self._asked)
+
+    def _asked(self, number: int, frame) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
     """Join the other processes, if torchrun started any, and choose what was left to the machine."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -86,7 +111,7 @@ def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
     elif world_size > 1:  # torchrun allows each process one thread; the cores are there to be shared out
         torch.set_num_threads(max(1, _cores() // local_world_size))
     if world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size)
 
 

@@ -3,9 +3,13 @@
 python metrics.py out-a out-b        # several runs in one picture, compare.png
 """
 
+import contextlib
 import json
 import sys
+import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 from config.settings import UserError, note, run_script
 
@@ -13,21 +17,29 @@ from config.settings import UserError, note, run_script
 class Metrics:
     """The record of one run, on the main process; elsewhere every call does nothing."""
 
-    def __init__(self, out_dir: Path, active: bool, wandb_settings: dict | None = None, until_step: int | None = None):
+    def __init__(self, out_dir: Path, active: bool, until_step: int | None = None):
         """Start anew, or with `until_step` go on after the lines of an interrupted run up to that step."""
         self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
-        if not active:
+        if active:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def track(self, project: str, name: str | None, settings: dict) -> None:
+        """Record in Weights & Biases too, if it is there and lets us: tracking never stops training."""
+        if not self.active:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        if wandb_settings is not None:
-            self.wandb = _start_wandb(wandb_settings, self.path.parent)
+        try:
+            import wandb
+
+            self.wandb = wandb.init(project=project, name=name, config=settings, dir=self.path.parent)
+        except Exception as error:  # missing, no login, no network: of many kinds
+            note(f"wandb is off: {str(error).splitlines()[0]} (WANDB_MODE=offline keeps the records here)")
 
     def write(self, **record) -> None:
         if not self.active:
             return
-        record = {k: round(v, 7) if isinstance(v, float) else v for k, v in record.items() if v is not None}
+        record = {key: value for key, value in record.items() if value is not None}
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         if self.wandb:
@@ -42,14 +54,69 @@ class Metrics:
             self.wandb.finish()
 
 
+class Stopwatch:
+    """Seconds of training: evaluations and saves stop it."""
+
+    def __init__(self):
+        self._before, self._started = 0.0, None
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (time.perf_counter() - self._started if self._started is not None else 0.0)
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self._before, self._started = value, None
+
+    def go(self) -> None:
+        self._started = self._started if self._started is not None else time.perf_counter()
+
+    def pause(self) -> None:
+        self.seconds = self.seconds
+
+
+class Progress:
+    """What a person sees of a run, on standard error: a bar on a terminal, plain lines elsewhere. Main only."""
+
+    def __init__(self, start: int, max_iters: int, active: bool):
+        self.active, self.max_iters = active, max_iters
+        self.bar = tqdm(
+            total=max_iters,
+            initial=start,
+            unit="update",
+            disable=not (active and sys.stderr.isatty()),
+            dynamic_ncols=True,
+        )
+
+    def tell(self, text: str, indent: str = "") -> None:
+        if self.active:
+            self.bar.write(indent + text.replace("\n", "\n" + indent), file=sys.stderr)
+
+    def show(self, record: dict, seconds_left: float) -> None:
+        mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""
+        figures = (
+            f"loss {record['train_loss']:.4f} | lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} "
+            f"| {record['tokens_per_second']:,.0f} tok/s{mfu}"
+        )
+        if self.bar.disable:
+            left = tqdm.format_interval(seconds_left)
+            self.tell(f"step {record['step']}/{self.max_iters} | {figures} | {left} left")
+        else:
+            self.bar.set_postfix_str(figures)
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a line that a kill cut short is left out."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            pass
     return records
 
 
@@ -76,17 +143,6 @@ def draw(out_dirs: list[Path], picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     FigureCanvasAgg(figure).print_png(str(picture))
-
-
-def _start_wandb(settings: dict, directory: Path):
-    """A wandb run, or None with a note: tracking never stops training."""
-    try:
-        import wandb
-
-        return wandb.init(dir=directory, **settings)
-    except Exception as error:  # missing, no login, no network: of many kinds
-        note(f"wandb is off: {str(error).splitlines()[0]} (WANDB_MODE=offline keeps the records here)")
-        return None
 
 
 def main() -> None:

@@ -137,7 +137,7 @@ class GPT(nn.Module):
         cross-entropy in nats over the targets that count, or None without targets.
         """
         T = idx.size(1)
-        assert T <= self.config.block_size, f"{T} positions, but the model has {self.config.block_size}"
+        assert self.config.block_size >= T, f"{T} positions, but the model has {self.config.block_size}"
         t = self.transformer
         x = t.drop(t.wte(idx) + t.wpe.weight[:T])  # (B, T, C)
         for block in t.h:

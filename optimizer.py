@@ -1,4 +1,4 @@
-"""How parameters change: groups, AdamW, the learning rate of each update, and the guard against non-finite gradients."""
+"""How parameters change: AdamW and Muon, the learning rate of each update, the guard against non-finite gradients."""
 
 import math
 
@@ -6,28 +6,104 @@ import torch
 from torch import Tensor, nn
 
 
-def make_optimizers(model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float]) -> list:
-    """AdamW (Loshchilov and Hutter 2019). Matrices decay; biases and LayerNorms do not."""
-    parameters = list(model.parameters())
+def make_optimizers(
+    model: nn.Module, kind: str, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+) -> list[torch.optim.Optimizer]:
+    """`adamw` for everything (Loshchilov and Hutter 2019), or `muon` for the matrices of the blocks and AdamW for
+    the rest. Matrices and embeddings decay; biases and LayerNorms do not.
+    """
+    named = dict(model.named_parameters())
+    matrices = {name: p for name, p in named.items() if kind == "muon" and ".h." in name and p.dim() == 2}
+    others = [p for name, p in named.items() if name not in matrices]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return [torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)]
+    if matrices:
+        fused = {id(p) for name, p in matrices.items() if name.endswith("c_attn.weight")}
+        optimizers.append(Muon(list(matrices.values()), learning_rate, weight_decay, fused))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised matrix by matrix (Jordan et al. 2024), with the step's size matched to AdamW's
+    (0.2 sqrt(longer side), Liu et al. 2025), so that both share one learning rate.
+
+    Matrices of one shape are orthogonalised together: one batched product in place of many small
+    ones. Those in `fused_qkv` (by id) count as three: query, key and value are different maps.
+    """
+
+    _step_supports_amp_scaling = True  # a GradScaler hands us found_inf in place of waiting for it on the host
+
+    def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, fused_qkv: set[int], momentum=0.95):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.fused_qkv = fused_qkv
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """found_inf, an attribute set before: a tensor that is 1 where this step has to leave everything as it is."""
+        for group in self.param_groups:
+            stacks = {}
+            for p in group["params"]:
+                stacks.setdefault((p.shape, id(p) in self.fused_qkv), []).append(p)
+            for (_, fused), parameters in stacks.items():
+                self._step_together(parameters, 3 if fused else 1, group)
+
+    def _step_together(self, parameters: list[Tensor], parts: int, group: dict) -> None:
+        """One step of n parameters of one shape (R, C), each of which is `parts` matrices stacked in its rows."""
+        buffers = []
+        for p in parameters:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffers.append(state["momentum_buffer"])
+        skipped = self.found_inf.bool()
+        gradients = torch.stack([p.grad for p in parameters])  # (n, R, C)
+        old = torch.stack(buffers)
+        new = old.lerp(gradients, 1 - group["momentum"])
+        update = gradients.lerp_(new, group["momentum"])  # Nesterov's look ahead
+        update = orthogonalize(update.unflatten(1, (parts, -1)).flatten(0, 1))  # (n parts, R / parts, C)
+        update = update.unflatten(0, (-1, parts)).flatten(1, 2).to(old.dtype)
+        size = 0.2 * max(parameters[0].size(0) // parts, parameters[0].size(1)) ** 0.5
+        torch._foreach_copy_(buffers, list(torch.where(skipped, old, new)))
+        kept = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(parameters, kept)
+        torch._foreach_add_(parameters, list(torch.where(skipped, 0.0, update)), alpha=-group["lr"] * size)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """(n, R, C) to nearly orthogonal matrices of the same singular directions, in bfloat16.
+
+    A quintic Newton-Schulz iteration with Jordan's coefficients: singular values end between about
+    0.7 and 1.2, which serves as well as exactly 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.size(1) > x.size(2)
+    x = (x.mT if tall else x).bfloat16().contiguous()
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def scheduled_learning_rate(
-    step: int, peak: float, warmup_iters: int, decay_iters: int, min_lr: float, decay: bool = True
+    step: int, peak: float, warmup_iters: int, decay_iters: int, min_lr: float, shape: str = "cosine"
 ) -> float:
-    """nanoGPT's: a linear rise to `peak` at `warmup_iters`, then half a cosine down to `min_lr` at `decay_iters`."""
+    """A linear rise to `peak` at `warmup_iters`, then down to `min_lr` at `decay_iters`.
+
+    Down along half a `cosine`, as in nanoGPT, along a `linear` slope, or not at all: `constant`.
+    """
     if step < warmup_iters:
         return peak * (step + 1) / (warmup_iters + 1)
-    if not decay:
+    if shape == "constant":
         return peak
     if step >= decay_iters:
         return min_lr
     progress = (step - warmup_iters) / (decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - min_lr)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if shape == "cosine" else 1 - progress
+    return min_lr + left * (peak - min_lr)
 
 
 def apply_gradients(

@@ -69,7 +69,12 @@ def main() -> None:
 
 
 def write(
-    directory: Path, documents: Iterable[str], tokenizer: Tokenizer, kind: str, val_fraction: float, config: PrepareConfig
+    directory: Path,
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    kind: str,
+    val_fraction: float,
+    config: PrepareConfig,
 ) -> dict[str, dict]:
     """Encode the documents into `directory`, which appears when it is whole; return the figures of each split."""
     with whole_directory(directory) as new:
@@ -83,7 +88,9 @@ def write(
         splits = {split: writer.close() for split, writer in writers.items()}
         for split, figures in splits.items():
             if not figures["tokens"]:
-                raise UserError(f"too little text: nothing of it fell to the {split} split; give more, or --val_fraction")
+                raise UserError(
+                    f"too little text: nothing of it fell to the {split} split; give more, or --val_fraction"
+                )
         tokenizer.save(new)
         write_meta(new, tokenizer, kind, " ".join(config.sources), splits)
     return splits

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import os
 import runpy
 import sys
@@ -20,6 +21,10 @@ from typing import Annotated, Any, Literal
 
 class UserError(Exception):
     """A mistake that the user can mend: one line that says what is wrong and what to do."""
+
+
+class RunFailed(Exception):
+    """What no setting was wrong for: one line, and exit status 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +93,16 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main` as the process: a UserError becomes one line on standard error and status 2."""
+    """Run `main` as the process: UserError becomes one line on standard error and status 2, RunFailed status 1."""
     rank = os.environ.get("RANK", "0")
     try:
         sys.exit(main())
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         where = "" if rank == "0" else f" [rank {rank}]"
         print(f"{os.path.basename(sys.argv[0])}{where}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def note(message: str) -> None:
@@ -124,7 +131,7 @@ def _docstrings(cls: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     return {
         field.target.id: text.value.value
-        for field, text in zip(body, body[1:])
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
     }
 

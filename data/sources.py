@@ -69,11 +69,11 @@ def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) 
     instead = f"fetch it by other means and put it at {path}"
     data = bytearray()
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
-            with tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1]) as bar:
-                while len(data) <= size and (chunk := response.read(1 << 16)):
-                    data += chunk
-                    bar.update(len(chunk))
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1])
+        with bar, urllib.request.urlopen(url, timeout=timeout) as response:
+            while len(data) <= size and (chunk := response.read(1 << 16)):
+                data += chunk
+                bar.update(len(chunk))
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: the server answered {error.code} {error.reason}; {instead}") from error
     except OSError as error:  # no network, refused, timed out, broken off
@@ -112,9 +112,9 @@ def _standard_library() -> Iterator[str]:
     """Python's own library without its tests: a file is a document."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(path.relative_to(root).parts):
-            if text := read_text(path, skip=True):
-                yield text
+        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(path.relative_to(root).parts)
+        if not left_out and (text := read_text(path, skip=True)):
+            yield text
 
 
 NAMED = {

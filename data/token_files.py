@@ -1,5 +1,6 @@
 """Token files: raw ids in train.bin and val.bin, and meta.json, which says what they are."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ class SplitWriter:
 
     def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
         self.name = f"{split}.bin"
-        self._file = open(directory / self.name, "wb")
+        self._file = open(directory / self.name, "wb")  # noqa: SIM115 (closed by `close`)
         self._dtype = id_dtype(tokenizer.vocab_size)
         self._separator = np.array([tokenizer.end_of_text], self._dtype).tobytes()
         self._digest = hashlib.sha256()
@@ -116,7 +117,9 @@ def open_data_set(directory: Path, check: bool = True) -> DataSet:
             raise UserError(f"{meta_path}: format version {meta['format_version']}, this is for {FORMAT_VERSION}")
         vocab_size, dtype = int(meta["vocab_size"]), np.dtype(meta["dtype"])
         splits = {split: meta["splits"][split] for split in ("train", "val")}
-        tokens = {split: [(f["name"], int(f["tokens"]), f["sha256"]) for f in splits[split]["files"]] for split in splits}
+        tokens = {
+            split: [(f["name"], int(f["tokens"]), f["sha256"]) for f in splits[split]["files"]] for split in splits
+        }
         n_bytes = {split: int(splits[split]["bytes"]) for split in splits}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{meta_path} is damaged ({type(error).__name__}: {error}); prepare the data again") from error
@@ -124,7 +127,9 @@ def open_data_set(directory: Path, check: bool = True) -> DataSet:
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, meta.json says {vocab_size}")
     opened = {
-        split: Tokens([_open_ids(directory / Path(name).name, dtype, n) for name, n, _ in tokens[split]], n_bytes[split])
+        split: Tokens(
+            [_open_ids(directory / Path(name).name, dtype, n) for name, n, _ in tokens[split]], n_bytes[split]
+        )
         for split in tokens
     }
     if check:
@@ -157,7 +162,9 @@ def _open_ids(path: Path, dtype: np.dtype, tokens: int | None) -> np.ndarray:
         raise UserError(f"{path} is missing; prepare the data again")
     found, remainder = divmod(path.stat().st_size, dtype.itemsize)
     if remainder or (tokens is not None and found != tokens):
-        raise UserError(f"{path} holds {found:,} ids, not the {tokens or found:,} that were written; prepare the data again")
+        raise UserError(
+            f"{path} holds {found:,} ids, not the {tokens or found:,} that were written; prepare the data again"
+        )
     return np.memmap(path, dtype, mode="r") if found else np.zeros(0, dtype)
 
 
@@ -177,7 +184,5 @@ def _check_file(path: Path, dtype: np.dtype, vocab_size: int, digest: str | None
             raise UserError(f"{path} has the id {chunk.max()}, but the vocabulary ends at {vocab_size - 1}")
     if digest is not None and found.hexdigest() != digest:
         raise UserError(f"{path} was changed since meta.json was written; prepare the data again")
-    try:
+    with contextlib.suppress(OSError):  # a read-only folder: the check is simply made again next time
         stamp.write_text(state)
-    except OSError:
-        pass  # a read-only folder: the check is simply made again next time

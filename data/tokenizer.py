@@ -6,6 +6,7 @@ byte-level BPE trained on the user's text. Any other tokenizer.json that a model
 
 import base64
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -151,7 +152,7 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens whose merge made `token`: run BPE on it with the merges that are older than itself."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:])]
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
         i = pairs.index(min(pairs))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]

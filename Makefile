@@ -1,0 +1,25 @@
+# make quickstart: set up, prepare text that every machine has, train, write. make test: every test.
+PYTHON ?= python3
+BIN := .venv/bin
+
+quickstart: .venv/ready
+	$(BIN)/python prepare_data.py python
+	$(BIN)/python train.py config/quickstart.py
+	$(BIN)/python bench/quickstart.py
+	$(BIN)/python sample.py --out_dir=out-quickstart --start="def " --max_new_tokens=250
+
+test: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.PHONY: quickstart test

@@ -1,0 +1,8 @@
+# The loss of OpenAI's GPT-2 774M on a data set of GPT-2 tokens. Needs the internet once, for the weights.
+#
+#   python train.py config/eval_gpt2_large.py --dataset=openwebtext
+
+init_from = "gpt2-large"
+eval_only = True
+eval_iters = 500
+batch_size = 8

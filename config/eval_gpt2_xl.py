@@ -1,0 +1,8 @@
+# The loss of OpenAI's GPT-2 1558M on a data set of GPT-2 tokens. Needs the internet once, for the weights.
+#
+#   python train.py config/eval_gpt2_xl.py --dataset=openwebtext
+
+init_from = "gpt2-xl"
+eval_only = True
+eval_iters = 500
+batch_size = 8

@@ -1,0 +1,43 @@
+"""Which settings a resumed run takes over from its checkpoint, and which may change."""
+
+import dataclasses
+from typing import Any
+
+from config.settings import UserError, note
+
+# These belong to the place where the run goes on, not to the run.
+LOCAL = {"out_dir", "data_dir", "init_from", "eval_only", "device", "dtype", "compile"}
+# These may differ from the checkpoint's; any other setting decides what is trained.
+CHANGEABLE = LOCAL | {
+    "eval_interval", "eval_iters", "log_interval", "sample_tokens", "wandb_log", "wandb_project", "wandb_run_name",
+    "batch_size", "gradient_accumulation_steps", "learning_rate", "max_iters", "decay_lr", "lr_schedule",
+    "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip", "dropout",
+}  # fmt: skip
+
+
+def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
+    """`config` with all that was not given taken from the checkpoint's `training.json`.
+
+    A change that was asked for is told; one that contradicts the checkpoint raises UserError.
+    """
+    trained = training["settings"]
+    changed = {name for name in given if name in trained and getattr(config, name) != trained[name]} - LOCAL
+    for name in sorted(changed):
+        what = f"{given[name]}: {name}={getattr(config, name)}, but the checkpoint was trained with {trained[name]}"
+        if name not in CHANGEABLE:
+            raise UserError(f"{what}; leave it out, or start anew with --init_from=scratch")
+        note(f"changed on resume: {what}")
+    fields = {field.name for field in dataclasses.fields(config)}
+    kept = {name: value for name, value in trained.items() if name in fields - changed - LOCAL}
+    for name in training["derived"]:
+        if name not in given:
+            kept[name] = None  # derived again, from what may have changed
+    config = dataclasses.replace(config, **kept)
+    before = trained["gradient_accumulation_steps"] * trained["batch_size"]
+    now = config.gradient_accumulation_steps * config.batch_size
+    if now != before:
+        raise UserError(
+            f"gradient_accumulation_steps x batch_size is {now}, but the checkpoint was trained with {before} "
+            "sequences an update: keep the product"
+        )
+    return config

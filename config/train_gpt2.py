@@ -1,0 +1,26 @@
+# GPT-2 124M on OpenWebText, on 8 GPUs. The data set has to be prepared first (README.md, "Reproduce GPT-2").
+#
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+out_dir = "out-gpt2"
+dataset = "openwebtext"
+wandb_log = True
+wandb_project = "owt"
+wandb_run_name = "gpt2-124M"
+eval_interval = 1000
+eval_iters = 200
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+
+# 12 sequences x 40 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together
+batch_size = 12
+gradient_accumulation_steps = 40
+
+# as GPT-3's models of this size (Brown et al. 2020, table 2.1)
+learning_rate = 0.0006
+weight_decay = 0.1
+warmup_iters = 2000
+max_iters = 600000  # 300B tokens

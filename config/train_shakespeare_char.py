@@ -1,0 +1,23 @@
+# A character model of Tiny Shakespeare, nanoGPT's recipe: minutes on a GPU, hours on a CPU.
+#
+#   python prepare_data.py shakespeare_char
+#   python train.py config/train_shakespeare_char.py
+#   python sample.py --out_dir=out-shakespeare-char
+
+out_dir = "out-shakespeare-char"
+dataset = "shakespeare_char"
+eval_interval = 250  # it overfits in the end: best/ holds the model from before
+eval_iters = 0
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256
+batch_size = 64
+gradient_accumulation_steps = 1
+dropout = 0.2
+
+learning_rate = 1e-3
+max_iters = 5000
+beta2 = 0.99  # 16,384 tokens an update are few: average longer
+warmup_iters = 100

@@ -1,0 +1,51 @@
+"""How good a model is: its loss on the same batches each time, bits per byte, and a few words of its own."""
+
+import math
+
+import torch
+from torch import nn
+
+from data.batches import EvalBatches
+from data.token_files import DataSet, Tokens
+from distributed import Distributed
+from model import GPT, IGNORED
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed) -> float:
+    """Mean loss in nats over every target of `batches`, shared out over the ranks. All ranks."""
+    model.eval()
+    losses, count = [], 0
+    for index in range(dist.rank, len(batches), dist.world_size):
+        inputs, targets = batches.batch(index)
+        counted = int((targets != IGNORED).sum())
+        inputs, targets = dist.to_device(inputs, targets)
+        with dist.autocast():
+            losses.append(model(inputs, targets)[1].float() * counted)
+        count += counted
+    model.train()
+    total, count = dist.sum(torch.stack(losses).cpu().double().sum().item() if losses else 0.0, count)
+    return total / count
+
+
+def bits_per_byte(loss: float, tokens: Tokens) -> float | None:
+    """The loss per byte of text, which compares between tokenizers; None where the text's size is not known."""
+    return loss / math.log(2) * len(tokens) / tokens.n_bytes if tokens.n_bytes else None
+
+
+def describe_loss(loss: float, data: DataSet) -> str:
+    bpb = bits_per_byte(loss, data.val)
+    perplexity = f", perplexity {math.exp(min(loss, 700)):.2f}"
+    return f"val_loss {loss:.4f}{perplexity}" + (f", {bpb:.4f} bits per byte" if bpb else "")
+
+
+def write_sample(model: GPT, data: DataSet, length: int, dist: Distributed, seed: int) -> str:
+    """A few words by the model as it is, going on from the first token of the validation split. Main only."""
+    prompt = [int(next(iter(data.val.all()))[0])]
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    with dist.autocast():
+        new = model.generate(prompt, length, 0.8, 200, end_of_text=data.tokenizer.end_of_text, generator=generator)
+        text = data.tokenizer.decode([*prompt, *new])
+    model.train()
+    return text
