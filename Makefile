@@ -5,7 +5,7 @@ BIN := .venv/bin
 quickstart: .venv/ready
 	$(BIN)/python prepare_data.py python
 	$(BIN)/python train.py config/quickstart.py
-	$(BIN)/python bench/quickstart.py
+	$(BIN)/python bench/against_xz.py
 	$(BIN)/python sample.py --out_dir=out-quickstart --start="def " --max_new_tokens=250
 
 test: .venv/ready-dev

@@ -138,7 +138,7 @@ def load_model(path_or_name: str | Path, block_size: int | None = None, dropout:
 
 
 def initial_model(config: Any, given: dict[str, str], data: DataSet, resumed: bool) -> tuple[GPT, Any]:
-    """The model that train.py's `config` asks for, on the CPU: new, resumed, or pretrained; and `config` with its shape.
+    """The model that `config` asks for, on the CPU: new, resumed or pretrained; and `config` with its true shape.
 
     Raises UserError where a setting in `given` or the data set's tokenizer contradicts a model that exists.
     """

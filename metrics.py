@@ -32,7 +32,8 @@ class Metrics:
         try:
             import wandb
 
-            self.wandb = wandb.init(project=project, name=name, config=settings, dir=self.path.parent)
+            waiting = wandb.Settings(login_timeout=30)  # for an answer at the login prompt
+            self.wandb = wandb.init(project=project, name=name, config=settings, dir=self.path.parent, settings=waiting)
         except Exception as error:  # missing, no login, no network: of many kinds
             note(f"wandb is off: {str(error).splitlines()[0]} (WANDB_MODE=offline keeps the records here)")
 

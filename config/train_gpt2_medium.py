@@ -4,9 +4,6 @@
 
 out_dir = "out-gpt2-medium"
 dataset = "openwebtext"
-wandb_log = True
-wandb_project = "owt"
-wandb_run_name = "gpt2-350M"
 eval_interval = 1000
 eval_iters = 200
 
