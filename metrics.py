@@ -5,6 +5,7 @@ python metrics.py out-a out-b        # several runs in one picture, compare.png
 
 import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ class Metrics:
     def write(self, **record) -> None:
         if not self.active:
             return
-        record = {key: value for key, value in record.items() if value is not None}
+        record = {key: value for key, value in record.items() if value is not None and math.isfinite(value)}
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         if self.wandb:

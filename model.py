@@ -42,12 +42,17 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
-        dropout = self.dropout if self.training else 0.0
-        with torch.autocast(x.device.type, enabled=x.device.type != "cpu"):
-            if x.device.type == "cpu":  # bf16 attention has a pathologically slow backward there
-                q, k, v = q.float(), k.float(), v.float()
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # (B, H, T, D)
+        y = attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal scaled dot-product attention of (B, H, T, D) queries, keys and values."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    with torch.autocast("cpu", enabled=False):  # bf16 attention has a pathologically slow backward there
+        q, k, v = q.float(), k.float(), v.float()
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
 class MLP(nn.Module):

@@ -3,6 +3,7 @@
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def main() -> None:
     model.to(dist.device)
     for i in range(config.num_samples):
         generator = torch.Generator().manual_seed(mix(config.seed, i))
+        shown = [token for token in prompt if token != tokenizer.end_of_text]
         with dist.autocast():
             new = model.generate(
                 prompt,
@@ -73,8 +75,7 @@ def main() -> None:
                 tokenizer.end_of_text,
                 generator,
             )
-            start = [token for token in prompt if token != tokenizer.end_of_text]
-            for piece in tokenizer.decode_stream([*start, *new] if not start else new):
+            for piece in tokenizer.decode_stream(itertools.chain(shown, new)):
                 print(piece, end="", flush=True)
         print("\n---------------" if i + 1 < config.num_samples else "")
 

@@ -103,6 +103,8 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `python sample.py | head`
+        os._exit(141)
 
 
 def note(message: str) -> None:
