@@ -8,6 +8,7 @@ in it is code, and nothing is ever unpickled but nanoGPT's ckpt.pt, with weights
 import dataclasses
 import itertools
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from config.settings import UserError, note
 from data.token_files import DataSet
 from data.tokenizer import Tokenizer, gpt2
-from files import existing, whole_directory
+from files import check_sums, existing, whole_directory
 from model import GPT, GPTConfig
 
 FORMAT_VERSION = 1
@@ -41,9 +42,55 @@ CONFIG_NAMES = {
 
 def save_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Fill `directory` with a complete Hugging Face model. Weights keep their precision; absent biases become zeros."""
-    config = model.config
+    _write_model(directory, model.config, model.weights(), tokenizer)
+
+
+class Saver:
+    """Saves a run from a thread of its own: training waits for the copying of its state, not for the disk.
+
+    The next save waits for the one before. A save that fails leaves the earlier checkpoint whole.
+    """
+
+    def __init__(self, out_dir: Path, model: GPT, optimizers: list, tokenizer: Tokenizer):
+        self.out_dir, self.model, self.optimizers, self.tokenizer = out_dir, model, optimizers, tokenizer
+        self._problem: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(self, training: dict, best: bool = False) -> None:
+        """Replace `last` by the state as it is now, and `best` too if it is."""
+        self.wait()
+        weights = {name: _copy(weight) for name, weight in self.model.weights().items()}
+        moments = {name: _copy(tensor) for name, tensor in _optimizer_tensors(self.model, self.optimizers).items()}
+        self._thread = threading.Thread(target=self._write, args=(weights, moments, training, best))
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Return when nothing is being written: what went wrong in the save before, or None."""
+        if self._thread:
+            self._thread.join()
+        return self._problem
+
+    def _write(self, weights: dict, moments: dict, training: dict, best: bool) -> None:
+        self._problem = None
+        try:
+            if best:
+                with whole_directory(self.out_dir / "best") as new:
+                    _write_model(new, self.model.config, weights, self.tokenizer)
+            with whole_directory(self.out_dir / "last") as new:
+                _write_model(new, self.model.config, weights, self.tokenizer)
+                safetensors.torch.save_file(moments, new / "optimizer.safetensors")
+                _write_json(new / "training.json", {"format_version": FORMAT_VERSION} | training)
+        except (OSError, safetensors.SafetensorError) as error:  # disk full, no permission, quota
+            self._problem = f"update {training['step']} could not be saved in {self.out_dir}: {error}"
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     tensors = {}
-    for name, weight in model.weights().items():
+    for name, weight in weights.items():
         tensors[name] = (weight.T if name.endswith(TRANSPOSED) else weight).contiguous().cpu()
         if not config.bias and name.endswith(".weight") and "wte" not in name and "wpe" not in name:
             tensors[name.removesuffix("weight") + "bias"] = weight.new_zeros(len(weight)).cpu()
@@ -61,21 +108,6 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
     _write_json(directory / "generation_config.json", ends | {"max_new_tokens": 100, "do_sample": True})
 
 
-def save_checkpoint(directory: Path, model: GPT, optimizers: list, tokenizer: Tokenizer, training: dict) -> None:
-    """Replace `directory` by the whole state of a run, or leave it as it was."""
-    state = get_optimizer_state_dict(model, optimizers, options=_FULL)
-    tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
-    with whole_directory(directory) as new:
-        save_model(new, model, tokenizer)
-        safetensors.torch.save_file(tensors, new / "optimizer.safetensors")
-        _write_json(new / "training.json", {"format_version": FORMAT_VERSION} | training)
-
-
-def save_best(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    with whole_directory(directory) as new:
-        save_model(new, model, tokenizer)
-
-
 def set_aside(out_dir: Path) -> None:
     """An earlier run in the same folder is kept under another name: a new run never destroys it."""
     if existing(out_dir / "last") or existing(out_dir / "best"):
@@ -89,6 +121,7 @@ def load_training(directory: Path) -> dict:
     found = existing(directory)
     if found is None:
         raise UserError(f"{directory}: no checkpoint there; start a run with --init_from=scratch")
+    check_sums(found)
     training = _read_json(found / "training.json")
     if training.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{found}: format version {training.get('format_version')}, this is for {FORMAT_VERSION}")
@@ -99,15 +132,23 @@ def load_optimizers(directory: Path, model: nn.Module, optimizers: list) -> None
     """Put the saved optimizer state into `optimizers`."""
     path = existing(directory) / "optimizer.safetensors"
     tensors = _read_tensors(path)
-    state = get_optimizer_state_dict(model, optimizers, options=_FULL)
-    wanted = {name for name, value in state.items() if isinstance(value, Tensor)}
-    if wanted != set(tensors) or any(tensors[name].shape != state[name].shape for name in wanted):
+    wanted = _optimizer_tensors(model, optimizers)
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in wanted.items()}:
         raise UserError(f"{path} does not fit the model and the optimizer")
-    set_optimizer_state_dict(model, optimizers, state | tensors, options=_FULL)
+    state = get_optimizer_state_dict(model, optimizers, options=_FULL)
+    for name, tensor in tensors.items():
+        parameter, key = name.split("/")
+        state["state"][parameter][key] = tensor
+    set_optimizer_state_dict(model, optimizers, state, options=_FULL)
 
 
-# One flat dictionary of full tensors on the CPU, the same from one process or many.
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+def _optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
+    """{parameter/key: tensor} of all optimizers: whole and on the CPU, the same from one process or many. All ranks."""
+    state = get_optimizer_state_dict(model, optimizers, options=_FULL)["state"]
+    return {f"{parameter}/{key}": tensor for parameter, values in state.items() for key, tensor in values.items()}
+
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def load_model(path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
@@ -120,6 +161,7 @@ def load_model(path_or_name: str | Path, block_size: int | None = None, dropout:
         config, weights, tokenizer = _read_nanogpt(path)
     else:
         directory = existing(path) or _from_hub(str(path_or_name))
+        check_sums(directory)
         config, weights = _read_model(directory)
         has_tokenizer = (directory / "tokenizer.json").is_file()
         tokenizer = Tokenizer.load(directory) if has_tokenizer or config.vocab_size != 50257 else gpt2()
@@ -129,6 +171,8 @@ def load_model(path_or_name: str | Path, block_size: int | None = None, dropout:
         if block_size > config.block_size:
             raise UserError(f"block_size={block_size}: {path_or_name} has only {config.block_size} positions")
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size].clone()
+    if not all(tensor.isfinite().all() for tensor in weights.values()):
+        raise UserError(f"{path_or_name} has weights that are not finite numbers")
     config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=dropout)
     try:
         return GPT.from_weights(config, {name: tensor.float() for name, tensor in weights.items()}).eval(), tokenizer

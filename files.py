@@ -7,14 +7,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from config.settings import UserError
+
+SUMS = "SHA256SUMS"  # in the form of `sha256sum -c`
+
 
 @contextlib.contextmanager
 def whole_directory(final: Path) -> Iterator[Path]:
     """Give a new directory to fill; when the block ends without an error it takes the place of `final`.
 
-    Until then, and if anything fails, `final` stays as it was. Everything is flushed to disk before
-    it is renamed. A directory cannot be renamed over a full one, so for an instant only
-    `final.old` exists: `existing` looks there too.
+    Until then, and if anything fails, `final` stays as it was. SHA256SUMS is added, and everything is
+    flushed to disk before it is renamed. A directory cannot be renamed over a full one, so for an
+    instant only `final.old` exists: `existing` looks there too.
     """
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -23,6 +27,8 @@ def whole_directory(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()) if path.suffix != ".bin"]
+        (temporary / SUMS).write_text("".join(lines))
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
         if final.exists():
@@ -40,6 +46,27 @@ def existing(final: Path) -> Path | None:
     """`final`, or what an interrupted `whole_directory` left in its place, or None."""
     final = Path(final)
     return next((path for path in (final, _sibling(final, "old")) if path.is_dir()), None)
+
+
+def check_sums(directory: Path) -> None:
+    """Compare the files with SHA256SUMS, where there is one; UserError if one is missing or another than was written.
+
+    Token files (.bin) are not in it: they can be huge, and meta.json has their sums, which are
+    compared once for each state of a file.
+    """
+    sums = directory / SUMS
+    if not sums.is_file():
+        return  # a directory that other tools made
+    try:
+        expected = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines())
+        changed = [name for name, digest in expected.items() if sha256(directory / Path(name).name) != digest]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} is damaged: {error}") from error
+    if changed:
+        raise UserError(
+            f"{directory / changed[0]} is not as it was written: it is damaged; "
+            f"if you changed it on purpose, remove {sums}"
+        )
 
 
 def sha256(path: Path) -> str:

@@ -41,16 +41,17 @@ class Muon(torch.optim.Optimizer):
         self.fused_qkv = fused_qkv
 
     @torch.no_grad()
-    def step(self) -> None:
-        """found_inf, an attribute set before: a tensor that is 1 where this step has to leave everything as it is."""
+    def step(self, closure: None = None) -> None:
+        """Update; where the tensor `found_inf`, an attribute set before, is 1, everything stays as it is."""
+        skipped = getattr(self, "found_inf", torch.zeros((), device=self.param_groups[0]["params"][0].device)).bool()
         for group in self.param_groups:
             stacks = {}
             for p in group["params"]:
                 stacks.setdefault((p.shape, id(p) in self.fused_qkv), []).append(p)
             for (_, fused), parameters in stacks.items():
-                self._step_together(parameters, 3 if fused else 1, group)
+                self._step_together(parameters, 3 if fused else 1, group, skipped)
 
-    def _step_together(self, parameters: list[Tensor], parts: int, group: dict) -> None:
+    def _step_together(self, parameters: list[Tensor], parts: int, group: dict, skipped: Tensor) -> None:
         """One step of n parameters of one shape (R, C), each of which is `parts` matrices stacked in its rows."""
         buffers = []
         for p in parameters:
@@ -58,7 +59,6 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffers.append(state["momentum_buffer"])
-        skipped = self.found_inf.bool()
         gradients = torch.stack([p.grad for p in parameters])  # (n, R, C)
         old = torch.stack(buffers)
         new = old.lerp(gradients, 1 - group["momentum"])

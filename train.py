@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from checkpoint import initial_model, load_optimizers, load_training, save_best, save_checkpoint, set_aside
+from checkpoint import Saver, initial_model, load_optimizers, load_training, set_aside
 from config.resume import resumed_settings
 from config.settings import (
     Fraction,
@@ -216,6 +216,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     tokens_per_update = sequences * config.block_size
     announce(raw_model, data, config, dist, tokens_per_update)
     progress = Progress(start, config.max_iters, dist.is_main)
+    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer)
     stop, stopping = StopSignal(), 0
     skipped = torch.zeros((), device=dist.device)  # updates in a row whose gradients were not finite
     logged, logged_seconds = start, watch.seconds
@@ -232,15 +233,16 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             progress.tell(f"step {step}: {describe_loss(val_loss, data)}")
             if dist.is_main and config.sample_tokens:
                 progress.tell(write_sample(raw_model, data, config.sample_tokens, dist, seed=step), indent="  ")
-        if due and val_loss < best_val_loss and step > 0:
-            best_val_loss = val_loss
+        if (due or stopping) and step > start:
+            improved = due and val_loss < best_val_loss
+            best_val_loss = val_loss if improved else best_val_loss
             if dist.is_main:
-                save_best(out_dir / "best", raw_model, data.tokenizer)
-        if (due or stopping) and step > start and dist.is_main:
-            best = best_val_loss if best_val_loss < math.inf else None
-            so_far = dict(step=step, seconds=watch.seconds, best_val_loss=best, scaler=scaler.state_dict())
-            save_checkpoint(out_dir / "last", raw_model, optimizers, data.tokenizer, so_far | of_the_run)
-            metrics.draw()
+                best = best_val_loss if best_val_loss < math.inf else None
+                so_far = dict(step=step, seconds=watch.seconds, best_val_loss=best, scaler=scaler.state_dict())
+                if problem := saver.wait():
+                    progress.tell(f"{problem}; trying again")
+                saver.save(so_far | of_the_run, best=improved)
+                metrics.draw()
         if step >= config.max_iters or stopping:
             break
 
@@ -275,6 +277,8 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
 
     progress.close()
     metrics.close()
+    if problem := saver.wait():
+        raise RunFailed(problem)
     if stopping:
         note(f"stopped by {signal.Signals(stopping).name} after update {step}, saved; go on with --init_from=resume")
         return 128 + stopping

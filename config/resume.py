@@ -16,21 +16,28 @@ CHANGEABLE = LOCAL | {
 
 
 def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
-    """`config` with all that was not given taken from the checkpoint's `training.json`.
+    """`config` with all that no flag gave taken from the checkpoint's `training.json`.
 
-    A change that was asked for is told; one that contradicts the checkpoint raises UserError.
+    A flag that changes something is told; one that contradicts the checkpoint raises UserError.
     """
     trained = training["settings"]
-    changed = {name for name in given if name in trained and getattr(config, name) != trained[name]} - LOCAL
-    for name in sorted(changed):
-        what = f"{given[name]}: {name}={getattr(config, name)}, but the checkpoint was trained with {trained[name]}"
-        if name not in CHANGEABLE:
-            raise UserError(f"{what}; leave it out, or start anew with --init_from=scratch")
-        note(f"changed on resume: {what}")
+    differing = {name for name in given if name in trained and getattr(config, name) != trained[name]} - LOCAL
+    flags = {name for name in differing if given[name].startswith("--")}
+    for name in sorted(differing):
+        asked = f"{given[name]}: {name}={getattr(config, name)}"
+        if name not in flags:
+            note(f"kept from the checkpoint: {name}={trained[name]} (not {asked}; a flag would change it)")
+        elif name in CHANGEABLE:
+            note(f"changed on resume: {asked}, until now {trained[name]}")
+        else:
+            raise UserError(
+                f"{asked}, but the checkpoint was trained with {trained[name]}; "
+                "leave it out, or start anew with --init_from=scratch"
+            )
     fields = {field.name for field in dataclasses.fields(config)}
-    kept = {name: value for name, value in trained.items() if name in fields - changed - LOCAL}
+    kept = {name: value for name, value in trained.items() if name in fields - flags - LOCAL}
     for name in training["derived"]:
-        if name not in given:
+        if not given.get(name, "").startswith("--"):
             kept[name] = None  # derived again, from what may have changed
     config = dataclasses.replace(config, **kept)
     before = trained["gradient_accumulation_steps"] * trained["batch_size"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from config.settings import UserError
 from data.tokenizer import Tokenizer, gpt2
-from files import existing
+from files import check_sums, existing
 
 FORMAT_VERSION = 1
 CHUNK = 1 << 24  # ids read at a time when a whole file is checked
@@ -111,6 +111,7 @@ def open_data_set(directory: Path, check: bool = True) -> DataSet:
     meta_path = directory / "meta.json"
     if not meta_path.is_file():
         return _open_nanogpt(directory, check)
+    check_sums(directory)
     try:
         meta = json.loads(meta_path.read_bytes())
         if meta["format_version"] != FORMAT_VERSION:
