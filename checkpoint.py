@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from config.settings import UserError, note
+from config.settings import UserError, note, one_line
 from data.token_files import DataSet
 from data.tokenizer import Tokenizer, gpt2
 from files import check_sums, existing, whole_directory
@@ -37,6 +37,11 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 CONFIG_NAMES = {
     "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
     "n_embd": "n_embd", "dropout": "resid_pdrop", "bias": "bias",
+}  # fmt: skip
+# What else a config.json of this type could say, and what every GPT-2 has
+OF_GPT2 = {
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "add_cross_attention": False,
 }  # fmt: skip
 
 
@@ -80,8 +85,8 @@ class Saver:
                 _write_model(new, self.model.config, weights, self.tokenizer)
                 safetensors.torch.save_file(moments, new / "optimizer.safetensors")
                 _write_json(new / "training.json", {"format_version": FORMAT_VERSION} | training)
-        except (OSError, safetensors.SafetensorError) as error:  # disk full, no permission, quota
-            self._problem = f"update {training['step']} could not be saved in {self.out_dir}: {error}"
+        except Exception as error:  # a full disk, no permission, a quota: whatever it is, training has to hear of it
+            self._problem = f"update {training['step']} could not be saved in {self.out_dir}: {one_line(error)}"
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -125,6 +130,8 @@ def load_training(directory: Path) -> dict:
     training = _read_json(found / "training.json")
     if training.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{found}: format version {training.get('format_version')}, this is for {FORMAT_VERSION}")
+    if missing := {"step", "seconds", "best_val_loss", "settings", "derived", "data", "scaler"} - set(training):
+        raise UserError(f"{found}/training.json lacks {', '.join(sorted(missing))}")
     return training
 
 
@@ -143,12 +150,12 @@ def load_optimizers(directory: Path, model: nn.Module, optimizers: list) -> None
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
-    """{parameter/key: tensor} of all optimizers: whole and on the CPU, the same from one process or many. All ranks."""
+    """{parameter/key: tensor} of all optimizers, whole: the same from one process or many. All ranks."""
     state = get_optimizer_state_dict(model, optimizers, options=_FULL)["state"]
     return {f"{parameter}/{key}": tensor for parameter, values in state.items() for key, tensor in values.items()}
 
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FULL = StateDictOptions(full_state_dict=True)
 
 
 def load_model(path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
@@ -170,15 +177,15 @@ def load_model(path_or_name: str | Path, block_size: int | None = None, dropout:
     if block_size is not None and block_size != config.block_size:
         if block_size > config.block_size:
             raise UserError(f"block_size={block_size}: {path_or_name} has only {config.block_size} positions")
-        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size].clone()
+        wpe = "transformer.wpe.weight"
+        weights |= {wpe: weights[wpe][:block_size].clone()} if wpe in weights else {}
     if not all(tensor.isfinite().all() for tensor in weights.values()):
         raise UserError(f"{path_or_name} has weights that are not finite numbers")
     config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=dropout)
     try:
         return GPT.from_weights(config, {name: tensor.float() for name, tensor in weights.items()}).eval(), tokenizer
     except (RuntimeError, KeyError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{path_or_name}: the weights do not fit config.json: {problem[:300]}") from error
+        raise UserError(f"{path_or_name}: the weights do not fit the configuration: {one_line(error)}") from error
 
 
 def initial_model(config: Any, given: dict[str, str], data: DataSet, resumed: bool) -> tuple[GPT, Any]:
@@ -188,6 +195,8 @@ def initial_model(config: Any, given: dict[str, str], data: DataSet, resumed: bo
     """
     shape = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     if not resumed and config.init_from in ("scratch", "auto"):
+        if config.n_embd % config.n_head:
+            raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
         torch.manual_seed(config.seed)
         settings = {name: getattr(config, name) for name in shape}
         return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **settings)), config
@@ -213,7 +222,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # of many kinds: no such name, no network, no permission, not in the cache
-        reason = str(error).strip().splitlines()[0]
+        reason = one_line(error)
         raise UserError(f"{name} is no directory here, and cannot be had from the hub: {reason}") from error
 
 
@@ -222,8 +231,9 @@ def _read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     found = _read_json(path)
     if found.get("model_type") != "gpt2":
         raise UserError(f"{path}: a model of type {found.get('model_type')}, not a GPT-2")
-    if found.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise UserError(f"{path}: activation {found['activation_function']}, but GPT-2 has gelu_new")
+    for name, gpt2s in OF_GPT2.items():
+        if found.get(name, gpt2s) != gpt2s:
+            raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {gpt2s}")
     try:
         config = GPTConfig(**{ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found})
         assert config.n_embd % config.n_head == 0 and min(config.n_layer, config.vocab_size, config.block_size) > 0
@@ -242,7 +252,7 @@ def _read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
         if name.endswith("bias") and not config.bias:
             continue  # the zeros that `save_model` wrote for other tools
         name = f"transformer.{name.removeprefix('transformer.')}"
-        weights[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
+        weights[name] = tensor.T.contiguous() if name.endswith(TRANSPOSED) else tensor
     return config, weights
 
 
@@ -257,8 +267,10 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     tokenizer = gpt2()
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{path} was trained with {config.vocab_size} ids of its own; only GPT-2's can be imported")
-    wte = weights["transformer.wte.weight"][: tokenizer.vocab_size]  # nanoGPT pads 50,257 ids to 50,304
-    return dataclasses.replace(config, vocab_size=len(wte)), weights | {"transformer.wte.weight": wte}, tokenizer
+    wte = "transformer.wte.weight"
+    if wte in weights:  # nanoGPT pads 50,257 ids to 50,304
+        weights[wte] = weights[wte][: tokenizer.vocab_size].clone()
+    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size), weights, tokenizer
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,9 @@ class Distributed:
         if self.world_size == 1:
             return model
         # No buffer of the model ever changes: broadcasting them before each forward would be for nothing.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # the name is deprecated in torch 2.13; 2.11 knows no other
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Copies on the device; on CUDA without waiting, from pinned memory."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config.settings import UserError, note, run_script
+from config.settings import UserError, note, one_line, run_script
 
 
 class Metrics:
@@ -36,7 +36,7 @@ class Metrics:
             waiting = wandb.Settings(login_timeout=30)  # for an answer at the login prompt
             self.wandb = wandb.init(project=project, name=name, config=settings, dir=self.path.parent, settings=waiting)
         except Exception as error:  # missing, no login, no network: of many kinds
-            note(f"wandb is off: {str(error).splitlines()[0]} (WANDB_MODE=offline keeps the records here)")
+            note(f"wandb is off: {one_line(error)} (WANDB_MODE=offline keeps the records here)")
 
     def write(self, **record) -> None:
         if not self.active:
@@ -44,16 +44,23 @@ class Metrics:
         record = {key: value for key, value in record.items() if value is not None and math.isfinite(value)}
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        if self.wandb:
-            self.wandb.log(record, step=record["step"])
+        self._tell_wandb("log", record, step=record["step"])
 
     def draw(self) -> None:
         if self.active:
             draw([self.path.parent], self.path.with_name("loss.png"))
 
     def close(self) -> None:
-        if self.wandb:
-            self.wandb.finish()
+        self._tell_wandb("finish")
+
+    def _tell_wandb(self, method: str, *arguments, **named) -> None:
+        if not self.wandb:
+            return
+        try:
+            getattr(self.wandb, method)(*arguments, **named)
+        except Exception as error:  # the network, a full disk, wandb itself: of many kinds
+            note(f"wandb is off from here on: {one_line(error)}")
+            self.wandb = None
 
 
 class Stopwatch:

@@ -34,8 +34,6 @@ class Muon(torch.optim.Optimizer):
     ones. Those in `fused_qkv` (by id) count as three: query, key and value are different maps.
     """
 
-    _step_supports_amp_scaling = True  # a GradScaler hands us found_inf in place of waiting for it on the host
-
     def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, fused_qkv: set[int], momentum=0.95):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.fused_qkv = fused_qkv
@@ -117,12 +115,13 @@ def apply_gradients(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    skip = (~norm.isfinite()).float()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        if not scaler.is_enabled():  # a scaler sets the same two attributes itself
-            optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
-        scaler.step(optimizer)
+        # Not scaler.step: it judges each optimizer by its own gradients, and all have to skip or none.
+        optimizer.grad_scale, optimizer.found_inf = None, skip
+        optimizer.step()
     scaler.update()
     model.zero_grad(set_to_none=True)
     return norm

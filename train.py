@@ -123,8 +123,6 @@ class TrainConfig:
     }
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         values = (min(2000, self.max_iters // 20), self.max_iters, self.learning_rate / 10)
         for name, value in zip(DERIVED, values):
             if getattr(self, name) is None:
@@ -222,7 +220,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     logged, logged_seconds = start, watch.seconds
 
     for step in itertools.count(start):
-        due = step in (0, config.max_iters) or (step % config.eval_interval == 0 and step != start)
+        due = step == 0 or (step != start and (step == config.max_iters or step % config.eval_interval == 0))
         if due or stopping:
             dist.synchronize()
             watch.pause()
@@ -255,7 +253,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             if skipped >= MAX_SKIPPED:
                 raise RunFailed(
                     f"the gradients were not finite in {int(skipped)} updates in a row, the last of them {done}; "
-                    f"{out_dir}/last is sound: resume from it with a lower --learning_rate"
+                    "no weights were touched: resume from the last save, or start anew, with a lower --learning_rate"
                 )
             updates_per_second = (done - logged) / (watch.seconds - logged_seconds)
             logged, logged_seconds = done, watch.seconds

@@ -119,6 +119,11 @@ def closest(name: str, names: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of bounded length; its class where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _unknown(name: str, source: str, fields: dict) -> str:
     return f"{source}: there is no setting {name}{closest(name, fields) or '; --help lists them'}"
 

@@ -1,0 +1,44 @@
+"""Imports go one way: a module uses only modules of the layers before its own."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [  # the modules of data/ use one another, in this order
+    ["config.settings", "model"],
+    ["files", "config.resume"],
+    ["data.tokenizer"],
+    ["data.sources"],
+    ["data.token_files"],
+    ["data.batches"],
+    ["distributed", "optimizer", "metrics", "checkpoint"],
+    ["evaluate"],
+    ["train", "sample", "prepare_data"],
+]
+LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
+
+
+def imports(module: str) -> set[str]:
+    """What a module of ours imports of ours, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & set(LEVEL)
+
+
+def test_every_module_has_a_layer():
+    paths = [path.relative_to(ROOT) for folder in (ROOT, ROOT / "data") for path in folder.glob("*.py")]
+    modules = {".".join(path.with_suffix("").parts) for path in paths if path.name != "__init__.py"}
+    assert modules == {module for module in LEVEL if not module.startswith("config.")}
+
+
+def test_no_module_imports_one_of_its_own_layer_or_of_a_later_one():
+    assert not [f"{m} imports {other}" for m in LEVEL for other in imports(m) if LEVEL[other] >= LEVEL[m]]
+
+
+def test_imports_are_seen():
+    assert {"config.settings", "data.batches", "files", "model", "checkpoint"} <= imports("train")
+    assert not imports("model")

@@ -1,0 +1,358 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import made_text
+
+from checkpoint import (
+    Saver,
+    load_model,
+    load_optimizers,
+    load_training,
+    save_model,
+    set_aside,
+)
+from config.settings import UserError
+from data.tokenizer import Tokenizer, make_tokenizer
+from model import GPT, GPTConfig
+from optimizer import apply_gradients, make_optimizers
+
+TEXT = "The road, and the sea: 3 stones, ein Baum.\n\n  naïve 🙂 don't" + made_text(300)
+
+
+def make_model(tokenizer: Tokenizer, bias: bool = True, seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(24, tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=8, dropout=0.1, bias=bias)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.transformer.wte.weight[tokenizer.vocab_size :] = 0
+    return model
+
+
+def save_checkpoint(directory: Path, model: GPT, optimizers: list, tokenizer: Tokenizer, training: dict) -> str | None:
+    """Save as a run does; the problem, if there was one."""
+    complete = dict(step=0, seconds=0.0, best_val_loss=None, settings={}, derived=[], data="", scaler={})
+    saver = Saver(directory.parent, model, optimizers, tokenizer)
+    saver.save(complete | training)
+    return saver.wait()
+
+
+def of_kind(kind: str) -> Tokenizer:
+    return make_tokenizer(kind, [TEXT], 300)
+
+
+def logits(model: GPT, length: int = 24) -> torch.Tensor:
+    idx = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(idx)[0]
+
+
+def their_logits(model, length: int = 24) -> torch.Tensor:
+    idx = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.eval()(idx).logits
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    tokenizer = of_kind("char")
+    save_model(tmp_path, make_model(tokenizer), tokenizer)
+    return tmp_path
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_comes_back_bit_for_bit(tmp_path, bias):
+    tokenizer = of_kind("char")
+    model = make_model(tokenizer, bias)
+    save_model(tmp_path, model, tokenizer)
+    loaded, loaded_tokenizer = load_model(tmp_path, dropout=0.1)
+    assert loaded.config == model.config
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded_tokenizer.same_as(tokenizer)
+    assert not loaded.training
+
+
+def test_saved_files_are_those_of_a_hugging_face_model_and_no_pickle(saved):
+    assert {path.name for path in saved.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "byte", "bpe"])
+def test_transformers_loads_model_and_tokenizer(tmp_path, kind):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = of_kind(kind)
+    model = make_model(tokenizer, bias=kind != "byte")
+    save_model(tmp_path, model, tokenizer)
+    assert torch.allclose(logits(model), their_logits(AutoModelForCausalLM.from_pretrained(tmp_path)), atol=1e-5)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode(TEXT)
+    assert theirs(TEXT)["input_ids"] == ids
+    assert theirs.decode(ids) == tokenizer.decode(ids) == TEXT
+    assert theirs.eos_token_id == tokenizer.end_of_text == tokenizer.vocab_size - 1
+
+
+def transformers_model(vocab_size: int):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=vocab_size, n_positions=24, n_embd=8, n_layer=2, n_head=2, initializer_range=0.3)
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shard", ["1GB", "4KB"])
+def test_a_model_that_transformers_wrote_loads(tmp_path, dtype, shard):
+    tokenizer = of_kind("byte")
+    theirs = transformers_model(tokenizer.vocab_size).to(dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    tokenizer.save(tmp_path)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "4KB")
+    model, _ = load_model(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.allclose(logits(model), their_logits(theirs.float()), atol=1e-4)
+
+
+def test_a_gpt2_without_tokenizer_files_has_gpt2s(tmp_path):
+    transformers_model(50257).save_pretrained(tmp_path)
+    assert load_model(tmp_path)[1].same_as(of_kind("gpt2"))
+
+
+def nanogpt_checkpoint(path: Path, bias: bool = True) -> GPT:
+    """Write a ckpt.pt as nanoGPT does, of a compiled model with a padded vocabulary; return the model in it."""
+    torch.manual_seed(0)
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=24, bias=bias, vocab_size=50304, dropout=0.0)
+    model = GPT(GPTConfig(**args)).eval()
+    weights = {f"_orig_mod.{name}": weight for name, weight in model.state_dict().items()}
+    weights["_orig_mod.lm_head.weight"] = model.transformer.wte.weight.detach()
+    optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+    checkpoint = {"model": weights, "optimizer": optimizer, "model_args": args, "iter_num": 5, "config": {"seed": 1}}
+    torch.save(checkpoint | {"best_val_loss": torch.tensor(3.0)}, path)
+    return model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_nanogpt_checkpoint_loads_without_its_padding(tmp_path, bias):
+    original = nanogpt_checkpoint(tmp_path / "ckpt.pt", bias)
+    model, tokenizer = load_model(tmp_path / "ckpt.pt")
+    assert dataclasses.asdict(model.config) == dataclasses.asdict(original.config) | {"vocab_size": 50257}
+    assert tokenizer.same_as(of_kind("gpt2"))
+    idx = torch.randint(50257, (2, 24))
+    assert torch.equal(model(idx)[0], original(idx)[0][..., :50257])
+
+
+class Malice:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path):
+    torch.save({"model_args": {}, "model": {}, "more": Malice(tmp_path / "ran")}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"ckpt\.pt is no nanoGPT checkpoint that can be read safely"):
+        load_model(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_missing_nanogpt_checkpoint_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="ckpt"):
+        load_model(tmp_path / "ckpt.pt")
+
+
+def test_a_smaller_block_crops_the_positions(saved):
+    whole, cropped = load_model(saved)[0], load_model(saved, block_size=10)[0]
+    assert cropped.config.block_size == 10
+    assert cropped.transformer.wpe.weight.shape[0] == 10
+    assert torch.allclose(logits(cropped, 10), logits(whole, 10), atol=1e-6)
+
+
+def test_a_larger_block_is_refused(saved):
+    with pytest.raises(UserError, match=r"block_size=25.* 24 positions"):
+        load_model(saved, block_size=25)
+
+
+def test_dropout_is_the_loaders_choice(saved):
+    assert load_model(saved)[0].config.dropout == 0.0
+    assert load_model(saved, dropout=0.3)[0].config.dropout == 0.3
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "type llama, not a GPT-2"),
+        ({"activation_function": "relu"}, "activation_function is relu"),
+        ({"n_head": 3}, "does not describe a GPT-2"),
+        ({"n_head": 0}, "does not describe a GPT-2"),
+        ({"n_layer": "two"}, "does not describe a GPT-2"),
+        ({"n_layer": 3}, "weights do not fit"),
+        ({"n_embd": 16}, "weights do not fit"),
+        ({"vocab_size": 5}, "the tokenizer has"),
+    ],
+)
+def test_a_config_that_is_not_this_gpt2s_is_one_clear_line(saved, changes, message):
+    edit_json(saved / "config.json", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "noise"])
+def test_a_damaged_model_file_is_a_user_error(saved, name, damage):
+    path = saved / name
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "noise": b"\xff" * 999}.get(damage, b""))
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(UserError, match=str(saved)):
+        load_model(saved)
+
+
+def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_model(tmp_path / "nowhere" / "at" / "all")
+
+
+def trained(kind: str = "muon", n_embd: int = 8) -> tuple[GPT, list]:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(24, of_kind("char").vocab_size, 2, 2, n_embd))
+    optimizers = make_optimizers(model, kind, 0.01, 0.1, (0.9, 0.95))
+    steps(model, optimizers, 3)
+    return model, optimizers
+
+
+def steps(model: GPT, optimizers: list, count: int) -> None:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    idx = torch.randint(model.config.vocab_size, (2, 25), generator=torch.Generator().manual_seed(2))
+    for _ in range(count):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        apply_gradients(model, optimizers, scaler, 0.01, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizer_state_comes_back_bit_for_bit(tmp_path, kind):
+    model, optimizers = trained(kind)
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 3})
+    loaded = load_model(tmp_path / "last")[0].train()
+    loaded_optimizers = make_optimizers(loaded, kind, 0.01, 0.1, (0.9, 0.95))
+    load_optimizers(tmp_path / "last", loaded, loaded_optimizers)
+    steps(model, optimizers, 2)
+    steps(loaded, loaded_optimizers, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+
+
+def test_training_comes_back(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 3, "seconds": 0.1 + 0.2, "best": None})
+    training = load_training(tmp_path / "last")
+    assert (training["step"], training["seconds"], training["best"]) == (3, 0.1 + 0.2, None)
+
+
+def test_a_later_checkpoint_replaces_the_earlier_one(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": step})
+    assert load_training(tmp_path / "last")["step"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_optimizer_state_of_another_model_or_optimizer_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained("adamw"), of_kind("char"), {})
+    for other in (trained("muon"), trained("adamw", n_embd=16)):
+        with pytest.raises(UserError, match="does not fit"):
+            load_optimizers(tmp_path / "last", *other)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format_version": 99}', None])
+def test_a_damaged_training_file_is_a_user_error(tmp_path, content):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1})
+    path = tmp_path / "last" / "training.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="last"):
+        load_training(tmp_path / "last")
+
+
+def test_a_truncated_optimizer_file_is_a_user_error(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 1})
+    path = tmp_path / "last" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is missing or damaged"):
+        load_optimizers(tmp_path / "last", model, optimizers)
+
+
+def test_no_checkpoint_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint there"):
+        load_training(tmp_path / "last")
+
+
+def test_what_an_interrupted_save_left_is_used(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 7})
+    (tmp_path / "last").rename(tmp_path / "last.old")
+    assert load_training(tmp_path / "last")["step"] == 7
+    assert torch.equal(logits(load_model(tmp_path / "last")[0]), logits(model.eval()))
+    load_optimizers(tmp_path / "last", model, optimizers)
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {})
+    for path in sorted((tmp_path / "last").iterdir()):
+        sound = path.read_bytes()
+        path.write_bytes(sound[:-20] + bytes([sound[-20] ^ 1]) + sound[-19:])
+        with pytest.raises(UserError, match="damaged"):
+            load_model(tmp_path / "last")
+        path.write_bytes(sound)
+    load_model(tmp_path / "last")
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path):
+    model = make_model(of_kind("char"))
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] = float("nan")
+    save_model(tmp_path, model, of_kind("char"))
+    with pytest.raises(UserError, match="not finite"):
+        load_model(tmp_path)
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1})
+    problem = save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 2, "data": object()})
+    assert "update 2 could not be saved" in problem
+    assert load_training(tmp_path / "last")["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_an_earlier_run_is_set_aside_and_never_destroyed(tmp_path):
+    for content in ("first", "second"):
+        save_checkpoint(tmp_path / "out" / "last", *trained(), of_kind("char"), {})
+        (tmp_path / "out" / "metrics.jsonl").write_text(content)
+        set_aside(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [(tmp_path / name / "metrics.jsonl").read_text() for name in ("out.1", "out.2")] == ["first", "second"]
+
+
+def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
+    (tmp_path / "out").mkdir()
+    set_aside(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    shutil.rmtree(tmp_path / "out")
+    set_aside(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

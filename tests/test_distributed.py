@@ -1,0 +1,121 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, child_environment
+
+from config.settings import UserError
+from distributed import StopSignal, connect
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_one_process_is_main_and_sums_are_its_own():
+    dist = connect("cpu", "float32")
+    assert (dist.rank, dist.world_size, dist.is_main, dist.device.type) == (0, 1, True, "cpu")
+    assert dist.sum(1.5, 2) == [1.5, 2]
+    assert dist.max(3, 0) == [3, 0]
+    assert dist.peak_flops is None
+    dist.barrier()
+    dist.synchronize()
+    dist.close()
+
+
+def test_one_process_trains_the_model_as_it_is():
+    model = torch.nn.Linear(2, 2)
+    assert connect("cpu").wrap(model) is model
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_matrix_products_are_in_the_chosen_precision(name):
+    dist = connect("cpu", name)
+    model = torch.nn.Linear(2, 2)
+    with dist.autocast():
+        assert model(torch.ones(1, 2)).dtype == dist.dtype == getattr(torch, name)
+    assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has an accelerator")
+def test_auto_is_the_cpu_where_there_is_nothing_else():
+    assert connect("auto").device.type == "cpu"
+
+
+def test_tensors_go_to_the_device():
+    first, second = connect("cpu").to_device(torch.ones(2), torch.zeros(3))
+    assert (first.tolist(), second.tolist()) == ([1, 1], [0, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x"])
+def test_a_device_that_does_not_exist_is_a_user_error(name):
+    with pytest.raises(UserError, match="use cpu, cuda, cuda:1 or mps"):
+        connect(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cuda_without_cuda_is_a_user_error():
+    with pytest.raises(UserError, match=r"--device=cuda: .* finds no CUDA device; use --device=cpu"):
+        connect("cuda")
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="has an Apple GPU")
+def test_mps_without_mps_is_a_user_error():
+    with pytest.raises(UserError, match="finds no Apple GPU"):
+        connect("mps")
+
+
+@needs_cuda
+def test_cuda_is_chosen_where_there_is_one():
+    dist = connect()
+    assert dist.device == torch.device("cuda", 0)
+    assert dist.dtype in (torch.bfloat16, torch.float16)
+    (there,) = dist.to_device(torch.ones(2))
+    assert there.device == dist.device
+
+
+@needs_cuda
+def test_a_card_that_is_not_there_is_a_user_error():
+    with pytest.raises(UserError, match="has no card"):
+        connect("cuda:99")
+
+
+def test_a_signal_is_noted_and_a_second_interrupt_is_not_held_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        stop = StopSignal()
+        assert stop.number == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.number == signal.SIGUSR1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_two_processes_sum_and_average_gradients(tmp_path):
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import torch\n"
+        "from distributed import connect\n"
+        "dist = connect('cpu', 'float32')\n"
+        "torch.manual_seed(dist.rank)\n"
+        "model = dist.wrap(torch.nn.Linear(1, 1, bias=False))\n"
+        "model(torch.tensor([[dist.rank + 1.0]])).backward()\n"
+        "gradient = model.module.weight.grad.item()\n"
+        "dist.barrier()\n"
+        "same = dist.sum(model.module.weight.item())[0] == 2 * model.module.weight.item()\n"
+        "sums = dist.sum(dist.rank + 1.5, 1), dist.max(dist.rank)\n"
+        "line = (dist.rank, dist.is_main, dist.world_size, *sums, gradient, same)\n"
+        f"open(rf'{tmp_path}/{{dist.rank}}', 'w').write(repr(line))\n"
+        "dist.close()\n"
+    )
+    subprocess.run([*TORCHRUN, script], env=child_environment(), cwd=ROOT, check=True, capture_output=True)
+    for rank in range(2):
+        # gradients 1 and 2 average to 1.5; the weights are rank 0's on both
+        expected = (rank, rank == 0, 2, [4.0, 2.0], [1], 1.5, True)
+        assert (tmp_path / str(rank)).read_text() == repr(expected)

@@ -1,0 +1,121 @@
+import json
+import time
+
+from conftest import run_main
+
+from metrics import Metrics, Progress, Stopwatch, draw, read_metrics
+
+PNG = b"\x89PNG"
+
+
+def write_run(out_dir, count=3):
+    metrics = Metrics(out_dir, active=True)
+    for step in range(1, count + 1):
+        metrics.write(step=step, train_loss=3.0 / step, val_loss=None)
+    metrics.write(step=count, val_loss=1.25)
+    metrics.close()
+    return metrics
+
+
+def test_a_record_is_a_line_of_json_without_what_is_none(tmp_path):
+    write_run(tmp_path / "run", 1)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "train_loss": 3.0}, {"step": 1, "val_loss": 1.25}]
+
+
+def test_numbers_come_back_exactly(tmp_path):
+    metrics = Metrics(tmp_path, active=True)
+    metrics.write(step=1, train_loss=0.1 + 0.2, lr=1.23456789e-9)
+    assert read_metrics(metrics.path) == [{"step": 1, "train_loss": 0.1 + 0.2, "lr": 1.23456789e-9}]
+
+
+def test_a_new_record_starts_anew_and_a_resumed_one_keeps_the_lines_up_to_its_step(tmp_path):
+    write_run(tmp_path)
+    resumed = Metrics(tmp_path, active=True, until_step=2)
+    resumed.write(step=3, train_loss=9.0)
+    assert [record["train_loss"] for record in read_metrics(resumed.path)] == [3.0, 1.5, 9.0]
+    assert read_metrics(Metrics(tmp_path, active=True).path) == []
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    path = write_run(tmp_path, 2).path
+    path.write_text(path.read_text() + '{"step": 3, "train_lo')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 2]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    metrics = Metrics(tmp_path / "run", active=False)
+    metrics.track("project", "name", {})
+    metrics.write(step=1, train_loss=1.0)
+    metrics.draw()
+    metrics.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_of_a_run(tmp_path):
+    write_run(tmp_path).draw()
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_no_picture_without_losses(tmp_path):
+    Metrics(tmp_path, active=True).draw()
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_more_runs_make_another_picture(tmp_path):
+    for name, count in (("a", 3), ("b", 5)):
+        write_run(tmp_path / name, count)
+    draw([tmp_path / "a"], tmp_path / "one.png")
+    draw([tmp_path / "a", tmp_path / "b"], tmp_path / "two.png")
+    assert (tmp_path / "two.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+
+
+def test_the_script_compares_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    assert run_main("metrics", "a", "b").status == 0
+    assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
+
+
+def test_the_script_names_a_folder_without_a_run(tmp_path):
+    ended = run_main("metrics", tmp_path)
+    assert (ended.status, ended.err) == (2, f"metrics.py: {tmp_path} has no metrics.jsonl\n")
+    assert run_main("metrics").status == 2
+
+
+def test_a_stopwatch_counts_only_while_it_goes():
+    watch = Stopwatch()
+    watch.seconds = 100.0
+    time.sleep(0.01)
+    assert watch.seconds == 100.0
+    watch.go()
+    time.sleep(0.01)
+    watch.go()  # it goes already
+    watch.pause()
+    stopped = watch.seconds
+    assert stopped >= 100.01
+    time.sleep(0.01)
+    assert watch.seconds == stopped
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
+    progress = Progress(0, 10, active=True)
+    progress.tell("a\nb", indent="  ")
+    progress.show(dict(step=4, train_loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_second=1234.5, mfu=0.4), 65)
+    progress.advance()
+    progress.close()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    first, second, third = printed.err.splitlines()
+    assert (first, second) == ("  a", "  b")
+    for part in ("step 4/10", "loss 2.5000", "lr 1.00e-03", "norm 0.50", "mfu 40.0%", "01:05 left"):
+        assert part in third
+
+
+def test_progress_of_other_processes_is_silent(capsys):
+    progress = Progress(0, 10, active=False)
+    progress.tell("a")
+    progress.show(dict(step=4, train_loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_second=1234.5), 65)
+    progress.close()
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,243 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from checkpoint import save_model
+from data.tokenizer import make_tokenizer
+from model import GPT, IGNORED, GPTConfig, probabilities, sample
+from optimizer import apply_gradients, make_optimizers
+
+SMALL = GPTConfig(block_size=12, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
+
+
+def random_model(config: GPTConfig, std: float = 0.2) -> GPT:
+    """A model in which every parameter matters: biases and LayerNorms too are random."""
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * std)
+        model.transformer.wte.weight[config.vocab_size :] = 0
+    return model
+
+
+def random_ids(config: GPTConfig, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16, 65, 2, 2, 32), (33, 300, 3, 4, 64), (8, 64, 1, 1, 8)])
+def test_logits_and_loss_equal_those_of_transformers(tmp_path, shape, bias):
+    from transformers import AutoModelForCausalLM
+
+    config = GPTConfig(*shape, bias=bias)
+    model = random_model(config)
+    save_model(tmp_path, model, make_tokenizer("char", ["abc"], 0))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    idx = random_ids(config, 3, config.block_size)
+    with torch.no_grad():
+        logits, _ = model(idx)
+        expected = reference(idx, labels=idx)
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+    assert logits.shape == expected.logits.shape
+    assert torch.allclose(logits, expected.logits, atol=1e-4)
+    assert loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+
+
+def test_loss_is_the_cross_entropy_over_the_real_vocabulary():
+    model = random_model(SMALL)
+    idx, targets = random_ids(SMALL, 2, 13).split([12, 1], dim=1)[0], random_ids(SMALL, 2, 12).flip(1)
+    logits, loss = model(idx, targets)
+    chosen = logits.double().log_softmax(-1).gather(2, targets[..., None])
+    assert logits.shape == (2, 12, 65)
+    assert loss.item() == pytest.approx(-chosen.mean().item(), abs=1e-5)
+
+
+def test_ignored_targets_do_not_count():
+    model = random_model(SMALL)
+    idx, targets = random_ids(SMALL, 2, 12), random_ids(SMALL, 2, 12).flip(1)
+    some = targets.clone()
+    some[0, 3:] = IGNORED
+    logits, loss = model(idx, some)
+    counted = some != IGNORED
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[counted], targets[counted]).item(), abs=1e-5)
+    assert loss.item() != pytest.approx(model(idx, targets)[1].item(), abs=1e-3)
+
+
+def test_no_loss_without_targets():
+    assert random_model(SMALL)(random_ids(SMALL, 1, 4))[1] is None
+
+
+def test_a_token_changes_no_logits_before_it():
+    model = random_model(SMALL)
+    idx = random_ids(SMALL, 1, 12)
+    changed = idx.clone()
+    changed[0, 7] = (idx[0, 7] + 1) % 65
+    before, after = model(idx)[0][0], model(changed)[0][0]
+    assert torch.equal(before[:7], after[:7])
+    assert all(not torch.allclose(before[t], after[t]) for t in range(7, 12))
+
+
+def test_more_positions_than_the_block_are_refused():
+    with pytest.raises(AssertionError, match="13 positions"):
+        random_model(SMALL)(random_ids(SMALL, 1, 13))
+
+
+def test_initial_weights_are_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=4, n_head=2, n_embd=64))
+    for name, parameter in model.named_parameters():
+        weights = parameter[:1000] if "wte" in name else parameter
+        if name.endswith("bias"):
+            assert (weights == 0).all(), name
+        elif ".ln_" in name:
+            assert (weights == 1).all(), name
+        else:
+            expected = 0.02 / math.sqrt(8) if name.endswith("c_proj.weight") else 0.02
+            assert weights.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(weights.mean().item()) < 0.1 * expected, name
+
+
+def test_bias_false_leaves_no_bias():
+    model = GPT(GPTConfig(block_size=4, vocab_size=9, n_layer=1, n_head=1, n_embd=8, bias=False))
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+
+
+def test_loss_at_the_start_is_that_of_a_guess():
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=32, vocab_size=1000, n_layer=2, n_head=2, n_embd=32)
+    idx = random_ids(config, 8, 33)
+    assert GPT(config)(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(math.log(1000), abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_padded_rows_of_the_embedding_stay_zero(kind):
+    torch.manual_seed(0)
+    model = GPT(SMALL)
+    start = model.transformer.wte.weight.detach().clone()
+    optimizers = make_optimizers(model, kind, 0.01, weight_decay=0.5, betas=(0.9, 0.95))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    idx = random_ids(SMALL, 4, 13)
+    for _ in range(4):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        apply_gradients(model, optimizers, scaler, 0.01, 1.0)
+    wte = model.transformer.wte.weight
+    assert wte.shape == (128, 32)
+    assert (wte[65:] == 0).all()
+    assert (wte[:65] != start[:65]).any(dim=1).all()
+
+
+def test_padded_ids_are_never_generated():
+    model = random_model(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=8))
+    with torch.no_grad():
+        # where the real logits are lowest, the zeros of the padding would win
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.wte.weight[:3] = -5
+    assert set(model.generate([0], 60, generator=torch.Generator().manual_seed(0))) == {0, 1, 2}
+
+
+def test_number_of_parameters_of_gpt2():
+    with torch.device("meta"):
+        assert GPT(GPTConfig(bias=True)).num_parameters() == 124_439_808
+
+
+def test_flop_per_token_by_hand():
+    model = GPT(GPTConfig(block_size=8, vocab_size=60, n_layer=1, n_head=1, n_embd=4, bias=False))
+    wte, block, ln_f = 60 * 4, 4 + 4 * 12 + 4 * 4 + 4 + 4 * 16 + 16 * 4, 4
+    attention = 12 * 1 * 4 * 8
+    assert model.flop_per_token() == 6 * (wte + block + ln_f) + attention == 3048
+
+
+def test_one_batch_can_be_learned_by_heart():
+    torch.manual_seed(0)
+    model = GPT(SMALL)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    idx = random_ids(SMALL, 4, 13)
+    for _ in range(80):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_dropout_acts_in_training_only():
+    model = GPT(GPTConfig(block_size=12, vocab_size=65, n_layer=1, n_head=1, n_embd=32, dropout=0.5))
+    idx = random_ids(SMALL, 1, 12)
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    model.eval()
+    assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """The likeliest continuation, by whole forward passes."""
+    context = list(prompt)
+    for _ in range(count):
+        logits, _ = model(torch.tensor([context[-model.config.block_size :]]))
+        context.append(int(logits[0, -1].argmax()))
+    return context[len(prompt) :]
+
+
+@pytest.mark.parametrize("prompt_length", [1, 5, 12, 30])
+def test_temperature_zero_generates_the_likeliest(prompt_length):
+    model = random_model(SMALL)
+    prompt = random_ids(SMALL, 1, prompt_length)[0].tolist()
+    expected = greedy(model, prompt, 20)
+    assert len(set(expected)) > 3
+    assert list(model.generate(prompt, 20, temperature=0)) == expected
+
+
+def test_generation_ends_before_end_of_text():
+    model = random_model(SMALL)
+    text = greedy(model, [1], 20)
+    end = text[6]
+    assert list(model.generate([1], 20, temperature=0, end_of_text=end)) == text[: text.index(end)]
+
+
+def test_a_seed_names_a_text():
+    model = random_model(SMALL, std=0.02)
+
+    def text(seed: int) -> list[int]:
+        return list(model.generate([1], 20, generator=torch.Generator().manual_seed(seed)))
+
+    assert text(1) == text(1) != text(2)
+    assert len(text(1)) == 20
+
+
+def reference_probabilities(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    order = np.argsort(-logits)
+    if top_k:
+        order = order[:top_k]
+    weights = np.exp((logits[order] - logits.max()) / temperature)
+    weights /= weights.sum()
+    if top_p < 1:
+        kept = next(n for n in range(1, len(weights) + 1) if weights[:n].sum() >= top_p)
+        order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
+    result = np.zeros(len(logits))
+    result[order] = weights
+    return result
+
+
+@pytest.mark.parametrize("settings", [*itertools.product([0.5, 1.0, 2.0], [0, 1, 7, 50, 500], [0.0, 0.5, 0.9, 1.0])])
+def test_probabilities_equal_plain_reference_code(settings):
+    logits = np.random.default_rng(0).normal(0, 2, 100)
+    got = probabilities(torch.from_numpy(logits).float(), *settings)
+    assert np.allclose(got.numpy(), reference_probabilities(logits, *settings), atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.5, 0, 0.8)])
+def test_draws_follow_the_probabilities(settings):
+    logits = torch.tensor([1.0, 0.5, 0.0, -0.5, 0.2, 0.8, -1.0, -2.0])
+    generator, draws = torch.Generator().manual_seed(0), 4000
+    counts = np.bincount([sample(logits, *settings, generator) for _ in range(draws)], minlength=8)
+    expected = draws * reference_probabilities(logits.numpy().astype(float), *settings)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_squared < 24.3  # exceeded once in 1,000 with 7 degrees of freedom, more rarely with fewer

@@ -1,0 +1,236 @@
+import math
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optimizer import apply_gradients, make_optimizers, orthogonalize, scheduled_learning_rate
+
+CONFIG = GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=32, bias=True)
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+KINDS = pytest.mark.parametrize("kind", ["adamw", "muon"])
+
+
+def make(kind: str, weight_decay: float = 0.1) -> tuple[GPT, list]:
+    torch.manual_seed(0)
+    model = GPT(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1)
+    return model, make_optimizers(model, kind, 0.02, weight_decay, betas=(0.9, 0.95))
+
+
+def set_gradients(model: GPT, seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def snapshot(model: GPT, optimizers: list) -> list[torch.Tensor]:
+    tensors = [parameter.detach().clone() for parameter in model.parameters()]
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            tensors += [value.clone() for value in state.values()]
+    return tensors
+
+
+def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right))
+
+
+def nanogpt_learning_rate(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it > lr_decay_iters:
+        return min_lr
+    decay_ratio = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
+
+
+def test_cosine_schedule_is_nanogpts():
+    for step in range(130):
+        expected = nanogpt_learning_rate(step, 6e-4, 10, 100, 6e-5)
+        assert scheduled_learning_rate(step, 6e-4, 10, 100, 6e-5) == pytest.approx(expected, rel=1e-12), step
+
+
+def test_linear_schedule_is_a_straight_line_down():
+    rates = [scheduled_learning_rate(step, 1.0, 10, 110, 0.2, "linear") for step in range(121)]
+    assert rates[9] == pytest.approx(10 / 11)
+    assert rates[10:111] == pytest.approx([1.0 - 0.8 * i / 100 for i in range(101)])
+    assert rates[111:] == [0.2] * 10
+
+
+def test_constant_schedule_stays_at_the_peak_after_the_warm_up():
+    rates = [scheduled_learning_rate(step, 1.0, 3, 10, 0.1, "constant") for step in range(20)]
+    assert rates[:3] == pytest.approx([0.25, 0.5, 0.75])
+    assert rates[3:] == [1.0] * 17
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_a_warm_up_as_long_as_the_decay_is_no_division_by_zero(shape):
+    rates = [scheduled_learning_rate(step, 1.0, 5, 5, 0.1, shape) for step in range(8)]
+    assert rates[:5] == pytest.approx([i / 6 for i in range(1, 6)])
+    assert rates[5:] == [1.0 if shape == "constant" else 0.1] * 3
+
+
+@KINDS
+def test_matrices_and_embeddings_decay_and_vectors_do_not(kind):
+    model, optimizers = make(kind, weight_decay=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0)
+    for name, parameter in model.named_parameters():
+        kept = 1 - 0.02 * 0.5 if parameter.dim() == 2 else 1
+        assert torch.allclose(parameter, before[name] * kept, rtol=1e-6, atol=0), name
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model, (adamw, muon) = make("muon")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    of_adamw = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert of_muon == {
+        f"transformer.h.{i}.{part}.weight"
+        for i in range(2)
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert sorted([*of_muon, *of_adamw]) == sorted(names.values())
+
+
+def test_adamw_equals_torchs_plain_one():
+    model, optimizers = make("adamw", weight_decay=0.0)
+    other, _ = make("adamw")
+    plain = torch.optim.AdamW(other.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
+    for seed in range(3):
+        set_gradients(model, seed)
+        set_gradients(other, seed)
+        apply_gradients(model, optimizers, NO_SCALER, 0.02, 0.0)
+        plain.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def plain_muon(weight: torch.Tensor, gradients: list[torch.Tensor], lr: float, weight_decay: float) -> torch.Tensor:
+    """Muon on one matrix, step by step in float64."""
+    weight, momentum = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for gradient in gradients:
+        gradient = gradient.double()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        x = 0.05 * gradient + 0.95 * momentum
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        weight = weight * (1 - lr * weight_decay) - lr * 0.2 * max(weight.shape) ** 0.5 * x
+    return weight
+
+
+def test_muon_equals_a_plain_reference_matrix_by_matrix():
+    model, optimizers = make("muon", weight_decay=0.5)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    gradients = []
+    for seed in range(3):
+        gradients.append(set_gradients(model, seed))
+        apply_gradients(model, optimizers, NO_SCALER, 0.02, 0.0)
+    for name, parameter in model.named_parameters():
+        if ".h." not in name or parameter.dim() != 2:
+            continue
+        parts = 3 if "c_attn" in name else 1
+        for i in range(parts):
+            first = start[name].chunk(parts)[i]
+            expected = plain_muon(first, [step[name].chunk(parts)[i] for step in gradients], 0.02, 0.5)
+            error = (parameter.detach().chunk(parts)[i] - expected).norm() / (expected - first).norm()
+            assert error < 0.03, f"{name} {i}: {error}"  # products in bfloat16 have 8 bits
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 64), (64, 16)])
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_their_directions(shape):
+    generator = torch.Generator().manual_seed(0)
+    u, values, vh = torch.linalg.svd(torch.randn(3, *shape, generator=generator), full_matrices=False)
+    matrices = u @ torch.diag_embed(values.clamp(min=values.max() / 20)) @ vh * 100
+    result = orthogonalize(matrices).float()
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    inner = u.mT @ result @ vh.mT  # diagonal where the directions are the same
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 0.1
+
+
+@KINDS
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
+    model, optimizers = make(kind)
+    for seed in range(2):
+        set_gradients(model, seed)
+        apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0)
+    before = snapshot(model, optimizers)
+    set_gradients(model, 2)
+    model.transformer.h[1].ln_1.weight.grad[3] = bad
+    norm = apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0)
+    assert not norm.isfinite()
+    assert len(before) > 2 * len(list(model.parameters()))
+    assert equal(before, snapshot(model, optimizers))
+    set_gradients(model, 3)
+    assert apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0).isfinite()
+    assert not equal(before, snapshot(model, optimizers))
+
+
+@KINDS
+def test_a_first_gradient_that_is_not_finite_leaves_no_trace(kind):
+    model, optimizers = make(kind)
+    set_gradients(model, 0)
+    model.transformer.wte.weight.grad[0, 0] = math.nan
+    apply_gradients(model, optimizers, NO_SCALER, 0.02, 0.0)
+    fresh, fresh_optimizers = make(kind)
+    assert equal(list(model.parameters()), list(fresh.parameters()))
+    for m, o in ((model, optimizers), (fresh, fresh_optimizers)):
+        set_gradients(m, 1)
+        apply_gradients(m, o, NO_SCALER, 0.02, 0.0)
+    assert equal(snapshot(model, optimizers), snapshot(fresh, fresh_optimizers))
+
+
+def loss_scaler() -> torch.amp.GradScaler:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=True)
+    scaler.scale(torch.zeros(()))  # makes the scale
+    return scaler
+
+
+@KINDS
+def test_a_loss_scale_changes_no_update(kind):
+    model, optimizers = make(kind)
+    scaled, scaled_optimizers = make(kind)
+    set_gradients(model, 0)
+    set_gradients(scaled, 0, scale=2.0**10)
+    norm = apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0)
+    assert apply_gradients(scaled, scaled_optimizers, loss_scaler(), 0.02, 1.0) == norm
+    assert equal(snapshot(model, optimizers), snapshot(scaled, scaled_optimizers))
+
+
+@KINDS
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_scaled_gradient_that_is_not_finite_changes_nothing_but_the_scale(kind, bad):
+    model, optimizers = make(kind)
+    scaler = loss_scaler()
+    set_gradients(model, 0)
+    apply_gradients(model, optimizers, scaler, 0.02, 1.0)
+    before = snapshot(model, optimizers)
+    set_gradients(model, 1)
+    model.transformer.wte.weight.grad[0, 0] = bad  # of one optimizer of two, if there are two
+    apply_gradients(model, optimizers, scaler, 0.02, 1.0)
+    assert equal(before, snapshot(model, optimizers))
+    assert scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize(("grad_clip", "moved"), [(0.5, 0.5), (1e6, None), (0.0, None)])
+def test_gradients_are_clipped_to_a_norm_and_their_own_norm_is_told(grad_clip, moved):
+    model, _ = make("adamw")
+    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    gradients = set_gradients(model, 0)
+    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
+    plain = torch.optim.SGD(model.parameters(), lr=123.0, fused=True)
+    assert apply_gradients(model, [plain], NO_SCALER, 0.1, grad_clip).item() == pytest.approx(norm, rel=1e-4)
+    step = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - start
+    assert step.norm().item() == pytest.approx(0.1 * (moved or norm), rel=1e-3)
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,287 @@
+"""prepare_data.py: text in, token files out, and never half a data set."""
+
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare_data
+from config.settings import UserError
+from data.token_files import open_data_set
+from data.tokenizer import END_OF_TEXT, KINDS
+
+ROOT = Path(__file__).parent.parent
+LANGUAGES = (
+    "Hello, world! Größe, naïve. Ελλάδα Київ עברית العربية हिन्दी ไทย 中文字 ひらがな 한국어 አማርኛ\r\n"
+    "\te\u0301 👩‍👩‍👧‍👦🏳️‍🌈👍🏽 def f(x): return {'a': x**2}  # <|endoftext|> is text\n\n" + "a" * 200 + "\u2028 \x01\n"
+) * 4
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """Run the script's main in this process, in a folder of its own; return the data set's folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, name="set") -> Path:
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, arguments), f"--name={name}"])
+        prepare_data.main()
+        return tmp_path / "data" / name
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def make(texts: dict[str, str], name: str = "texts") -> Path:
+        for file, text in texts.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode())
+        return tmp_path / name
+
+    return make
+
+
+def split_texts(directory: Path, split: str) -> list[str]:
+    """The documents of a split, decoded: its ids parted at end of text."""
+    data = open_data_set(directory)
+    ids = np.concatenate(list(getattr(data, split).all())).tolist()
+    parts = [[]]
+    for i in ids:
+        parts.append([]) if i == data.tokenizer.end_of_text else parts[-1].append(i)
+    return [data.tokenizer.decode(part) for part in parts]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# what is written
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tokenizer_gives_the_text_back(prepare, folder, kind):
+    source = folder({"a.txt": LANGUAGES, "b.txt": LANGUAGES[::-1]})
+    directory = prepare(source, f"--tokenizer={kind}", "--vocab_size=300")
+    train, val = split_texts(directory, "train"), split_texts(directory, "val")
+    assert [a + b for a, b in zip(train, val, strict=True)] == [LANGUAGES, LANGUAGES[::-1]]
+
+
+@pytest.mark.parametrize("n", [10, 997, 1000, 1003])
+def test_one_document_is_split_where_nanogpt_splits_it(prepare, folder, n):
+    text = "".join(chr(97 + i % 26) for i in range(n))
+    source = folder({"input.txt": text})
+    directory = prepare(source, "--val_fraction=0.1", "--tokenizer=char")
+    assert split_texts(directory, "train") == [text[: int(n * 0.9)]]
+    assert split_texts(directory, "val") == [text[int(n * 0.9) :]]
+
+
+def test_shakespeare_char_is_split_at_nine_tenths():
+    assert prepare_data.find_source(["shakespeare_char"]).val_fraction == 0.1
+    assert prepare_data.find_source(["shakespeare_char"]).tokenizer == "char"
+
+
+def test_of_few_documents_the_tail_of_each_goes_to_validation(prepare, folder):
+    source = folder({"a.txt": "a" * 100, "b.txt": "b" * 50})
+    directory = prepare(source, "--val_fraction=0.2", "--tokenizer=byte")
+    assert split_texts(directory, "train") == ["a" * 80, "b" * 40]
+    assert split_texts(directory, "val") == ["a" * 20, "b" * 10]
+
+
+def test_end_of_text_stands_between_documents_and_nowhere_else(prepare, folder):
+    source = folder({"a.txt": "aaaa", "b.txt": "bbbb", "c.txt": "cccc"})
+    directory = prepare(source, "--val_fraction=0.5", "--tokenizer=byte")
+    a, b, c = (ord(letter) for letter in "abc")
+    expected = [a, a, 256, b, b, 256, c, c]
+    for split in ("train", "val"):
+        assert np.fromfile(directory / f"{split}.bin", "<u2").tolist() == expected
+
+
+def test_many_documents_go_whole_to_one_split_whatever_their_names_and_order(prepare, folder):
+    texts = [f"Document {i} of many.\n" * (1 + i % 3) for i in range(250)]
+    forward = prepare(folder({f"{i:03}.txt": text for i, text in enumerate(texts)}, "one"), "--tokenizer=byte")
+    backward = {f"{i:03}.txt": text for i, text in enumerate([*reversed(texts), "one more"])}
+    other = prepare(folder(backward, "two"), "--tokenizer=byte", name="other")
+    train, val = split_texts(forward, "train"), split_texts(forward, "val")
+    assert sorted(train + val) == sorted(texts) and 1 <= len(val) <= 30  # of 250, 5% are expected
+    assert split_texts(forward, "train")[0] == texts[0]  # the order itself stays
+    assert set(val) <= set(split_texts(other, "val")) <= {*val, "one more"}
+    assert set(train) <= set(split_texts(other, "train")) <= {*train, "one more"}
+
+
+def test_the_share_of_many_documents_that_is_validation_is_the_fraction_asked_for():
+    texts = [f"number {i}" for i in range(4000)]
+    for fraction in (0.05, 0.5):
+        splits = [split for split, _ in prepare_data.split_documents(texts, fraction)]
+        assert splits.count("val") / 4000 == pytest.approx(fraction, abs=0.03)
+
+
+def test_the_hash_of_a_document_and_not_its_position_decides():
+    texts = [f"number {i}" for i in range(300)]
+    first = {text: split for split, text in prepare_data.split_documents(texts, 0.2)}
+    assert first == {text: split for split, text in prepare_data.split_documents(texts[::-1], 0.2)}
+    assert set(first.values()) == {"train", "val"}
+
+
+@pytest.mark.parametrize("at_a_time", [1, 500, 10_000])
+def test_the_order_does_not_depend_on_how_much_is_encoded_at_a_time(prepare, folder, monkeypatch, at_a_time):
+    size = 300
+    monkeypatch.setattr(prepare_data, "BATCH_BYTES", at_a_time)
+    texts = {f"{letter}.txt": letter * size for letter in "abc"}
+    directory = prepare(folder(texts), "--tokenizer=char", "--val_fraction=0.25")
+    runs = [(i, len(list(group))) for i, group in itertools.groupby(np.fromfile(directory / "train.bin", "<u2"))]
+    border = int(size * 0.75)
+    assert runs == [(0, border), (3, 1), (1, border), (3, 1), (2, border)]
+
+
+def test_preparing_twice_gives_the_same_bytes(prepare, folder):
+    source = folder({"a.txt": LANGUAGES, "b.txt": "some more text " * 30})
+    for kind in KINDS:
+        first = contents(prepare(source, f"--tokenizer={kind}", "--vocab_size=300", name="first"))
+        second = contents(prepare(source, f"--tokenizer={kind}", "--vocab_size=300", name="second"))
+        assert first == second
+        assert set(first) == {
+            "train.bin",
+            "val.bin",
+            "meta.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "SHA256SUMS",
+        }
+
+
+def test_meta_json_counts_tokens_bytes_and_documents(prepare, folder):
+    text = "é" * 100  # two bytes each
+    source = folder({"a.txt": text, "b.txt": text})
+    directory = prepare(source, "--tokenizer=char", "--val_fraction=0.25")
+    meta = json.loads((directory / "meta.json").read_text())
+    files = {split: meta["splits"][split].pop("files") for split in ("train", "val")}
+    assert meta == {
+        "format_version": 1,
+        "tokenizer": "char",
+        "vocab_size": 2,
+        "dtype": "uint16",
+        "end_of_text": 1,
+        "source": str(source),
+        "splits": {
+            "train": {"tokens": 151, "bytes": 300, "documents": 2},
+            "val": {"tokens": 51, "bytes": 100, "documents": 2},
+        },
+    }
+    for split, tokens in (("train", 151), ("val", 51)):
+        digest = hashlib.sha256((directory / f"{split}.bin").read_bytes()).hexdigest()
+        assert files[split] == [{"name": f"{split}.bin", "tokens": tokens, "sha256": digest}]
+
+
+def test_a_bpe_is_trained_on_the_text_to_the_size_asked_for(prepare, folder):
+    source = folder({"a.txt": Path(prepare_data.__file__).read_text("utf-8")})
+    directory = prepare(source, "--tokenizer=bpe", "--vocab_size=500")
+    assert open_data_set(directory).tokenizer.vocab_size == 500
+    assert len(open_data_set(directory).train) < len(source.joinpath("a.txt").read_text()) / 1.5
+
+
+# which files
+
+
+def test_folders_and_globs_are_read_without_hidden_files(prepare, folder):
+    source = folder({"a.txt": "a" * 40, "deep/b.txt": "b" * 40, ".c.txt": "c" * 40, ".git/d.txt": "d" * 40})
+    folder({"e.md": "e" * 40, "f.txt": "f" * 40}, "notes")
+    source = source.relative_to(Path.cwd())
+    directory = prepare(source, "notes/*.md", "--tokenizer=byte", "--val_fraction=0.5")
+    assert split_texts(directory, "train") == ["e" * 20, "a" * 20, "b" * 20]  # in the order of their paths
+
+
+def test_the_source_gives_the_name_and_data_dir_the_place(prepare, folder, monkeypatch, tmp_path, capsys):
+    folder({"a.txt": "text " * 100}, "my_books")
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "my_books", "--data_dir=elsewhere"])
+    prepare_data.main()
+    assert len(open_data_set(tmp_path / "elsewhere" / "my_books").train) > 0
+    assert "python train.py --dataset=my_books" in capsys.readouterr().err
+
+
+def test_a_new_preparation_replaces_the_old_one_wholly(prepare, folder):
+    directory = prepare(folder({"a.txt": "a" * 100}), "--tokenizer=byte")
+    open_data_set(directory)  # leaves its stamps in it
+    assert prepare(folder({"a.txt": "b" * 100}), "--tokenizer=char") == directory
+    assert set("".join(split_texts(directory, "train") + split_texts(directory, "val"))) == {"b"}
+    assert os.listdir(directory.parent) == ["set"]
+
+
+# failures
+
+
+def test_bad_files_are_named_and_with_skip_left_out(prepare, folder, capsys):
+    source = folder({"a.txt": "a" * 100, "c.txt": "c" * 100})
+    (source / "b.bin").write_bytes(b"\x89PNG\r\n\0")
+    with pytest.raises(UserError, match=r"b\.bin is not UTF-8 text \(byte 0x89 at 0\)"):
+        prepare(source, "--tokenizer=byte")
+    directory = prepare(source, "--tokenizer=byte", "--bad_files=skip")
+    assert split_texts(directory, "train") == ["a" * 95, "c" * 95]
+    assert f"skipped: {source / 'b.bin'} is not UTF-8 text" in capsys.readouterr().err
+
+
+def failed(arguments, directory: Path) -> str:
+    """The one line, besides the progress bar, with which the process ends in status 2."""
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+    lines = [line for line in ended.stderr.splitlines() if line and not line.startswith("encoding:")]
+    assert (ended.returncode, ended.stdout, len(lines)) == (2, "", 1), ended.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.txt"], "prepare_data.py: nowhere.txt: no such file, folder or source"),
+        (["nothing/*.txt"], "prepare_data.py: nothing/*.txt: no such file"),
+        (["empty.txt"], "prepare_data.py: empty.txt: there is no text in it"),
+        (["good.txt", "binary.txt"], "prepare_data.py: binary.txt is not UTF-8 text (byte 0xff at 2)"),
+        (["good.txt", "--tokenizer=bpe", "--vocab_size=256"], "prepare_data.py: --vocab_size=256: a byte-level BPE"),
+        (["one.txt"], "prepare_data.py: too little text: nothing of it fell to the train split"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_failure_is_one_line_and_leaves_an_existing_data_set_as_it_was(prepare, folder, tmp_path, arguments, message):
+    directory = prepare(folder({"a.txt": "as it was " * 50}), "--tokenizer=byte")
+    folder({"good.txt": "good text " * 50, "empty.txt": "", "one.txt": "1"}, ".")
+    (tmp_path / "binary.txt").write_bytes(b"ab\xff\0")
+    before = contents(tmp_path)
+    assert failed([*arguments, "--name=set"], tmp_path).startswith(message)
+    assert contents(tmp_path) == before
+    assert os.listdir(directory.parent) == ["set"]
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", ".hidden", "with space", "-", "ends\n"])
+def test_a_name_that_is_no_plain_folder_name_is_refused(prepare, folder, tmp_path, name):
+    source = folder({"a.txt": "text " * 100})
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="a name is letters, digits"):
+        prepare(source, name=name)
+    assert contents(tmp_path) == before and not (tmp_path / "data").exists()
+
+
+def test_a_folder_that_is_not_a_data_set_is_left_alone(prepare, folder, tmp_path):
+    source = folder({"a.txt": "text " * 100})
+    folder({"train.bin": "from nanoGPT", "prepare.py": "code"}, "data/set")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="set is there and is not a data set of ours; choose another --name"):
+        prepare(source)
+    assert contents(tmp_path) == before
+
+
+def test_no_source_is_refused_with_the_named_ones(tmp_path):
+    line = "prepare_data.py: name a source: one of python, shakespeare, shakespeare_char, or files, folders and globs"
+    assert failed([], tmp_path).startswith(line)
+
+
+def test_end_of_text_in_a_document_is_text_and_parts_nothing(prepare, folder):
+    text = f"one{END_OF_TEXT}two" * 10  # 190 characters
+    for kind in KINDS:
+        directory = prepare(folder({"a.txt": text}), f"--tokenizer={kind}", "--vocab_size=300", "--val_fraction=0.5")
+        assert split_texts(directory, "train") + split_texts(directory, "val") == [text[:95], text[95:]]

@@ -1,0 +1,357 @@
+"""Settings: where values come from, what is refused, and in what words."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+
+from config.settings import (
+    Fraction,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Range,
+    UserError,
+    load_settings,
+)
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+MODULES = {"__init__.py", "settings.py", "resume.py"}  # of config/; everything else in it is a recipe
+RECIPES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name not in MODULES)
+
+
+@dataclass
+class Cake:
+    layers: PositiveInt = 3
+    """how many"""
+    candles: NonNegativeInt | None = None
+    """by default none are bought"""
+    sugar: Positive = 0.5
+    """kilograms"""
+    glaze_share: Fraction = 0.25
+    """of the surface"""
+    flour: Annotated[float, Range(above=0, max=2)] | None = None
+    """kilograms"""
+    icing: Literal["plain", "lemon"] = "plain"
+    """its taste"""
+    sliced: bool = False
+    """before it is sold"""
+    warm: bool | None = None
+    """None: as the oven decides"""
+    label: str = ""
+    """100% free text"""
+
+    RETIRED: ClassVar = {"lard": "not needed, butter is used"}
+
+
+@dataclass
+class Order:
+    items: list[str] = field(default_factory=list)
+    """what is wanted"""
+    cheap: bool = False
+    """look at the price"""
+
+
+def load(*argv):
+    return load_settings(Cake, list(map(str, argv)))[0]
+
+
+def refusal(*argv) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*argv)
+    return str(caught.value)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str, name: str = "recipe.py") -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+# where values come from
+
+
+def test_without_arguments_the_defaults_hold():
+    assert load() == Cake()
+
+
+def test_files_override_defaults_later_files_earlier_ones_and_flags_all(recipe):
+    first = recipe("layers = 1\nsugar = 0.1\nlabel = 'first'", "first.py")
+    second = recipe("sugar = 0.2\nlabel = 'second'", "second.py")
+    cake, given = load_settings(Cake, [str(first), "--label=flag", str(second)])
+    assert cake == Cake(layers=1, sugar=0.2, label="flag")
+    assert given == {"layers": str(first), "sugar": str(second), "label": "--label"}
+
+
+def test_files_apply_in_the_order_given(recipe):
+    first, second = recipe("layers = 1", "first.py"), recipe("layers = 2", "second.py")
+    assert load(first, second).layers == 2
+    assert load(second, first).layers == 1
+
+
+def test_a_flag_with_its_default_value_still_overrides_a_file(recipe):
+    assert load(recipe("layers = 7"), "--layers=3").layers == 3
+
+
+def test_positional_arguments_can_be_a_field_instead_of_recipes():
+    order, given = load_settings(Order, ["a.txt", "--cheap=True", "b.txt"], positional="items")
+    assert (order.items, order.cheap) == (["a.txt", "b.txt"], True)
+    assert given == {"cheap": "--cheap"}
+
+
+# names
+
+
+@pytest.mark.parametrize("flag", ["--suger=1", "--suger"])
+def test_a_misspelled_flag_is_refused_with_the_flag_and_the_nearest_name(flag):
+    assert refusal(flag) == "--suger: there is no setting suger; did you mean sugar?"
+
+
+def test_an_abbreviated_flag_is_refused():
+    assert "no setting layer;" in refusal("--layer=2")
+
+
+def test_a_misspelled_name_in_a_file_is_refused_with_the_file_and_the_nearest_name(recipe):
+    path = recipe("glazeshare = 0.1")
+    assert refusal(path) == f"{path}: there is no setting glazeshare; did you mean glaze_share?"
+
+
+def test_a_name_near_to_nothing_is_refused_with_a_hint_to_help():
+    assert refusal("--qqq=1") == "--qqq: there is no setting qqq; --help lists them"
+
+
+def test_an_argument_that_is_neither_file_nor_setting_is_refused():
+    assert refusal("-layers=2").startswith("-layers=2: what is this?")
+
+
+def test_a_retired_flag_gives_a_note_only(capsys):
+    assert load("--lard=1", "--layers=2") == Cake(layers=2)
+    assert capsys.readouterr() == ("", "--lard=1: not needed, butter is used\n")
+
+
+def test_a_retired_name_in_a_file_gives_a_note_only(recipe, capsys):
+    path = recipe("lard = 1\nlayers = 2")
+    assert load(path) == Cake(layers=2)
+    assert capsys.readouterr() == ("", f"{path}: lard: not needed, butter is used\n")
+
+
+# values
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        ("--layers=12", "layers", 12),
+        ("--candles=0", "candles", 0),
+        ("--candles=None", "candles", None),
+        ("--sugar=1", "sugar", 1.0),
+        ("--sugar=2e-3", "sugar", 0.002),
+        ("--glaze_share=1", "glaze_share", 1.0),
+        ("--glaze_share=0", "glaze_share", 0.0),
+        ("--flour=2", "flour", 2.0),
+        ("--icing=lemon", "icing", "lemon"),
+        ("--sliced=True", "sliced", True),
+        ("--sliced=1", "sliced", True),
+        ("--warm=false", "warm", False),
+        ("--warm=0", "warm", False),
+        ("--label=12", "label", "12"),
+        ("--label=None", "label", "None"),
+        ("--label=True", "label", "True"),
+        ("--label=a=b=c", "label", "a=b=c"),
+        ("--label=--layers=9", "label", "--layers=9"),
+        ("--label=", "label", ""),
+    ],
+)
+def test_a_flag_is_read_as_its_type(flag, name, value):
+    changed = Cake(candles=4, sliced=False, warm=True, label="x")  # differs from what most flags give
+    cake = load("--candles=4", "--warm=True", "--label=x", flag)
+    assert getattr(cake, name) == value and type(getattr(cake, name)) is type(value)
+    assert all(getattr(cake, other) == getattr(changed, other) for other in vars(cake) if other != name)
+
+
+def test_a_flag_and_its_value_may_be_two_arguments():
+    assert load("--layers", "5").layers == 5
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--layers=0", "--layers: layers must be int (at least 1), not 0"),
+        ("--layers=-2", "--layers: layers must be int (at least 1), not -2"),
+        ("--layers=2.5", "--layers: layers must be int (at least 1), not '2.5'"),
+        ("--layers=True", "--layers: layers must be int (at least 1), not 'True'"),
+        ("--layers=None", "--layers: layers must be int (at least 1), not 'None'"),
+        ("--candles=-1", "--candles: candles must be int (at least 0), not -1"),
+        ("--sugar=0", "--sugar: sugar must be float (more than 0), not 0.0"),
+        ("--sugar=-1e-9", "--sugar: sugar must be float (more than 0), not -1e-09"),
+        ("--sugar=inf", "--sugar: sugar must be float (more than 0), not inf"),
+        ("--sugar=nan", "--sugar: sugar must be float (more than 0), not nan"),
+        ("--sugar=much", "--sugar: sugar must be float (more than 0), not 'much'"),
+        ("--glaze_share=1.01", "--glaze_share: glaze_share must be float (at least 0 and at most 1), not 1.01"),
+        ("--glaze_share=nan", "--glaze_share: glaze_share must be float (at least 0 and at most 1), not nan"),
+        ("--flour=2.1", "--flour: flour must be float (at most 2 and more than 0), not 2.1"),
+        ("--icing=rum", "--icing: icing must be plain|lemon, not 'rum'"),
+        ("--sliced=yes", "--sliced: sliced must be bool, not 'yes'"),
+        ("--sliced=None", "--sliced: sliced must be bool, not 'None'"),
+    ],
+)
+def test_an_impossible_flag_is_refused_with_setting_bounds_and_value(flag, message):
+    assert refusal(flag) == message
+
+
+def test_a_flag_without_a_value_is_refused():
+    assert "--sliced" in refusal("--sliced")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "name", "value"),
+    [
+        ("layers = 1e1", "layers", 10),
+        ("sugar = 1", "sugar", 1.0),
+        ("candles = None", "candles", None),
+        ("warm = False", "warm", False),
+        ("icing = 'lemon'", "icing", "lemon"),
+    ],
+)
+def test_a_file_gives_python_values(recipe, assignment, name, value):
+    cake = load(recipe(assignment))
+    assert getattr(cake, name) == value and type(getattr(cake, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "found"),
+    [
+        ("layers = '3'", "'3'"),
+        ("layers = 2.5", "2.5"),
+        ("layers = True", "True"),
+        ("layers = None", "None"),
+        ("layers = 0", "0"),
+        ("layers = [3]", "[3]"),
+        ("sugar = float('nan')", "nan"),
+        ("sugar = float('inf')", "inf"),
+        ("sugar = '0.5'", "'0.5'"),
+        ("sugar = True", "True"),
+        ("sliced = 1", "1"),
+        ("sliced = 'False'", "'False'"),
+        ("icing = 'rum'", "'rum'"),
+        ("label = 5", "5"),
+    ],
+)
+def test_an_impossible_value_in_a_file_is_refused_with_file_setting_and_value(recipe, assignment, found):
+    path, name = recipe(assignment), assignment.split()[0]
+    message = refusal(path)
+    assert message.startswith(f"{path}: {name} must be ") and message.endswith(f", not {found}")
+
+
+# recipes
+
+
+def test_a_recipe_that_does_not_exist_is_refused():
+    assert refusal("config/nowhere.py") == "config/nowhere.py: no such recipe file"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [("layers = 1 / 0", "ZeroDivisionError"), ("layers = ", "SyntaxError"), ("a = b", "NameError")]
+)
+def test_a_recipe_that_does_not_run_is_refused_with_its_error(recipe, text, error):
+    path = recipe(text)
+    assert refusal(path).startswith(f"{path}: the recipe does not run: {error}: ")
+
+
+def test_a_recipe_in_nanogpts_style_loads(recipe):
+    path = recipe(
+        "import time\n"
+        "from math import sqrt\n"
+        "out_dir = 'out-shakespeare'\n"
+        "gradient_accumulation_steps = 5 * 8\n"
+        "_half = 6\n"
+        "def double(x): return 2 * x\n"
+        "n_layer = double(_half)\n"
+        "wandb_run_name = 'ft-' + str(time.time())\n"
+        "learning_rate = sqrt(1e-6)\n"
+        "always_save_checkpoint = False\n"
+    )
+    config, given = load_settings(TrainConfig, [str(path)])
+    assert (config.out_dir, config.gradient_accumulation_steps, config.n_layer) == ("out-shakespeare", 40, 12)
+    assert config.wandb_run_name.startswith("ft-") and float(config.wandb_run_name[3:]) > 0
+    assert config.learning_rate == pytest.approx(1e-3)
+    assert "_half" not in given and "double" not in given and "time" not in given
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_of_the_project_loads_without_a_note(path, capsys):
+    _, given = load_settings(TrainConfig, [str(path)])
+    assert given
+    assert capsys.readouterr().err == ""
+
+
+def test_train_settings_have_a_short_description_each(capsys):
+    with pytest.raises(SystemExit) as ended:
+        load_settings(TrainConfig, ["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text for name in vars(TrainConfig()))
+    assert "the peak [0.0006]" in text
+
+
+def test_help_shows_a_percent_sign_as_it_is(capsys):
+    with pytest.raises(SystemExit):
+        load("--help")
+    assert "100% free text" in capsys.readouterr().out
+
+
+# the process
+
+SCRIPT = """
+import sys
+from config.settings import RunFailed, UserError, note, run_script
+def main():
+    note("a note")
+    if sys.argv[1] == "mistake":
+        raise UserError("bread.txt: there is no flour in it")
+    if sys.argv[1] == "failure":
+        raise RunFailed("the oven went out")
+    return 7 if sys.argv[1] == "seven" else None
+run_script(main)
+"""
+
+
+def run(argument, **environment):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, "-c", SCRIPT, argument], env=env, capture_output=True, text=True)
+
+
+def test_a_mistake_ends_the_process_with_status_2_and_one_line():
+    ended = run("mistake")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "a note\n-c: bread.txt: there is no flour in it\n"
+
+
+def test_without_a_mistake_the_process_ends_with_status_0():
+    assert run("fine").returncode == 0
+    assert run("seven").returncode == 7
+
+
+def test_a_failure_that_is_nobodys_mistake_is_status_1_and_one_line():
+    ended = run("failure")
+    assert (ended.returncode, ended.stderr) == (1, "a note\n-c: the oven went out\n")
+
+
+def test_other_ranks_say_which_they_are_and_give_no_notes():
+    ended = run("mistake", RANK="3")
+    assert (ended.returncode, ended.stderr) == (2, "-c [rank 3]: bread.txt: there is no flour in it\n")
+
+
+def test_a_misspelled_flag_of_a_script_is_status_2_and_one_line():
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "--vocab=3"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    line = "prepare_data.py: --vocab: there is no setting vocab; did you mean vocab_size?\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)

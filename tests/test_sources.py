@@ -1,0 +1,241 @@
+"""Sources: which files are read, what is refused, and downloads that are right or not there."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sysconfig
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from config.settings import UserError
+from data.sources import NAMED, download, find_source, read_text
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/2.txt", "b/1.md", "b/deep/3.txt", "b/.hidden.txt", "b/.git/config", "a.txt", ".outside.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    return tmp_path
+
+
+def documents(*wanted, **options) -> list[str]:
+    return [text.removeprefix("text of ") for text in find_source(list(wanted), **options).documents()]
+
+
+# files, folders and globs
+
+
+def test_a_file_is_one_document(here):
+    assert documents("a.txt") == ["a.txt"]
+
+
+def test_a_folder_is_all_its_files_in_order_without_hidden_ones(here):
+    assert documents("b") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
+
+
+def test_a_hidden_file_or_folder_is_read_when_it_is_named_itself(here):
+    assert documents(".outside.txt") == [".outside.txt"]
+    assert documents("b/.git") == ["b/.git/config"]
+
+
+def test_a_glob_is_the_files_that_match(here):
+    assert documents("b/*.txt") == ["b/2.txt"]
+    assert documents("b/*") == ["b/1.md", "b/2.txt"]
+    assert documents("**/*.txt") == ["a.txt", "b/2.txt", "b/deep/3.txt"]
+
+
+def test_a_file_named_twice_is_read_once_and_the_order_of_words_does_not_matter(here):
+    assert documents("b/2.txt", "a.txt", "b", "a.txt") == documents("a.txt", "b")
+    assert documents("a.txt", "b") == ["a.txt", "b/1.md", "b/2.txt", "b/deep/3.txt"]
+
+
+def test_documents_can_be_read_again(here):
+    source = find_source(["b"])
+    assert list(source.documents()) == list(source.documents()) != []
+
+
+def test_empty_files_are_no_documents(here):
+    (here / "b/0.txt").write_text("")
+    assert documents("b") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
+
+
+def test_the_source_is_named_after_what_was_given(here):
+    assert (find_source(["b"]).name, find_source(["a.txt"]).name, find_source(["."]).name) == ("b", "a", "text")
+
+
+def test_a_missing_file_is_refused_with_its_name(here):
+    with pytest.raises(UserError, match=r"^c\.txt: no such file, folder or source$"):
+        find_source(["a.txt", "c.txt"])
+
+
+def test_a_misspelled_named_source_is_refused_with_the_nearest_one(here):
+    with pytest.raises(UserError, match=r"did you mean shakespeare_char\?"):
+        find_source(["shakespear_char"])
+
+
+def test_an_empty_folder_is_refused(here):
+    (here / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^empty: no files there$"):
+        find_source(["empty"])
+
+
+def test_no_source_at_all_is_refused_with_the_named_ones():
+    with pytest.raises(UserError, match="python, shakespeare, shakespeare_char"):
+        find_source([])
+
+
+# text
+
+
+def test_text_is_read_as_it_is_but_for_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\n\xef\xbb\xbf")
+    assert read_text(tmp_path / "a.txt") == "one\r\ntwo é\n\ufeff"
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (b"abc\xff", "byte 0xff at 3"),
+        (b"caf\xe9 in latin-1", "byte 0xe9 at 3"),
+        (b"\x7fELF\0\0", "byte 0x00 at 4"),
+        ("in UTF-16".encode("utf-16"), "byte 0xff at 0"),
+        (b"cut off \xc3", "byte 0xc3 at 8"),
+        (b"surrogate \xed\xa0\x80", "byte 0xed at 10"),
+    ],
+)
+def test_a_file_that_is_not_utf8_text_is_refused_with_name_and_place_or_skipped_with_a_note(
+    tmp_path, capsys, data, where
+):
+    path = tmp_path / "bad.bin"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"^{re.escape(f'{path} is not UTF-8 text ({where})')}.*--bad_files=skip"):
+        read_text(path)
+    assert read_text(path, skip=True) is None
+    assert capsys.readouterr().err == f"skipped: {path} is not UTF-8 text ({where})\n"
+
+
+def test_skipping_goes_on_with_the_other_files(here, capsys):
+    (here / "b/1.bin").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"1\.bin"):
+        documents("b")
+    assert documents("b", skip_bad_files=True) == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="root may read all")
+def test_an_unreadable_file_is_refused(here):
+    (here / "a.txt").chmod(0)
+    with pytest.raises(UserError, match=r"^a\.txt: Permission denied$"):
+        documents("a.txt")
+
+
+# the named source that needs no download
+
+
+def test_python_is_the_standard_library_without_its_tests_and_without_what_was_installed():
+    texts = set(find_source(["python"]).documents())
+    assert len(texts) > 200
+    assert {Path(module.__file__).read_text("utf-8") for module in (argparse, json.decoder)} <= texts
+    library = Path(sysconfig.get_paths()["stdlib"])
+    others = [Path(pytest.__file__), *library.glob("test/test_[a-d]*.py"), *library.glob("unittest/test/test_*.py")]
+    assert texts.isdisjoint(text for path in others if (text := read_text(path, skip=True)))
+
+
+def test_a_file_of_that_name_comes_before_a_named_source(here):
+    (here / "python").write_text("text of mine")
+    assert documents("python") == ["mine"]
+    assert find_source(["python"]).tokenizer == "gpt2" != NAMED["python"].tokenizer
+
+
+# downloads, from a server on this machine
+
+BODY = b"To be, or not to be\n" * 10_000
+DIGEST = hashlib.sha256(BODY).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        if self.path == "/missing":
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(BODY)))
+        self.end_headers()
+        body = {"/good": BODY, "/other": BODY[::-1]}.get(self.path, BODY[:1000])
+        self.wfile.write(body)
+        if self.path == "/stall":
+            self.server.released.wait(20)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.released = [], threading.Event()
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        yield server
+        server.released.set()
+        server.shutdown()
+
+
+def test_a_good_download_is_kept_and_not_fetched_again(server, tmp_path):
+    path = tmp_path / "cache" / "text.txt"
+    for _ in range(2):
+        assert download(f"{server.url}/good", path, len(BODY), DIGEST) == path
+        assert path.read_bytes() == BODY
+    assert server.asked == ["/good"]
+    assert os.listdir(path.parent) == ["text.txt"]
+
+
+def test_a_file_put_there_by_hand_is_taken_and_a_damaged_one_replaced(server, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(BODY)
+    download(f"{server.url}/missing", path, len(BODY), DIGEST)
+    assert server.asked == []
+    path.write_bytes(BODY[:-1])
+    download(f"{server.url}/good", path, len(BODY), DIGEST)
+    assert path.read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("missing", "the server answered 404 Not Found"),
+        ("short", "gave 1,000 bytes that are not the expected file"),
+        ("other", "gave 200,000 bytes that are not the expected file"),
+        ("stall", "cannot be downloaded (timed out)"),
+    ],
+)
+def test_a_failed_download_is_refused_with_address_reason_and_remedy_and_leaves_nothing(
+    server, tmp_path, page, message
+):
+    path = tmp_path / "cache" / "text.txt"
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        download(f"{server.url}/{page}", path, len(BODY), DIGEST, timeout=0.3 if page == "stall" else 10)
+    assert str(caught.value).startswith(f"{server.url}/{page}")
+    assert f"fetch it by other means and put it at {path}" in str(caught.value)
+    assert not path.exists() and list(tmp_path.rglob("*.new")) == []
+
+
+def test_a_failed_download_leaves_the_file_that_was_there(server, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"edited by hand")
+    with pytest.raises(UserError):
+        download(f"{server.url}/short", path, len(BODY), DIGEST)
+    assert path.read_bytes() == b"edited by hand"
+
+
+def test_nobody_listening_is_a_refusal_with_the_reason(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
+        url = f"http://127.0.0.1:{closed.server_port}/good"
+    with pytest.raises(UserError, match=r"cannot be downloaded .*refused"):
+        download(url, tmp_path / "text.txt", len(BODY), DIGEST, timeout=10)

@@ -1,0 +1,293 @@
+"""Token files: what was written is what is read, and damage is found before it is trained on."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+from config.settings import UserError
+from data.token_files import SplitWriter, Tokens, id_dtype, open_data_set, write_meta
+from data.tokenizer import make_tokenizer
+from files import whole_directory
+
+TRAIN, VAL = ["one document", "another: é"], ["the last"]
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """A data set of bytes: ids below 256, and 256 between two documents."""
+    tokenizer = make_tokenizer("byte", [], 1)
+    with whole_directory(tmp_path / "tiny") as new:
+        writers = {split: SplitWriter(new, split, tokenizer) for split in ("train", "val")}
+        for split, texts in (("train", TRAIN), ("val", VAL)):
+            for text in texts:
+                writers[split].add(text, tokenizer.encode(text))
+        tokenizer.save(new)
+        write_meta(new, tokenizer, "byte", "a test", {split: writer.close() for split, writer in writers.items()})
+    return tmp_path / "tiny"
+
+
+def edit_meta(data_set, change):
+    (data_set / "SHA256SUMS").unlink(missing_ok=True)  # what follows has to be seen without it
+    path = data_set / "meta.json"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+def refusal(directory, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        open_data_set(directory, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def ids(tokens: Tokens) -> list[int]:
+    return np.concatenate(list(tokens.all())).tolist()
+
+
+# what is written is what is read
+
+
+def test_a_data_set_opens_with_the_ids_and_the_tokenizer_that_were_written(data_set):
+    data = open_data_set(data_set)
+    assert ids(data.train) == [*TRAIN[0].encode(), 256, *TRAIN[1].encode()]
+    assert ids(data.val) == list(VAL[0].encode())
+    assert (len(data.train), len(data.val)) == (24, 8)
+    assert (data.train.n_bytes, data.val.n_bytes) == (23, 8)
+    assert data.tokenizer.same_as(make_tokenizer("byte", [], 1))
+
+
+def test_meta_json_says_what_the_files_are(data_set):
+    assert json.loads((data_set / "meta.json").read_text()) == {
+        "format_version": 1,
+        "tokenizer": "byte",
+        "vocab_size": 257,
+        "dtype": "uint16",
+        "end_of_text": 256,
+        "source": "a test",
+        "splits": {
+            split: {
+                "tokens": tokens,
+                "bytes": n_bytes,
+                "documents": documents,
+                "files": [
+                    {
+                        "name": f"{split}.bin",
+                        "tokens": tokens,
+                        "sha256": hashlib.sha256((data_set / f"{split}.bin").read_bytes()).hexdigest(),
+                    }
+                ],
+            }
+            for split, tokens, n_bytes, documents in (("train", 24, 23, 2), ("val", 8, 8, 1))
+        },
+    }
+
+
+def test_ids_are_little_endian_and_as_short_as_the_vocabulary_allows(data_set):
+    assert (data_set / "val.bin").read_bytes() == b"".join(bytes([byte, 0]) for byte in VAL[0].encode())
+    assert [id_dtype(n).str for n in (257, 50257, 65536, 65537)] == ["<u2", "<u2", "<u2", "<u4"]
+
+
+def test_what_an_interrupted_preparation_left_is_opened(data_set):
+    data_set.rename(data_set.with_name("tiny.old"))
+    assert len(open_data_set(data_set).train) == 24
+
+
+def test_the_digest_names_the_content_of_both_splits(data_set, tmp_path):
+    digest = open_data_set(data_set).digest
+    assert open_data_set(data_set).digest == digest
+    moved = data_set.rename(tmp_path / "moved")
+    assert open_data_set(moved).digest == digest
+    for split in ("train", "val"):
+        edit_meta(moved, lambda meta, split=split: meta["splits"][split]["files"][0].update(sha256=split))
+        changed = open_data_set(moved, check=False).digest
+        assert changed != digest
+        digest = changed
+
+
+def test_a_split_may_be_several_files(data_set):
+    whole = (data_set / "train.bin").read_bytes()
+    names = ["train_000.bin", "train_001.bin"]
+    for name, part in zip(names, (whole[:20], whole[20:])):
+        (data_set / name).write_bytes(part)
+    files = [
+        {"name": name, "tokens": n, "sha256": hashlib.sha256((data_set / name).read_bytes()).hexdigest()}
+        for name, n in zip(names, (10, 14))
+    ]
+    (data_set / "train.bin").unlink()
+    edit_meta(data_set, lambda meta: meta["splits"]["train"].update(files=files))
+    train = open_data_set(data_set).train
+    assert ids(train) == [*TRAIN[0].encode(), 256, *TRAIN[1].encode()]
+    (data_set / names[1]).unlink()
+    assert "train_001.bin is missing" in refusal(data_set)
+
+
+# damage
+
+
+def test_a_data_set_that_is_not_there_is_refused_with_the_command(tmp_path):
+    assert refusal(tmp_path / "books").endswith("no such data set; prepare it: python prepare_data.py books")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("check", [True, False])
+def test_a_missing_file_is_refused(data_set, name, check):
+    (data_set / name).unlink()
+    assert refusal(data_set, check=check) == f"{data_set / name} is missing; prepare the data again"
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_truncated_file_is_refused(data_set, name, check, cut):
+    path = data_set / name
+    os.truncate(path, path.stat().st_size - cut)
+    written = {"train.bin": 24, "val.bin": 8}[name]
+    assert refusal(data_set, check=check).startswith(f"{path} holds {written - 1} ids, not the {written} that")
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_a_changed_file_of_the_same_size_is_refused(data_set, name):
+    data = bytearray((data_set / name).read_bytes())
+    data[4] ^= 1
+    (data_set / name).write_bytes(data)
+    assert refusal(data_set).startswith(f"{data_set / name} was changed since meta.json was written")
+
+
+def test_a_change_after_a_good_opening_is_still_found(data_set):
+    open_data_set(data_set)
+    path = data_set / "train.bin"
+    data = bytearray(path.read_bytes())
+    data[4] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(0, 0))  # a time that differs, however coarse the clock of the file system is
+    assert "was changed" in refusal(data_set)
+
+
+def test_a_change_is_not_forgotten_after_it_was_refused(data_set):
+    (data_set / "val.bin").write_bytes(bytes(16))
+    for _ in range(2):
+        assert "was changed" in refusal(data_set)
+
+
+def test_an_id_outside_the_vocabulary_is_refused(data_set):
+    ids = np.fromfile(data_set / "val.bin", "<u2")
+    ids[3] = 257
+    ids.tofile(data_set / "val.bin")
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()
+    edit_meta(data_set, lambda meta: meta["splits"]["val"]["files"][0].update(sha256=digest))
+    assert refusal(data_set) == f"{data_set / 'val.bin'} has the id 257, but the vocabulary ends at 256"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: "null",
+        lambda text: text.replace('"vocab_size"', '"size"'),
+        lambda text: text.replace('"format_version"', '"version"'),
+        lambda text: text.replace('"uint16"', '"letters"'),
+        lambda text: text.replace('"val"', '"test"'),
+        lambda text: text.replace('"sha256"', '"md5"'),
+    ],
+)
+def test_a_damaged_meta_json_is_refused_with_its_name(data_set, damage):
+    path = data_set / "meta.json"
+    damaged = damage(path.read_text())
+    assert damaged != path.read_text()
+    path.write_text(damaged)
+    assert refusal(data_set).startswith(f"{path} is not as it was written: it is damaged")
+    (data_set / "SHA256SUMS").unlink()
+    assert refusal(data_set).startswith(f"{path} is damaged (")
+
+
+def test_bytes_that_are_no_text_in_meta_json_are_refused(data_set):
+    (data_set / "meta.json").write_bytes(b"\xff\xfe\0")
+    (data_set / "SHA256SUMS").unlink()
+    assert "meta.json is damaged" in refusal(data_set)
+
+
+def test_another_format_version_is_refused_with_both_versions(data_set):
+    edit_meta(data_set, lambda meta: meta.update(format_version=2))
+    assert refusal(data_set) == f"{data_set / 'meta.json'}: format version 2, this is for 1"
+
+
+def test_a_tokenizer_that_does_not_fit_or_is_missing_is_refused(data_set):
+    make_tokenizer("char", ["abc"], 1).save(data_set)
+    assert refusal(data_set).startswith(f"{data_set / 'tokenizer.json'} is not as it was written")
+    (data_set / "SHA256SUMS").unlink()
+    assert refusal(data_set) == f"{data_set}: tokenizer.json has 4 ids, meta.json says 257"
+    (data_set / "tokenizer.json").unlink()
+    assert refusal(data_set) == f"{data_set} has no tokenizer.json"
+
+
+# nanoGPT's folders
+
+
+@pytest.fixture
+def nanogpt(tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    np.array([15496, 11, 995, 0, 50256], "<u2").tofile(folder / "train.bin")
+    np.array([464, 886], "<u2").tofile(folder / "val.bin")
+    return folder
+
+
+def test_a_folder_of_nanogpt_is_read_as_gpt2_tokens(nanogpt):
+    data = open_data_set(nanogpt)
+    assert data.tokenizer.vocab_size == 50257
+    assert data.tokenizer.decode(ids(data.train)) == "Hello, world!<|endoftext|>"
+    assert data.tokenizer.decode(ids(data.val)) == "The end"
+    assert data.train.n_bytes is None
+
+
+def test_a_pickle_is_refused_unread_with_the_command_that_replaces_it(nanogpt, tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    (nanogpt / "meta.pkl").write_bytes(pickle.dumps(Harm()))
+    assert refusal(nanogpt).endswith("python prepare_data.py FILES --tokenizer=char --name=old")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_a_folder_of_nanogpt_without_a_split_is_refused(nanogpt, name):
+    (nanogpt / name).unlink()
+    assert refusal(nanogpt).startswith(f"{nanogpt} is not a prepared data set")
+
+
+def test_an_id_outside_gpt2s_vocabulary_is_refused(nanogpt):
+    np.array([1, 50257], "<u2").tofile(nanogpt / "val.bin")
+    assert refusal(nanogpt).endswith("has the id 50257, but the vocabulary ends at 50256")
+
+
+def test_half_an_id_is_refused(nanogpt):
+    os.truncate(nanogpt / "train.bin", 9)
+    assert re.match(f"{re.escape(str(nanogpt / 'train.bin'))} holds 4 ids", refusal(nanogpt))
+
+
+# reading
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 7], [1, 0, 4, 5], [0, 10, 0], [1] * 10])
+def test_reading_goes_round_the_files_like_a_ring(sizes):
+    parts = np.split(np.arange(10, dtype=np.uint16), np.cumsum(sizes)[:-1])
+    tokens = Tokens(parts)
+    assert len(tokens) == 10
+    for start in range(25):
+        for length in (0, 1, 4, 10, 23):
+            out = np.full(length, -1, np.int64)
+            tokens.read(start, out)
+            assert out.tolist() == [(start + i) % 10 for i in range(length)]
+
+
+def test_no_tokens_have_no_length():
+    assert len(Tokens([])) == len(Tokens([np.zeros(0, np.uint16)])) == 0

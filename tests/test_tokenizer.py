@@ -1,0 +1,228 @@
+"""Tokenizers: every kind gives back the text it was given, and GPT-2's ids are GPT-2's."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.settings import UserError
+from data.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer
+
+TEXTS = {
+    "english": "It's the King's; they'll say 'twas 1599, won't they?  Two  spaces.\n\n\tA tab.\r\n",
+    "scripts": "Größe, naïve, Ελλάδα, Київ, עברית, العربية, हिन्दी, ไทย, 中文字, ひらがな, 한국어, አማርኛ, ᏣᎳᎩ",
+    "combining": "e\u0301 a\u030a\u0323 \u1100\u1161\u11a8 \u0e01\u0e33 \u202eright to left\u202c",
+    "emoji": "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇺🇳 💃🕺",
+    "code": "def f(x):\n    return {'a': [x**2 for _ in range(10)]}  # ok\n\n\nif __name__ == '__main__':\n\tf(1)\n",
+    "end_of_text": "before<|endoftext|>after <|endoftext|><|endoftext|>",
+    "spaces": " " * 300 + "\n" * 300 + "\u00a0\u2003\u3000\u2028\x0b\x0c\x85 \x1c",
+    "repetition": "a" * 2000 + "ab" * 1000 + "!?" * 500 + "9" * 500 + "é" * 300 + "字" * 300,
+    "controls": "".join(map(chr, range(32))) + "\x7f\ufeff",
+    "limits": "\ud7ff\ue000\uffff\U00010000\U0010ffff",
+    "one": "x",
+    "empty": "",
+}
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)  # Cs: surrogates, no text has them
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Tokenizer]:
+    return {kind: make_tokenizer(kind, list(TEXTS.values()), vocab_size=400) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, made) -> Tokenizer:
+    return made[request.param]
+
+
+each_text = pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+
+
+@each_text
+def test_decoding_gives_the_text_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_documents_have_the_ids_that_each_text_has_alone(tokenizer):
+    assert tokenizer.encode_documents(list(TEXTS.values())) == [tokenizer.encode(text) for text in TEXTS.values()]
+
+
+@each_text
+def test_a_streams_pieces_are_whole_characters_and_join_to_the_text(tokenizer, text):
+    pieces = list(tokenizer.decode_stream(iter(tokenizer.encode(text))))
+    assert "".join(pieces) == text == tokenizer.decode(tokenizer.encode(text))
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_stream_gives_each_character_as_soon_as_it_is_whole(made):
+    ids = iter(made["byte"].encode("aé字b"))
+    stream, left = made["byte"].decode_stream(ids), []
+    for _ in range(4):
+        left.append((next(stream), ids.__length_hint__()))
+    assert left == [("a", 6), ("é", 4), ("字", 1), ("b", 0)]
+
+
+def test_a_stream_of_ids_that_are_no_text_does_not_fail(made):
+    ids = made["byte"].encode("é")[1:] * 3 + made["byte"].encode("and on")
+    assert "".join(made["byte"].decode_stream(ids)) == "\ufffd\ufffd\ufffdand on"
+
+
+# end of text
+
+
+def test_end_of_text_is_the_last_id(tokenizer):
+    assert tokenizer.end_of_text == tokenizer.vocab_size - 1
+    assert tokenizer.decode([tokenizer.end_of_text]) == "<|endoftext|>"
+
+
+def test_end_of_text_written_in_a_text_is_ordinary_text(tokenizer):
+    text = TEXTS["end_of_text"]
+    assert tokenizer.end_of_text not in tokenizer.encode(text)
+    assert tokenizer.end_of_text not in tokenizer.encode_documents([text])[0]
+
+
+def test_special_makes_end_of_text_its_id_for_that_call_only(tokenizer):
+    text = "a<|endoftext|>b"
+    assert tokenizer.encode(text, special=True) == [
+        *tokenizer.encode("a"), tokenizer.end_of_text, *tokenizer.encode("b"),
+    ]  # fmt: skip
+    assert tokenizer.end_of_text not in tokenizer.encode(text) + tokenizer.encode_documents([text])[0]
+
+
+# vocabularies
+
+
+def test_gpt2_has_50257_ids(made):
+    assert made["gpt2"].vocab_size == 50257
+
+
+def test_byte_ids_are_the_bytes_of_the_text(made):
+    assert made["byte"].vocab_size == 257
+    for text in TEXTS.values():
+        assert made["byte"].encode(text) == list(text.encode())
+
+
+def test_char_ids_are_the_sorted_characters():
+    tokenizer = make_tokenizer("char", ["hello", "world\n"], vocab_size=1)
+    assert tokenizer.encode("\ndehlorw") == list(range(8))
+    assert tokenizer.vocab_size == 9  # and end of text
+
+
+def test_char_refuses_a_character_it_does_not_know_by_name():
+    tokenizer = make_tokenizer("char", ["abc"], vocab_size=1)
+    with pytest.raises(UserError, match="does not know 'xz'"):
+        tokenizer.encode("azbxz")
+
+
+def test_bpe_has_the_size_asked_for_where_the_text_gives_it(made):
+    assert made["bpe"].vocab_size == 400
+
+
+def test_bpe_of_little_text_is_smaller_and_still_knows_every_byte():
+    tokenizer = make_tokenizer("bpe", ["abab"], vocab_size=5000)
+    assert 257 < tokenizer.vocab_size < 270
+    assert tokenizer.decode(tokenizer.encode(TEXTS["scripts"])) == TEXTS["scripts"]
+
+
+def test_bpe_learns_what_is_frequent():
+    tokenizer = make_tokenizer("bpe", ["the cat and the dog and the hen"] * 20, vocab_size=280)
+    assert len(tokenizer.encode(" the")) == 1 < len(tokenizer.encode(" xqz"))
+
+
+def test_bpe_of_the_same_text_is_the_same():
+    first, second = (make_tokenizer("bpe", list(TEXTS.values()), vocab_size=350) for _ in range(2))
+    assert first.same_as(second) and first.encode(TEXTS["code"]) == second.encode(TEXTS["code"])
+
+
+def test_bpe_can_be_as_small_as_bytes_and_end_of_text_and_no_smaller():
+    smallest = make_tokenizer("bpe", ["abab"], vocab_size=257)
+    assert smallest.vocab_size == 257 and len(smallest.encode("abab")) == 4
+    with pytest.raises(UserError, match="at least 257"):
+        make_tokenizer("bpe", ["abab"], vocab_size=256)
+
+
+# gpt2's ids
+
+
+def one_at_a_time(text: str) -> list[int]:
+    return gpt2().encode(text)
+
+
+def in_bulk(text: str) -> list[int]:
+    return gpt2().encode_documents([text])[0]  # tiktoken
+
+
+@pytest.mark.parametrize("encode", [one_at_a_time, in_bulk])
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello, world!", [15496, 11, 995, 0]),
+        (" the the", [262, 262]),
+        ("\n\n", [628]),
+        ("a\n\nb", [64, 198, 198, 65]),  # the last blank goes with what follows
+        ("  two", [220, 734]),
+        ("I'll", [40, 1183]),
+        ("<|endoftext|>", [27, 91, 437, 1659, 5239, 91, 29]),
+    ],
+)
+def test_gpt2_ids_are_the_published_ones(encode, text, ids):
+    assert encode(text) == ids
+
+
+def test_gpt2_end_of_text_is_50256():
+    assert gpt2().end_of_text == 50256
+    assert gpt2().encode("<|endoftext|>", special=True) == [50256]
+
+
+@settings(deadline=None, max_examples=60)
+@given(ANY_TEXT)
+def test_gpt2_ids_of_any_text_are_tiktokens(text):
+    assert one_at_a_time(text) == in_bulk(text)
+    assert gpt2().decode(in_bulk(text)) == text
+
+
+@settings(deadline=None, max_examples=40)
+@given(text=ANY_TEXT)
+def test_bytes_of_any_text_give_it_back(made, text):
+    ids = made["byte"].encode(text)
+    assert ids == list(text.encode()) and made["byte"].decode(ids) == text
+
+
+# on disk
+
+
+def test_a_saved_tokenizer_loads_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.vocab_size, loaded.end_of_text) == (tokenizer.vocab_size, tokenizer.end_of_text)
+    assert loaded.same_as(tokenizer)
+    for text in TEXTS.values():
+        assert loaded.encode(text) == tokenizer.encode(text)
+        assert loaded.decode(tokenizer.encode(text)) == text
+    assert loaded.encode_documents([TEXTS["end_of_text"]]) == [tokenizer.encode(TEXTS["end_of_text"])]
+
+
+def test_the_configuration_beside_it_names_end_of_text(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["eos_token"] == config["bos_token"] == "<|endoftext|>"
+
+
+def test_tokenizers_of_other_text_are_not_the_same(made):
+    others = [make_tokenizer("char", ["abc"], 1), make_tokenizer("char", ["abd"], 1), *made.values()]
+    assert [[a.same_as(b) for b in others] for a in others] == [[a is b for b in others] for a in others]
+
+
+def test_a_missing_tokenizer_file_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "not json", '{"model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_file_is_a_user_error_with_its_name(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: "):
+        Tokenizer.load(tmp_path)

@@ -1,0 +1,410 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, child_environment
+from safetensors.torch import load_file
+from test_distributed import TORCHRUN
+
+from checkpoint import load_model, load_training
+from config.settings import UserError
+from data.token_files import open_data_set
+from distributed import Distributed
+from metrics import read_metrics
+from optimizer import scheduled_learning_rate
+
+TIMES = {"seconds", "tokens_per_second", "mfu"}
+PLAN = {"lr_decay_iters": 6, "warmup_iters": 2, "min_lr": 1e-3}  # given, so that a shorter run has the same one
+
+
+def records(out_dir: Path) -> list[dict]:
+    """What was measured, apart from times."""
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out_dir / "metrics.jsonl")]
+
+
+def weights(out_dir: Path, name: str = "last/model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(out_dir / name)
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def same_run(left: Path, right: Path) -> bool:
+    """Whether two runs ended in the same weights and optimizer state, bit for bit, and measured the same."""
+    files = ("last/model.safetensors", "last/optimizer.safetensors", "best/model.safetensors")
+    same_files = all((left / file).read_bytes() == (right / file).read_bytes() for file in files)
+    return same_files and records(left) == records(right)
+
+
+def test_a_run_leaves_its_files(tiny_run):
+    assert sorted(path.name for path in tiny_run.iterdir()) == ["best", "last", "loss.png", "metrics.jsonl"]
+    model_files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    model_files |= {"tokenizer_config.json", "SHA256SUMS"}
+    assert {path.name for path in (tiny_run / "best").iterdir()} == model_files
+    assert {path.name for path in (tiny_run / "last").iterdir()} == model_files | {
+        "optimizer.safetensors",
+        "training.json",
+    }
+
+
+def test_metrics_have_the_keys_of_the_contract(tiny_run):
+    lines = read_metrics(tiny_run / "metrics.jsonl")
+    logged = {"step", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second"}
+    evaluated = {"step", "tokens", "val_loss", "val_bpb"}
+    assert {frozenset(line) for line in lines} == {frozenset(logged), frozenset(evaluated)}
+    assert [line["step"] for line in lines if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
+    assert all(line["tokens"] == line["step"] * 4 * 16 for line in lines)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_a_run_learns(tiny_run, data_dir):
+    losses = [line["val_loss"] for line in records(tiny_run) if "val_loss" in line]
+    vocab_size = open_data_set(data_dir / "tiny").tokenizer.vocab_size
+    assert losses[0] == pytest.approx(math.log(vocab_size), abs=0.2)
+    assert losses[2] < losses[1] < losses[0] - 0.1
+
+
+def test_bits_per_byte_are_the_loss_in_bits_of_a_character(tiny_run):
+    for line in records(tiny_run):
+        if "val_loss" in line:
+            assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2))  # here a token is a byte
+
+
+def test_the_learning_rate_of_each_update_is_the_schedules(tiny_run):
+    rates = [line["lr"] for line in records(tiny_run) if "lr" in line]
+    assert rates == [scheduled_learning_rate(step, 1e-2, 0, 6, 1e-3) for step in range(6)]
+
+
+def test_max_iters_is_exact_and_the_last_update_is_evaluated_and_saved(tmp_path, train):
+    train(tmp_path / "run", max_iters=5)
+    lines = records(tmp_path / "run")
+    assert max(line["step"] for line in lines if "train_loss" in line) == 5
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 5]
+    assert load_training(tmp_path / "run" / "last")["step"] == 5
+
+
+def test_best_is_the_model_of_the_lowest_loss(tmp_path, train):
+    train(tmp_path / "run", max_iters=4, eval_interval=1, learning_rate=0.5, warmup_iters=0, grad_clip=0, min_lr=0.5)
+    losses = {
+        line["step"]: line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line and line["step"]
+    }
+    best = min(losses, key=losses.get)
+    assert best != 4, "this test wants a run that gets worse"
+    assert load_training(tmp_path / "run" / "last")["best_val_loss"] == losses[best]
+    train(
+        tmp_path / "short", max_iters=best, eval_interval=1, learning_rate=0.5, warmup_iters=0, grad_clip=0, min_lr=0.5
+    )
+    assert largest_difference(weights(tmp_path / "run", "best/model.safetensors"), weights(tmp_path / "short")) == 0
+
+
+def test_a_checkpoint_loads_in_transformers(tiny_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ours, tokenizer = load_model(tiny_run / "last")
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_run / "last").eval()
+    ids = tokenizer.encode("a road, and")
+    assert AutoTokenizer.from_pretrained(tiny_run / "last")("a road, and")["input_ids"] == ids
+    with torch.no_grad():
+        assert torch.allclose(ours(torch.tensor([ids]))[0], theirs(torch.tensor([ids])).logits, atol=1e-4)
+
+
+def test_the_same_seed_is_the_same_run_and_another_seed_another(tmp_path, train, tiny_run):
+    train(tmp_path / "same")
+    train(tmp_path / "other", seed=1)
+    assert same_run(tiny_run, tmp_path / "same")
+    assert largest_difference(weights(tiny_run), weights(tmp_path / "other")) > 1e-3
+
+
+def test_accumulated_micro_steps_equal_one_large_batch(tmp_path, train, tiny_run):
+    train(tmp_path / "run", gradient_accumulation_steps=4, batch_size=1, eval_iters=8)
+    assert largest_difference(weights(tiny_run), weights(tmp_path / "run")) < 1e-5
+    for one, four in zip(records(tiny_run), records(tmp_path / "run")):
+        assert one == pytest.approx(four, rel=1e-4)
+
+
+def test_evaluation_and_samples_do_not_change_the_run(tmp_path, train):
+    train(tmp_path / "often", dropout=0.3, eval_interval=1, sample_tokens=9)
+    train(tmp_path / "once", dropout=0.3, eval_interval=100, sample_tokens=0, log_interval=4)
+    assert largest_difference(weights(tmp_path / "often"), weights(tmp_path / "once")) == 0
+
+
+def test_dropout_changes_the_run(tmp_path, train, tiny_run):
+    train(tmp_path / "run", dropout=0.3)
+    assert largest_difference(weights(tiny_run), weights(tmp_path / "run")) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, train, resume, optimizer, dtype):
+    settings = dict(optimizer=optimizer, dtype=dtype, dropout=0.2, gradient_accumulation_steps=2, batch_size=2) | PLAN
+    train(tmp_path / "straight", **settings)
+    train(tmp_path / "halves", max_iters=3, **settings)
+    assert not same_run(tmp_path / "straight", tmp_path / "halves")
+    resume(tmp_path / "halves", max_iters=6, dtype=dtype)
+    assert same_run(tmp_path / "straight", tmp_path / "halves")
+
+
+def test_a_run_can_be_resumed_twice(tmp_path, train, resume):
+    train(tmp_path / "straight", **PLAN)
+    train(tmp_path / "parts", max_iters=2, **PLAN)
+    resume(tmp_path / "parts", max_iters=3)
+    resume(tmp_path / "parts", max_iters=6)
+    assert largest_difference(weights(tmp_path / "straight"), weights(tmp_path / "parts")) == 0
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=2)
+    before, lines = weights(tmp_path / "run"), records(tmp_path / "run")
+    resume(tmp_path / "run")
+    assert largest_difference(before, weights(tmp_path / "run")) == 0
+    assert records(tmp_path / "run") == lines
+
+
+def test_what_was_derived_from_max_iters_is_derived_again(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=2)
+    resume(tmp_path / "run", max_iters=4)
+    assert load_training(tmp_path / "run" / "last")["settings"]["lr_decay_iters"] == 4
+    train(tmp_path / "given", max_iters=2, lr_decay_iters=3)
+    for max_iters in (3, 4):
+        resume(tmp_path / "given", max_iters=max_iters)
+        assert load_training(tmp_path / "given" / "last")["settings"]["lr_decay_iters"] == 3
+
+
+def test_what_an_interrupted_save_left_is_resumed(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=2)
+    (tmp_path / "run" / "last").rename(tmp_path / "run" / "last.old")
+    resume(tmp_path / "run", max_iters=4)
+    assert load_training(tmp_path / "run" / "last")["step"] == 4
+
+
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory, train) -> Path:
+    """Two updates; only for resumes that are refused."""
+    out_dir = tmp_path_factory.mktemp("runs") / "short"
+    train(out_dir, max_iters=2)
+    return out_dir
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_embd": 48}, {"block_size": 8}, {"seed": 1}, {"optimizer": "muon"}, {"bias": True}]
+)
+def test_a_resume_that_contradicts_the_checkpoint_is_refused(short_run, resume, changes):
+    ((name, value),) = changes.items()
+    ended = resume(short_run, status=2, max_iters=4, **changes)
+    assert f"--{name}: {name}={value}, but the checkpoint was trained with" in ended.err
+    assert load_training(short_run / "last")["step"] == 2
+
+
+def test_a_setting_that_agrees_with_the_checkpoint_may_be_given(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=2)
+    resume(tmp_path / "run", max_iters=3, n_embd=16)
+    assert load_training(tmp_path / "run" / "last")["step"] == 3
+
+
+def test_a_resume_with_another_learning_rate_is_honoured_and_told(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=2)
+    ended = resume(tmp_path / "run", max_iters=4, learning_rate=5e-3, decay_lr=False)
+    assert "changed on resume: --learning_rate: learning_rate=0.005" in ended.err
+    assert [line["lr"] for line in records(tmp_path / "run") if "lr" in line][2:] == [5e-3, 5e-3]
+
+
+def test_a_resume_keeps_the_sequences_of_an_update(tmp_path, train, resume, short_run):
+    assert "keep the product" in resume(short_run, status=2, max_iters=4, batch_size=2).err
+    train(tmp_path / "straight", **PLAN)
+    train(tmp_path / "run", max_iters=3, **PLAN)
+    resume(tmp_path / "run", max_iters=6, batch_size=2, gradient_accumulation_steps=2)
+    assert largest_difference(weights(tmp_path / "straight"), weights(tmp_path / "run")) < 1e-5
+
+
+def test_a_resume_on_other_data_is_told(tmp_path, train, resume, data_dir):
+    train(tmp_path / "run", max_iters=1)
+    path = tmp_path / "run" / "last" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "another"}))
+    (path.parent / "SHA256SUMS").unlink()
+    assert "is not the one that" in resume(tmp_path / "run", max_iters=2).err
+
+
+def test_resume_without_a_checkpoint_is_one_line_and_status_2(tmp_path, resume):
+    ended = resume(tmp_path / "none", status=2)
+    assert (
+        ended.err
+        == f"train.py: {tmp_path / 'none' / 'last'}: no checkpoint there; start a run with --init_from=scratch\n"
+    )
+
+
+def test_auto_starts_a_run_and_then_goes_on_with_it(tmp_path, train):
+    train(tmp_path / "straight", **PLAN)
+    train(tmp_path / "run", init_from="auto", max_iters=3, **PLAN)
+    train(tmp_path / "run", init_from="auto", **PLAN)
+    assert same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_eval_only_tells_the_loss_and_writes_nothing(tmp_path, train, resume, tiny_run):
+    val_loss = [line["val_loss"] for line in records(tiny_run) if "val_loss" in line][-1]
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    assert f"val_loss {val_loss:.4f}" in resume(tiny_run, eval_only=True).err
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
+    train(tmp_path / "new", eval_only=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
+    train(tmp_path / "run", max_iters=1)
+    old = weights(tmp_path / "run")
+    ended = train(tmp_path / "run", max_iters=2, seed=5)
+    assert "held an earlier run" in ended.err
+    assert largest_difference(old, weights(tmp_path / "run.1")) == 0
+    assert load_training(tmp_path / "run" / "last")["step"] == 2
+    assert [line["step"] for line in records(tmp_path / "run")] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": 15}, "n_embd=15 must be a multiple of n_head=2"),
+        ({"n_layer": -1}, "--n_layer: n_layer must be int"),
+        ({"batch_size": 0}, "--batch_size: batch_size must be int"),
+        ({"dataset": "nowhere"}, "no such data set"),
+        ({"block_size": 5000}, "too few for one block of 5,000"),
+        ({"init_from": "no/such/model"}, "no/such/model"),
+        ({"learning_rat": 1}, "did you mean learning_rate?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(tmp_path, train, changes, message):
+    ended = train(tmp_path / "run", status=2, **changes)
+    assert message in ended.err
+    assert ended.err.startswith("train.py: ")
+    assert ended.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cuda_without_cuda_is_one_line_and_status_2(tmp_path, tiny_flags):
+    """As a process of its own: what a shell sees."""
+    command = [sys.executable, ROOT / "train.py", *tiny_flags(tmp_path / "run", device="cuda")]
+    ended = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("train.py: --device=cuda")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_micro_steps_that_do_not_divide_among_the_processes_are_refused():
+    from train import TrainConfig, run
+
+    two = Distributed(torch.device("cpu"), torch.float32, rank=0, world_size=2)
+    with pytest.raises(
+        UserError, match="gradient_accumulation_steps=3 must be a multiple of the number of processes, 2"
+    ):
+        run(TrainConfig(gradient_accumulation_steps=3), {}, None, two)
+
+
+def test_finetuning_starts_from_the_pretrained_model(tmp_path, train, tiny_run):
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
+    train(tmp_path / "run", init_from=tiny_run / "last", max_iters=2, learning_rate=1e-3, **shape)
+    before = [line["val_loss"] for line in records(tiny_run) if "val_loss" in line]
+    after = [line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line]
+    assert after[0] == pytest.approx(before[-1], abs=1e-6)
+    assert after[-1] != after[0]
+    assert load_training(tmp_path / "run" / "last")["step"] == 2
+
+
+def test_finetuning_can_crop_the_block(tmp_path, train, tiny_run):
+    train(tmp_path / "run", init_from=tiny_run / "last", max_iters=1, block_size=8)
+    assert load_model(tmp_path / "run" / "last")[0].config.block_size == 8
+
+
+def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tiny_run):
+    for dataset in ("other", "bytes"):
+        ended = train(tmp_path / "run", status=2, init_from=tiny_run / "last", dataset=dataset)
+        assert "another tokenizer" in ended.err
+
+
+def test_finetuning_with_another_shape_is_refused(tmp_path, train, tiny_run):
+    ended = train(tmp_path / "run", status=2, init_from=tiny_run / "last", n_layer=3)
+    assert "--n_layer: n_layer=3" in ended.err
+
+
+def test_a_run_of_nothing_but_nans_ends_with_status_1(tmp_path, train):
+    changes = dict(max_iters=40, eval_interval=1000, learning_rate=1e30, warmup_iters=0, grad_clip=0)
+    ended = train(tmp_path / "run", status=1, **changes)
+    assert "not finite" in ended.err.splitlines()[-1]
+    assert max(line["step"] for line in records(tmp_path / "run")) < 40
+
+
+def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_flags):
+    settings = dict(eval_interval=10**6, sample_tokens=0, dropout=0.1, warmup_iters=0, lr_decay_iters=10**6, min_lr=0)
+    flags = tiny_flags(tmp_path / "run", max_iters=10**6, **settings)
+    command = [sys.executable, ROOT / "train.py", *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, env=child_environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        for line in process.stderr:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert "stopped by SIGTERM" in rest
+    step = load_training(tmp_path / "run" / "last")["step"]
+    assert step >= 3
+    resume(tmp_path / "run", max_iters=step + 2)
+    train(tmp_path / "straight", max_iters=step + 2, **settings)
+    assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
+
+
+def test_two_processes_make_the_same_run_as_one(tmp_path, train, resume, tiny_flags):
+    settings = dict(gradient_accumulation_steps=4, batch_size=2, dropout=0.2) | PLAN
+    train(tmp_path / "one", **settings)
+    train(tmp_path / "two", max_iters=3, **settings)
+    command = [*TORCHRUN, ROOT / "train.py", *tiny_flags(tmp_path / "both", **settings)]
+    ended = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("step 6/6") == 1
+    assert "2 x cpu" in ended.stderr
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "both")) < 1e-5
+    for one, both in zip(records(tmp_path / "one"), records(tmp_path / "both"), strict=True):
+        assert one == pytest.approx(both, rel=1e-5)
+    resumed = [
+        "--init_from=resume",
+        "--max_iters=6",
+        "--device=cpu",
+        "--dtype=float32",
+        f"--out_dir={tmp_path / 'two'}",
+    ]
+    data = [flag for flag in command if str(flag).startswith("--data_dir")]
+    command = [*TORCHRUN, ROOT / "train.py", *resumed, *data]
+    ended = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-5
+
+
+def test_wandb_offline_keeps_its_files(tmp_path, train, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(tmp_path / "run", max_iters=2, wandb_log=True, wandb_project="tests", wandb_run_name="tiny")
+    assert [path for path in tmp_path.rglob("*.wandb") if path.stat().st_size]
+    assert load_training(tmp_path / "run" / "last")["step"] == 2
+
+
+def test_a_wandb_that_fails_does_not_stop_a_run(tmp_path, train, monkeypatch):
+    pytest.importorskip("wandb").teardown()  # so that it reads the environment anew
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
+    ended = train(tmp_path / "run", max_iters=2, wandb_log=True)
+    assert "wandb is off: " in ended.err
+    assert load_training(tmp_path / "run" / "last")["step"] == 2
+
+
+def test_the_settings_are_saved_with_the_run(tiny_run):
+    settings = load_training(tiny_run / "last")["settings"]
+    assert {name: settings[name] for name in TINY} == TINY
