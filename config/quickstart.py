@@ -6,20 +6,22 @@
 
 out_dir = "out-quickstart"
 dataset = "python"
-init_from = "auto"  # started again, it goes on
-eval_interval = 250
-eval_iters = 0
+init_from = "auto"  # started again, it does not begin anew
+eval_interval = 700
+eval_iters = 0  # the whole validation split
 
 n_layer = 4
-n_head = 4
-n_embd = 192
-block_size = 256
-batch_size = 8
+n_head = 2
+n_embd = 128
+block_size = 128
+batch_size = 16  # 16 x 128 = 2,048 tokens an update
 gradient_accumulation_steps = 1
 
 optimizer = "muon"
 lr_schedule = "linear"
 learning_rate = 4e-3
 min_lr = 0.0
-max_iters = 1000
+max_iters = 1400
+log_interval = 50
+sample_tokens = 64
 warmup_iters = 20

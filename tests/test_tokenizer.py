@@ -85,11 +85,11 @@ def test_end_of_text_written_in_a_text_is_ordinary_text(tokenizer):
 
 
 def test_special_makes_end_of_text_its_id_for_that_call_only(tokenizer):
-    text = "a<|endoftext|>b"
-    assert tokenizer.encode(text, special=True) == [
-        *tokenizer.encode("a"), tokenizer.end_of_text, *tokenizer.encode("b"),
-    ]  # fmt: skip
-    assert tokenizer.end_of_text not in tokenizer.encode(text) + tokenizer.encode_documents([text])[0]
+    text, a, b = "a<|endoftext|>b", tokenizer.encode("a"), tokenizer.encode("b")
+    assert tokenizer.encode(text, special=True) == [*a, tokenizer.end_of_text, *b]
+    assert tokenizer.end_of_text not in tokenizer.encode_documents([text])[0]
+    assert tokenizer.encode(text, special=True) == [*a, tokenizer.end_of_text, *b]
+    assert tokenizer.end_of_text not in tokenizer.encode(text)
 
 
 # vocabularies
