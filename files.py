@@ -14,13 +14,13 @@ SUMS = "SHA256SUMS"  # in the form of `sha256sum -c`
 
 @contextlib.contextmanager
 def whole_directory(final: Path) -> Iterator[Path]:
-    """Give a new directory to fill; when the block ends without an error it takes the place of `final`.
+    """Give a new directory to fill with files; when the block ends without an error it takes the place of `final`.
 
     Until then, and if anything fails, `final` stays as it was. SHA256SUMS is added, and everything is
     flushed to disk before it is renamed. A directory cannot be renamed over a full one, so for an
     instant only `final.old` exists: `existing` looks there too.
     """
-    final = Path(final)
+    final = Path(final).resolve()  # a link, to another disk say, stays a link
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = _sibling(final, "new"), _sibling(final, "old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -29,7 +29,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
         yield temporary
         lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()) if path.suffix != ".bin"]
         (temporary / SUMS).write_text("".join(lines))
-        for path in [*temporary.rglob("*"), temporary]:
+        for path in [*temporary.iterdir(), temporary]:
             _flush(path)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)  # a leftover: `final` is there, so it is not needed

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from tqdm import tqdm
 
-from config.settings import PositiveInt, Range, UserError, load_settings, note, run_script
+from config.settings import PositiveInt, Range, UserError, load_settings, note, one_line, run_script
 from data.sources import find_source
 from data.token_files import SplitWriter, write_meta
 from data.tokenizer import KINDS, Tokenizer, make_tokenizer
@@ -49,7 +49,7 @@ def main() -> None:
     source = find_source(config.sources, skip_bad_files=config.bad_files == "skip")
     name = config.name or source.name
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"--name={name}: a name is letters, digits, '.', '_' and '-'")
+        raise UserError(f"{name!r} cannot be the data set's name: letters, digits, '.', '_' and '-'; give --name=…")
     directory = Path(config.data_dir) / name
     if directory.exists() and not (directory / "meta.json").exists():
         raise UserError(f"{directory} is there and is not a data set of ours; choose another --name")
@@ -58,7 +58,11 @@ def main() -> None:
     if next(source.documents(), None) is None:
         raise UserError(f"{' '.join(config.sources)}: there is no text in it")
     tokenizer = make_tokenizer(kind, _sample(source.documents(), kind), config.vocab_size)
-    splits = write(directory, source.documents(), tokenizer, kind, config.val_fraction or source.val_fraction, config)
+    val_fraction = config.val_fraction or source.val_fraction
+    try:
+        splits = write(directory, source.documents(), tokenizer, kind, val_fraction, config)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {one_line(error)}") from error
     seconds = time.perf_counter() - started
     for split, figures in splits.items():
         rate = figures["bytes"] / figures["tokens"]
@@ -79,7 +83,7 @@ def write(
     """Encode the documents into `directory`, which appears when it is whole; return the figures of each split."""
     with whole_directory(directory) as new:
         writers = {split: SplitWriter(new, split, tokenizer) for split in ("train", "val")}
-        with tqdm(unit="B", unit_scale=True, desc="encoding") as bar:
+        with tqdm(unit="B", unit_scale=True, desc="encoding", disable=None) as bar:
             for batch in _batches(split_documents(documents, val_fraction)):
                 texts = [text for _, text in batch]
                 for (split, text), ids in zip(batch, tokenizer.encode_documents(texts)):

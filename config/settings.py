@@ -5,6 +5,7 @@ python train.py config/train_shakespeare_char.py --batch_size=32
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -69,9 +70,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
         if not flag.startswith("--"):
             raise UserError(f"{flag}: what is this? Settings are written --name=value")
         name = flag[2:].split("=")[0]
-        if name not in retired:
-            raise UserError(_unknown(name, flag.split("=")[0], fields))
-        note(f"{flag}: {retired[name]}")
+        raise UserError(_unknown(name, flag.split("=")[0], set(fields) - {positional}))
 
     values, given = {}, {}
     files = getattr(arguments, positional)
@@ -86,7 +85,9 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
             else:
                 values[name], given[name] = _check(name, value, fields[name], path), path
     for name, text in vars(arguments).items():
-        if name != positional and text is not None:
+        if name in retired and text is not None:
+            note(f"--{name}: {retired[name]}")
+        elif name != positional and text is not None:
             values[name] = _check(name, _parse(text, fields[name]), fields[name], f"--{name}")
             given[name] = f"--{name}"
     return cls(**values), given
@@ -124,7 +125,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _unknown(name: str, source: str, fields: dict) -> str:
+def _unknown(name: str, source: str, fields: typing.Iterable[str]) -> str:
     return f"{source}: there is no setting {name}{closest(name, fields) or '; --help lists them'}"
 
 
@@ -163,6 +164,8 @@ def _parser(cls: type, positional: str) -> argparse.ArgumentParser:
             default = "" if field.default is None else f" [{field.default}]"
             text = (docs[field.name] + default).replace("%", "%%")
             parser.add_argument(f"--{field.name}", metavar=_type_name(_fields(cls)[field.name]), help=text)
+    for name in getattr(cls, "RETIRED", {}):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return parser
 
 
@@ -172,8 +175,8 @@ def _read_recipe(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: no such recipe file")
     try:
         names = runpy.run_path(path)
-    except Exception as error:
-        raise UserError(f"{path}: the recipe does not run: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path}: the recipe does not run: {type(error).__name__}: {one_line(error)}") from error
     skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, skipped)}
 
@@ -204,19 +207,17 @@ def _parse(text: str, hint: Any) -> Any:
         return text.lower() in ("true", "1")
     if type(None) in kinds and text == "None":
         return None
-    for kind in (int, float):
-        try:
-            if kind in kinds:
+    if int in kinds or float in kinds:
+        for kind in (int, float):  # `_check` takes 1e5 for 100000 and refuses 2.5 where it has to be whole
+            with contextlib.suppress(ValueError):
                 return kind(text)
-        except ValueError:
-            pass
     return text
 
 
 def _check(name: str, value: Any, hint: Any, source: str) -> Any:
     kinds, bounds = _alternatives(hint)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else float("inf")
     if isinstance(value, float) and value.is_integer() and int in kinds:
         value = int(value)  # 1e5 is how people write 100000
     fits = any(type(value) is kind if isinstance(kind, type) else value == kind for kind in kinds)

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import http.client
 import sysconfig
 import urllib.error
 import urllib.request
@@ -30,6 +31,10 @@ def find_source(wanted: list[str], skip_bad_files: bool = False) -> Source:
     """The source that the words of the command line name: one of NAMED, or paths of files, folders and globs."""
     if len(wanted) == 1 and wanted[0] in NAMED and not Path(wanted[0]).exists():
         return NAMED[wanted[0]]
+    if named := next((word for word in wanted if word in NAMED and not Path(word).exists()), None):
+        raise UserError(
+            f"{named} is a source of its own: prepare it without {' '.join(w for w in wanted if w != named)}"
+        )
     if not wanted:
         raise UserError(f"name a source: one of {', '.join(NAMED)}, or files, folders and globs of text")
     files = sorted({path for word in wanted for path in _files(word)})
@@ -69,14 +74,14 @@ def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) 
     instead = f"fetch it by other means and put it at {path}"
     data = bytearray()
     try:
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1])
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], disable=None)
         with bar, urllib.request.urlopen(url, timeout=timeout) as response:
             while len(data) <= size and (chunk := response.read(1 << 16)):
                 data += chunk
                 bar.update(len(chunk))
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: the server answered {error.code} {error.reason}; {instead}") from error
-    except OSError as error:  # no network, refused, timed out, broken off
+    except (OSError, http.client.HTTPException) as error:  # no network, refused, timed out, broken off
         raise UserError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)}); {instead}") from error
     if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{url} gave {len(data):,} bytes that are not the expected file; try again, or {instead}")

@@ -161,11 +161,11 @@ def _open_nanogpt(directory: Path, check: bool) -> DataSet:
 def _open_ids(path: Path, dtype: np.dtype, tokens: int | None) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the data again")
-    found, remainder = divmod(path.stat().st_size, dtype.itemsize)
-    if remainder or (tokens is not None and found != tokens):
-        raise UserError(
-            f"{path} holds {found:,} ids, not the {tokens or found:,} that were written; prepare the data again"
-        )
+    size = path.stat().st_size
+    found = size // dtype.itemsize
+    if size % dtype.itemsize or (tokens is not None and found != tokens):
+        expected = "whole ids" if tokens is None else f"the {tokens:,} ids that were written"
+        raise UserError(f"{path} was cut or changed: its {size:,} bytes are not {expected}; prepare the data again")
     return np.memmap(path, dtype, mode="r") if found else np.zeros(0, dtype)
 
 

@@ -52,10 +52,14 @@ class Tokenizer:
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Pieces of text as ids arrive; a character whose bytes span several ids comes when it is whole."""
         stream = decoders.DecodeStream(skip_special_tokens=False)
+        held = []  # ids whose text has not come yet
         for token in ids:
-            piece = stream.step(self._backend, int(token))
-            if piece:
+            held.append(int(token))
+            if piece := stream.step(self._backend, held[-1]):
+                held.clear()
                 yield piece
+        if held:  # the text ended inside a character
+            yield self.decode(held)
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether ids mean the same in both."""

@@ -94,6 +94,12 @@ def test_of_few_documents_the_tail_of_each_goes_to_validation(prepare, folder):
     assert split_texts(directory, "val") == ["a" * 20, "b" * 10]
 
 
+def test_a_document_too_short_to_be_parted_goes_to_validation_and_leaves_no_empty_one_in_training(prepare, folder):
+    directory = prepare(folder({"a.txt": "aaaa", "b.txt": "b", "c.txt": "cccc"}), "--val_fraction=0.5")
+    assert split_texts(directory, "train") == ["aa", "cc"]
+    assert split_texts(directory, "val") == ["aa", "b", "cc"]
+
+
 def test_end_of_text_stands_between_documents_and_nowhere_else(prepare, folder):
     source = folder({"a.txt": "aaaa", "b.txt": "bbbb", "c.txt": "cccc"})
     directory = prepare(source, "--val_fraction=0.5", "--tokenizer=byte")
@@ -261,7 +267,7 @@ def test_a_failure_is_one_line_and_leaves_an_existing_data_set_as_it_was(prepare
 def test_a_name_that_is_no_plain_folder_name_is_refused(prepare, folder, tmp_path, name):
     source = folder({"a.txt": "text " * 100})
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="a name is letters, digits"):
+    with pytest.raises(UserError, match="cannot be the data set's name"):
         prepare(source, name=name)
     assert contents(tmp_path) == before and not (tmp_path / "data").exists()
 
