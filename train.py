@@ -186,6 +186,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, config.eval_iters)
     model = dist.wrap(raw_model)
     if config.compile or (config.compile is None and dist.device.type == "cuda"):
+        torch._dynamo.config.suppress_errors = True  # where it cannot compile, it warns and goes on without
         model = torch.compile(model)
     if config.eval_only:
         note(describe_loss(evaluate(model, eval_batches, dist), data))
