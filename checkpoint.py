@@ -6,9 +6,9 @@ in it is code, and nothing is ever unpickled but nanoGPT's ckpt.pt, with weights
 """
 
 import dataclasses
-import itertools
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokeni
 
 # Hugging Face's GPT-2 keeps these matrices as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# GPTConfig's names in config.json
 CONFIG_NAMES = {
     "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
     "n_embd": "n_embd", "dropout": "resid_pdrop", "bias": "bias",
@@ -56,17 +55,20 @@ class Saver:
     The next save waits for the one before. A save that fails leaves the earlier checkpoint whole.
     """
 
-    def __init__(self, out_dir: Path, model: GPT, optimizers: list, tokenizer: Tokenizer):
+    def __init__(
+        self, out_dir: Path, model: GPT, optimizers: list, tokenizer: Tokenizer, best_val_loss: float | None = None
+    ):
         self.out_dir, self.model, self.optimizers, self.tokenizer = out_dir, model, optimizers, tokenizer
+        self.best_val_loss = best_val_loss  # of the model in `best`, if there is one
         self._problem: str | None = None
         self._thread: threading.Thread | None = None
 
-    def save(self, training: dict, best: bool = False) -> None:
-        """Replace `last` by the state as it is now, and `best` too if it is."""
+    def save(self, training: dict, val_loss: float | None = None) -> None:
+        """Replace `last` by the state as it is now, and `best` too if `val_loss` is the lowest so far. Main only."""
         self.wait()
         weights = {name: _copy(weight) for name, weight in self.model.weights().items()}
         moments = {name: _copy(tensor) for name, tensor in _optimizer_tensors(self.model, self.optimizers).items()}
-        self._thread = threading.Thread(target=self._write, args=(weights, moments, training, best))
+        self._thread = threading.Thread(target=self._write, args=(weights, moments, training, val_loss))
         self._thread.start()
 
     def wait(self) -> str | None:
@@ -75,18 +77,30 @@ class Saver:
             self._thread.join()
         return self._problem
 
-    def _write(self, weights: dict, moments: dict, training: dict, best: bool) -> None:
+    def _write(self, weights: dict, moments: dict, training: dict, val_loss: float | None) -> None:
+        def model_files(new: Path) -> None:
+            _write_model(new, self.model.config, weights, self.tokenizer)
+
+        def state_files(new: Path) -> None:
+            model_files(new)
+            safetensors.torch.save_file(moments, new / "optimizer.safetensors")
+            best = {"best_val_loss": self.best_val_loss}
+            _write_json(new / "training.json", {"format_version": FORMAT_VERSION} | training | best)
+
         self._problem = None
+        improved = val_loss is not None and (self.best_val_loss is None or val_loss < self.best_val_loss)
+        if improved and self._replace("best", model_files, training["step"]):
+            self.best_val_loss = val_loss
+        self._replace("last", state_files, training["step"])
+
+    def _replace(self, name: str, fill: Callable[[Path], None], step: int) -> bool:
         try:
-            if best:
-                with whole_directory(self.out_dir / "best") as new:
-                    _write_model(new, self.model.config, weights, self.tokenizer)
-            with whole_directory(self.out_dir / "last") as new:
-                _write_model(new, self.model.config, weights, self.tokenizer)
-                safetensors.torch.save_file(moments, new / "optimizer.safetensors")
-                _write_json(new / "training.json", {"format_version": FORMAT_VERSION} | training)
+            with whole_directory(self.out_dir / name) as new:
+                fill(new)
+            return True
         except Exception as error:  # a full disk, no permission, a quota: whatever it is, training has to hear of it
-            self._problem = f"update {training['step']} could not be saved in {self.out_dir}: {one_line(error)}"
+            self._problem = f"update {step} could not be saved in {self.out_dir / name}: {one_line(error)}"
+            return False
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -111,14 +125,6 @@ def _write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor],
         | ends,
     )
     _write_json(directory / "generation_config.json", ends | {"max_new_tokens": 100, "do_sample": True})
-
-
-def set_aside(out_dir: Path) -> None:
-    """An earlier run in the same folder is kept under another name: a new run never destroys it."""
-    if existing(out_dir / "last") or existing(out_dir / "best"):
-        free = next(path for i in itertools.count(1) if not (path := Path(f"{out_dir}.{i}")).exists())
-        out_dir.rename(free)
-        note(f"{out_dir} held an earlier run: it is now {free} (--init_from=resume goes on with a run)")
 
 
 def load_training(directory: Path) -> dict:
@@ -150,7 +156,7 @@ def load_optimizers(directory: Path, model: nn.Module, optimizers: list) -> None
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
-    """{parameter/key: tensor} of all optimizers, whole: the same from one process or many. All ranks."""
+    """{parameter/key: tensor} of all optimizers, whole: the same from one process or many."""
     state = get_optimizer_state_dict(model, optimizers, options=_FULL)["state"]
     return {f"{parameter}/{key}": tensor for parameter, values in state.items() for key, tensor in values.items()}
 
@@ -267,6 +273,7 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     tokenizer = gpt2()
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(f"{path} was trained with {config.vocab_size} ids of its own; only GPT-2's can be imported")
+    note(f"{path}: only the weights are taken, and GELU is OpenAI's tanh form here: the loss differs a little")
     wte = "transformer.wte.weight"
     if wte in weights:  # nanoGPT pads 50,257 ids to 50,304
         weights[wte] = weights[wte][: tokenizer.vocab_size].clone()

@@ -1,7 +1,9 @@
 """The machine as the training loop sees it: one frozen object for one process or many, on CPU, CUDA or MPS."""
 
 import contextlib
+import ctypes
 import os
+import re
 import signal
 import warnings
 from dataclasses import dataclass
@@ -34,9 +36,10 @@ class Distributed:
 
     @property
     def peak_flops(self) -> float | None:
-        """FLOP/s of all processes' cards at their limit, or None where the card is not known."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if card in name), None)
+        """FLOP/s of all processes' cards at their half-precision limit, or None where that limit is not known."""
+        known = self.device.type == "cuda" and self.dtype != torch.float32
+        name = torch.cuda.get_device_name(self.device) if known else ""
+        peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)), None)
         return peak * 1e12 * self.world_size if peak else None
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -54,7 +57,8 @@ class Distributed:
     def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Copies on the device; on CUDA without waiting, from pinned memory."""
         if self.device.type == "cuda":
-            return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+            # contiguous: a copy of anything else would go by pageable memory, and wait
+            return [tensor.contiguous().pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
         return [tensor.to(self.device) for tensor in tensors]
 
     def sum(self, *numbers: float) -> list[float]:
@@ -77,26 +81,23 @@ class Distributed:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 class StopSignal:
-    """Which of SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) asked the run to end, or 0.
+    """Which of SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's warning) asked the run to end, or 0.
 
     The loop looks at it between updates and saves before it leaves; a second Ctrl-C leaves at once.
     """
 
     def __init__(self):
         self.number = 0
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self._asked)
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows does not have them all
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._asked)
 
     def _asked(self, number: int, frame) -> None:
         self.number = number
@@ -111,7 +112,9 @@ def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif world_size > 1:  # torchrun allows each process one thread; the cores are there to be shared out
+    if chosen.type == "cpu":
+        _keep_freed_memory()
+    if chosen.type == "cpu" and world_size > 1:  # torchrun allows each one thread; the cores are there to be shared out
         torch.set_num_threads(max(1, _cores() // local_world_size))
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
@@ -120,7 +123,8 @@ def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and world_size == 1  # several processes cannot share it
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -149,6 +153,15 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what an update frees for the next: giving it back and taking it anew costs a tenth of the time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # its largest value
 
 
 def _cores() -> int:

@@ -2,12 +2,13 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.settings import UserError
+from config.settings import UserError, note
 
 SUMS = "SHA256SUMS"  # in the form of `sha256sum -c`
 
@@ -46,6 +47,19 @@ def existing(final: Path) -> Path | None:
     """`final`, or what an interrupted `whole_directory` left in its place, or None."""
     final = Path(final)
     return next((path for path in (final, _sibling(final, "old")) if path.is_dir()), None)
+
+
+def set_aside(out_dir: Path) -> None:
+    """An earlier run in the same folder is kept under another name: a new run never destroys it."""
+    if existing(out_dir / "last") or existing(out_dir / "best"):
+        free = next(path for i in itertools.count(1) if not (path := Path(f"{out_dir}.{i}")).exists())
+        try:
+            out_dir.rename(free)
+        except OSError as error:  # a mount point, say
+            raise UserError(
+                f"{out_dir} holds an earlier run and cannot be renamed; choose another --out_dir"
+            ) from error
+        note(f"{out_dir} held an earlier run: it is now {free} (--init_from=resume goes on with a run)")
 
 
 def check_sums(directory: Path) -> None:

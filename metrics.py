@@ -42,13 +42,20 @@ class Metrics:
         if not self.active:
             return
         record = {key: value for key, value in record.items() if value is not None and math.isfinite(value)}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk does not stop training
+            note(f"{self.path}: {one_line(error)}")
         self._tell_wandb("log", record, step=record["step"])
 
     def draw(self) -> None:
-        if self.active:
+        if not self.active:
+            return
+        try:
             draw([self.path.parent], self.path.with_name("loss.png"))
+        except OSError as error:
+            note(f"loss.png: {one_line(error)}")
 
     def close(self) -> None:
         self._tell_wandb("finish")

@@ -141,17 +141,25 @@ class GPT(nn.Module):
         logits: (B, T, vocab_size), in the precision of the matrix products. loss: the mean
         cross-entropy in nats over the targets that count, or None without targets.
         """
+        logits = self.logits(self.hidden(idx))
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return logits[..., : self.config.vocab_size], loss
+
+    def hidden(self, idx: Tensor) -> Tensor:
+        """What the head reads: (B, T) ids to (B, T, C)."""
         T = idx.size(1)
         assert self.config.block_size >= T, f"{T} positions, but the model has {self.config.block_size}"
         t = self.transformer
         x = t.drop(t.wte(idx) + t.wpe.weight[:T])  # (B, T, C)
         for block in t.h:
             x = block(x)
-        logits = F.linear(t.ln_f(x), t.wte.weight, self.padding)  # (B, T, padded V): the head is tied to wte
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        return logits[..., : self.config.vocab_size], loss
+        return t.ln_f(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) to (..., padded V). The head is tied to wte."""
+        return F.linear(hidden, self.transformer.wte.weight, self.padding)
 
     def num_parameters(self) -> int:
         """Parameters of the model as saved: without the padding of the vocabulary."""
@@ -187,8 +195,9 @@ class GPT(nn.Module):
         context = list(prompt)
         for _ in range(max_new_tokens):
             context = context[-self.config.block_size :]
-            logits, _ = self(torch.tensor([context], device=device))
-            token = sample(logits[0, -1].float().cpu(), temperature, top_k, top_p, generator)
+            logits = self.logits(self.hidden(torch.tensor([context], device=device))[0, -1])
+            logits = logits[: self.config.vocab_size].float().cpu()
+            token = sample(logits, temperature, top_k, top_p, generator)
             if token == end_of_text:
                 return
             context.append(token)
@@ -197,7 +206,7 @@ class GPT(nn.Module):
 
 def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
     """Draw one id from logits (V,)."""
-    if temperature == 0:
+    if temperature == 0 or not (logits / temperature).isfinite().all():  # overflown: draw nothing from it
         return int(logits.argmax())
     return int(torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator))
 

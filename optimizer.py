@@ -116,6 +116,10 @@ def apply_gradients(
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     skip = (~norm.isfinite()).float()
+    if norm.device.type == "mps" and skip:  # its fused kernel takes found_inf and ignores it: here the host has to wait
+        model.zero_grad(set_to_none=True)
+        scaler.update()
+        return norm
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate

@@ -133,9 +133,9 @@ def _sample(documents: Iterator[str], kind: str) -> Iterator[str]:
     """What the tokenizer is learned from: for a BPE a bounded part; every character has to be seen."""
     size = 0
     for text in documents:
-        yield text
+        yield text[: TRAINING_BYTES - size] if kind == "bpe" else text
         size += len(text)
-        if kind == "bpe" and size > TRAINING_BYTES:
+        if kind == "bpe" and size >= TRAINING_BYTES:
             return
 
 

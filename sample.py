@@ -46,7 +46,7 @@ class SampleConfig:
     """draw from the k likeliest tokens; 0: from all"""
     top_p: Fraction = 1.0
     """draw from the likeliest tokens that together have this probability; 1: from all"""
-    seed: int = 1337
+    seed: NonNegativeInt = 1337
     """of the drawing"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps"""
@@ -94,7 +94,7 @@ def find_model(config: SampleConfig) -> str | Path:
 
 def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
     if start == "-":
-        start = sys.stdin.read()
+        start = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     elif start.startswith("FILE:"):
         start = read_text(Path(start.removeprefix("FILE:")))
     prompt = tokenizer.encode(start, special=True)

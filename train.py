@@ -6,7 +6,6 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 import dataclasses
 import itertools
-import math
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Saver, initial_model, load_optimizers, load_training, set_aside
+from checkpoint import Saver, initial_model, load_optimizers, load_training
 from config.resume import resumed_settings
 from config.settings import (
+    Decay,
     Fraction,
     NonNegative,
     NonNegativeInt,
@@ -33,7 +33,7 @@ from data.batches import EvalBatches, TrainBatches, mix
 from data.token_files import DataSet, open_data_set
 from distributed import Distributed, StopSignal, connect
 from evaluate import bits_per_byte, describe_loss, evaluate, write_sample
-from files import existing
+from files import existing, set_aside
 from metrics import Metrics, Progress, Stopwatch
 from model import GPT
 from optimizer import apply_gradients, make_optimizers, scheduled_learning_rate
@@ -92,9 +92,9 @@ class TrainConfig:
     """updates, exactly"""
     weight_decay: NonNegative = 0.1
     """of matrices and embeddings"""
-    beta1: Fraction = 0.9
+    beta1: Decay = 0.9
     """AdamW's decay of the mean of the gradients"""
-    beta2: Fraction = 0.95
+    beta2: Decay = 0.95
     """AdamW's decay of the mean of their squares"""
     grad_clip: NonNegative = 1.0
     """largest norm of the gradients; 0: any"""
@@ -111,10 +111,10 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of matrix products; auto: bfloat16 where the processor has it"""
+    """precision of matrix products; auto: bfloat16 where the processor has it (float32 on CUDA means tf32)"""
     compile: bool | None = None
     """torch.compile the forward and backward pass (by default on CUDA)"""
-    seed: int = 1337
+    seed: NonNegativeInt = 1337
     """of initialisation, data order and dropout"""
 
     RETIRED: ClassVar = {
@@ -195,15 +195,17 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     betas = (config.beta1, config.beta2)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, betas)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    out_dir, start, best_val_loss, watch = Path(config.out_dir), 0, math.inf, Stopwatch()
+    out_dir, start, watch = Path(config.out_dir), 0, Stopwatch()
     if training:
-        start, best_val_loss = training["step"], training["best_val_loss"] or math.inf
-        watch.seconds = training["seconds"]
+        start, watch.seconds = training["step"], training["seconds"]
         load_optimizers(out_dir / "last", raw_model, optimizers)
-        scaler.load_state_dict(training["scaler"])
+        if training["scaler"]:  # empty if it was not trained in float16 until now
+            scaler.load_state_dict(training["scaler"])
     elif dist.is_main:
         set_aside(out_dir)
-    dist.barrier()
+    earliest, latest = dist.max(-start, start)
+    if -earliest != latest:
+        raise UserError(f"the processes found different checkpoints in {out_dir}: it has to be on a disk they share")
     of_the_run = dict(
         settings=dataclasses.asdict(config),
         derived=[name for name in DERIVED if name not in given and (not training or name in training["derived"])],
@@ -215,7 +217,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     tokens_per_update = sequences * config.block_size
     announce(raw_model, data, config, dist, tokens_per_update)
     progress = Progress(start, config.max_iters, dist.is_main)
-    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer)
+    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, training and training["best_val_loss"])
     stop, stopping = StopSignal(), 0
     skipped = torch.zeros((), device=dist.device)  # updates in a row whose gradients were not finite
     logged, logged_seconds = start, watch.seconds
@@ -230,18 +232,14 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             val_bpb = bits_per_byte(val_loss, data.val)
             metrics.write(step=step, tokens=step * tokens_per_update, val_loss=val_loss, val_bpb=val_bpb)
             progress.tell(f"step {step}: {describe_loss(val_loss, data)}")
-            if dist.is_main and config.sample_tokens:
-                progress.tell(write_sample(raw_model, data, config.sample_tokens, dist, seed=step), indent="  ")
-        if (due or stopping) and step > start:
-            improved = due and val_loss < best_val_loss
-            best_val_loss = val_loss if improved else best_val_loss
-            if dist.is_main:
-                best = best_val_loss if best_val_loss < math.inf else None
-                so_far = dict(step=step, seconds=watch.seconds, best_val_loss=best, scaler=scaler.state_dict())
-                if problem := saver.wait():
-                    progress.tell(f"{problem}; trying again")
-                saver.save(so_far | of_the_run, best=improved)
-                metrics.draw()
+        if (due or stopping) and step > start and dist.is_main:
+            if problem := saver.wait():
+                progress.tell(f"{problem}; trying again")
+            so_far = dict(step=step, seconds=watch.seconds, scaler=scaler.state_dict())
+            saver.save(so_far | of_the_run, val_loss if due else None)
+            metrics.draw()
+        if due and config.sample_tokens and dist.is_main:
+            progress.tell(write_sample(raw_model, data, config.sample_tokens, dist, seed=step), indent="  ")
         if step >= config.max_iters or stopping:
             break
 

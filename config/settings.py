@@ -46,14 +46,15 @@ class Range:
 
     def __str__(self) -> str:
         bounds = [("at least", self.min), ("at most", self.max), ("more than", self.above)]
-        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None and bound < 2**62)
 
 
 PositiveInt = Annotated[int, Range(min=1)]
-NonNegativeInt = Annotated[int, Range(min=0)]
+NonNegativeInt = Annotated[int, Range(min=0, max=2**63 - 1)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
+Decay = Annotated[float, Range(min=0, max=0.999999)]
 
 
 def load_settings(cls: type, argv: list[str] | None = None, positional: str = "recipes") -> tuple[Any, dict[str, str]]:

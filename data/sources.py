@@ -85,10 +85,13 @@ def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) 
         raise UserError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)}); {instead}") from error
     if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{url} gave {len(data):,} bytes that are not the expected file; try again, or {instead}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".new")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path
 
 

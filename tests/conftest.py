@@ -40,7 +40,7 @@ def run_main(name: str, *flags, stdin: str = "") -> Ended:
     handlers = {number: signal.getsignal(number) for number in stops}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         torch.seed()  # a new process would not know this one's random state either
         try:
             run_script(importlib.import_module(name).main)

@@ -13,10 +13,10 @@ from checkpoint import (
     load_optimizers,
     load_training,
     save_model,
-    set_aside,
 )
 from config.settings import UserError
 from data.tokenizer import Tokenizer, make_tokenizer
+from files import set_aside
 from model import GPT, GPTConfig
 from optimizer import apply_gradients, make_optimizers
 
@@ -356,3 +356,16 @@ def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
     shutil.rmtree(tmp_path / "out")
     set_aside(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
+    saver = Saver(tmp_path, *trained(), of_kind("char"), best_val_loss=3.0)
+    (tmp_path / "best.new").write_text("a file in the way")
+    saver.save(dict(step=1, seconds=0.0, settings={}, derived=[], data="", scaler={}), val_loss=2.0)
+    assert "best" in saver.wait()
+    assert load_training(tmp_path / "last")["best_val_loss"] == 3.0
+    (tmp_path / "best.new").unlink()
+    saver.save(dict(step=2, seconds=0.0, settings={}, derived=[], data="", scaler={}), val_loss=2.5)
+    assert saver.wait() is None
+    assert load_training(tmp_path / "last")["best_val_loss"] == 2.5
+    load_model(tmp_path / "best")

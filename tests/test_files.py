@@ -139,3 +139,13 @@ def test_a_directory_without_checksums_and_a_file_that_others_added_are_let_thro
     (tmp_path / "final" / "a.txt").write_text("changed")
     (tmp_path / "final" / SUMS).unlink()
     check_sums(tmp_path / "final")
+
+
+def test_a_link_to_another_disk_stays_a_link(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "name").symlink_to(tmp_path / "big")
+    for content in ("one", "two"):
+        with whole_directory(tmp_path / "name") as new:
+            (new / "file").write_text(content)
+    assert (tmp_path / "name").is_symlink()
+    assert (tmp_path / "big" / "file").read_text() == "two"

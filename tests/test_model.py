@@ -241,3 +241,8 @@ def test_draws_follow_the_probabilities(settings):
     assert counts[~possible].sum() == 0
     chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
     assert chi_squared < 24.3  # exceeded once in 1,000 with 7 degrees of freedom, more rarely with fewer
+
+
+def test_overflown_logits_draw_the_likeliest_id_and_no_error():
+    logits = torch.tensor([0.0, float("inf"), 1.0])
+    assert sample(logits, 1.0, 0, 1.0, None) == 1

@@ -226,3 +226,8 @@ def test_a_damaged_tokenizer_file_is_a_user_error_with_its_name(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"tokenizer\.json is damaged: "):
         Tokenizer.load(tmp_path)
+
+
+def test_a_stream_that_ends_inside_a_character_gives_what_it_has():
+    tokenizer = make_tokenizer("byte", [], 0)
+    assert "".join(tokenizer.decode_stream([*b"a", 0xE3, 0x83])) == tokenizer.decode([*b"a", 0xE3, 0x83])

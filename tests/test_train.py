@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, child_environment
+from conftest import ROOT, TINY, child_environment, run_main
 from safetensors.torch import load_file
 from test_distributed import TORCHRUN
 
@@ -408,3 +408,14 @@ def test_a_wandb_that_fails_does_not_stop_a_run(tmp_path, train, monkeypatch):
 def test_the_settings_are_saved_with_the_run(tiny_run):
     settings = load_training(tiny_run / "last")["settings"]
     assert {name: settings[name] for name in TINY} == TINY
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path, train, tiny_flags):
+    train(tmp_path / "run", max_iters=1, dtype="bfloat16")
+    arguments = [f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_iters=2", "--device=cpu"]
+    assert "in bfloat16" in run_main("train", *arguments).err
+
+
+def test_a_run_goes_on_in_float16_that_was_not_in_it_before(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=1)
+    assert "in float16" in resume(tmp_path / "run", max_iters=2, dtype="float16").err
