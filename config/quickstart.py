@@ -7,7 +7,7 @@
 out_dir = "out-quickstart"
 dataset = "python"
 init_from = "auto"  # started again, it does not begin anew
-eval_interval = 275
+eval_interval = 325
 eval_iters = 0  # the whole validation split
 
 n_layer = 4
@@ -21,7 +21,7 @@ optimizer = "muon"
 lr_schedule = "linear"
 learning_rate = 4e-3
 min_lr = 0.0
-max_iters = 1100
+max_iters = 1300
 log_interval = 20
 sample_tokens = 64
 warmup_iters = 20
