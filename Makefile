@@ -6,7 +6,7 @@ quickstart: .venv/ready
 	$(BIN)/python prepare_data.py python
 	$(BIN)/python train.py config/quickstart.py
 	$(BIN)/python bench/against_xz.py
-	$(BIN)/python sample.py --out_dir=out-quickstart --start="    def __init__(self," --temperature=0.6 --max_new_tokens=200
+	printf 'class Server:\n    def' | $(BIN)/python sample.py --out_dir=out-quickstart --start=- --max_new_tokens=200
 
 test: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 #
 #   python prepare_data.py python
 #   python train.py config/quickstart.py
-#   python sample.py --out_dir=out-quickstart --start="    def __init__(self," --temperature=0.6
+#   printf 'class Server:\n    def' | python sample.py --out_dir=out-quickstart --start=-
 
 out_dir = "out-quickstart"
 dataset = "python"
