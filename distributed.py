@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import re
 import signal
@@ -83,6 +84,7 @@ class Distributed:
 
     def close(self) -> None:
         if dist.is_initialized():
+            gc.collect()  # a wrapped model that is still alive holds the group's threads, and the process would abort
             dist.destroy_process_group()
 
 

@@ -101,18 +101,21 @@ def test_two_processes_sum_and_average_gradients(tmp_path):
     script.write_text(
         "import torch\n"
         "from distributed import connect\n"
+        "def work(dist):\n"
+        "    torch.manual_seed(dist.rank)\n"
+        "    model = dist.wrap(torch.nn.Linear(1, 1, bias=False))\n"
+        "    model(torch.tensor([[dist.rank + 1.0]])).backward()\n"
+        "    gradient = model.module.weight.grad.item()\n"
+        "    same = dist.sum(model.module.weight.item())[0] == 2 * model.module.weight.item()\n"
+        "    sums = dist.sum(dist.rank + 1.5, 1), dist.max(dist.rank)\n"
+        "    line = (dist.rank, dist.is_main, dist.world_size, *sums, gradient, same)\n"
+        f"    open(rf'{tmp_path}/{{dist.rank}}', 'w').write(repr(line))\n"
         "dist = connect('cpu', 'float32')\n"
-        "torch.manual_seed(dist.rank)\n"
-        "model = dist.wrap(torch.nn.Linear(1, 1, bias=False))\n"
-        "model(torch.tensor([[dist.rank + 1.0]])).backward()\n"
-        "gradient = model.module.weight.grad.item()\n"
-        "same = dist.sum(model.module.weight.item())[0] == 2 * model.module.weight.item()\n"
-        "sums = dist.sum(dist.rank + 1.5, 1), dist.max(dist.rank)\n"
-        "line = (dist.rank, dist.is_main, dist.world_size, *sums, gradient, same)\n"
-        f"open(rf'{tmp_path}/{{dist.rank}}', 'w').write(repr(line))\n"
+        "work(dist)\n"
         "dist.close()\n"
     )
-    subprocess.run([*TORCHRUN, script], env=child_environment(), cwd=ROOT, check=True, capture_output=True)
+    ended = subprocess.run([*TORCHRUN, script], env=child_environment(), cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
     for rank in range(2):
         # gradients 1 and 2 average to 1.5; the weights are rank 0's on both
         expected = (rank, rank == 0, 2, [4.0, 2.0], [1], 1.5, True)
