@@ -128,7 +128,7 @@ def _write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor],
 
 
 def load_training(directory: Path) -> dict:
-    """What `save_checkpoint` was told of the run."""
+    """What `Saver.save` was told of the run."""
     found = existing(directory)
     if found is None:
         raise UserError(f"{directory}: no checkpoint there; start a run with --init_from=scratch")
