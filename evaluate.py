@@ -21,7 +21,7 @@ def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed) -> float
         counted = int((targets != IGNORED).sum())
         inputs, targets = dist.to_device(inputs, targets)
         with dist.autocast():
-            losses.append(model(inputs, targets)[1].float() * counted)
+            losses.append(model(inputs, targets, need_logits=False)[1].float() * counted)
         count += counted
     model.train()
     total, count = dist.sum(torch.stack(losses).cpu().double().sum().item() if losses else 0.0, count)

@@ -48,11 +48,19 @@ class CausalSelfAttention(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Causal scaled dot-product attention of (B, H, T, D) queries, keys and values."""
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    with torch.autocast("cpu", enabled=False):  # bf16 attention has a pathologically slow backward there
-        q, k, v = q.float(), k.float(), v.float()
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    # torch's fused attention for CPUs computes bf16 products at the speed of fp32 and goes backward slower still: plain
+    # products take half its time. Of long sequences, a part that no query of a chunk may see is left out.
+    B, H, T, D = q.shape
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    unseen = torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)
+    parts, chunk = [], 512
+    for start in range(0, T, chunk):
+        end = min(start + chunk, T)
+        scores = torch.baddbmm(unseen[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=D**-0.5)
+        parts.append(F.dropout(scores.softmax(dim=-1), dropout) @ v[:, :end])
+    return torch.cat(parts, dim=1).view(B, H, T, D)
 
 
 class MLP(nn.Module):
@@ -64,6 +72,35 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # tanh: OpenAI's form
+
+
+class CrossEntropy(torch.autograd.Function):
+    """F.cross_entropy of logits (N, V) that nobody needs afterwards: they become their own gradient, some rows at a
+    time. Of the four (N, V) matrices of the usual way, three of them in fp32, one is left.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        rows = max(
+            1, 2 ** (22 if logits.device.type == "cpu" else 28) // logits.size(1)
+        )  # 16 MB fit into a CPU's cache
+        total = torch.zeros((), device=logits.device)
+        for x, target in zip(logits.split(rows), targets.split(rows)):
+            log_p = x.float().log_softmax(dim=1)
+            total += F.nll_loss(log_p, target, ignore_index=IGNORED, reduction="sum")
+            if ctx.needs_input_grad[0]:
+                gradient = log_p.exp_()
+                gradient[torch.arange(len(x), device=x.device), target.clamp(min=0)] -= 1
+                x.copy_(gradient.mul_((target != IGNORED)[:, None]))
+        count = (targets != IGNORED).sum()
+        ctx.save_for_backward(count)
+        ctx.gradient = logits
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (count,) = ctx.saved_tensors
+        return ctx.gradient.mul_(grad / count), None
 
 
 class Block(nn.Module):
@@ -134,18 +171,21 @@ class GPT(nn.Module):
         wte = "transformer.wte.weight"
         return weights | {wte: weights[wte][: self.config.vocab_size]}
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, need_logits: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return (logits, loss) for token ids.
 
         idx: (B, T) int64, T at most block_size. targets: (B, T), the next id of each position, or IGNORED.
-        logits: (B, T, vocab_size), in the precision of the matrix products. loss: the mean
-        cross-entropy in nats over the targets that count, or None without targets.
+        logits: (B, T, vocab_size), in the precision of the matrix products; None if not needed, which
+        saves memory. loss: the mean cross-entropy in nats over the targets that count, or None without targets.
         """
-        logits = self.logits(self.hidden(idx))
-        loss = None
-        if targets is not None:
+        logits, loss = self.logits(self.hidden(idx)), None
+        if targets is not None and (need_logits or torch.compiler.is_compiling()):  # compiled, it is fused anyway
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        return logits[..., : self.config.vocab_size], loss
+        elif targets is not None:
+            loss = CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+        return logits[..., : self.config.vocab_size] if need_logits else None, loss
 
     def hidden(self, idx: Tensor) -> Tensor:
         """What the head reads: (B, T) ids to (B, T, C)."""

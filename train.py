@@ -147,7 +147,7 @@ def train_step(
         torch.manual_seed(mix(config.seed, step, index))  # dropout: nothing of the generators needs saving
         model.require_backward_grad_sync = i == micro_steps - 1  # for DDP: one exchange an update
         with dist.autocast():
-            _, loss = model(inputs, targets)
+            _, loss = model(inputs, targets, need_logits=False)
         scaler.scale(loss / micro_steps).backward()
         total += loss.detach() / micro_steps
     return total, apply_gradients(model, optimizers, scaler, config.learning_rate_at(step), config.grad_clip)
