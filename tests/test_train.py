@@ -11,12 +11,13 @@ from conftest import ROOT, TINY, child_environment, run_main
 from safetensors.torch import load_file
 from test_distributed import TORCHRUN
 
-from checkpoint import load_model, load_training
+from checkpoint import load_model
 from config.settings import UserError
 from data.token_files import open_data_set
 from distributed import Distributed
 from metrics import read_metrics
 from optimizer import scheduled_learning_rate
+from training_state import load_training
 
 TIMES = {"seconds", "tokens_per_second", "mfu"}
 PLAN = {"lr_decay_iters": 6, "warmup_iters": 2, "min_lr": 1e-3}  # given, so that a shorter run has the same one
