@@ -128,22 +128,24 @@ def _from_hub(name: str) -> Path:
 
 def _read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     path = directory / "config.json"
-    found = read_json(path)
+    found = read_json(directory, path.name)
     if found.get("model_type") != "gpt2":
         raise UserError(f"{path}: a model of type {found.get('model_type')}, not a GPT-2")
     for name, gpt2s in OF_GPT2.items():
         if found.get(name, gpt2s) != gpt2s:
             raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {gpt2s}")
+    if missing := set(CONFIG_NAMES.values()) - {"bias", "resid_pdrop"} - set(found):
+        raise UserError(f"{path} does not describe a GPT-2: it lacks {', '.join(sorted(missing))}")
     config = GPTConfig(**{ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found})
     files, index = ["model.safetensors"], "model.safetensors.index.json"
     if not (directory / files[0]).exists() and (directory / index).exists():
-        shards = read_json(directory / index).get("weight_map")
+        shards = read_json(directory, index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise UserError(f"{directory / index} is damaged: no weight_map of names")
         files = sorted(set(shards.values()))
     tensors = {}
     for file in files:
-        tensors |= read_tensors(directory / file)
+        tensors |= read_tensors(directory, file)
     weights = {}
     for name, tensor in tensors.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
@@ -177,21 +179,21 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     return dataclasses.replace(config, vocab_size=tokenizer.vocab_size), weights, tokenizer
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    file = inside(path.parent, path.name)
+def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
+    path = inside(directory, name)
     try:
-        return safetensors.torch.load_file(file)
+        return safetensors.torch.load_file(path)
     except Exception as error:  # SafetensorError, OSError, and what torch raises for a shape that cannot be
         raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
 
 
-def read_json(path: Path) -> dict:
+def read_json(directory: Path, name: str) -> dict:
     def refuse(number: str):
         raise ValueError(f"{number} is no number")
 
-    file = inside(path.parent, path.name)
+    path = inside(directory, name)
     try:
-        found = json.loads(file.read_bytes(), parse_constant=refuse)
+        found = json.loads(path.read_bytes(), parse_constant=refuse)
         assert isinstance(found, dict), "not an object"
         return found
     except (OSError, ValueError, AssertionError, RecursionError) as error:

@@ -124,7 +124,7 @@ def load_training(directory: Path) -> dict:
         if os.environ.get("RANK", "0") == "0":  # one process is enough: where it refuses, torchrun ends the others
             check_sums(found)
         path = found / "training.json"
-        training = read_json(path)
+        training = read_json(found, path.name)
         if training.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{found}: format version {training.get('format_version')}, this is for {FORMAT_VERSION}")
         if missing := set(FIELDS) - set(training):
@@ -139,7 +139,7 @@ def load_optimizers(training: dict, model: nn.Module, optimizers: list, scaler: 
     path, saved = training["directory"] / "optimizer.safetensors", training["scaler"]
     wanted, now = _optimizer_tensors(model, optimizers), scaler.state_dict()
     with naming_others(training["directory"]):
-        tensors = read_tensors(path)
+        tensors = read_tensors(training["directory"], path.name)
         if {name: (t.shape, t.dtype) for name, t in tensors.items()} != {
             n: (t.shape, t.dtype) for n, t in wanted.items()
         }:

@@ -1,10 +1,12 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import made_text
+from safetensors.torch import load_file, save_file
 
 from checkpoint import load_model, save_model
 from config.settings import UserError
@@ -222,3 +224,83 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
     save_model(tmp_path, model, of_kind("char"))
     with pytest.raises(UserError, match="not finite"):
         load_model(tmp_path)
+
+
+# a stranger's directory
+
+
+def test_a_link_that_leads_out_of_the_directory_is_not_followed(saved, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (saved / name).rename(elsewhere / name)
+        (saved / name).symlink_to(elsewhere / name)
+        with pytest.raises(UserError, match=f"{name} leads out of"):
+            load_model(saved)
+        (saved / name).unlink()
+        (elsewhere / name).rename(saved / name)
+    link = elsewhere / "link"
+    link.symlink_to(saved)
+    load_model(link)  # the directory itself may be one
+
+
+def test_the_links_of_the_hubs_cache_are_followed(saved, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("hub") / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "1").mkdir(parents=True)
+    for path in saved.iterdir():
+        path.rename(cache / "blobs" / path.name)
+        (cache / "snapshots" / "1" / path.name).symlink_to(f"../../blobs/{path.name}")
+    load_model(cache / "snapshots" / "1")
+
+
+def test_a_path_in_an_index_is_not_followed(saved, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
+    (saved / "model.safetensors").rename(elsewhere)
+    for name in (str(elsewhere), f"../{elsewhere.parent.name}/model.safetensors", "..", ""):
+        (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+        with pytest.raises(UserError, match=r"leads out of|not a file"):
+            load_model(saved)
+
+
+def test_only_the_models_own_tensors_are_read(saved):
+    """Another file in the directory changes nothing, even one that would load."""
+    before = load_model(saved)[0]
+    other = {name: tensor + 1 for name, tensor in load_file(saved / "model.safetensors").items()}
+    save_file(other, saved / "zzz.safetensors")
+    assert torch.equal(logits(load_model(saved)[0]), logits(before))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(saved):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (saved / name).rename(saved / "moved")
+        os.mkfifo(saved / name)
+        with pytest.raises(UserError, match=f"{name} is missing or damaged: not a file"):
+            load_model(saved)
+        (saved / name).unlink()
+        (saved / "moved").rename(saved / name)
+
+
+@pytest.mark.parametrize("change", ["integers", "biases where there are none", "a layer more", "a size missing"])
+def test_tensors_that_are_not_this_models_are_refused(tmp_path, change):
+    tokenizer = of_kind("char")
+    save_model(tmp_path, make_model(tokenizer, bias=False), tokenizer)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    if change == "integers":
+        tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"].view(torch.int32)
+    elif change == "biases where there are none":
+        tensors["transformer.ln_f.bias"] += 1
+    elif change == "a layer more":
+        tensors["transformer.h.2.ln_1.weight"] = tensors["transformer.h.1.ln_1.weight"].clone()
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "n_head"}))
+    save_file(tensors, path)
+    with pytest.raises(UserError):
+        load_model(tmp_path)
+
+
+def test_an_absurd_size_is_refused_before_a_model_of_it_is_made(saved):
+    edit_json(saved / "config.json", n_layer=10**9)
+    with pytest.raises(UserError, match="weights do not fit"):
+        load_model(saved)

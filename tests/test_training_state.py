@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import logits, of_kind
+from safetensors.torch import load_file, save_file
+from test_checkpoint import edit_json, logits, of_kind
 
 from checkpoint import load_model
 from config.settings import UserError
@@ -159,3 +160,83 @@ def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
     assert saver.wait() is None
     assert load_training(tmp_path / "last")["best_val_loss"] == 2.5
     load_model(tmp_path / "best")
+
+
+def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
+    model, optimizers = trained()
+    told = []
+    saver = Saver(tmp_path, model, optimizers, of_kind("char"), tell=told.append)
+    saver.save(COMPLETE | {"step": 1}, val_loss=float("nan"))  # of an overflow, say: the weights are sound
+    assert saver.wait() is None
+    assert not (tmp_path / "best").exists()
+    saver.save(COMPLETE | {"step": 2}, val_loss=3.0)
+    assert saver.wait() is None
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] = float("inf")
+    saver.save(COMPLETE | {"step": 3}, val_loss=2.0, keep=True)
+    assert "wpe.weight has values that are not finite" in saver.wait()
+    assert told == [f"{saver.wait()}; the checkpoint before it is whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last"]
+    assert load_training(tmp_path / "last")["step"] == 2
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path):
+    """A limit to the size of files ends the writing of each file at each of its pages."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model, optimizers = trained()
+    saver = Saver(tmp_path, model, optimizers, of_kind("char"), tell=lambda text: None)
+    saver.save(COMPLETE | {"step": 1}, val_loss=2.0)
+    saver.wait()
+    sizes = [path.stat().st_size for path in (tmp_path / "last").iterdir()]
+    for size in sorted({n - 1 for n in sizes} | set(range(0, max(sizes), 2048))):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            saver.save(COMPLETE | {"step": 2}, val_loss=1.0)
+            assert "update 2 could not be saved" in saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert load_training(tmp_path / "last")["step"] == 1
+        load_model(tmp_path / "best")
+    saver.save(COMPLETE | {"step": 2})
+    assert saver.wait() is None
+    assert load_training(tmp_path / "last")["step"] == 2
+
+
+def test_optimizer_state_that_is_not_finite_is_refused(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {})
+    path = tmp_path / "last" / "optimizer.safetensors"
+    tensors = load_file(path)
+    next(tensor for name, tensor in tensors.items() if tensor.dim() == 2)[0, 0] = float("nan")
+    save_file(tensors, path)
+    (tmp_path / "last" / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="not finite"):
+        load(tmp_path / "last", model, optimizers)
+
+
+@pytest.mark.parametrize("scaler", [{}, {"scale": "large"}, {"scale": float("inf")}, {"_growth_tracker": 0.5}])
+def test_a_loss_scale_that_is_none_is_refused(tmp_path, scaler):
+    model, optimizers = trained()
+    now = torch.amp.GradScaler("cpu")
+    saved = {} if not scaler else now.state_dict() | scaler
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {})
+    training = load_training(tmp_path / "last") | {"scaler": saved}
+    if saved:
+        with pytest.raises(UserError, match="not a GradScaler's state"):
+            load_optimizers(training, model, optimizers, now)
+    else:
+        load_optimizers(training, model, optimizers, now)
+        assert now.get_scale() == 65536.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": -1}, {"step": "x"}, {"seconds": None}, {"settings": []}, {"best_val_loss": "low"}, {"scaler": 3}],
+)
+def test_values_of_another_type_in_training_json_are_a_user_error(tmp_path, changes):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {})
+    edit_json(tmp_path / "last" / "training.json", **changes)
+    (tmp_path / "last" / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=next(iter(changes))):
+        load_training(tmp_path / "last")
