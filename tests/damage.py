@@ -13,8 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint import save_model
 from files import SUMS, sha256
 
+CHECKPOINT = [
+    "config.json", "generation_config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "training.json", "SHA256SUMS",
+]  # fmt: skip
+DATA_SET = ["meta.json", "tokenizer.json", "train.bin", "val.bin", "SHA256SUMS", "train.bin.checked"]
 BYTES = ("truncate", "empty", "flip", "noise", "delete", "directory", "pipe", "link out", "swap", "no permission")
 TENSORS = ("nan", "extra tensor", "missing tensor", "other shape", "other type", "renamed tensor")
 VALUES = ("drop key", "replace value", "format version")
@@ -124,3 +130,12 @@ def restore(folder: Path, sound: Path) -> None:
     for path in [folder, *folder.parent.glob("*.moved")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     shutil.copytree(sound, folder)
+
+
+def same_model(directory: Path, model, tokenizer, scratch: Path) -> bool:
+    """Whether a loaded model is what the files of a directory say: written again, it gives the same tensors."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    save_model(scratch, model, tokenizer)
+    ours, theirs = load_file(scratch / "model.safetensors"), load_file(directory / "model.safetensors")
+    return ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)

@@ -8,20 +8,14 @@ from pathlib import Path
 
 import pytest
 from conftest import flags, run_main
-from damage import SUMS_AFTER, damage, restore, ways
+from damage import CHECKPOINT, DATA_SET, SUMS_AFTER, damage, restore, same_model, ways
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from test_train import records
 
-from checkpoint import load_model, save_model
+from checkpoint import load_model
 from config.settings import UserError
 
-CHECKPOINT = [
-    "config.json", "generation_config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json",
-    "tokenizer_config.json", "training.json", "SHA256SUMS",
-]  # fmt: skip
-DATA_SET = ["meta.json", "tokenizer.json", "train.bin", "val.bin", "SHA256SUMS", "train.bin.checked"]
 examples = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -43,15 +37,6 @@ def drawn(files: list[str], folder: Path, data) -> tuple[Path, str]:
     way = data.draw(st.sampled_from(ways(path)))
     damage(path, way, data.draw(st.integers(0, 2**32)), sums := data.draw(st.sampled_from(SUMS_AFTER)))
     return path, sums
-
-
-def same_model(directory: Path, model, tokenizer, scratch: Path) -> bool:
-    """Whether a loaded model is what the files of a directory say: written again, it gives the same tensors."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    save_model(scratch, model, tokenizer)
-    ours, theirs = load_file(scratch / "model.safetensors"), load_file(directory / "model.safetensors")
-    return ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
 
 
 @pytest.fixture

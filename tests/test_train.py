@@ -472,18 +472,18 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     assert "no checkpoint there" in resume(tmp_path / "run", status=2, init_from="resume:step-9").err
 
 
-GETS_WORSE = dict(learning_rate=0.5, warmup_iters=0, grad_clip=0, min_lr=0.5, eval_interval=1, max_iters=20)
+GETS_WORSE = dict(learning_rate=0.5, warmup_iters=0, grad_clip=0, min_lr=0.5, eval_interval=1, max_iters=30)
 
 
 def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path, train, resume):
     ended = train(tmp_path / "run", patience=3, **GETS_WORSE)
     losses = [line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line][1:]
     best = min(range(len(losses)), key=losses.__getitem__)
-    assert len(losses) == best + 1 + 3 < 20
+    assert len(losses) == best + 1 + 3 < 30
     assert f"ended early, after update {len(losses)}: 3 evaluations in a row" in ended.err
     assert load_training(tmp_path / "run" / "last")["step"] == len(losses)
     train(tmp_path / "parts", patience=3, **GETS_WORSE | {"max_iters": best + 2})
-    resume(tmp_path / "parts", max_iters=20)
+    resume(tmp_path / "parts", max_iters=30)
     assert same_run(tmp_path / "run", tmp_path / "parts")
     resume(tmp_path / "run")  # it has ended
     assert load_training(tmp_path / "run" / "last")["step"] == len(losses)
@@ -515,7 +515,7 @@ def test_skipped_updates_are_counted_and_told_and_a_resume_goes_on_counting(tmp_
     (path.parent / "SHA256SUMS").unlink()
     ended = resume(tmp_path / "run", max_iters=15, dtype="float16")
     counts = [line.get("skipped", 0) for line in records(tmp_path / "run") if "train_loss" in line]
-    assert counts == [0, *range(1, counts[-1] + 1), *[counts[-1]] * (14 - counts[-1])]
+    assert counts[:2] == [0, 1] and counts == sorted(counts)
     assert 0 < counts[-1] < 14
     assert f"| {counts[-1]} skipped" in ended.err
     assert load_training(path.parent)["scaler"]["scale"] == 2.0 ** (27 - counts[-1])
