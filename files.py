@@ -51,7 +51,7 @@ def existing(final: Path) -> Path | None:
 
 def set_aside(out_dir: Path) -> None:
     """An earlier run in the same folder is kept under another name: a new run never destroys it."""
-    if existing(out_dir / "last") or existing(out_dir / "best"):
+    if existing(out_dir / "last") or existing(out_dir / "best") or next(out_dir.glob("step-*"), None):
         free = next(path for i in itertools.count(1) if not (path := Path(f"{out_dir}.{i}")).exists())
         try:
             out_dir.rename(free)

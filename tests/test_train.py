@@ -197,7 +197,8 @@ def short_run(tmp_path_factory, train) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"n_embd": 48}, {"block_size": 8}, {"seed": 1}, {"optimizer": "muon"}, {"bias": True}]
+    "changes",
+    [{"n_embd": 48}, {"block_size": 8}, {"seed": 1}, {"optimizer": "muon"}, {"bias": True}, {"dataset": "other"}],
 )
 def test_a_resume_that_contradicts_the_checkpoint_is_refused(short_run, resume, changes):
     ((name, value),) = changes.items()

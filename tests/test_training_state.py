@@ -140,6 +140,12 @@ def test_an_earlier_run_is_set_aside_and_never_destroyed(tmp_path):
     assert [(tmp_path / name / "metrics.jsonl").read_text() for name in ("out.1", "out.2")] == ["first", "second"]
 
 
+def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
+    (tmp_path / "out" / "step-000010").mkdir(parents=True)
+    set_aside(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.1"]
+
+
 def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
     (tmp_path / "out").mkdir()
     set_aside(tmp_path / "out")
