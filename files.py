@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from config.settings import UserError, note
+from config.settings import UserError, note, one_line
 
 SUMS = "SHA256SUMS"  # in the form of `sha256sum -c`
 
@@ -51,7 +51,7 @@ def existing(final: Path) -> Path | None:
 
 def set_aside(out_dir: Path) -> None:
     """An earlier run in the same folder is kept under another name: a new run never destroys it."""
-    if existing(out_dir / "last") or existing(out_dir / "best"):
+    if existing(out_dir / "last") or existing(out_dir / "best") or next(out_dir.glob("step-*"), None):
         free = next(path for i in itertools.count(1) if not (path := Path(f"{out_dir}.{i}")).exists())
         try:
             out_dir.rename(free)
@@ -72,8 +72,8 @@ def check_sums(directory: Path) -> None:
     if not sums.is_file():
         return  # a directory that other tools made
     try:
-        expected = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines())
-        changed = [name for name, digest in expected.items() if sha256(directory / Path(name).name) != digest]
+        expected = dict(reversed(line.split("  ", 1)) for line in inside(directory, SUMS).read_text().splitlines())
+        changed = [name for name, digest in expected.items() if sha256(inside(directory, name)) != digest]
     except (OSError, ValueError) as error:
         raise UserError(f"{directory} is damaged: {error}") from error
     if changed:
@@ -81,6 +81,24 @@ def check_sums(directory: Path) -> None:
             f"{directory / changed[0]} is not as it was written: it is damaged; "
             f"if you changed it on purpose, remove {sums}"
         )
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The file `name` of `directory`; UserError if it is missing, not a file, or leads out of the directory.
+
+    A directory may be a stranger's: neither a name written in it nor a link makes us read elsewhere,
+    and nobody waits for a pipe. The hub's cache is made of links, from snapshots/ to blobs/ beside it.
+    """
+    path, home = directory / name, directory.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    try:
+        if Path(name).name != name or not path.resolve().is_relative_to(home):
+            raise UserError(f"{path} leads out of {directory}: it is not followed; put the file itself there")
+        if not path.is_file():
+            raise UserError(f"{path} is missing or damaged: {'not a file' if path.exists() else 'no such file'}")
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, links in a circle, a name that cannot be
+        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
+    return path
 
 
 def sha256(path: Path) -> str:

@@ -3,9 +3,11 @@
 python metrics.py out-a out-b        # several runs in one picture, compare.png
 """
 
+import collections
 import contextlib
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,8 @@ from tqdm import tqdm
 
 from config.settings import UserError, note, one_line, run_script
 
+SPIKE_WINDOW = 50  # logged losses that the next is compared with
+
 
 class Metrics:
     """The record of one run, on the main process; elsewhere every call does nothing."""
@@ -21,10 +25,18 @@ class Metrics:
     def __init__(self, out_dir: Path, active: bool, until_step: int | None = None):
         """Start anew, or with `until_step` go on after the lines of an interrupted run up to that step."""
         self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
-        if active:
+        self.losses = collections.deque(maxlen=SPIKE_WINDOW)
+        if not active:
+            return
+        kept = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
+        self.losses.extend(record["train_loss"] for record in kept if "train_loss" in record)
+        new = self.path.with_name("metrics.jsonl.new")
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            new.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            new.replace(self.path)  # whole or not at all: what was measured until now must not get lost
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {one_line(error)}") from error
 
     def track(self, project: str, name: str | None, settings: dict) -> None:
         """Record in Weights & Biases too, if it is there and lets us: tracking never stops training."""
@@ -48,6 +60,22 @@ class Metrics:
         except OSError as error:  # a full disk does not stop training
             note(f"{self.path}: {one_line(error)}")
         self._tell_wandb("log", record, step=record["step"])
+
+    def spike(self, loss: float) -> str | None:
+        """What to tell of a logged loss that stands far above those before it; None of an ordinary one.
+
+        Far: ten median absolute deviations above the running median, nearly seven standard deviations
+        of a normal distribution, so that noise is not taken for it; and at least a tenth of a nat.
+        """
+        if not math.isfinite(loss):
+            return None  # its update was skipped, and is counted as such
+        before = list(self.losses)
+        self.losses.append(loss)
+        if len(before) < 10:
+            return None
+        median = statistics.median(before)
+        usual = max(10 * statistics.median(abs(other - median) for other in before), 0.1)
+        return f"loss spike: {loss:.4f}, the running median is {median:.4f}" if loss - median > usual else None
 
     def draw(self) -> None:
         if not self.active:
@@ -110,6 +138,7 @@ class Progress:
 
     def show(self, record: dict, seconds_left: float) -> None:
         mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""
+        mfu += f" | {record['skipped']:,} skipped" if record.get("skipped") else ""
         figures = (
             f"loss {record['train_loss']:.4f} | lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} "
             f"| {record['tokens_per_second']:,.0f} tok/s{mfu}"
@@ -130,9 +159,13 @@ class Progress:
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a line that a kill cut short is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and all(
+                type(v) in (int, float) for v in [record.get("step"), *record.values()]
+            ):
+                records.append(record)
     return records
 
 

@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 import dataclasses
 import itertools
+import math
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Saver, initial_model, load_optimizers, load_training
 from config.resume import resumed_settings
 from config.settings import (
     Decay,
@@ -37,6 +37,7 @@ from files import existing, set_aside
 from metrics import Metrics, Progress, Stopwatch
 from model import GPT
 from optimizer import apply_gradients, make_optimizers, scheduled_learning_rate
+from training_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
 
 MAX_SKIPPED = 20  # updates in a row whose gradients were not finite: then the run ends
 DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that follow from others where they are not given
@@ -50,6 +51,10 @@ class TrainConfig:
     """updates between evaluations; each is followed by a save"""
     eval_iters: NonNegativeInt = 200
     """batches of an evaluation, always the same ones; 0: the whole validation split"""
+    patience: NonNegativeInt = 0
+    """evaluations in a row without a lower loss after which the run ends; 0: any number"""
+    keep_every: NonNegativeInt = 0
+    """updates between checkpoints that are kept for good, out_dir/step-001000 and so on; 0: none"""
     eval_only: bool = False
     """evaluate once, then end; nothing is written"""
     log_interval: PositiveInt = 10
@@ -57,7 +62,7 @@ class TrainConfig:
     sample_tokens: NonNegativeInt = 48
     """tokens written by the model at each evaluation, for a look; 0: none"""
     init_from: str = "scratch"
-    """scratch; resume: from out_dir/last; auto: resume if it is there; or a model: gpt2, a directory, a ckpt.pt"""
+    """scratch; resume: from out_dir/last; resume:step-001000; auto: resume or start; or a model: gpt2, a directory"""
     wandb_log: bool = False
     """also record the run in Weights & Biases"""
     wandb_project: str = "plaingpt"
@@ -155,9 +160,10 @@ def train_step(
 
 def main() -> int:
     config, given = load_settings(TrainConfig)
-    last, training = Path(config.out_dir) / "last", None
-    if config.init_from == "resume" or (config.init_from == "auto" and existing(last)):
-        training = load_training(last)
+    how, _, name = config.init_from.partition(":")
+    checkpoint, training = Path(config.out_dir) / (name or "last"), None
+    if how == "resume" or (how == "auto" and existing(checkpoint)):
+        training = load_training(checkpoint)
         config = resumed_settings(config, given, training)
     dist = connect(config.device, config.dtype)
     try:
@@ -178,8 +184,8 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
         )
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if training and training["data"] != data.digest:
-        note(f"the data set {config.dataset} is not the one that {config.out_dir}/last was trained on")
-    raw_model, config = initial_model(config, given, data, resumed=training is not None)
+        note(f"the data set {config.dataset} is not the one that {training['directory']} was trained on")
+    raw_model, config = initial_model(config, given, data, training)
     raw_model.to(dist.device)
     sequences = config.gradient_accumulation_steps * config.batch_size
     train_batches = TrainBatches(data.train, config.block_size, sequences, config.seed)
@@ -195,36 +201,35 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     betas = (config.beta1, config.beta2)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, betas)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    out_dir, start, watch = Path(config.out_dir), 0, Stopwatch()
+    out_dir, watch = Path(config.out_dir), Stopwatch()
+    before = training or NEW_RUN
+    start, watch.seconds = before["step"], before["seconds"]
     if training:
-        start, watch.seconds = training["step"], training["seconds"]
-        load_optimizers(out_dir / "last", raw_model, optimizers)
-        if training["scaler"]:  # empty if it was not trained in float16 until now
-            scaler.load_state_dict(training["scaler"])
+        load_optimizers(training, raw_model, optimizers, scaler)
     elif dist.is_main:
         set_aside(out_dir)
     earliest, latest = dist.max(-start, start)
     if -earliest != latest:
         raise UserError(f"the processes found different checkpoints in {out_dir}: it has to be on a disk they share")
-    of_the_run = dict(
-        settings=dataclasses.asdict(config),
-        derived=[name for name in DERIVED if name not in given and (not training or name in training["derived"])],
-        data=data.digest,
-    )
+    derived = [name for name in DERIVED if name not in given and name in before.get("derived", DERIVED)]
+    of_the_run = dict(settings=dataclasses.asdict(config), derived=derived, data=data.digest)
     metrics = Metrics(out_dir, dist.is_main, start if training else None)
     if config.wandb_log:
         metrics.track(config.wandb_project, config.wandb_run_name, of_the_run["settings"])
     tokens_per_update = sequences * config.block_size
     announce(raw_model, data, config, dist, tokens_per_update)
     progress = Progress(start, config.max_iters, dist.is_main)
-    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, training and training["best_val_loss"])
+    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, before["best_val_loss"], progress.tell)
+    lowest, worse = before["best_val_loss"] or math.inf, before["evaluations_since_best"]
     stop, stopping = StopSignal(), 0
-    skipped = torch.zeros((), device=dist.device)  # updates in a row whose gradients were not finite
+    # Updates whose gradients were not finite, counted on the device: all of them, and those in a row
+    skipped, in_a_row = torch.tensor([before["skipped"], 0], device=dist.device)
     logged, logged_seconds = start, watch.seconds
 
     for step in itertools.count(start):
         due = step == 0 or (step != start and (step == config.max_iters or step % config.eval_interval == 0))
-        if due or stopping:
+        keep = step > start and config.keep_every > 0 and step % config.keep_every == 0
+        if due or keep or stopping:
             dist.synchronize()
             watch.pause()
         if due:
@@ -232,53 +237,52 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             val_bpb = bits_per_byte(val_loss, data.val)
             metrics.write(step=step, tokens=step * tokens_per_update, val_loss=val_loss, val_bpb=val_bpb)
             progress.tell(f"step {step}: {describe_loss(val_loss, data)}")
-        if (due or stopping) and step > start and dist.is_main:
-            if problem := saver.wait():
-                progress.tell(f"{problem}; trying again")
-            so_far = dict(step=step, seconds=watch.seconds, scaler=scaler.state_dict())
-            saver.save(so_far | of_the_run, val_loss if due else None)
+            if step:
+                lowest, worse = (val_loss, 0) if val_loss < lowest else (lowest, worse + 1)
+        if (due or keep or stopping) and step > start and dist.is_main:
+            so_far = dict(step=step, seconds=watch.seconds, skipped=int(skipped), evaluations_since_best=worse)
+            saver.save(so_far | of_the_run | {"scaler": scaler.state_dict()}, val_loss if due else None, keep)
             metrics.draw()
         if due and config.sample_tokens and dist.is_main:
             progress.tell(write_sample(raw_model, data, config.sample_tokens, dist, seed=step), indent="  ")
-        if step >= config.max_iters or stopping:
+        if step >= config.max_iters or stopping or 0 < config.patience <= worse:
             break
 
         watch.go()
         loss, norm = train_step(model, optimizers, scaler, train_batches, step, config, dist)
-        skipped = (skipped + 1) * ~norm.isfinite()
+        skipped, in_a_row = skipped + ~norm.isfinite(), (in_a_row + 1) * ~norm.isfinite()
         done = step + 1
         if done % config.log_interval == 0 or done == config.max_iters:
             (loss_sum,) = dist.sum(loss.item())  # a CPU-GPU sync point: only here
-            if skipped >= MAX_SKIPPED:
+            if in_a_row >= MAX_SKIPPED:
                 raise RunFailed(
-                    f"the gradients were not finite in {int(skipped)} updates in a row, the last of them {done}; "
+                    f"the gradients were not finite in {int(in_a_row)} updates in a row, the last of them {done}; "
                     "no weights were touched: resume from the last save, or start anew, with a lower --learning_rate"
                 )
             updates_per_second = (done - logged) / (watch.seconds - logged_seconds)
             logged, logged_seconds = done, watch.seconds
-            record = dict(
-                step=done,
-                tokens=done * tokens_per_update,
-                seconds=watch.seconds,
-                train_loss=loss_sum / dist.world_size,
-                lr=config.learning_rate_at(step),
-                grad_norm=norm.item(),
-                tokens_per_second=updates_per_second * tokens_per_update,
-            )
+            record = dict(step=done, tokens=done * tokens_per_update, seconds=watch.seconds)
+            record |= dict(train_loss=loss_sum / dist.world_size, lr=config.learning_rate_at(step))
+            record |= dict(grad_norm=norm.item(), skipped=int(skipped) or None)
+            record["tokens_per_second"] = updates_per_second * tokens_per_update
             if dist.peak_flops:
                 record["mfu"] = record["tokens_per_second"] * raw_model.flop_per_token() / dist.peak_flops
             metrics.write(**record)
             progress.show(record, seconds_left=(config.max_iters - done) / updates_per_second)
+            if spike := metrics.spike(record["train_loss"]):
+                progress.tell(f"step {done}: {spike}")
         progress.advance()
         (stopping,) = dist.max(stop.number)
 
     progress.close()
     metrics.close()
     if problem := saver.wait():
-        raise RunFailed(problem)
+        raise RunFailed(f"the last save failed: {problem}")
     if stopping:
         note(f"stopped by {signal.Signals(stopping).name} after update {step}, saved; go on with --init_from=resume")
         return 128 + stopping
+    if step < config.max_iters:
+        note(f"ended early, after update {step}: {worse} evaluations in a row without a lower loss than {lowest:.4f}")
     note(f"done: {out_dir}/best, {out_dir}/last, {out_dir}/loss.png; next: python sample.py --out_dir={out_dir}")
     return 0
 

@@ -1,9 +1,10 @@
 """Which settings a resumed run takes over from its checkpoint, and which may change."""
 
 import dataclasses
+import typing
 from typing import Any
 
-from config.settings import UserError, note
+from config.settings import UserError, check_value, note
 
 # These belong to the place where the run goes on, not to the run.
 LOCAL = {"out_dir", "init_from", "eval_only", "device"}
@@ -11,8 +12,8 @@ LOCAL = {"out_dir", "init_from", "eval_only", "device"}
 CHANGEABLE = LOCAL | {
     "data_dir", "dtype", "compile", "eval_interval", "eval_iters", "log_interval", "sample_tokens",
     "wandb_log", "wandb_project", "wandb_run_name", "batch_size", "gradient_accumulation_steps", "learning_rate",
-    "max_iters", "decay_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip",
-    "dropout",
+    "max_iters", "patience", "keep_every", "decay_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr",
+    "weight_decay", "grad_clip", "dropout",
 }  # fmt: skip
 
 
@@ -21,7 +22,12 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
 
     A flag that changes something is told; one that contradicts the checkpoint raises UserError.
     """
-    trained = training["settings"]
+    trained, where = training["settings"], f"{training['directory']}/training.json"
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for name in hints.keys() & trained.keys():
+        check_value(name, trained[name], hints[name], where)
+    if missing := {"gradient_accumulation_steps", "batch_size"} - trained.keys():
+        raise UserError(f"{where}: settings lack {', '.join(sorted(missing))}")
     differing = {name for name in given if name in trained and getattr(config, name) != trained[name]} - LOCAL
     flags = {name for name in differing if given[name].startswith("--")}
     for name in sorted(differing):
@@ -37,7 +43,8 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
             )
     fields = {field.name for field in dataclasses.fields(config)}
     kept = {name: value for name, value in trained.items() if name in fields - flags - LOCAL}
-    for name in training["derived"]:
+    optional = [field.name for field in dataclasses.fields(config) if field.default is None]
+    for name in (name for name in optional if name in training["derived"]):
         if not given.get(name, "").startswith("--"):
             kept[name] = None  # derived again, from what may have changed
     config = dataclasses.replace(config, **kept)

@@ -84,12 +84,12 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
             elif name not in fields:
                 raise UserError(_unknown(name, path, fields))
             else:
-                values[name], given[name] = _check(name, value, fields[name], path), path
+                values[name], given[name] = check_value(name, value, fields[name], path), path
     for name, text in vars(arguments).items():
         if name in retired and text is not None:
             note(f"--{name}: {retired[name]}")
         elif name != positional and text is not None:
-            values[name] = _check(name, _parse(text, fields[name]), fields[name], f"--{name}")
+            values[name] = check_value(name, _parse(text, fields[name]), fields[name], f"--{name}")
             given[name] = f"--{name}"
     return cls(**values), given
 
@@ -202,20 +202,21 @@ def _type_name(hint: Any) -> str:
 
 
 def _parse(text: str, hint: Any) -> Any:
-    """The value that a flag's text stands for; text that fits no type stays text, for `_check` to refuse."""
+    """The value that a flag's text stands for; text that fits no type stays text, for `check_value` to refuse."""
     kinds, _ = _alternatives(hint)
     if bool in kinds and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     if type(None) in kinds and text == "None":
         return None
     if int in kinds or float in kinds:
-        for kind in (int, float):  # `_check` takes 1e5 for 100000 and refuses 2.5 where it has to be whole
+        for kind in (int, float):  # `check_value` takes 1e5 for 100000 and refuses 2.5 where it has to be whole
             with contextlib.suppress(ValueError):
                 return kind(text)
     return text
 
 
-def _check(name: str, value: Any, hint: Any, source: str) -> Any:
+def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
+    """`value` as the type that `hint` asks for; UserError if it is of another or outside its range."""
     kinds, bounds = _alternatives(hint)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
         value = float(value) if abs(value) < 1e300 else float("inf")

@@ -116,26 +116,26 @@ def open_data_set(directory: Path, check: bool = True) -> DataSet:
         meta = json.loads(meta_path.read_bytes())
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(f"{meta_path}: format version {meta['format_version']}, this is for {FORMAT_VERSION}")
-        vocab_size, dtype = int(meta["vocab_size"]), np.dtype(meta["dtype"])
+        vocab_size = int(meta["vocab_size"])
+        dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
         splits = {split: meta["splits"][split] for split in ("train", "val")}
         tokens = {
-            split: [(f["name"], int(f["tokens"]), f["sha256"]) for f in splits[split]["files"]] for split in splits
+            split: [(Path(f["name"]).name, int(f["tokens"]), str(f["sha256"])) for f in splits[split]["files"]]
+            for split in splits
         }
         n_bytes = {split: int(splits[split]["bytes"]) for split in splits}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{meta_path} is damaged ({type(error).__name__}: {error}); prepare the data again") from error
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, meta.json says {vocab_size}")
     opened = {
-        split: Tokens(
-            [_open_ids(directory / Path(name).name, dtype, n) for name, n, _ in tokens[split]], n_bytes[split]
-        )
+        split: Tokens([_open_ids(directory / name, dtype, n) for name, n, _ in tokens[split]], n_bytes[split])
         for split in tokens
     }
     if check:
         for name, _, digest in (file for split in tokens.values() for file in split):
-            _check_file(directory / Path(name).name, dtype, vocab_size, digest)
+            _check_file(directory / name, dtype, vocab_size, digest)
     digests = "".join(digest for split in tokens.values() for _, _, digest in split)
     digest = hashlib.sha256(digests.encode()).hexdigest()
     return DataSet(opened["train"], opened["val"], tokenizer, digest)
@@ -186,4 +186,6 @@ def _check_file(path: Path, dtype: np.dtype, vocab_size: int, digest: str | None
     if digest is not None and found.hexdigest() != digest:
         raise UserError(f"{path} was changed since meta.json was written; prepare the data again")
     with contextlib.suppress(OSError):  # a read-only folder: the check is simply made again next time
-        stamp.write_text(state)
+        stamp.unlink(missing_ok=True)  # whatever it is, a link say: only a file of our own is written
+        with open(stamp, "x") as file:
+            file.write(state)

@@ -1,24 +1,17 @@
 import dataclasses
 import json
-import shutil
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import made_text
+from safetensors.torch import load_file, save_file
 
-from checkpoint import (
-    Saver,
-    load_model,
-    load_optimizers,
-    load_training,
-    save_model,
-)
+from checkpoint import load_model, save_model
 from config.settings import UserError
 from data.tokenizer import Tokenizer, make_tokenizer
-from files import set_aside
 from model import GPT, GPTConfig
-from optimizer import apply_gradients, make_optimizers
 
 TEXT = "The road, and the sea: 3 stones, ein Baum.\n\n  naïve 🙂 don't" + made_text(300)
 
@@ -31,14 +24,6 @@ def make_model(tokenizer: Tokenizer, bias: bool = True, seed: int = 0) -> GPT:
             parameter.add_(torch.randn_like(parameter) * 0.1)
         model.transformer.wte.weight[tokenizer.vocab_size :] = 0
     return model
-
-
-def save_checkpoint(directory: Path, model: GPT, optimizers: list, tokenizer: Tokenizer, training: dict) -> str | None:
-    """Save as a run does; the problem, if there was one."""
-    complete = dict(step=0, seconds=0.0, best_val_loss=None, settings={}, derived=[], data="", scaler={})
-    saver = Saver(directory.parent, model, optimizers, tokenizer)
-    saver.save(complete | training)
-    return saver.wait()
 
 
 def of_kind(kind: str) -> Tokenizer:
@@ -205,7 +190,7 @@ def edit_json(path: Path, **changes) -> None:
         ({"n_layer": "two"}, "does not describe a GPT-2"),
         ({"n_layer": 3}, "weights do not fit"),
         ({"n_embd": 16}, "weights do not fit"),
-        ({"vocab_size": 5}, "the tokenizer has"),
+        ({"vocab_size": 5}, "weights do not fit"),
     ],
 )
 def test_a_config_that_is_not_this_gpt2s_is_one_clear_line(saved, changes, message):
@@ -232,97 +217,6 @@ def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
         load_model(tmp_path / "nowhere" / "at" / "all")
 
 
-def trained(kind: str = "muon", n_embd: int = 8) -> tuple[GPT, list]:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(24, of_kind("char").vocab_size, 2, 2, n_embd))
-    optimizers = make_optimizers(model, kind, 0.01, 0.1, (0.9, 0.95))
-    steps(model, optimizers, 3)
-    return model, optimizers
-
-
-def steps(model: GPT, optimizers: list, count: int) -> None:
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    idx = torch.randint(model.config.vocab_size, (2, 25), generator=torch.Generator().manual_seed(2))
-    for _ in range(count):
-        model(idx[:, :-1], idx[:, 1:])[1].backward()
-        apply_gradients(model, optimizers, scaler, 0.01, 1.0)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_optimizer_state_comes_back_bit_for_bit(tmp_path, kind):
-    model, optimizers = trained(kind)
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 3})
-    loaded = load_model(tmp_path / "last")[0].train()
-    loaded_optimizers = make_optimizers(loaded, kind, 0.01, 0.1, (0.9, 0.95))
-    load_optimizers(tmp_path / "last", loaded, loaded_optimizers)
-    steps(model, optimizers, 2)
-    steps(loaded, loaded_optimizers, 2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
-
-
-def test_training_comes_back(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 3, "seconds": 0.1 + 0.2, "best": None})
-    training = load_training(tmp_path / "last")
-    assert (training["step"], training["seconds"], training["best"]) == (3, 0.1 + 0.2, None)
-
-
-def test_a_later_checkpoint_replaces_the_earlier_one(tmp_path):
-    for step in (1, 2):
-        save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": step})
-    assert load_training(tmp_path / "last")["step"] == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-
-
-def test_optimizer_state_of_another_model_or_optimizer_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained("adamw"), of_kind("char"), {})
-    for other in (trained("muon"), trained("adamw", n_embd=16)):
-        with pytest.raises(UserError, match="does not fit"):
-            load_optimizers(tmp_path / "last", *other)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format_version": 99}', None])
-def test_a_damaged_training_file_is_a_user_error(tmp_path, content):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1})
-    path = tmp_path / "last" / "training.json"
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match="last"):
-        load_training(tmp_path / "last")
-
-
-def test_a_truncated_optimizer_file_is_a_user_error(tmp_path):
-    model, optimizers = trained()
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 1})
-    path = tmp_path / "last" / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"optimizer\.safetensors is missing or damaged"):
-        load_optimizers(tmp_path / "last", model, optimizers)
-
-
-def test_no_checkpoint_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint there"):
-        load_training(tmp_path / "last")
-
-
-def test_what_an_interrupted_save_left_is_used(tmp_path):
-    model, optimizers = trained()
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 7})
-    (tmp_path / "last").rename(tmp_path / "last.old")
-    assert load_training(tmp_path / "last")["step"] == 7
-    assert torch.equal(logits(load_model(tmp_path / "last")[0]), logits(model.eval()))
-    load_optimizers(tmp_path / "last", model, optimizers)
-
-
-def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {})
-    for path in sorted((tmp_path / "last").iterdir()):
-        sound = path.read_bytes()
-        path.write_bytes(sound[:-20] + bytes([sound[-20] ^ 1]) + sound[-19:])
-        with pytest.raises(UserError, match="damaged"):
-            load_model(tmp_path / "last")
-        path.write_bytes(sound)
-    load_model(tmp_path / "last")
-
-
 def test_weights_that_are_not_numbers_are_refused(tmp_path):
     model = make_model(of_kind("char"))
     with torch.no_grad():
@@ -332,40 +226,81 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1})
-    problem = save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 2, "data": object()})
-    assert "update 2 could not be saved" in problem
-    assert load_training(tmp_path / "last")["step"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+# a stranger's directory
 
 
-def test_an_earlier_run_is_set_aside_and_never_destroyed(tmp_path):
-    for content in ("first", "second"):
-        save_checkpoint(tmp_path / "out" / "last", *trained(), of_kind("char"), {})
-        (tmp_path / "out" / "metrics.jsonl").write_text(content)
-        set_aside(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert [(tmp_path / name / "metrics.jsonl").read_text() for name in ("out.1", "out.2")] == ["first", "second"]
+def test_a_link_that_leads_out_of_the_directory_is_not_followed(saved, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (saved / name).rename(elsewhere / name)
+        (saved / name).symlink_to(elsewhere / name)
+        with pytest.raises(UserError, match=f"{name} leads out of"):
+            load_model(saved)
+        (saved / name).unlink()
+        (elsewhere / name).rename(saved / name)
+    link = elsewhere / "link"
+    link.symlink_to(saved)
+    load_model(link)  # the directory itself may be one
 
 
-def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
-    (tmp_path / "out").mkdir()
-    set_aside(tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    shutil.rmtree(tmp_path / "out")
-    set_aside(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+def test_the_links_of_the_hubs_cache_are_followed(saved, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("hub") / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "1").mkdir(parents=True)
+    for path in saved.iterdir():
+        path.rename(cache / "blobs" / path.name)
+        (cache / "snapshots" / "1" / path.name).symlink_to(f"../../blobs/{path.name}")
+    load_model(cache / "snapshots" / "1")
 
 
-def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
-    saver = Saver(tmp_path, *trained(), of_kind("char"), best_val_loss=3.0)
-    (tmp_path / "best.new").write_text("a file in the way")
-    saver.save(dict(step=1, seconds=0.0, settings={}, derived=[], data="", scaler={}), val_loss=2.0)
-    assert "best" in saver.wait()
-    assert load_training(tmp_path / "last")["best_val_loss"] == 3.0
-    (tmp_path / "best.new").unlink()
-    saver.save(dict(step=2, seconds=0.0, settings={}, derived=[], data="", scaler={}), val_loss=2.5)
-    assert saver.wait() is None
-    assert load_training(tmp_path / "last")["best_val_loss"] == 2.5
-    load_model(tmp_path / "best")
+def test_a_path_in_an_index_is_not_followed(saved, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
+    (saved / "model.safetensors").rename(elsewhere)
+    for name in (str(elsewhere), f"../{elsewhere.parent.name}/model.safetensors", "..", ""):
+        (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+        with pytest.raises(UserError, match=r"leads out of|not a file"):
+            load_model(saved)
+
+
+def test_only_the_models_own_tensors_are_read(saved):
+    """Another file in the directory changes nothing, even one that would load."""
+    before = load_model(saved)[0]
+    other = {name: tensor + 1 for name, tensor in load_file(saved / "model.safetensors").items()}
+    save_file(other, saved / "zzz.safetensors")
+    assert torch.equal(logits(load_model(saved)[0]), logits(before))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(saved):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (saved / name).rename(saved / "moved")
+        os.mkfifo(saved / name)
+        with pytest.raises(UserError, match=f"{name} is missing or damaged: not a file"):
+            load_model(saved)
+        (saved / name).unlink()
+        (saved / "moved").rename(saved / name)
+
+
+@pytest.mark.parametrize("change", ["integers", "biases where there are none", "a layer more", "a size missing"])
+def test_tensors_that_are_not_this_models_are_refused(tmp_path, change):
+    tokenizer = of_kind("char")
+    save_model(tmp_path, make_model(tokenizer, bias=False), tokenizer)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    if change == "integers":
+        tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"].view(torch.int32)
+    elif change == "biases where there are none":
+        tensors["transformer.ln_f.bias"] += 1
+    elif change == "a layer more":
+        tensors["transformer.h.2.ln_1.weight"] = tensors["transformer.h.1.ln_1.weight"].clone()
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "n_head"}))
+    save_file(tensors, path)
+    with pytest.raises(UserError):
+        load_model(tmp_path)
+
+
+def test_an_absurd_size_is_refused_before_a_model_of_it_is_made(saved):
+    edit_json(saved / "config.json", n_layer=10**9)
+    with pytest.raises(UserError, match="weights do not fit"):
+        load_model(saved)

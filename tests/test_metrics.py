@@ -1,8 +1,12 @@
 import json
+import math
+import random
 import time
 
+import pytest
 from conftest import run_main
 
+from config.settings import UserError
 from metrics import Metrics, Progress, Stopwatch, draw, read_metrics
 
 PNG = b"\x89PNG"
@@ -119,3 +123,48 @@ def test_progress_of_other_processes_is_silent(capsys):
     progress.show(dict(step=4, train_loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_second=1234.5), 65)
     progress.close()
     assert capsys.readouterr().err == ""
+
+
+def spikes(losses: list[float], metrics: Metrics) -> list[int]:
+    return [i for i, loss in enumerate(losses) if metrics.spike(loss)]
+
+
+def test_a_loss_far_above_the_running_median_is_told(tmp_path):
+    rng = random.Random(0)
+    losses = [4 + 6 * math.exp(-i / 20) + rng.gauss(0, 0.05) for i in range(500)]
+    assert not spikes(losses, Metrics(tmp_path, active=True))
+    losses[3] = losses[100] = losses[300] = 9.0  # the first has too little before it
+    assert spikes(losses, Metrics(tmp_path, active=True)) == [100, 300]
+
+
+def test_equal_losses_have_no_spikes_and_losses_that_are_not_numbers_do_not_count(tmp_path):
+    assert spikes([1.0] * 20 + [1.05] + [math.nan] * 30 + [1.2], Metrics(tmp_path, active=True)) == [51]
+
+
+def test_a_resumed_run_knows_the_losses_before(tmp_path):
+    metrics = Metrics(tmp_path, active=True)
+    for step in range(20):
+        metrics.write(step=step, train_loss=3.0)
+    told = Metrics(tmp_path, active=True, until_step=15).spike(5.0)
+    assert told == "loss spike: 5.0000, the running median is 3.0000"
+    assert not Metrics(tmp_path, active=True).spike(5.0)
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1, "lr": 2}\n[]\n3\n{"lr": 1}\n{"step": "x"}\n\xff\n' + b"[" * 10**5
+    )
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "lr": 2}]
+
+
+def test_a_record_is_rewritten_whole_or_not_at_all(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = write_run(tmp_path).path
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        with pytest.raises(UserError, match="cannot be written"):
+            Metrics(tmp_path, active=True, until_step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,13 @@ from conftest import ROOT, TINY, child_environment, run_main
 from safetensors.torch import load_file
 from test_distributed import TORCHRUN
 
-from checkpoint import load_model, load_training
+from checkpoint import load_model
 from config.settings import UserError
 from data.token_files import open_data_set
 from distributed import Distributed
 from metrics import read_metrics
 from optimizer import scheduled_learning_rate
+from training_state import load_training
 
 TIMES = {"seconds", "tokens_per_second", "mfu"}
 PLAN = {"lr_decay_iters": 6, "warmup_iters": 2, "min_lr": 1e-3}  # given, so that a shorter run has the same one
@@ -195,7 +198,8 @@ def short_run(tmp_path_factory, train) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"n_embd": 48}, {"block_size": 8}, {"seed": 1}, {"optimizer": "muon"}, {"bias": True}]
+    "changes",
+    [{"n_embd": 48}, {"block_size": 8}, {"seed": 1}, {"optimizer": "muon"}, {"bias": True}, {"dataset": "other"}],
 )
 def test_a_resume_that_contradicts_the_checkpoint_is_refused(short_run, resume, changes):
     ((name, value),) = changes.items()
@@ -340,7 +344,8 @@ def test_a_run_of_nothing_but_nans_ends_with_status_1(tmp_path, train):
     assert max(line["step"] for line in records(tmp_path / "run")) < 40
 
 
-def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_flags):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_flags, number):
     settings = dict(eval_interval=10**6, sample_tokens=0, dropout=0.1, warmup_iters=0, lr_decay_iters=10**6, min_lr=0)
     flags = tiny_flags(tmp_path / "run", max_iters=10**6, **settings)
     command = [sys.executable, ROOT / "train.py", *flags]
@@ -348,13 +353,13 @@ def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_f
     try:
         for line in process.stderr:
             if line.startswith("step 3/"):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
                 break
         rest = process.stderr.read()
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(60) == 128 + number
     finally:
         process.kill()
-    assert "stopped by SIGTERM" in rest
+    assert f"stopped by {number.name}" in rest
     step = load_training(tmp_path / "run" / "last")["step"]
     assert step >= 3
     resume(tmp_path / "run", max_iters=step + 2)
@@ -362,30 +367,208 @@ def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_f
     assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
 
 
-def test_two_processes_make_the_same_run_as_one(tmp_path, train, resume, tiny_flags):
-    settings = dict(gradient_accumulation_steps=4, batch_size=2, dropout=0.2) | PLAN
-    train(tmp_path / "one", **settings)
-    train(tmp_path / "two", max_iters=3, **settings)
-    command = [*TORCHRUN, ROOT / "train.py", *tiny_flags(tmp_path / "both", **settings)]
-    ended = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, check=False)
+def test_a_second_interrupt_leaves_at_once(tmp_path, tiny_flags):
+    flags = tiny_flags(tmp_path / "run", gradient_accumulation_steps=10**6)  # an update that would take minutes
+    command = [sys.executable, ROOT / "train.py", *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, env=child_environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        next(line for line in process.stderr if line.startswith("step 0:"))
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+# two processes
+
+TWO = dict(gradient_accumulation_steps=4, batch_size=2, dropout=0.2, max_iters=24, eval_interval=6, optimizer="muon")
+TWO |= dict(lr_decay_iters=24, warmup_iters=2, learning_rate=1e-3, min_lr=1e-4)
+ROUNDING = 3e-4  # Muon's products are in bfloat16; one batch that is another makes ten times the difference
+
+
+def torchrun(flags: list, *options: str, at: str = "", do=None) -> subprocess.CompletedProcess:
+    """Run train.py in two processes; when a line of it starts with `at`, call `do` with the process ids of both."""
+    command = [*TORCHRUN, *options, ROOT / "train.py", *flags]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=child_environment(), **pipes)
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if do and line.startswith(at):
+                listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+                pairs = [line.split() for line in listed.splitlines()]
+                do(sorted(int(pid) for pid, parent in pairs if int(parent) == process.pid))
+                do = None
+        return subprocess.CompletedProcess(command, process.wait(60), None, "".join(lines))
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, tiny_flags) -> Path:
+    """The folder of an undisturbed run of two processes."""
+    out_dir = tmp_path_factory.mktemp("two") / "both"
+    ended = torchrun(tiny_flags(out_dir, **TWO))
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("step 6/6") == 1
+    assert ended.stderr.count("step 24/24") == 1
     assert "2 x cpu" in ended.stderr
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "both")) < 1e-5
-    for one, both in zip(records(tmp_path / "one"), records(tmp_path / "both"), strict=True):
-        assert one == pytest.approx(both, rel=1e-5)
-    resumed = [
-        "--init_from=resume",
-        "--max_iters=6",
-        "--device=cpu",
-        "--dtype=float32",
-        f"--out_dir={tmp_path / 'two'}",
-    ]
-    data = [flag for flag in command if str(flag).startswith("--data_dir")]
-    command = [*TORCHRUN, ROOT / "train.py", *resumed, *data]
-    ended = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, check=False)
+    return out_dir
+
+
+def test_two_processes_make_the_same_run_as_one(tmp_path, train, both):
+    train(tmp_path / "one", **TWO)
+    assert largest_difference(weights(tmp_path / "one"), weights(both)) < ROUNDING
+    for one, two in zip(records(tmp_path / "one"), records(both), strict=True):
+        assert one == pytest.approx(two, rel=1e-3)
+
+
+def test_two_processes_stop_together_and_any_number_goes_on(tmp_path, tiny_flags, both, resume):
+    """One of the two gets the signal, and both stop after the same update: else they would wait for each other."""
+    flags = tiny_flags(tmp_path / "two", **TWO)
+    ended = torchrun(flags, at="step 3/", do=lambda pids: os.kill(pids[-1], signal.SIGUSR1))
+    assert "stopped by SIGUSR1" in ended.stderr
+    assert 3 <= load_training(tmp_path / "two" / "last")["step"] < 24
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    resume(tmp_path / "one")
+    assert largest_difference(weights(tmp_path / "one"), weights(both)) < ROUNDING
+    ended = torchrun([*flags, "--init_from=resume"])
     assert ended.returncode == 0, ended.stderr
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-5
+    assert same_run(tmp_path / "two", both)
+
+
+def test_two_processes_go_on_with_the_run_of_one(tmp_path, train, tiny_flags, both):
+    train(tmp_path / "run", **TWO | {"max_iters": 12})
+    ended = torchrun(tiny_flags(tmp_path / "run", **TWO | {"init_from": "resume"}))
+    assert ended.returncode == 0, ended.stderr
+    assert largest_difference(weights(tmp_path / "run"), weights(both)) < ROUNDING
+
+
+def test_a_run_whose_worker_is_killed_ends_as_an_undisturbed_one(tmp_path, tiny_flags, both):
+    flags = tiny_flags(tmp_path / "run", **TWO | {"init_from": "auto"})
+    ended = torchrun(flags, "--max_restarts=3", at="step 13/", do=lambda pids: os.kill(pids[-1], signal.SIGKILL))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("2 x cpu") == 2  # it was started again
+    assert same_run(tmp_path / "run", both)
+
+
+# keeping more, ending early
+
+
+def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, resume, tiny_run):
+    train(tmp_path / "run", keep_every=2)
+    kept = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert kept == ["step-000002", "step-000004", "step-000006"]
+    assert [load_training(tmp_path / "run" / name)["step"] for name in kept] == [2, 4, 6]
+    assert load_model(tmp_path / "run" / kept[0])[0]
+    assert same_run(tmp_path / "run", tiny_run)
+    resume(tmp_path / "run", init_from="resume:step-000002")
+    assert same_run(tmp_path / "run", tiny_run)
+    resume(tmp_path / "run", init_from="resume:step-000002", max_iters=3)
+    assert load_training(tmp_path / "run" / "last")["step"] == 3
+    assert "no checkpoint there" in resume(tmp_path / "run", status=2, init_from="resume:step-9").err
+
+
+GETS_WORSE = dict(learning_rate=0.5, warmup_iters=0, grad_clip=0, min_lr=0.5, eval_interval=1, max_iters=30)
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path, train, resume):
+    ended = train(tmp_path / "run", patience=3, **GETS_WORSE)
+    losses = [line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line][1:]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert len(losses) == best + 1 + 3 < 30
+    assert f"ended early, after update {len(losses)}: 3 evaluations in a row" in ended.err
+    assert load_training(tmp_path / "run" / "last")["step"] == len(losses)
+    train(tmp_path / "parts", patience=3, **GETS_WORSE | {"max_iters": best + 2})
+    resume(tmp_path / "parts", max_iters=30)
+    assert same_run(tmp_path / "run", tmp_path / "parts")
+    resume(tmp_path / "run")  # it has ended
+    assert load_training(tmp_path / "run" / "last")["step"] == len(losses)
+    resume(tmp_path / "run", patience=0, max_iters=len(losses) + 1)
+    assert load_training(tmp_path / "run" / "last")["step"] == len(losses) + 1
+
+
+# what goes wrong
+
+
+def test_the_loss_scale_is_saved_and_comes_back(tmp_path, train, resume):
+    settings = dict(dtype="float16", eval_interval=100) | PLAN
+    train(tmp_path / "straight", **settings)
+    train(tmp_path / "halves", max_iters=3, **settings)
+    path = tmp_path / "halves" / "last" / "training.json"
+    assert load_training(path.parent)["scaler"]["_growth_tracker"] == 3
+    resume(tmp_path / "halves", max_iters=6, dtype="float16")
+    scalers = [load_training(tmp_path / name / "last")["scaler"] for name in ("straight", "halves")]
+    assert scalers[0] == scalers[1]
+    assert scalers[0]["_growth_tracker"] == 6
+
+
+def test_skipped_updates_are_counted_and_told_and_a_resume_goes_on_counting(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=1, dtype="float16")
+    path = tmp_path / "run" / "last" / "training.json"
+    training = json.loads(path.read_text())
+    training["scaler"]["scale"] = 2.0**27  # gradients overflow until it has been halved some times
+    path.write_text(json.dumps(training))
+    (path.parent / "SHA256SUMS").unlink()
+    ended = resume(tmp_path / "run", max_iters=15, dtype="float16")
+    counts = [line.get("skipped", 0) for line in records(tmp_path / "run") if "train_loss" in line]
+    assert counts[:2] == [0, 1] and counts == sorted(counts)
+    assert 0 < counts[-1] < 14
+    assert f"| {counts[-1]} skipped" in ended.err
+    assert load_training(path.parent)["scaler"]["scale"] == 2.0 ** (27 - counts[-1])
+    resume(tmp_path / "run", max_iters=16, dtype="float16")
+    assert records(tmp_path / "run")[-2]["skipped"] == load_training(path.parent)["skipped"] == counts[-1]
+
+
+def test_a_damaged_last_is_refused_with_the_names_of_whole_ones(tmp_path, train, resume):
+    train(tmp_path / "run", keep_every=2)
+    (tmp_path / "run" / "last" / "optimizer.safetensors").write_bytes(b"")
+    (message,) = resume(tmp_path / "run", status=2).err.splitlines()
+    best = f"--init_from={tmp_path / 'run' / 'best'} (the model alone)"
+    assert message.endswith(f"; one that is whole: --init_from=resume:step-000006 or {best}")
+    (tmp_path / "run" / "step-000006" / "config.json").unlink()
+    assert "whole: --init_from=resume:step-000004 or" in resume(tmp_path / "run", status=2).err
+    resume(tmp_path / "run", init_from="resume:step-000004")
+    resume(tmp_path / "run")
+
+
+def test_a_data_set_that_was_made_anew_is_noticed(tmp_path, train, resume, data_dir):
+    shutil.copytree(data_dir / "tiny", tmp_path / "data" / "tiny")
+    train(tmp_path / "run", max_iters=1, data_dir=tmp_path / "data")
+    assert "is not the one that" not in resume(tmp_path / "run", max_iters=2, data_dir=tmp_path / "data").err
+    text = (data_dir / "tiny.txt").read_text()
+    (tmp_path / "tiny.txt").write_text(text[100:] + text[:100])
+    arguments = [tmp_path / "tiny.txt", f"--data_dir={tmp_path / 'data'}", "--tokenizer=char", "--val_fraction=0.1"]
+    assert run_main("prepare_data", *arguments).status == 0
+    assert "is not the one that" in resume(tmp_path / "run", max_iters=3, data_dir=tmp_path / "data").err
+
+
+def test_a_full_disk_is_told_and_the_next_save_tried_and_the_last_has_to_succeed(tmp_path, tiny_flags, resume):
+    """A limit to the size of files is as good as a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        ended = run_main("train", *tiny_flags(tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ended.status == 1
+    told = [line for line in ended.err.splitlines() if line.startswith("update ")]
+    assert [line.split(" could not be saved")[0] for line in told[::2]] == ["update 3", "update 6"]
+    assert ended.err.splitlines()[-1].startswith("train.py: the last save failed: update 6 could not be saved in ")
+    assert records(tmp_path / "run")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["run", "run/deeper"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, train, name):
+    (tmp_path / "run").write_text("a file")
+    ended = train(tmp_path / name, status=2)
+    assert "metrics.jsonl cannot be written" in ended.err.splitlines()[-1]
 
 
 def test_wandb_offline_keeps_its_files(tmp_path, train, monkeypatch):

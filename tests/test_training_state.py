@@ -1,0 +1,248 @@
+"""Saving a run and finding it again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_checkpoint import edit_json, logits, of_kind
+
+from checkpoint import load_model
+from config.settings import UserError
+from data.tokenizer import Tokenizer
+from files import set_aside
+from model import GPT, GPTConfig
+from optimizer import apply_gradients, make_optimizers
+from training_state import NEW_RUN, Saver, load_optimizers, load_training
+
+COMPLETE = NEW_RUN | dict(settings={}, derived=[], data="", scaler={})
+
+
+def save_checkpoint(directory: Path, model: GPT, optimizers: list, tokenizer: Tokenizer, training: dict) -> str | None:
+    """Save as a run does; the problem, if there was one."""
+
+    saver = Saver(directory.parent, model, optimizers, tokenizer)
+    saver.save(COMPLETE | training)
+    return saver.wait()
+
+
+def load(directory: Path, model: GPT, optimizers: list) -> None:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    load_optimizers(load_training(directory), model, optimizers, scaler)
+
+
+def trained(kind: str = "muon", n_embd: int = 8) -> tuple[GPT, list]:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(24, of_kind("char").vocab_size, 2, 2, n_embd))
+    optimizers = make_optimizers(model, kind, 0.01, 0.1, (0.9, 0.95))
+    steps(model, optimizers, 3)
+    return model, optimizers
+
+
+def steps(model: GPT, optimizers: list, count: int) -> None:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    idx = torch.randint(model.config.vocab_size, (2, 25), generator=torch.Generator().manual_seed(2))
+    for _ in range(count):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        apply_gradients(model, optimizers, scaler, 0.01, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizer_state_comes_back_bit_for_bit(tmp_path, kind):
+    model, optimizers = trained(kind)
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 3})
+    loaded = load_model(tmp_path / "last")[0].train()
+    loaded_optimizers = make_optimizers(loaded, kind, 0.01, 0.1, (0.9, 0.95))
+    load(tmp_path / "last", loaded, loaded_optimizers)
+    steps(model, optimizers, 2)
+    steps(loaded, loaded_optimizers, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+
+
+def test_training_comes_back(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 3, "seconds": 0.1 + 0.2, "best": None})
+    training = load_training(tmp_path / "last")
+    assert (training["step"], training["seconds"], training["best"]) == (3, 0.1 + 0.2, None)
+
+
+def test_a_later_checkpoint_replaces_the_earlier_one(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": step})
+    assert load_training(tmp_path / "last")["step"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_optimizer_state_of_another_model_or_optimizer_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained("adamw"), of_kind("char"), {})
+    for other in (trained("muon"), trained("adamw", n_embd=16)):
+        with pytest.raises(UserError, match="does not fit"):
+            load(tmp_path / "last", *other)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format_version": 99}', None])
+def test_a_damaged_training_file_is_a_user_error(tmp_path, content):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1})
+    path = tmp_path / "last" / "training.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="last"):
+        load_training(tmp_path / "last")
+
+
+def test_a_truncated_optimizer_file_is_a_user_error(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 1})
+    path = tmp_path / "last" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is .*damaged"):
+        load(tmp_path / "last", model, optimizers)
+
+
+def test_no_checkpoint_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint there"):
+        load_training(tmp_path / "last")
+
+
+def test_what_an_interrupted_save_left_is_used(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 7})
+    (tmp_path / "last").rename(tmp_path / "last.old")
+    assert load_training(tmp_path / "last")["step"] == 7
+    assert torch.equal(logits(load_model(tmp_path / "last")[0]), logits(model.eval()))
+    load(tmp_path / "last", model, optimizers)
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {})
+    for path in sorted((tmp_path / "last").iterdir()):
+        sound = path.read_bytes()
+        path.write_bytes(sound[:-20] + bytes([sound[-20] ^ 1]) + sound[-19:])
+        with pytest.raises(UserError, match="damaged"):
+            load_model(tmp_path / "last")
+        path.write_bytes(sound)
+    load_model(tmp_path / "last")
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1})
+    problem = save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 2, "data": object()})
+    assert "update 2 could not be saved" in problem
+    assert load_training(tmp_path / "last")["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_an_earlier_run_is_set_aside_and_never_destroyed(tmp_path):
+    for content in ("first", "second"):
+        save_checkpoint(tmp_path / "out" / "last", *trained(), of_kind("char"), {})
+        (tmp_path / "out" / "metrics.jsonl").write_text(content)
+        set_aside(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [(tmp_path / name / "metrics.jsonl").read_text() for name in ("out.1", "out.2")] == ["first", "second"]
+
+
+def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
+    (tmp_path / "out" / "step-000010").mkdir(parents=True)
+    set_aside(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.1"]
+
+
+def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
+    (tmp_path / "out").mkdir()
+    set_aside(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    shutil.rmtree(tmp_path / "out")
+    set_aside(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
+    saver = Saver(tmp_path, *trained(), of_kind("char"), best_val_loss=3.0)
+    (tmp_path / "best.new").write_text("a file in the way")
+    saver.save(COMPLETE | dict(step=1), val_loss=2.0)
+    assert "best" in saver.wait()
+    assert load_training(tmp_path / "last")["best_val_loss"] == 3.0
+    (tmp_path / "best.new").unlink()
+    saver.save(COMPLETE | dict(step=2), val_loss=2.5)
+    assert saver.wait() is None
+    assert load_training(tmp_path / "last")["best_val_loss"] == 2.5
+    load_model(tmp_path / "best")
+
+
+def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
+    model, optimizers = trained()
+    told = []
+    saver = Saver(tmp_path, model, optimizers, of_kind("char"), tell=told.append)
+    saver.save(COMPLETE | {"step": 1}, val_loss=float("nan"))  # of an overflow, say: the weights are sound
+    assert saver.wait() is None
+    assert not (tmp_path / "best").exists()
+    saver.save(COMPLETE | {"step": 2}, val_loss=3.0)
+    assert saver.wait() is None
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] = float("inf")
+    saver.save(COMPLETE | {"step": 3}, val_loss=2.0, keep=True)
+    assert "wpe.weight has values that are not finite" in saver.wait()
+    assert told == [f"{saver.wait()}; the checkpoint before it is whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last"]
+    assert load_training(tmp_path / "last")["step"] == 2
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path):
+    """A limit to the size of files ends the writing of each file at each of its pages."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model, optimizers = trained()
+    saver = Saver(tmp_path, model, optimizers, of_kind("char"), tell=lambda text: None)
+    saver.save(COMPLETE | {"step": 1}, val_loss=2.0)
+    saver.wait()
+    sizes = [path.stat().st_size for path in (tmp_path / "last").iterdir()]
+    for size in sorted({n - 1 for n in sizes} | set(range(0, max(sizes), 2048))):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            saver.save(COMPLETE | {"step": 2}, val_loss=1.0)
+            assert "update 2 could not be saved" in saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert load_training(tmp_path / "last")["step"] == 1
+        load_model(tmp_path / "best")
+    saver.save(COMPLETE | {"step": 2})
+    assert saver.wait() is None
+    assert load_training(tmp_path / "last")["step"] == 2
+
+
+def test_optimizer_state_that_is_not_finite_is_refused(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {})
+    path = tmp_path / "last" / "optimizer.safetensors"
+    tensors = load_file(path)
+    next(tensor for name, tensor in tensors.items() if tensor.dim() == 2)[0, 0] = float("nan")
+    save_file(tensors, path)
+    (tmp_path / "last" / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="not finite"):
+        load(tmp_path / "last", model, optimizers)
+
+
+@pytest.mark.parametrize("scaler", [{}, {"scale": "large"}, {"scale": float("inf")}, {"_growth_tracker": 0.5}])
+def test_a_loss_scale_that_is_none_is_refused(tmp_path, scaler):
+    model, optimizers = trained()
+    now = torch.amp.GradScaler("cpu")
+    saved = {} if not scaler else now.state_dict() | scaler
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {})
+    training = load_training(tmp_path / "last") | {"scaler": saved}
+    if saved:
+        with pytest.raises(UserError, match="not a GradScaler's state"):
+            load_optimizers(training, model, optimizers, now)
+    else:
+        load_optimizers(training, model, optimizers, now)
+        assert now.get_scale() == 65536.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": -1}, {"step": "x"}, {"seconds": None}, {"settings": []}, {"best_val_loss": "low"}, {"scaler": 3}],
+)
+def test_values_of_another_type_in_training_json_are_a_user_error(tmp_path, changes):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {})
+    edit_json(tmp_path / "last" / "training.json", **changes)
+    (tmp_path / "last" / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=next(iter(changes))):
+        load_training(tmp_path / "last")

@@ -1,0 +1,224 @@
+"""What a run needs to go on: saved from a thread of its own, and found again, whole, on resume.
+
+A run's folder holds checkpoints: `last`, from which it resumes; `best`, the model alone; and
+`step-001000` and so on, where asked for. `last` and the numbered ones are model directories with
+optimizer.safetensors and training.json beside the model.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from checkpoint import load_model, read_json, read_tensors, write_model
+from config.settings import NonNegative, NonNegativeInt, UserError, check_value, note, one_line
+from data.token_files import DataSet
+from data.tokenizer import Tokenizer
+from files import SUMS, check_sums, existing, whole_directory
+from model import GPT, GPTConfig
+
+FORMAT_VERSION = 1
+# What training.json says of a run
+FIELDS = {
+    "step": NonNegativeInt, "seconds": NonNegative, "skipped": NonNegativeInt, "best_val_loss": float | None,
+    "evaluations_since_best": NonNegativeInt, "settings": dict, "derived": list, "data": str, "scaler": dict,
+}  # fmt: skip
+NEW_RUN = {"step": 0, "seconds": 0.0, "skipped": 0, "best_val_loss": None, "evaluations_since_best": 0}
+
+
+class Saver:
+    """Saves a run from a thread of its own: training waits for the copying of its state, not for the disk.
+
+    The next save waits for the one before. A save that fails is told, and leaves the earlier checkpoint whole.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        model: GPT,
+        optimizers: list,
+        tokenizer: Tokenizer,
+        best_val_loss: float | None = None,
+        tell: Callable[[str], None] = note,
+    ):
+        self.out_dir, self.model, self.optimizers, self.tokenizer = out_dir, model, optimizers, tokenizer
+        self.best_val_loss = best_val_loss  # of the model in `best`, if there is one
+        self.tell = tell
+        self._problem: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(self, training: dict, val_loss: float | None = None, keep: bool = False) -> None:
+        """Replace `last` by the state as it is now, and `best` too if `val_loss` is the lowest so far; with `keep`
+        also leave a checkpoint with the number of the update. Main only."""
+        self.wait()
+        weights = {name: _copy(weight) for name, weight in self.model.weights().items()}
+        moments = {name: _copy(tensor) for name, tensor in _optimizer_tensors(self.model, self.optimizers).items()}
+        self._thread = threading.Thread(target=self._write, args=(weights, moments, training, val_loss, keep))
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Return when nothing is being written: what went wrong in the save before, or None."""
+        if self._thread:
+            self._thread.join()
+        return self._problem
+
+    def _write(self, weights: dict, moments: dict, training: dict, val_loss: float | None, keep: bool) -> None:
+        def model_files(new: Path) -> None:
+            write_model(new, self.model.config, weights, self.tokenizer)
+
+        def state_files(new: Path) -> None:
+            model_files(new)
+            safetensors.torch.save_file(moments, new / "optimizer.safetensors")
+            content = {"format_version": FORMAT_VERSION} | training | {"best_val_loss": self.best_val_loss}
+            (new / "training.json").write_text(json.dumps(content, indent=2) + "\n")
+
+        step, self._problem = training["step"], None
+        bad = next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None)
+        if bad:
+            return self._failed(f"update {step} is not saved: {bad} has values that are not finite numbers")
+        lowest = math.inf if self.best_val_loss is None else self.best_val_loss
+        if val_loss is not None and val_loss < lowest and self._replace("best", model_files, step):
+            self.best_val_loss = val_loss
+        self._replace("last", state_files, step)
+        if keep:
+            self._replace(f"step-{step:06d}", state_files, step)
+
+    def _replace(self, name: str, fill: Callable[[Path], None], step: int) -> bool:
+        try:
+            with whole_directory(self.out_dir / name) as new:
+                fill(new)
+            return True
+        except Exception as error:  # a full disk, no permission, a quota: whatever it is, training has to hear of it
+            self._failed(f"update {step} could not be saved in {self.out_dir / name}: {one_line(error)}")
+            return False
+
+    def _failed(self, problem: str) -> None:
+        self._problem = problem
+        self.tell(f"{problem}; the checkpoint before it is whole")
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def load_training(directory: Path) -> dict:
+    """What `Saver.save` was told of the run, and `directory`, where it was found."""
+    found = existing(directory)
+    if found is None:
+        raise UserError(f"{directory}: no checkpoint there; start a run with --init_from=scratch")
+    with naming_others(found):
+        if os.environ.get("RANK", "0") == "0":  # one process is enough: where it refuses, torchrun ends the others
+            check_sums(found)
+        path = found / "training.json"
+        training = read_json(found, path.name)
+        if training.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{found}: format version {training.get('format_version')}, this is for {FORMAT_VERSION}")
+        if missing := set(FIELDS) - set(training):
+            raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
+        for name, hint in FIELDS.items():
+            check_value(name, training[name], hint, path)
+        return training | {"directory": found}
+
+
+def load_optimizers(training: dict, model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler) -> None:
+    """Put the saved state into `optimizers`, and into `scaler` if both then and now there is a loss scale (float16)."""
+    path, saved = training["directory"] / "optimizer.safetensors", training["scaler"]
+    wanted, now = _optimizer_tensors(model, optimizers), scaler.state_dict()
+    with naming_others(training["directory"]):
+        tensors = read_tensors(training["directory"], path.name)
+        if {name: (t.shape, t.dtype) for name, t in tensors.items()} != {
+            n: (t.shape, t.dtype) for n, t in wanted.items()
+        }:
+            raise UserError(f"{path} does not fit the model and the optimizer")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise UserError(f"{path} has values that are not finite numbers")
+        if saved and any(type(saved.get(n)) is not type(v) or not 0 <= saved[n] < math.inf for n, v in now.items()):
+            raise UserError(f"{training['directory']}/training.json: its scaler is not a GradScaler's state")
+    state = get_optimizer_state_dict(model, optimizers, options=_FULL)
+    for name, tensor in tensors.items():
+        parameter, key = name.split("/")
+        state["state"][parameter][key] = tensor
+    set_optimizer_state_dict(model, optimizers, state, options=_FULL)
+    if saved and now:
+        scaler.load_state_dict(saved)
+
+
+def _kinds(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
+    """{parameter/key: tensor} of all optimizers, whole: the same from one process or many."""
+    state = get_optimizer_state_dict(model, optimizers, options=_FULL)["state"]
+    return {f"{parameter}/{key}": tensor for parameter, values in state.items() for key, tensor in values.items()}
+
+
+_FULL = StateDictOptions(full_state_dict=True)
+
+
+def initial_model(config: Any, given: dict[str, str], data: DataSet, training: dict | None) -> tuple[GPT, Any]:
+    """The model that `config` asks for, on the CPU: new, resumed or pretrained; and `config` with its true shape.
+
+    Raises UserError where a setting in `given` or the data set's tokenizer contradicts a model that exists.
+    """
+    shape = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    if not training and config.init_from in ("scratch", "auto"):
+        if config.n_embd % config.n_head:
+            raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+        torch.manual_seed(config.seed)
+        settings = {name: getattr(config, name) for name in shape}
+        return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **settings)), config
+    if training:  # its files were compared with their checksums already
+        source = training["directory"]
+        with naming_others(source):
+            model, tokenizer = load_model(source, dropout=config.dropout, check=False)
+    else:
+        source, block_size = config.init_from, config.block_size if "block_size" in given else None
+        model, tokenizer = load_model(source, block_size, config.dropout)
+    for name in shape:
+        if name in given and getattr(config, name) != getattr(model.config, name):
+            raise UserError(
+                f"{given[name]}: {name}={getattr(config, name)}, but {source} has {getattr(model.config, name)}"
+            )
+    if not tokenizer.same_as(data.tokenizer):
+        raise UserError(
+            f"the data set {config.dataset} was prepared with another tokenizer than {source}; "
+            "prepare it again with that one (python prepare_data.py --help)"
+        )
+    return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in shape})
+
+
+@contextlib.contextmanager
+def naming_others(refused: Path) -> Iterator[None]:
+    """Where a checkpoint is refused, name the newest whole one of the same run, and the best model."""
+    try:
+        yield
+    except UserError as error:
+        whole = [path for path in refused.parent.iterdir() if path != refused and _whole(path)]
+        whole.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        states = [f"--init_from=resume:{path.name}" for path in whole if (path / "training.json").is_file()]
+        models = [f"--init_from={path} (the model alone)" for path in whole if not (path / "training.json").is_file()]
+        remedy = " or ".join(states[:1] + models[:1])
+        raise UserError(f"{error}; one that is whole: {remedy}" if remedy else str(error)) from error
+
+
+def _whole(path: Path) -> bool:
+    try:
+        check_sums(path)
+    except UserError:
+        return False
+    return (path / SUMS).is_file() and (path / "model.safetensors").is_file() and path.suffix != ".new"
