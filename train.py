@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
 import dataclasses
+import gc
 import itertools
 import math
 import signal
@@ -30,13 +31,13 @@ from config.settings import (
     run_script,
 )
 from data.batches import EvalBatches, TrainBatches, mix
-from data.token_files import DataSet, open_data_set
+from data.token_files import open_data_set
 from distributed import Distributed, StopSignal, connect
 from evaluate import bits_per_byte, describe_loss, evaluate, write_sample
 from files import existing, set_aside
 from metrics import Metrics, Progress, Stopwatch
-from model import GPT
 from optimizer import apply_gradients, make_optimizers, scheduled_learning_rate
+from plan import describe, rehearse, tokens_per_update
 from training_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
 
 MAX_SKIPPED = 20  # updates in a row whose gradients were not finite: then the run ends
@@ -57,6 +58,8 @@ class TrainConfig:
     """updates between checkpoints that are kept for good, out_dir/step-001000 and so on; 0: none"""
     eval_only: bool = False
     """evaluate once, then end; nothing is written"""
+    dry_run: bool = False
+    """tell memory, speed and hours from a few timed updates, then end; nothing is written"""
     log_interval: PositiveInt = 10
     """updates between lines of the log"""
     sample_tokens: NonNegativeInt = 48
@@ -89,8 +92,8 @@ class TrainConfig:
     """share of activations dropped: 0 is good for pretraining, 0.1 and more for small data sets"""
     bias: bool = False
     """biases in linear layers and LayerNorms, as GPT-2 has them; without is a little faster and as good"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon for the matrices of the blocks and adamw for the rest, or adamw for everything"""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon for the matrices of the blocks and AdamW for the rest, or adamw for everything"""
     learning_rate: Positive = 6e-4
     """the peak"""
     max_iters: PositiveInt = 600000
@@ -105,14 +108,14 @@ class TrainConfig:
     """largest norm of the gradients; 0: any"""
     decay_lr: bool = True
     """lower the learning rate after the warm-up"""
-    lr_schedule: Literal["cosine", "linear"] = "cosine"
-    """the way down from learning_rate to min_lr"""
+    lr_schedule: Literal["linear", "cosine"] = "linear"
+    """the way down from learning_rate to min_lr; nanoGPT's recipe is adamw with cosine"""
     warmup_iters: NonNegativeInt | None = None
     """updates until the peak (by default a twentieth of max_iters, at most 2000)"""
     lr_decay_iters: PositiveInt | None = None
     """update at which the learning rate arrives at min_lr (by default max_iters)"""
     min_lr: NonNegative | None = None
-    """learning rate at the end (by default a tenth of learning_rate)"""
+    """learning rate at the end (by default 0 of linear, a tenth of learning_rate of cosine)"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -128,7 +131,8 @@ class TrainConfig:
     }
 
     def __post_init__(self):
-        values = (min(2000, self.max_iters // 20), self.max_iters, self.learning_rate / 10)
+        lowest = self.learning_rate / 10 if self.lr_schedule == "cosine" else 0.0
+        values = (min(2000, self.max_iters // 20), self.max_iters, lowest)
         for name, value in zip(DERIVED, values):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -169,6 +173,7 @@ def main() -> int:
     try:
         return run(config, given, training, dist)
     finally:
+        gc.enable()
         dist.close()
 
 
@@ -187,8 +192,8 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
         note(f"the data set {config.dataset} is not the one that {training['directory']} was trained on")
     raw_model, config = initial_model(config, given, data, training)
     raw_model.to(dist.device)
-    sequences = config.gradient_accumulation_steps * config.batch_size
-    train_batches = TrainBatches(data.train, config.block_size, sequences, config.seed)
+    each = tokens_per_update(config)
+    train_batches = TrainBatches(data.train, config.block_size, each // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, config.eval_iters)
     model = dist.wrap(raw_model)
     if config.compile or (config.compile is None and dist.device.type == "cuda"):
@@ -201,6 +206,10 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     betas = (config.beta1, config.beta2)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, betas)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
+    note(describe(raw_model, config, dist, len(data.train)))
+    if config.dry_run:
+        rehearse(raw_model, config, dist, lambda c: train_step(model, optimizers, scaler, train_batches, 0, c, dist))
+        return 0
     out_dir, watch = Path(config.out_dir), Stopwatch()
     before = training or NEW_RUN
     start, watch.seconds = before["step"], before["seconds"]
@@ -216,8 +225,6 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     metrics = Metrics(out_dir, dist.is_main, start if training else None)
     if config.wandb_log:
         metrics.track(config.wandb_project, config.wandb_run_name, of_the_run["settings"])
-    tokens_per_update = sequences * config.block_size
-    announce(raw_model, data, config, dist, tokens_per_update)
     progress = Progress(start, config.max_iters, dist.is_main)
     saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, before["best_val_loss"], progress.tell)
     lowest, worse = before["best_val_loss"] or math.inf, before["evaluations_since_best"]
@@ -225,6 +232,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     # Updates whose gradients were not finite, counted on the device: all of them, and those in a row
     skipped, in_a_row = torch.tensor([before["skipped"], 0], device=dist.device)
     logged, logged_seconds = start, watch.seconds
+    gc.disable()  # an update leaves nothing to collect; looking for it again and again costs pauses
 
     for step in itertools.count(start):
         due = step == 0 or (step != start and (step == config.max_iters or step % config.eval_interval == 0))
@@ -232,10 +240,11 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
         if due or keep or stopping:
             dist.synchronize()
             watch.pause()
+            gc.collect()
         if due:
             val_loss = evaluate(model, eval_batches, dist)
             val_bpb = bits_per_byte(val_loss, data.val)
-            metrics.write(step=step, tokens=step * tokens_per_update, val_loss=val_loss, val_bpb=val_bpb)
+            metrics.write(step=step, tokens=step * each, val_loss=val_loss, val_bpb=val_bpb)
             progress.tell(f"step {step}: {describe_loss(val_loss, data)}")
             if step:
                 lowest, worse = (val_loss, 0) if val_loss < lowest else (lowest, worse + 1)
@@ -261,10 +270,10 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
                 )
             updates_per_second = (done - logged) / (watch.seconds - logged_seconds)
             logged, logged_seconds = done, watch.seconds
-            record = dict(step=done, tokens=done * tokens_per_update, seconds=watch.seconds)
+            record = dict(step=done, tokens=done * each, seconds=watch.seconds)
             record |= dict(train_loss=loss_sum / dist.world_size, lr=config.learning_rate_at(step))
             record |= dict(grad_norm=norm.item(), skipped=int(skipped) or None)
-            record["tokens_per_second"] = updates_per_second * tokens_per_update
+            record["tokens_per_second"] = updates_per_second * each
             if dist.peak_flops:
                 record["mfu"] = record["tokens_per_second"] * raw_model.flop_per_token() / dist.peak_flops
             metrics.write(**record)
@@ -285,15 +294,6 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
         note(f"ended early, after update {step}: {worse} evaluations in a row without a lower loss than {lowest:.4f}")
     note(f"done: {out_dir}/best, {out_dir}/last, {out_dir}/loss.png; next: python sample.py --out_dir={out_dir}")
     return 0
-
-
-def announce(model: GPT, data: DataSet, config: TrainConfig, dist: Distributed, tokens_per_update: int) -> None:
-    precision = str(dist.dtype).removeprefix("torch.")
-    note(
-        f"{model.num_parameters() / 1e6:.2f}M parameters, {dist.world_size} x {dist.device.type} in {precision}; "
-        f"{config.max_iters:,} updates of {tokens_per_update:,} tokens, "
-        f"{config.max_iters * tokens_per_update / len(data.train):.1f} epochs of {len(data.train):,}"
-    )
 
 
 if __name__ == "__main__":

@@ -17,10 +17,7 @@ block_size = 128
 batch_size = 16  # 16 x 128 = 2,048 tokens an update
 gradient_accumulation_steps = 1
 
-optimizer = "muon"
-lr_schedule = "linear"
 learning_rate = 4e-3
-min_lr = 0.0
 max_iters = 1300
 log_interval = 20
 sample_tokens = 64

@@ -7,7 +7,7 @@ from typing import Any
 from config.settings import UserError, check_value, note
 
 # These belong to the place where the run goes on, not to the run.
-LOCAL = {"out_dir", "init_from", "eval_only", "device"}
+LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device"}
 # These may differ from the checkpoint's; any other setting decides what is trained.
 CHANGEABLE = LOCAL | {
     "data_dir", "dtype", "compile", "eval_interval", "eval_iters", "log_interval", "sample_tokens",

@@ -1,23 +1,22 @@
-# GPT-2 124M on OpenWebText, on 8 GPUs. The data set has to be prepared first (README.md, "Reproduce GPT-2").
+# GPT-2 124M on FineWeb, on 8 GPUs or any number that divides 16. docs/scaling.md has memory, hours and reasons.
 #
+#   python prepare_data.py fineweb10B-gpt2
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 out_dir = "out-gpt2"
-dataset = "openwebtext"
-eval_interval = 1000
-eval_iters = 200
+dataset = "fineweb10B-gpt2"
+eval_interval = 250
+eval_iters = 340  # x 30 x 1024 = 10.4M tokens, as in the published runs
 
 n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
 
-# 12 sequences x 40 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together
-batch_size = 12
-gradient_accumulation_steps = 40
+# 30 sequences x 16 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together; fits 24 GB
+batch_size = 30
+gradient_accumulation_steps = 16
 
-# as GPT-3's models of this size (Brown et al. 2020, table 2.1)
-learning_rate = 0.0006
-weight_decay = 0.1
-warmup_iters = 2000
-max_iters = 600000  # 300B tokens
+learning_rate = 0.0018
+warmup_iters = 250
+max_iters = 6100  # 3.0B tokens, for a loss of 3.28 (docs/scaling.md)

@@ -1,10 +1,11 @@
-# GPT-2 774M on OpenWebText, on 8 GPUs. The data set has to be prepared first (README.md, "Reproduce GPT-2").
+# GPT-2 774M on FineWeb, on 8 GPUs or any number that divides 96. docs/scaling.md has memory, hours and reasons.
 #
+#   python prepare_data.py fineweb10B-gpt2
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_large.py
 
 out_dir = "out-gpt2-large"
-dataset = "openwebtext"
-eval_interval = 1000
+dataset = "fineweb10B-gpt2"
+eval_interval = 250
 eval_iters = 200
 
 n_layer = 36
@@ -12,12 +13,10 @@ n_head = 20
 n_embd = 1280
 block_size = 1024
 
-# 4 sequences x 120 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together
-batch_size = 4
-gradient_accumulation_steps = 120
+# 5 sequences x 96 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together; fits 24 GB
+batch_size = 5
+gradient_accumulation_steps = 96
 
-# as GPT-3's models of this size (Brown et al. 2020, table 2.1)
-learning_rate = 0.00025
-weight_decay = 0.1
-warmup_iters = 2000
-max_iters = 600000  # 300B tokens
+learning_rate = 0.0008
+warmup_iters = 1000
+max_iters = 31500  # 15.5B tokens, about 20 a parameter: the data set one and a half times

@@ -1,10 +1,11 @@
-# GPT-2 350M on OpenWebText, on 8 GPUs. The data set has to be prepared first (README.md, "Reproduce GPT-2").
+# GPT-2 350M on FineWeb, on 8 GPUs or any number that divides 48. docs/scaling.md has memory, hours and reasons.
 #
+#   python prepare_data.py fineweb10B-gpt2
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_medium.py
 
 out_dir = "out-gpt2-medium"
-dataset = "openwebtext"
-eval_interval = 1000
+dataset = "fineweb10B-gpt2"
+eval_interval = 250
 eval_iters = 200
 
 n_layer = 24
@@ -12,12 +13,10 @@ n_head = 16
 n_embd = 1024
 block_size = 1024
 
-# 8 sequences x 60 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together
-batch_size = 8
-gradient_accumulation_steps = 60
+# 10 sequences x 48 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together; fits 24 GB
+batch_size = 10
+gradient_accumulation_steps = 48
 
-# as GPT-3's models of this size (Brown et al. 2020, table 2.1)
-learning_rate = 0.0003
-weight_decay = 0.1
-warmup_iters = 2000
-max_iters = 600000  # 300B tokens
+learning_rate = 0.0012
+warmup_iters = 500
+max_iters = 15000  # 7.4B tokens, about 20 a parameter

@@ -1,4 +1,4 @@
-# A small character model of Tiny Shakespeare on a laptop's CPU: nanoGPT's recipe, about a minute.
+# A small character model of Tiny Shakespeare on a laptop's CPU: nanoGPT's model and tokens, about a minute.
 #
 #   python prepare_data.py shakespeare_char
 #   python train.py config/train_shakespeare_cpu.py
@@ -17,7 +17,7 @@ batch_size = 12
 gradient_accumulation_steps = 1
 dropout = 0.0
 
-learning_rate = 1e-3
+learning_rate = 4e-3  # of Muon; AdamW, as nanoGPT has it, wants 1e-3
 max_iters = 2000
 beta2 = 0.99  # 768 tokens an update are few: average longer
 warmup_iters = 100

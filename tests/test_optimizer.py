@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizer import apply_gradients, make_optimizers, orthogonalize, scheduled_learning_rate
+from optimizer import QUINTICS, SAFETY, apply_gradients, make_optimizers, orthogonalize, scheduled_learning_rate
 
 CONFIG = GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=32, bias=True)
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -119,10 +119,10 @@ def plain_muon(weight: torch.Tensor, gradients: list[torch.Tensor], lr: float, w
         gradient = gradient.double()
         momentum = 0.95 * momentum + 0.05 * gradient
         x = 0.05 * gradient + 0.95 * momentum
-        x = x / x.norm()
-        for _ in range(5):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = x / (SAFETY * x.norm())
+        for i, (a, b, c) in enumerate(QUINTICS):
+            gram = x @ x.T / (SAFETY**2 if i else 1)
+            x = (a * x + (b * gram + c * gram @ gram) @ x) / (SAFETY if i else 1)
         weight = weight * (1 - lr * weight_decay) - lr * 0.2 * max(weight.shape) ** 0.5 * x
     return weight
 
@@ -149,11 +149,11 @@ def test_muon_equals_a_plain_reference_matrix_by_matrix():
 def test_orthogonalize_brings_singular_values_near_one_and_keeps_their_directions(shape):
     generator = torch.Generator().manual_seed(0)
     u, values, vh = torch.linalg.svd(torch.randn(3, *shape, generator=generator), full_matrices=False)
-    matrices = u @ torch.diag_embed(values.clamp(min=values.max() / 20)) @ vh * 100
+    matrices = u @ torch.diag_embed(values.clamp(min=values.max() / 200)) @ vh * 100
     result = orthogonalize(matrices).float()
     values = torch.linalg.svdvals(result)
-    assert values.min() > 0.5
-    assert values.max() < 1.3
+    assert values.min() > 0.35
+    assert values.max() < 1.65
     inner = u.mT @ result @ vh.mT  # diagonal where the directions are the same
     assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 0.1
 

@@ -1,0 +1,104 @@
+"""What a run takes, before it is begun: parameters, memory by part, tokens, and hours here or on other machines.
+
+python train.py RECIPE --dry_run=True
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from config.settings import note
+from distributed import PEAK_TFLOPS, Distributed
+from model import GPT
+
+# Share of a card's half-precision limit at which GPT-2 124M has been trained, as published; to be replaced by our own.
+# A100: nanoGPT, compiled, 0.85M tokens/s on eight. H100: llm.c, 468k tokens/s on one; H200: the same card for this.
+MFU = {"A100": 0.29, "H100": 0.40, "H200": 0.40}
+CARDS = {"A100": 80, "H100": 80, "H200": 141}  # GB of memory
+
+
+def tokens_per_update(config: Any) -> int:
+    return config.gradient_accumulation_steps * config.batch_size * config.block_size
+
+
+def memory(model: GPT, config: Any) -> dict[str, float]:
+    """Bytes by part that a process needs to train `model`, which may be on torch's meta device.
+
+    Activations are counted, not measured: what the backward pass keeps of a token in mixed precision, 36 C bytes a
+    block (LayerNorms 8 and 4, attention 8, MLP 16) and 4 a logit (bf16, and its gradient), without dropout's masks.
+    """
+    c = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    of_muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (config.optimizer == "muon")
+    token = 36 * c.n_embd * c.n_layer + 4 * c.padded_vocab_size
+    return {
+        "weights": 4 * parameters,
+        "their bf16 copies": 2 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": 8 * (parameters - of_muon) + 4 * of_muon,  # AdamW has two moments, Muon one
+        "activations": config.batch_size * config.block_size * token,
+    }
+
+
+def hours(model: GPT, config: Any, card: str, cards: int) -> float:
+    """Predicted from the FLOP of a token, the card's data sheet, and MFU; evaluations and saves not counted."""
+    flop = config.max_iters * tokens_per_update(config) * model.flop_per_token()
+    return flop / (PEAK_TFLOPS[card] * 1e12 * MFU[card] * cards) / 3600
+
+
+def describe(model: GPT, config: Any, dist: Distributed, tokens: int) -> str:
+    """One line on the run: `tokens` are those of an epoch."""
+    precision, each = str(dist.dtype).removeprefix("torch."), tokens_per_update(config)
+    return (
+        f"{model.num_parameters() / 1e6:.2f}M parameters, {dist.world_size} x {dist.device.type} in {precision}; "
+        f"{config.max_iters:,} updates of {each:,} tokens, {config.max_iters * each / tokens:.1f} epochs of {tokens:,}"
+    )
+
+
+def rehearse(model: GPT, config: Any, dist: Distributed, update: Callable[[Any], object]) -> None:
+    """Tell what the run takes, from a few updates that are timed and forgotten. `update` makes one, of as many
+    micro-steps as the settings that it is given say. All ranks.
+    """
+    micro_steps = config.gradient_accumulation_steps // dist.world_size
+    short = [replace(config, gradient_accumulation_steps=n * dist.world_size) for n in (1, 2)]
+    one, two = (_median_seconds(dist, lambda settings=settings: update(settings)) for settings in short)
+    seconds = one + (micro_steps - 1) * max(two - one, 0.0)  # a micro-step, and what an update costs beside them
+    if not dist.is_main:
+        return
+    parts = memory(model, config)
+    note(f"memory of a process, by count: {', '.join(f'{name} {gb(size)}' for name, size in parts.items())}")
+    note(f"in all {gb(sum(parts.values()))}; this process had {gb(_peak_memory(dist))} at its peak")
+    speed, span = tokens_per_update(config) / seconds, tqdm.format_interval
+    note(f"here {seconds:.3g} s an update, {speed:,.0f} tokens/s: {span(seconds * config.max_iters)} in all")
+    if hours(model, config, "A100", 1) > 0.1:  # less says nothing: small models do not fill a card
+        there = [f"{n} x {card} {span(3600 * hours(model, config, card, n))}" for card in MFU for n in (1, 8)]
+        note(f"predicted elsewhere: {', '.join(there)}")
+
+
+def _median_seconds(dist: Distributed, run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(4):
+        dist.synchronize()
+        started = time.perf_counter()
+        run()
+        dist.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])  # the first one compiles and allocates
+
+
+def _peak_memory(dist: Distributed) -> int:
+    if dist.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(dist.device)
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

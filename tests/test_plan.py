@@ -1,0 +1,50 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optimizer import make_optimizers
+from plan import hours, memory, tokens_per_update
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+SHAPE = dict(block_size=16, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_memory_counts_what_training_allocates(optimizer):
+    model = GPT(GPTConfig(vocab_size=65, bias=False, **SHAPE))
+    optimizers = make_optimizers(model, optimizer, 1e-3, 0.1, (0.9, 0.95))
+    model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
+    for one in optimizers:
+        one.step()
+    parts = memory(model, TrainConfig(optimizer=optimizer, batch_size=3, **SHAPE))
+    assert parts["weights"] == sum(p.nbytes for p in model.parameters())
+    assert parts["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    states = [value for one in optimizers for state in one.state.values() for value in state.values()]
+    assert parts["optimizer"] == sum(value.nbytes for value in states if value.dim() > 0)
+    assert parts["activations"] == 3 * 16 * (36 * 32 * 2 + 4 * 128)
+
+
+def test_hours_are_those_of_the_published_speed():
+    config = TrainConfig(max_iters=1000, batch_size=12, gradient_accumulation_steps=40)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(bias=False))
+    seconds = 1000 * tokens_per_update(config) / 0.85e6  # nanoGPT on eight A100
+    assert hours(model, config, "A100", 8) * 3600 == pytest.approx(seconds, rel=0.03)
+    assert hours(model, config, "A100", 1) == pytest.approx(8 * hours(model, config, "A100", 8))
+
+
+def test_the_table_of_the_documentation_is_the_one_that_the_code_computes():
+    table = subprocess.run([sys.executable, "docs/scale.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert table.stdout in (ROOT / "docs/scaling.md").read_text("utf-8")
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path, train):
+    told = train(tmp_path / "run", dry_run=True, gradient_accumulation_steps=6, batch_size=2, max_iters=50).err
+    assert not (tmp_path / "run").exists()
+    for words in ("50 updates of 192 tokens", "optimizer 0.00 GB", "at its peak", "tokens/s"):
+        assert words in told
