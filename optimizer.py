@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 
 def make_optimizers(
-    model: nn.Module, kind: str, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    model: nn.Module,
+    kind: str,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    momentum: float = 0.95,
 ) -> list[torch.optim.Optimizer]:
     """`adamw` for everything (Loshchilov and Hutter 2019), or `muon` for the matrices of the blocks and AdamW for
     the rest. Matrices and embeddings decay; biases and LayerNorms do not.
@@ -22,7 +27,7 @@ def make_optimizers(
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)]
     if matrices:
         fused = {id(p) for name, p in matrices.items() if name.endswith("c_attn.weight")}
-        optimizers.append(Muon(list(matrices.values()), learning_rate, weight_decay, fused))
+        optimizers.append(Muon(list(matrices.values()), learning_rate, weight_decay, fused, momentum))
     return optimizers
 
 
@@ -34,7 +39,7 @@ class Muon(torch.optim.Optimizer):
     ones. Those in `fused_qkv` (by id) count as three: query, key and value are different maps.
     """
 
-    def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, fused_qkv: set[int], momentum=0.95):
+    def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, fused_qkv: set[int], momentum: float):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.fused_qkv = fused_qkv
 

@@ -24,11 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from checkpoint import load_model
 from config.settings import PositiveInt, RunFailed, load_settings, note, run_script
 from data.batches import EvalBatches
 from data.token_files import open_data_set
-from distributed import connect
-from evaluate import evaluate
+from model import IGNORED
+from plan import tokens_per_update
 from train import TrainConfig
 
 # nanoGPT's hyper-parameters for Tiny Shakespeare (its config/train_shakespeare_char.py); the schedule ends with the run
@@ -46,8 +47,11 @@ class BenchConfig:
     """separated by commas; nanoGPT's own train.py runs with the first alone, its seed cannot be set"""
     max_iters: PositiveInt | None = None
     """updates, in place of the recipe's"""
-    quick: str = "--max_iters=320 --learning_rate=1.5e-2 --warmup_iters=10 --eval_interval=1000"
-    """flags of a further run of ours that is meant to end just below nanoGPT's loss; empty: none"""
+    quick: str = (
+        "--batch_size=24 --max_iters=210 --learning_rate=2e-2 --warmup_iters=6 --momentum=0.85 --beta2=0.95 "
+        "--eval_interval=1000 --eval_iters=20"
+    )
+    """flags of a further run of ours that is meant to end just below nanoGPT's loss"""
     picture: str = "time_to_loss.png"
     """where the curves are drawn"""
 
@@ -84,62 +88,60 @@ def command(arguments: list[str], cwd: Path, seen) -> float:
     return time.perf_counter() - started
 
 
-def ours(recipe: str, settings: list[str], tokens: int, folder: Path) -> Run:
-    """`tokens`: of an update."""
-    out_dir, points = folder / "out", []
+def ours(config: TrainConfig, recipe: str, settings: list[str], folder: Path) -> Run:
+    out_dir, seconds_at = folder / "out", {}
     shutil.rmtree(out_dir, ignore_errors=True)
 
     def seen(line: str, seconds: float) -> None:
-        if found := re.match(r"step (\d+): val_loss ([\d.]+)", line):
-            points.append((int(found[1]) * tokens, seconds, float(found[2])))
+        if found := re.match(r"step (\d+): val_loss", line):
+            seconds_at[int(found[1])] = seconds
 
     whole = command(["train.py", recipe, f"--out_dir={out_dir}", *settings], ROOT, seen)
     records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return Run(points, whole, [r["val_loss"] for r in records if "val_loss" in r][-1])
+    points = [(r["tokens"], seconds_at[r["step"]], r["val_loss"]) for r in records if "val_loss" in r]
+    return ended(points, whole, load_model(out_dir / "last")[0], config)
 
 
-def nanogpt(checkout: str, config: TrainConfig, tokens: int, folder: Path) -> Run:
-    """Its train.py, as its README runs it on a CPU; its points are its own estimates, the loss at the end is ours to
-    measure, with its model over the whole split."""
+def nanogpt(config: TrainConfig, checkout: str, folder: Path) -> Run:
+    """Its train.py, as its README runs it; the points but for the last are its own estimates, of 20 random batches."""
     theirs, data_dir = folder / "nanogpt", Path(config.data_dir) / config.dataset
-    data = open_data_set(data_dir)
     shutil.copytree(checkout, theirs, ignore=shutil.ignore_patterns(".git", "data"), dirs_exist_ok=True)
-    (theirs / "data/set").mkdir(parents=True, exist_ok=True)
-    for split in ("train", "val"):
-        shutil.copy(data_dir / f"{split}.bin", theirs / f"data/set/{split}.bin")
-    (theirs / "data/set/meta.pkl").write_bytes(pickle.dumps({"vocab_size": data.tokenizer.vocab_size}))
+    shutil.copytree(data_dir, theirs / "data/set")
+    vocab_size = open_data_set(data_dir).tokenizer.vocab_size
+    (theirs / "data/set/meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
     points = []
 
     def seen(line: str, seconds: float) -> None:
         if found := re.match(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", line):
-            points.append((int(found[1]) * tokens, seconds, float(found[2])))
+            points.append((int(found[1]) * tokens_per_update(config), seconds, float(found[2])))
 
     settings = THEIRS | {name: getattr(config, name) for name in SHAPE}
     settings |= dict(max_iters=config.max_iters, lr_decay_iters=config.max_iters, dataset="set", out_dir="out-set")
-    settings |= dict(eval_interval=config.eval_interval, eval_iters=20, log_interval=100, always_save_checkpoint=True)
+    settings |= dict(eval_interval=min(config.eval_interval, config.max_iters), eval_iters=20, log_interval=100)
+    settings |= dict(always_save_checkpoint=True)
     settings |= dict(device="cuda", compile=True) if torch.cuda.is_available() else dict(device="cpu", compile=False)
     whole = command(["train.py", *flags(settings)], theirs, seen)
-    saved = torch.load(theirs / "out-set/ckpt.pt", map_location="cpu", weights_only=True)
     spec = importlib.util.spec_from_file_location("nanogpt_model", theirs / "model.py")
     its = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(its)
+    saved = torch.load(theirs / "out-set/ckpt.pt", map_location="cpu", weights_only=True)
     model = its.GPT(its.GPTConfig(**saved["model_args"]))
     model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in saved["model"].items()})
-    dist = connect("cpu", "float32")
-    batches = EvalBatches(data.val, config.block_size, 64, 0)
-    loss = evaluate(lambda_module(model), batches, dist)
-    return Run([*points[:-1], (points[-1][0], whole, loss)], whole, loss)
+    return ended(points, whole, model, config)
 
 
-class lambda_module(torch.nn.Module):
-    """nanoGPT's model behind our model's signature."""
-
-    def __init__(self, model: torch.nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, idx, targets, need_logits=True):
-        return self.model(idx, targets)
+def ended(points: list[tuple], seconds: float, model: torch.nn.Module, config: TrainConfig) -> Run:
+    """The run with its last loss measured outside of the clock: over the whole validation split, in float32."""
+    val = EvalBatches(open_data_set(Path(config.data_dir) / config.dataset).val, config.block_size, 64, 0)
+    total, count = 0.0, 0
+    model.eval()
+    for index in range(len(val)):
+        inputs, targets = val.batch(index)
+        counted = int((targets != IGNORED).sum())
+        with torch.no_grad():
+            total += model(inputs, targets)[1].item() * counted
+        count += counted
+    return Run([*points[:-1], (points[-1][0], seconds, total / count)], seconds, total / count)
 
 
 def tell(runs: dict[str, list[Run]], target: float) -> None:
@@ -176,24 +178,21 @@ def main() -> None:
     config, _ = load_settings(BenchConfig)
     updates = [f"--max_iters={config.max_iters}"] if config.max_iters else []
     recipe, _ = load_settings(TrainConfig, [config.recipe, *updates])
-    tokens = recipe.gradient_accumulation_steps * recipe.batch_size * recipe.block_size
-    adamw = [*updates, *flags(THEIRS), "--optimizer=adamw", "--lr_schedule=cosine"]
+    variants = {
+        "nanoGPT's recipe, here": [*updates, *flags(THEIRS), "--optimizer=adamw", "--lr_schedule=cosine"],
+        "our recipe": updates,
+        "our recipe, cut short": config.quick.split(),
+    }
     runs: dict[str, list[Run]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for i, seed in enumerate(config.seeds.split(",")):
-            if config.nanogpt and i == 0:
-                runs["nanoGPT"] = [nanogpt(config.nanogpt, recipe, tokens, Path(folder))]
-            for name, settings in (
-                ("nanoGPT's recipe, here", adamw),
-                ("our recipe", updates),
-                ("our recipe, cut short", config.quick.split()),
-            ):
-                if settings or name != "our recipe, cut short":
-                    run = ours(config.recipe, [*settings, f"--seed={seed}"], tokens, Path(folder))
-                    runs.setdefault(name, []).append(run)
-                    note(f"{name}, seed {seed}: {run.loss:.4f} in {run.seconds:.1f} s")
-    target = statistics.mean(run.loss for run in next(iter(runs.values())))
-    tell(runs, target)
+        if config.nanogpt:
+            runs["nanoGPT"] = [nanogpt(recipe, config.nanogpt, Path(folder))]
+        for seed in config.seeds.split(","):
+            for name, settings in variants.items():
+                run = ours(recipe, config.recipe, [*settings, f"--seed={seed}"], Path(folder))
+                runs.setdefault(name, []).append(run)
+                note(f"{name}, seed {seed}: {run.loss:.4f} in {run.seconds:.1f} s")
+    tell(runs, statistics.mean(run.loss for run in next(iter(runs.values()))))
     draw(runs, config.picture)
 
 

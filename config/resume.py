@@ -13,7 +13,7 @@ CHANGEABLE = LOCAL | {
     "data_dir", "dtype", "compile", "eval_interval", "eval_iters", "log_interval", "sample_tokens",
     "wandb_log", "wandb_project", "wandb_run_name", "batch_size", "gradient_accumulation_steps", "learning_rate",
     "max_iters", "patience", "keep_every", "decay_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr",
-    "weight_decay", "grad_clip", "dropout",
+    "weight_decay", "grad_clip", "dropout", "momentum",
 }  # fmt: skip
 
 

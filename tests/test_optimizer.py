@@ -127,6 +127,22 @@ def plain_muon(weight: torch.Tensor, gradients: list[torch.Tensor], lr: float, w
     return weight
 
 
+def test_momentum_is_muons():
+    moved = []
+    for momentum in (0.0, 0.95):
+        model, _ = make("muon")
+        optimizers = make_optimizers(model, "muon", 0.02, 0.1, (0.9, 0.95), momentum)
+        for seed in range(2):
+            set_gradients(model, seed)
+            apply_gradients(model, optimizers, NO_SCALER, 0.02, 0.0)
+        moved.append(
+            [p.detach().clone() for p in (model.transformer.h[0].mlp.c_fc.weight, model.transformer.wte.weight)]
+        )
+    (matrix, embedding), (other_matrix, other_embedding) = moved
+    assert not torch.equal(matrix, other_matrix)
+    assert torch.equal(embedding, other_embedding)
+
+
 def test_muon_equals_a_plain_reference_matrix_by_matrix():
     model, optimizers = make("muon", weight_decay=0.5)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
