@@ -107,6 +107,7 @@ def nanogpt(work: Work, dist: Distributed, options: list[str], checkout: str) ->
     its = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(its)
     cuda = dist.device.type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py
     vocab_size = 50304 if work.vocab_size == 50257 else work.vocab_size
     with contextlib.redirect_stdout(io.StringIO()):
         model = its.GPT(its.GPTConfig(vocab_size=vocab_size, bias=False, **work.shape())).to(dist.device)
@@ -172,9 +173,10 @@ def side(device: torch.device) -> int:
 
 def contestant(name: str, work: Work, config: BenchConfig, pipe) -> None:
     """The process of a contestant: for each number of steps that it is sent, the seconds of one and the peak memory."""
-    dist = connect(config.device)
     torch.manual_seed(0)
     kind, *options = name.split("-")
+    # `connect` tunes the process for us (glibc's memory, tf32); the others get it as Python starts
+    dist = connect(config.device) if kind == "ours" else Distributed(torch.device(config.device), torch.float32)
     if kind == "ours":
         step = ours(work, dist, options)
     elif kind == "nanogpt":
