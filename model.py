@@ -60,7 +60,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         end = min(start + chunk, T)
         scores = torch.baddbmm(unseen[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=D**-0.5)
         parts.append(F.dropout(scores.softmax(dim=-1), dropout) @ v[:, :end])
-    return torch.cat(parts, dim=1).view(B, H, T, D)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(B, H, T, D)
 
 
 class MLP(nn.Module):
