@@ -14,42 +14,57 @@ from data.tokenizer import Tokenizer, gpt2
 from files import check_sums, existing
 
 FORMAT_VERSION = 1
-CHUNK = 1 << 24  # ids read at a time when a whole file is checked
+SPLITS = ("train", "val")
+CHUNK = 1 << 22  # ids read at a time from a file that is read through
 
 
-class SplitWriter:
-    """Writes one split's file and keeps its figures for meta.json."""
+class ShardWriter:
+    """Writes one split: `tokens` ids in one file or, where they are more than `shard_tokens`, in numbered files."""
 
-    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
-        self.name = f"{split}.bin"
-        self._file = open(directory / self.name, "wb")  # noqa: SIM115 (closed by `close`)
-        self._dtype = id_dtype(tokenizer.vocab_size)
-        self._separator = np.array([tokenizer.end_of_text], self._dtype).tobytes()
+    def __init__(self, directory: Path, split: str, tokens: int, dtype: np.dtype, shard_tokens: int):
+        sizes = [min(shard_tokens, tokens - i) for i in range(0, tokens, shard_tokens)] or [0]
+        names = [f"{split}.bin"] if len(sizes) == 1 else [f"{split}_{i:06}.bin" for i in range(len(sizes))]
+        self._directory, self._dtype = directory, dtype
+        self._left = list(zip(names, sizes))
+        self._done = []
+        self._open()
+
+    def _open(self) -> None:
+        name, self._room = self._left.pop(0)
+        self._file = open(self._directory / name, "wb")  # noqa: SIM115 (closed when it is full)
         self._digest = hashlib.sha256()
-        self.documents = self.tokens = self.bytes = 0
+        self._done.append({"name": name, "tokens": self._room, "sha256": None})
 
-    def add(self, text: str, ids: list[int]) -> None:
-        """Append a document; end of text stands between two documents."""
-        data = np.array(ids, self._dtype).tobytes()
-        if self.documents:
-            data = self._separator + data
-        self._file.write(data)
-        self._digest.update(data)
-        self.documents += 1
-        self.tokens += len(data) // self._dtype.itemsize
-        self.bytes += len(text.encode())
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids; those beyond `tokens` are left out."""
+        while len(ids):
+            if not self._room:
+                if not self._left:
+                    return
+                self._close()
+                self._open()
+            part, ids = ids[: self._room], ids[self._room :]
+            self._file.write(part)
+            self._digest.update(part)
+            self._room -= len(part)
 
-    def close(self) -> dict:
+    def _close(self) -> None:
         self._file.close()
-        file = {"name": self.name, "tokens": self.tokens, "sha256": self._digest.hexdigest()}
-        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "files": [file]}
+        self._done[-1]["sha256"] = self._digest.hexdigest()
+
+    def close(self) -> list[dict]:
+        """Name, tokens and SHA-256 of each file."""
+        assert not self._room and not self._left, "fewer ids were written than announced"
+        self._close()
+        return self._done
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, splits: dict[str, dict]) -> None:
+def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, splits: dict, plan: str = "") -> dict:
+    """Write meta.json and return what it says; `plan` is a digest of what was prepared and how."""
     meta = {
         "format_version": FORMAT_VERSION,
         "tokenizer": kind,
@@ -57,9 +72,11 @@ def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, sp
         "dtype": id_dtype(tokenizer.vocab_size).name,
         "end_of_text": tokenizer.end_of_text,
         "source": source,
+        "plan": plan,
         "splits": splits,
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    return meta
 
 
 @dataclass(frozen=True)

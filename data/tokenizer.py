@@ -65,6 +65,10 @@ class Tokenizer:
         """Whether ids mean the same in both."""
         return self._backend.get_vocab() == other._backend.get_vocab()
 
+    def to_json(self) -> str:
+        """What tokenizer.json holds."""
+        return self._backend.to_str()
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and the configuration that transformers' AutoTokenizer wants beside it."""
         self._backend.save(str(Path(directory) / "tokenizer.json"))

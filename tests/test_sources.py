@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from config.settings import UserError
-from data.sources import NAMED, download, find_source, read_text
+from data.sources import Source, download, find_source
+from prepare_data import PrepareConfig
 
 
 @pytest.fixture
@@ -25,8 +26,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def source(*wanted, **options) -> Source:
+    return find_source(list(map(str, wanted)), PrepareConfig(**options))
+
+
 def documents(*wanted, **options) -> list[str]:
-    return [text.removeprefix("text of ") for text in find_source(list(wanted), **options).documents()]
+    return [d.text.decode().removeprefix("text of ") for d in source(*wanted, **options).documents()]
 
 
 # files, folders and globs
@@ -57,8 +62,8 @@ def test_a_file_named_twice_is_read_once_and_the_order_of_words_does_not_matter(
 
 
 def test_documents_can_be_read_again(here):
-    source = find_source(["b"])
-    assert list(source.documents()) == list(source.documents()) != []
+    b = source("b")
+    assert list(b.documents()) == list(b.documents()) != []
 
 
 def test_empty_files_are_no_documents(here):
@@ -67,28 +72,28 @@ def test_empty_files_are_no_documents(here):
 
 
 def test_the_source_is_named_after_what_was_given(here):
-    assert (find_source(["b"]).name, find_source(["a.txt"]).name, find_source(["."]).name) == ("b", "a", "text")
+    assert (source("b").name, source("a.txt").name, source(".").name) == ("b", "a", "text")
 
 
 def test_a_missing_file_is_refused_with_its_name(here):
     with pytest.raises(UserError, match=r"^c\.txt: no such file, folder or source$"):
-        find_source(["a.txt", "c.txt"])
+        source("a.txt", "c.txt")
 
 
 def test_a_misspelled_named_source_is_refused_with_the_nearest_one(here):
     with pytest.raises(UserError, match=r"did you mean shakespeare_char\?"):
-        find_source(["shakespear_char"])
+        source("shakespear_char")
 
 
 def test_an_empty_folder_is_refused(here):
     (here / "empty").mkdir()
     with pytest.raises(UserError, match=r"^empty: no files there$"):
-        find_source(["empty"])
+        source("empty")
 
 
 def test_no_source_at_all_is_refused_with_the_named_ones():
     with pytest.raises(UserError, match="python, shakespeare, shakespeare_char"):
-        find_source([])
+        source()
 
 
 # text
@@ -96,7 +101,7 @@ def test_no_source_at_all_is_refused_with_the_named_ones():
 
 def test_text_is_read_as_it_is_but_for_a_byte_order_mark(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\n\xef\xbb\xbf")
-    assert read_text(tmp_path / "a.txt") == "one\r\ntwo é\n\ufeff"
+    assert documents(tmp_path / "a.txt") == ["one\r\ntwo é\n\ufeff"]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +120,9 @@ def test_a_file_that_is_not_utf8_text_is_refused_with_name_and_place_or_skipped_
 ):
     path = tmp_path / "bad.bin"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"^{re.escape(f'{path} is not UTF-8 text ({where})')}.*--bad_files=skip"):
-        read_text(path)
-    assert read_text(path, skip=True) is None
+    with pytest.raises(UserError, match=f"^{re.escape(f'{path} is not UTF-8 text ({where})')}.*--invalid=skip"):
+        documents(path)
+    assert documents(path, invalid="skip") == []
     assert capsys.readouterr().err == f"skipped: {path} is not UTF-8 text ({where})\n"
 
 
@@ -125,7 +130,7 @@ def test_skipping_goes_on_with_the_other_files(here, capsys):
     (here / "b/1.bin").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"1\.bin"):
         documents("b")
-    assert documents("b", skip_bad_files=True) == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
+    assert documents("b", invalid="skip") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
 
 
 @pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="root may read all")
@@ -139,18 +144,18 @@ def test_an_unreadable_file_is_refused(here):
 
 
 def test_python_is_the_standard_library_without_its_tests_and_without_what_was_installed():
-    texts = set(find_source(["python"]).documents())
+    texts = set(documents("python"))
     assert len(texts) > 200
     assert {Path(module.__file__).read_text("utf-8") for module in (argparse, json.decoder)} <= texts
     library = Path(sysconfig.get_paths()["stdlib"])
     others = [Path(pytest.__file__), *library.glob("test/test_[a-d]*.py"), *library.glob("unittest/test/test_*.py")]
-    assert texts.isdisjoint(text for path in others if (text := read_text(path, skip=True)))
+    assert texts.isdisjoint(path.read_text("utf-8", "replace") for path in others)
 
 
 def test_a_file_of_that_name_comes_before_a_named_source(here):
     (here / "python").write_text("text of mine")
     assert documents("python") == ["mine"]
-    assert find_source(["python"]).tokenizer == "gpt2" != NAMED["python"].tokenizer
+    assert source("python").tokenizer == "gpt2"
 
 
 # downloads, from a server on this machine

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from config.settings import UserError
-from data.token_files import SplitWriter, Tokens, id_dtype, open_data_set, write_meta
+from data.token_files import ShardWriter, Tokens, id_dtype, open_data_set, write_meta
 from data.tokenizer import make_tokenizer
 from files import whole_directory
 
@@ -22,12 +22,15 @@ def data_set(tmp_path):
     """A data set of bytes: ids below 256, and 256 between two documents."""
     tokenizer = make_tokenizer("byte", [], 1)
     with whole_directory(tmp_path / "tiny") as new:
-        writers = {split: SplitWriter(new, split, tokenizer) for split in ("train", "val")}
+        splits = {}
         for split, texts in (("train", TRAIN), ("val", VAL)):
-            for text in texts:
-                writers[split].add(text, tokenizer.encode(text))
+            ids = np.array([i for text in texts for i in (*text.encode(), 256)][:-1], np.uint16)
+            writer = ShardWriter(new, split, len(ids), ids.dtype, shard_tokens=100)
+            writer.write(ids)
+            figures = {"tokens": len(ids), "bytes": sum(len(t.encode()) for t in texts), "documents": len(texts)}
+            splits[split] = figures | {"files": writer.close()}
         tokenizer.save(new)
-        write_meta(new, tokenizer, "byte", "a test", {split: writer.close() for split, writer in writers.items()})
+        write_meta(new, tokenizer, "byte", "a test", splits)
     return tmp_path / "tiny"
 
 
@@ -70,6 +73,7 @@ def test_meta_json_says_what_the_files_are(data_set):
         "dtype": "uint16",
         "end_of_text": 256,
         "source": "a test",
+        "plan": "",
         "splits": {
             split: {
                 "tokens": tokens,
