@@ -162,7 +162,7 @@ def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) 
         if held := next((other for other in partial.glob("part-*.lock") if other != lock and is_held(other)), None):
             raise UserError(f"{partial} is in use for other sources or settings ({held.name} is held)")
         for old in partial.iterdir():
-            if old.suffix != ".lock" and old not in source.files:
+            if old.suffix != ".lock" and str(old) not in {file.path for file in source.files}:
                 old.unlink()
         tokenizer = make_tokenizer(kind, _sample(source, kind), config.vocab_size)
         tokenizer.save(partial)

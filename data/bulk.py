@@ -19,7 +19,13 @@ YOUNG = re.compile(
     "[\u088f\u0c5c\u0cdc\u1c89\u1c8a\ua7cb-\ua7f1\U00010000-\U0001cfff\U0001d2c0-\U0001d2d3\U0001df00-\U0001efff"
     "\U0002b739-\U0002b73f\U0002cea2-\U0002cead\U0002ebf0-\U0003ffff]"
 )
-YOUNG_LEADS = (b"\xe0", b"\xe1", b"\xea", b"\xf0")  # the first bytes of all of them in UTF-8: rare, quickly looked for
+YOUNG_LEADS = (
+    b"\xe0\xa2\x8f",
+    b"\xe0\xb1\x9c",
+    b"\xe0\xb3\x9c",
+    b"\xe1\xb2",
+    b"\xea\x9f",
+)  # of those below U+10000 in UTF-8
 CACHE_BYTES = 300_000_000  # gigatoken remembers every word that it has seen: above this it starts anew
 
 
@@ -82,9 +88,11 @@ class BulkEncoder:
 
 
 def _young(document: bytes) -> bool:
-    if document.isascii() or not any(lead in document for lead in YOUNG_LEADS):
+    if document.isascii():
         return False
-    return YOUNG.search(document.decode()) is not None
+    # a search for bytes is twenty times as fast as that of the expression; F0 9F begins an emoji
+    possible = any(lead in document for lead in YOUNG_LEADS) or document.count(b"\xf0") > document.count(b"\xf0\x9f")
+    return possible and YOUNG.search(document.decode()) is not None
 
 
 def _resident_bytes(otherwise: int) -> int:

@@ -9,10 +9,10 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from config.settings import UserError, closest, note, one_line
@@ -219,39 +219,49 @@ def safe_border(file: IO[bytes], position: int, size: int) -> int:
     return position
 
 
-def file_items(path: Path, unit_bytes: int, val_fraction: float, by_content: bool, seen: set | None) -> Iterator[Item]:
+class File(NamedTuple):
+    path: str
+    size: int
+    modified: int  # in nanoseconds; with the size it tells another state of the file
+
+    @classmethod
+    def at(cls, path: str) -> "File":
+        status = os.stat(path)
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+
+def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: bool, seen: set | None) -> Iterator[Item]:
     """The items of a file, each of about `unit_bytes` where the file can be parted.
 
     A large text file goes to one split `by_content`, or its tail goes to validation. One whose digest has been
     `seen` has no items.
     """
-    status = path.stat()
-    known = str(path), status.st_size, status.st_mtime_ns
-    if path.name.endswith(".parquet"):
-        yield from _row_items(path, known, unit_bytes)
-    elif path.name.endswith(COMPRESSED):
-        yield Lines(*known, 0, WHOLE)
-    elif path.name.endswith(JSON_LINES):
-        for start in range(0, status.st_size, unit_bytes):
-            yield Lines(*known, start, min(start + unit_bytes, status.st_size))
-    elif status.st_size > LARGE:
-        border = int(status.st_size * (1 - val_fraction))
-        ranges = [("train", 0, border), ("val", border, status.st_size)]
+    path, size, _ = file
+    if path.endswith(".parquet"):
+        yield from _row_items(file, unit_bytes)
+    elif path.endswith(COMPRESSED):
+        yield Lines(*file, 0, WHOLE)
+    elif path.endswith(JSON_LINES):
+        for start in range(0, size, unit_bytes):
+            yield Lines(*file, start, min(start + unit_bytes, size))
+    elif size > LARGE:
+        border = int(size * (1 - val_fraction))
+        ranges = [("train", 0, border), ("val", border, size)]
         if by_content or seen is not None:
-            with _opened(str(path)) as file:
-                digest = hashlib.file_digest(file, "sha256").digest()
+            with _opened(path) as opened:
+                digest = hashlib.file_digest(opened, "sha256").digest()
             if seen is not None and digest in seen:
                 return
             if seen is not None:
                 seen.add(digest)
             if by_content:
-                ranges = [(split_of(digest, val_fraction), 0, status.st_size)]
+                ranges = [(split_of(digest, val_fraction), 0, size)]
         for split, start, stop in ranges:
             for begin in range(start, stop, unit_bytes):
                 end = min(begin + unit_bytes, stop)
-                yield TextPart(*known, begin, end, split, last=end == stop)
-    elif status.st_size:
-        yield TextFile(*known)
+                yield TextPart(*file, begin, end, split, last=end == stop)
+    elif size:
+        yield TextFile(*file)
 
 
 def split_of(digest: bytes, val_fraction: float) -> str:
@@ -259,13 +269,13 @@ def split_of(digest: bytes, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-def _row_items(path: Path, known: tuple, unit_bytes: int) -> Iterator[Rows]:
-    with _parquet(str(path)) as file:
-        sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
+    with _parquet(file.path) as parquet:
+        sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
     start = 0
     for i, _ in enumerate(sizes, 1):
         if i == len(sizes) or sum(sizes[start:i]) >= unit_bytes:
-            yield Rows(*known, start, i)
+            yield Rows(*file, start, i)
             start = i
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config.settings import UserError, closest, one_line
-from data.readers import Document, Item, Shard, TextFile, TextPart, file_items
+from data.readers import Document, File, Item, Shard, TextFile, TextPart, file_items
 
 CACHE = Path(__file__).parent / ".downloads"
 NAMED = ("python", "shakespeare", "shakespeare_char", "openwebtext", "fineweb_edu", "tinystories")
@@ -33,7 +33,7 @@ class Source:
     description: str
     column: str
     invalid: str
-    files: tuple[Path, ...] = ()
+    files: tuple[File, ...] = ()
     dataset: Any = None
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
@@ -42,7 +42,7 @@ class Source:
     @property
     def size(self) -> int:
         """Bytes of the files."""
-        return sum(path.stat().st_size for path in self.files)
+        return sum(file.size for file in self.files)
 
     def items(self, unit_bytes: int, by_content: bool = True, dedup: bool = False) -> Iterator[Item]:
         """What can be read apart, in an order and of sizes that depend on the source alone."""
@@ -52,8 +52,8 @@ class Source:
                 shards = max(1, min(len(self.dataset), (self.dataset.dataset_size or 0) // unit_bytes))
             yield from (Shard(self.description, index, shards, self.dataset) for index in range(shards))
         seen = set() if dedup else None
-        for path in self.files:
-            yield from file_items(path, unit_bytes, self.val_fraction, by_content, seen)
+        for file in self.files:
+            yield from file_items(file, unit_bytes, self.val_fraction, by_content, seen)
 
     def documents(self) -> Iterator[Document]:
         """All of the text, for a look at it. A large file comes in pieces."""
@@ -74,7 +74,7 @@ class Source:
 
     def fetched(self, directory: Path) -> "Source":
         """The same with its file at hand: downloaded, or standard input copied to `directory`."""
-        return dataclasses.replace(self, files=(self.fetch(directory),)) if self.fetch else self
+        return dataclasses.replace(self, files=(File.at(str(self.fetch(directory))),)) if self.fetch else self
 
 
 def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> Source:
@@ -94,7 +94,7 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
         path = "stdin.jsonl" if json_lines else "stdin.txt"
         return Source("stdin", "standard input", fetch=lambda folder: _standard_input(folder / path), **reading)
     if named == "python":
-        files = tuple(_python_files(options.site_packages))
+        files = _python_files(options.site_packages)
         return Source("python", "python", files=files, tokenizer="bpe", **reading | {"invalid": "skip"})
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
@@ -109,7 +109,8 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
     if named:
         repository = named.removeprefix("hf:").rstrip("/")
         return _hub(repository, Path(repository).name, 0.01, options, reading)
-    files = tuple(sorted({path for word in wanted for path in _files(word)}))
+    paths = {os.path.normpath(path) for word in wanted for path in _files(word)}
+    files = tuple(File.at(path) for path in sorted(paths, key=_parts))
     if not files:
         raise UserError(f"{' '.join(wanted)}: no files there")
     return Source(Path(wanted[0]).stem.split(".")[0] or "text", " ".join(wanted), files=files, **reading)
@@ -165,33 +166,37 @@ def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) 
     return path
 
 
-def _files(word: str) -> Iterator[Path]:
-    path = Path(word)
-    if path.is_dir():
-        yield from _below(path)
-    elif path.is_file():
-        yield path
+def _files(word: str) -> Iterator[str]:
+    if os.path.isdir(word):
+        yield from _below(word)
+    elif os.path.isfile(word):
+        yield word
     elif matches := glob.glob(word, recursive=True):
-        yield from (Path(match) for match in matches if Path(match).is_file())
+        yield from (match for match in matches if os.path.isfile(match))
     else:
         raise UserError(f"{word}: no such file, folder or source{closest(word, NAMED)}")
 
 
-def _below(folder: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
+def _parts(path: str) -> list[str]:
+    return path.split(os.sep)  # a folder's files stay together, whatever signs come before the separator
+
+
+def _below(folder: str, left_out: frozenset[str] = frozenset()) -> Iterator[str]:
     """The files in a folder and its folders, but for hidden ones and those below a folder named in `left_out`."""
     for directory, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in left_out)
-        yield from (Path(directory, name) for name in sorted(names) if not name.startswith("."))
+        folders[:] = (name for name in folders if not name.startswith(".") and name not in left_out)
+        paths = (os.path.join(directory, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if os.path.isfile(path))
 
 
-def _python_files(site_packages: bool) -> Iterator[Path]:
+def _python_files(site_packages: bool) -> tuple[File, ...]:
     """Python's own library without its tests and, where asked for, every installed package."""
     paths = sysconfig.get_paths()
     left_out = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
-    found = list(_below(Path(paths["stdlib"]), left_out))
+    found = list(_below(paths["stdlib"], left_out))
     if site_packages:
-        found += [path for folder in sorted({paths["purelib"], paths["platlib"]}) for path in _below(Path(folder))]
-    return (path for path in sorted(found) if path.suffix == ".py" and path.is_file())
+        found += [path for folder in {paths["purelib"], paths["platlib"]} for path in _below(folder)]
+    return tuple(File.at(path) for path in sorted(found, key=_parts) if path.endswith(".py"))
 
 
 def _standard_input(path: Path) -> Path:

@@ -158,6 +158,9 @@ def _byte_symbols() -> dict[int, str]:
 
 def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens whose merge made `token`: run BPE on it with the merges that are older than itself."""
+    pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    if len(pairs) == 1:
+        return pairs[0]
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
