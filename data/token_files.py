@@ -15,6 +15,8 @@ from files import check_sums, existing
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+STAMP = ".checked"  # the end of the name of a file that says in which state another was checked
+LLM_C_HEADER, LLM_C_MAGIC = 1024, 20240520  # bytes before the ids, and the first of their 256 int32
 CHUNK = 1 << 22  # ids read at a time from a file that is read through
 
 
@@ -116,18 +118,21 @@ class Tokens:
         return (file[i : i + CHUNK] for file in self._files for i in range(0, len(file), CHUNK))
 
 
-def open_data_set(directory: Path, check: bool = True) -> DataSet:
-    """Open data/<name>. With `check`, every byte is compared with meta.json, once for each state of a file.
+def open_data_set(directory: Path, check: bool = True, again: bool = False) -> DataSet:
+    """Open data/<name>. With `check`, every byte is compared with meta.json, once for each state of a file, or `again`.
 
-    nanoGPT's folders, train.bin and val.bin alone, are read as GPT-2 tokens.
+    nanoGPT's folders, train.bin and val.bin alone, are read as GPT-2 tokens, and so are llm.c's shards.
     """
     found = existing(directory)
     if found is None:
         raise UserError(f"{directory}: no such data set; prepare it: python prepare_data.py {Path(directory).name}")
     directory = found
+    if again:
+        for stamp in directory.glob(f"*{STAMP}"):
+            stamp.unlink()
     meta_path = directory / "meta.json"
     if not meta_path.is_file():
-        return _open_nanogpt(directory, check)
+        return _open_foreign(directory, check)
     check_sums(directory)
     try:
         meta = json.loads(meta_path.read_bytes())
@@ -158,43 +163,63 @@ def open_data_set(directory: Path, check: bool = True) -> DataSet:
     return DataSet(opened["train"], opened["val"], tokenizer, digest)
 
 
-def _open_nanogpt(directory: Path, check: bool) -> DataSet:
+def _open_foreign(directory: Path, check: bool) -> DataSet:
+    """GPT-2 tokens that others prepared: nanoGPT's train.bin and val.bin, or llm.c's shards with their header."""
     if (directory / "meta.pkl").exists():
         raise UserError(
             f"{directory}/meta.pkl is a pickle, which can run code: it is not read; "
             f"prepare the text again: python prepare_data.py FILES --tokenizer=char --name={directory.name}"
         )
-    if not (directory / "train.bin").exists() or not (directory / "val.bin").exists():
-        raise UserError(f"{directory} is not a prepared data set: it has neither meta.json nor train.bin and val.bin")
-    dtype, tokenizer = np.dtype("<u2"), gpt2()
+    paths = {split: [directory / f"{split}.bin"] for split in SPLITS}
+    header = 0
+    if not any(path.exists() for (path,) in paths.values()):
+        paths = {split: sorted(directory.glob(f"*{split}*.bin")) for split in SPLITS}
+        header = LLM_C_HEADER
+    if not all(path.exists() for split in SPLITS for path in paths[split]) or not all(paths.values()):
+        raise UserError(
+            f"{directory} is not a prepared data set: it has neither meta.json, nor train.bin and val.bin, "
+            "nor shards of llm.c named train and val"
+        )
+    tokenizer, dtype = gpt2(), np.dtype("<u2")
+    sizes = {path: _llm_c_tokens(path) if header else None for split in SPLITS for path in paths[split]}
     if check:
-        for split in ("train", "val"):
-            _check_file(directory / f"{split}.bin", dtype, tokenizer.vocab_size, None)
-    train, val = (Tokens([_open_ids(directory / f"{split}.bin", dtype, None)]) for split in ("train", "val"))
-    sizes = f"{len(train)} {len(val)}"
-    return DataSet(train, val, tokenizer, hashlib.sha256(sizes.encode()).hexdigest())
+        for path in sizes:
+            _check_file(path, dtype, tokenizer.vocab_size, None, header)
+    train, val = (Tokens([_open_ids(path, dtype, sizes[path], header) for path in paths[split]]) for split in SPLITS)
+    lengths = tokenizer.byte_lengths()
+    val.n_bytes = sum(int(lengths[ids].sum()) for ids in val.all())
+    digest = " ".join(str(len(split)) for split in (train, val))
+    return DataSet(train, val, tokenizer, hashlib.sha256(digest.encode()).hexdigest())
 
 
-def _open_ids(path: Path, dtype: np.dtype, tokens: int | None) -> np.ndarray:
+def _llm_c_tokens(path: Path) -> int:
+    """How many tokens the header of llm.c's shard announces."""
+    header = np.fromfile(path, "<i4", LLM_C_HEADER // 4)
+    if len(header) < LLM_C_HEADER // 4 or header[0] != LLM_C_MAGIC or header[1] != 1:
+        raise UserError(f"{path} does not begin with the header of llm.c's GPT-2 shards ({LLM_C_MAGIC}, version 1)")
+    return int(header[2])
+
+
+def _open_ids(path: Path, dtype: np.dtype, tokens: int | None, header: int = 0) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the data again")
-    size = path.stat().st_size
+    size = path.stat().st_size - header
     found = size // dtype.itemsize
     if size % dtype.itemsize or (tokens is not None and found != tokens):
         expected = "whole ids" if tokens is None else f"the {tokens:,} ids that were written"
         raise UserError(f"{path} was cut or changed: its {size:,} bytes are not {expected}; prepare the data again")
-    return np.memmap(path, dtype, mode="r") if found else np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r", offset=header) if found else np.zeros(0, dtype)
 
 
-def _check_file(path: Path, dtype: np.dtype, vocab_size: int, digest: str | None) -> None:
+def _check_file(path: Path, dtype: np.dtype, vocab_size: int, digest: str | None, header: int = 0) -> None:
     """Compare the file with its checksum and its ids with the vocabulary; a stamp beside it saves the next reading."""
     status = path.stat()
-    stamp = path.with_name(path.name + ".checked")
+    stamp = path.with_name(path.name + STAMP)
     state = f"{status.st_size} {status.st_mtime_ns} {vocab_size} {digest}"
     if stamp.is_file() and stamp.read_text(errors="replace") == state:
         return
     found = hashlib.sha256()
-    ids = _open_ids(path, dtype, None)
+    ids = _open_ids(path, dtype, None, header)
     for i in range(0, len(ids), CHUNK):
         chunk = ids[i : i + CHUNK]
         found.update(chunk)

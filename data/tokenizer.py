@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -60,6 +61,16 @@ class Tokenizer:
                 yield piece
         if held:  # the text ended inside a character
             yield self.decode(held)
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each id stands for, (vocab_size,) int64; end of text stands for none."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        one_a_byte = isinstance(self._backend.model, models.BPE)  # a byte-level BPE spells each byte with a symbol
+        for token, i in self._backend.get_vocab().items():
+            lengths[i] = len(token) if one_a_byte else len(token.encode())
+        if self.end_of_text is not None:
+            lengths[self.end_of_text] = 0
+        return lengths
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether ids mean the same in both."""

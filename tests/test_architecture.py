@@ -9,7 +9,7 @@ LAYERS = [  # the modules of data/ use one another, in this order
     ["files", "config.resume"],
     ["data.tokenizer"],
     ["data.bulk", "data.readers", "data.token_files"],
-    ["data.sources", "data.pipeline"],
+    ["data.sources", "data.pipeline", "data.report"],
     ["data.batches"],
     ["distributed", "optimizer", "metrics", "checkpoint"],
     ["evaluate", "training_state", "plan"],
