@@ -6,10 +6,8 @@ depend on the source alone, so that any number of processes can share them.
 
 import codecs
 import gzip
-import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,7 +43,7 @@ class TextFile:
     modified: int
 
     def documents(self, column: str, invalid: str) -> Iterator[Document]:
-        with _opened(self.path) as file:
+        with open_file(self.path) as file:
             data = file.read()
         if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.path, invalid, binary=True):
             yield Document(text)
@@ -66,7 +64,7 @@ class TextPart:
     def documents(self, column: str, invalid: str) -> Iterator[Document]:
         if invalid == "skip":
             invalid = "stop"  # what was read of the file has been written: it cannot be left out any more
-        with _opened(self.path) as file:
+        with open_file(self.path) as file:
             position, stop = safe_border(file, self.start, self.size), safe_border(file, self.stop, self.size)
             while position < stop:
                 border = min(stop, safe_border(file, position + PIECE, self.size))
@@ -92,7 +90,7 @@ class Lines:
     stop: int
 
     def documents(self, column: str, invalid: str) -> Iterator[Document]:
-        with _opened(self.path) as raw, _decompressed(raw, self.path) as file:
+        with open_file(self.path) as raw, _decompressed(raw, self.path) as file:
             position = self.start
             if position:
                 file.seek(position - 1)
@@ -138,7 +136,7 @@ class Rows:
     def documents(self, column: str, invalid: str) -> Iterator[Document]:
         import pyarrow
 
-        with _parquet(self.path) as file:
+        with open_parquet(self.path) as file:
             _check_column(self.path, file.schema_arrow, column)
             groups = list(range(self.start, self.stop))
             try:
@@ -219,67 +217,12 @@ def safe_border(file: IO[bytes], position: int, size: int) -> int:
     return position
 
 
-class File(NamedTuple):
-    path: str
-    size: int
-    modified: int  # in nanoseconds; with the size it tells another state of the file
-
-    @classmethod
-    def at(cls, path: str) -> "File":
-        status = os.stat(path)
-        return cls(path, status.st_size, status.st_mtime_ns)
-
-
-def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: bool, seen: set | None) -> Iterator[Item]:
-    """The items of a file, each of about `unit_bytes` where the file can be parted.
-
-    A large text file goes to one split `by_content`, or its tail goes to validation. One whose digest has been
-    `seen` has no items.
-    """
-    path, size, _ = file
-    if path.endswith(".parquet"):
-        yield from _row_items(file, unit_bytes)
-    elif path.endswith(COMPRESSED):
-        yield Lines(*file, 0, WHOLE)
-    elif path.endswith(JSON_LINES):
-        for start in range(0, size, unit_bytes):
-            yield Lines(*file, start, min(start + unit_bytes, size))
-    elif size > LARGE:
-        border = int(size * (1 - val_fraction))
-        ranges = [("train", 0, border), ("val", border, size)]
-        if by_content or seen is not None:
-            with _opened(path) as opened:
-                digest = hashlib.file_digest(opened, "sha256").digest()
-            if seen is not None and digest in seen:
-                return
-            if seen is not None:
-                seen.add(digest)
-            if by_content:
-                ranges = [(split_of(digest, val_fraction), 0, size)]
-        for split, start, stop in ranges:
-            for begin in range(start, stop, unit_bytes):
-                end = min(begin + unit_bytes, stop)
-                yield TextPart(*file, begin, end, split, last=end == stop)
-    elif size:
-        yield TextFile(*file)
-
-
 def split_of(digest: bytes, val_fraction: float) -> str:
     """The split of a document, by the SHA-256 of its text: order and growth of the source change nothing."""
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
 
 
-def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
-    with _parquet(file.path) as parquet:
-        sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
-    start = 0
-    for i, _ in enumerate(sizes, 1):
-        if i == len(sizes) or sum(sizes[start:i]) >= unit_bytes:
-            yield Rows(*file, start, i)
-            start = i
-
-
-def _parquet(path: str):
+def open_parquet(path: str):
     try:
         import pyarrow
         import pyarrow.parquet
@@ -308,7 +251,7 @@ def _arrow_texts(column, where: str, invalid: str) -> Iterator[Document]:
             yield Document(text)
 
 
-def _opened(path: str) -> IO[bytes]:
+def open_file(path: str) -> IO[bytes]:
     try:
         return open(path, "rb")
     except OSError as error:

@@ -14,15 +14,41 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from config.settings import UserError, closest, one_line
-from data.readers import Document, File, Item, Shard, TextFile, TextPart, file_items
+from data.readers import (
+    COMPRESSED,
+    JSON_LINES,
+    LARGE,
+    WHOLE,
+    Document,
+    Item,
+    Lines,
+    Rows,
+    Shard,
+    TextFile,
+    TextPart,
+    open_file,
+    open_parquet,
+    split_of,
+)
 
 CACHE = Path(__file__).parent / ".downloads"
 NAMED = ("python", "shakespeare", "shakespeare_char", "openwebtext", "fineweb_edu", "tinystories")
+
+
+class File(NamedTuple):
+    path: str
+    size: int
+    modified: int  # in nanoseconds; with the size it tells another state of the file
+
+    @classmethod
+    def at(cls, path: str) -> "File":
+        status = os.stat(path)
+        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -136,6 +162,50 @@ def _hub(repository: str, name: str, val_fraction: float, options: Any, reading:
         raise UserError(f"hf:{repository} cannot be opened: {one_line(error)}") from error
     words = [f"hf:{repository}", config, options.split, revision and f"revision {revision}"]
     return Source(name, " ".join(word for word in words if word), dataset=dataset, val_fraction=val_fraction, **reading)
+
+
+def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: bool, seen: set | None) -> Iterator[Item]:
+    """The items of a file, each of about `unit_bytes` where the file can be parted.
+
+    A large text file goes to one split `by_content`, or its tail goes to validation. One whose digest has been
+    `seen` has no items.
+    """
+    path, size, _ = file
+    if path.endswith(".parquet"):
+        yield from _row_items(file, unit_bytes)
+    elif path.endswith(COMPRESSED):
+        yield Lines(*file, 0, WHOLE)
+    elif path.endswith(JSON_LINES):
+        for start in range(0, size, unit_bytes):
+            yield Lines(*file, start, min(start + unit_bytes, size))
+    elif size > LARGE:
+        border = int(size * (1 - val_fraction))
+        ranges = [("train", 0, border), ("val", border, size)]
+        if by_content or seen is not None:
+            with open_file(path) as opened:
+                digest = hashlib.file_digest(opened, "sha256").digest()
+            if seen is not None and digest in seen:
+                return
+            if seen is not None:
+                seen.add(digest)
+            if by_content:
+                ranges = [(split_of(digest, val_fraction), 0, size)]
+        for split, start, stop in ranges:
+            for begin in range(start, stop, unit_bytes):
+                end = min(begin + unit_bytes, stop)
+                yield TextPart(*file, begin, end, split, last=end == stop)
+    elif size:
+        yield TextFile(*file)
+
+
+def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
+    with open_parquet(file.path) as parquet:
+        sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
+    start = 0
+    for i, _ in enumerate(sizes, 1):
+        if i == len(sizes) or sum(sizes[start:i]) >= unit_bytes:
+            yield Rows(*file, start, i)
+            start = i
 
 
 def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:
