@@ -8,11 +8,13 @@ python prepare_data.py --inspect=books
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,7 +50,7 @@ class PrepareConfig:
     """share of the text that is kept for validation (by default what suits the source)"""
     dedup: bool = False
     """leave out documents that came before, byte for byte"""
-    invalid: Literal["stop", "skip", "replace"] = "stop"
+    bad_files: Literal["stop", "skip", "replace"] = "stop"
     """text that is not UTF-8: stop, skip the document, or write U+FFFD for what is wrong"""
     column: str = "text"
     """where JSON Lines, Parquet and Hugging Face data sets have the text; given with -, standard input is JSON Lines"""
@@ -85,9 +87,12 @@ def main() -> None:
     directory = Path(config.data_dir) / name
     if directory.exists() and not (directory / "meta.json").exists():
         raise UserError(f"{directory} is there and is not a data set of ours; choose another --name")
+    part, parts = share(config.part)
+    if parts > 1 and "-" in config.sources:
+        raise UserError("standard input cannot be shared out: save it to a file first")
     started = time.perf_counter()
     try:
-        meta = prepare(directory, source, config, *share(config.part))
+        meta = prepare(directory, source, config, part, parts)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {one_line(error)}") from error
     except KeyboardInterrupt:
@@ -110,13 +115,15 @@ def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, p
         try:
             with FileLock(partial / "plan.lock"):
                 plan = make_plan(partial, source, config, lock)
-            if parts > 1 and meta_of(directory).get("plan") == plan.digest:
+            if parts > 1 and is_made(directory, plan):
                 note(f"{directory} is prepared already")
                 shutil.rmtree(partial)
                 return None
             encode_units(plan.job, plan.units, range(part - 1, len(plan.units), parts), workers(config))
             with FileLock(partial / "plan.lock"):  # of several that end together one merges
                 left = sum(not plan.job.manifest(unit).exists() for unit in range(len(plan.units)))
+                if left and not partial.exists():
+                    return None  # another part has merged
                 if left:
                     note(f"part {part} of {parts} is done; {left} of {len(plan.units)} units are left to the others")
                     return None
@@ -154,7 +161,7 @@ def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) 
     unit_bytes = max(UNIT_BYTES, source.size // MAX_UNITS)
     by_content = source.has_documents(MANY_DOCUMENTS)
     units = make_units(source.items(unit_bytes, by_content, config.dedup), unit_bytes)
-    job = Job(partial, val_fraction, by_content, source.column, source.invalid, config.dedup)
+    job = Job(partial, val_fraction, by_content, source.column, source.bad_files, config.dedup)
     settings = (dataclasses.replace(job, partial=None), kind, config.vocab_size if kind == "bpe" else None)
     digest = hashlib.sha256(repr((settings, units)).encode()).hexdigest()
     path = partial / "plan"
@@ -193,6 +200,7 @@ def finish(directory: Path, plan: Plan, source: Source, config: PrepareConfig) -
 
 
 def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:
+    note = functools.partial(print, file=sys.stderr)  # under torchrun too whoever merges says so, not rank 0
     for split, figures in meta["splits"].items():
         rate = figures["bytes"] / figures["tokens"]
         files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
@@ -225,11 +233,11 @@ def workers(config: PrepareConfig) -> int:
     return config.num_proc or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def meta_of(directory: Path) -> dict:
+def is_made(directory: Path, plan: Plan) -> bool:
     try:
-        return json.loads((directory / "meta.json").read_bytes())
+        return json.loads((directory / "meta.json").read_bytes()).get("plan") == plan.digest
     except (OSError, ValueError):
-        return {}
+        return False
 
 
 def _sample(source: Source, kind: str) -> Iterator[str]:

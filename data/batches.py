@@ -51,11 +51,11 @@ class TrainBatches:
         self.tokens, self.block_size, self.sequences, self.seed = tokens, block_size, sequences, seed
         self.windows = len(tokens) // block_size  # in an epoch; what is left over differs by epoch
 
-    def starts(self, step: int) -> np.ndarray:
-        """Where in the corpus each sequence of update `step` begins."""
-        index = step * self.sequences + np.arange(self.sequences)
+    def starts(self, step: int, first: int = 0, count: int | None = None) -> np.ndarray:
+        """Where in the corpus sequences `first` to `first + count` of update `step` begin, or all that follow."""
+        index = step * self.sequences + np.arange(self.sequences)[first:][:count]
         epochs = index // self.windows
-        starts = np.empty(self.sequences, np.int64)
+        starts = np.empty(len(index), np.int64)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
             window = permute(index[of_epoch] % self.windows, self.windows, mix(self.seed, int(epoch)))
@@ -65,10 +65,8 @@ class TrainBatches:
 
     def micro_batch(self, step: int, index: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (batch_size, block_size) int64: part `index` of the sequences of update `step`."""
-        ids = np.empty((batch_size, self.block_size + 1), np.int64)
-        for row, start in zip(ids, self.starts(step)[index * batch_size :]):
-            self.tokens.read(int(start), row)
-        ids = torch.from_numpy(ids)
+        starts = self.starts(step, index * batch_size, batch_size)
+        ids = torch.from_numpy(self.tokens.windows(starts, self.block_size + 1))
         return ids[:, :-1], ids[:, 1:]
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config.settings import RunFailed
+from config.settings import RunFailed, note
 from data.bulk import BulkEncoder
 from data.readers import Document, Item, size_of, split_of
 from data.token_files import CHUNK, SPLITS, ShardWriter, id_dtype
@@ -41,7 +41,7 @@ class Job:
     val_fraction: float
     by_content: bool  # whole documents go to a split; no: the tail of each goes to validation
     column: str
-    invalid: str
+    bad_files: str
     dedup: bool
 
     def manifest(self, unit: int) -> Path:
@@ -72,6 +72,8 @@ def encode_units(job: Job, units: list[list[Item]], mine: Iterable[int], workers
     todo = [unit for unit in mine if not job.manifest(unit).exists()]
     sizes = {unit: sum(map(size_of, units[unit])) for unit in mine}
     done = sum(sizes.values()) - sum(sizes[unit] for unit in todo)
+    if len(todo) < len(mine):
+        note(f"going on: {len(mine) - len(todo):,} of {len(mine):,} units of work are done already")
     # of a data set that is streamed the size is not known: then the bar counts shards
     known = all(sizes.values())
     options = {"unit": "B", "unit_scale": True} if known else {"unit": "shard"}
@@ -142,7 +144,7 @@ class Encoder:
         with contextlib.ExitStack() as stack:
             writers = {split: stack.enter_context(UnitWriter(self, unit, split)) for split in SPLITS}
             for item in items:
-                for document in item.documents(job.column, job.invalid):
+                for document in item.documents(job.column, job.bad_files):
                     for split, text, digest, ends in self.split(document):
                         writers[split].add(text, digest, ends)
             figures = {split: writer.close() for split, writer in writers.items()}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from config.settings import UserError, closest, note, one_line
+from config.settings import RunFailed, UserError, closest, note, one_line
 
 LARGE = 1 << 24  # bytes: a text file above it is read, split and encoded in parts
 PIECE = 1 << 22  # bytes of a large file that are held at a time
@@ -42,10 +42,10 @@ class TextFile:
     size: int
     modified: int
 
-    def documents(self, column: str, invalid: str) -> Iterator[Document]:
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         with open_file(self.path) as file:
             data = file.read()
-        if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.path, invalid, binary=True):
+        if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.path, bad_files, binary=True):
             yield Document(text)
 
 
@@ -61,9 +61,9 @@ class TextPart:
     split: str
     last: bool  # of the file's parts in this split
 
-    def documents(self, column: str, invalid: str) -> Iterator[Document]:
-        if invalid == "skip":
-            invalid = "stop"  # what was read of the file has been written: it cannot be left out any more
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+        if bad_files == "skip":
+            bad_files = "stop"  # what was read of the file has been written: it cannot be left out any more
         with open_file(self.path) as file:
             position, stop = safe_border(file, self.start, self.size), safe_border(file, self.stop, self.size)
             while position < stop:
@@ -72,7 +72,7 @@ class TextPart:
                 data = file.read(border - position)
                 if position == 0:
                     data = data.removeprefix(codecs.BOM_UTF8)
-                text = checked_text(data, self.path, invalid, binary=True, position=position)
+                text = checked_text(data, self.path, bad_files, binary=True, position=position)
                 yield Document(text, self.split, ends=False)
                 position = border
         if self.last:
@@ -89,7 +89,7 @@ class Lines:
     start: int
     stop: int
 
-    def documents(self, column: str, invalid: str) -> Iterator[Document]:
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         with open_file(self.path) as raw, _decompressed(raw, self.path) as file:
             position = self.start
             if position:
@@ -98,14 +98,14 @@ class Lines:
             try:
                 while position < self.stop and (line := file.readline()):
                     if line.strip():
-                        yield from self._document(line, position, column, invalid)
+                        yield from self._document(line, position, column, bad_files)
                     position += len(line)
             except (EOFError, OSError) as error:  # gzip's, zstd's
                 raise UserError(f"{self.path} cannot be decompressed: {one_line(error)}") from error
 
-    def _document(self, line: bytes, position: int, column: str, invalid: str) -> Iterator[Document]:
+    def _document(self, line: bytes, position: int, column: str, bad_files: str) -> Iterator[Document]:
         where = f"{self.path}, the line at byte {position:,}"
-        if (valid := checked_text(line, where, invalid)) is None:
+        if (valid := checked_text(line, where, bad_files)) is None:
             return
         try:
             row = json.loads(valid)
@@ -119,7 +119,7 @@ class Lines:
             return
         if not isinstance(text, str):
             raise UserError(f"{where}: {column!r} is no text; name the --column")
-        if valid := checked_text(text.encode("utf-8", "surrogatepass"), where, invalid):
+        if valid := checked_text(text.encode("utf-8", "surrogatepass"), where, bad_files):
             yield Document(valid)
 
 
@@ -133,7 +133,7 @@ class Rows:
     start: int
     stop: int
 
-    def documents(self, column: str, invalid: str) -> Iterator[Document]:
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         import pyarrow
 
         with open_parquet(self.path) as file:
@@ -141,7 +141,7 @@ class Rows:
             groups = list(range(self.start, self.stop))
             try:
                 for batch in file.iter_batches(256, groups, columns=[column], use_threads=False):
-                    yield from _arrow_texts(batch.column(0), f"{self.path}, rows of group {self.start}", invalid)
+                    yield from _arrow_texts(batch.column(0), f"{self.path}, rows of group {self.start}", bad_files)
             except (OSError, pyarrow.ArrowException) as error:
                 raise UserError(f"{self.path} is damaged: {one_line(error)}") from error
 
@@ -162,24 +162,24 @@ class Shard:
     def size(self) -> int:
         return 0  # not known before it is read
 
-    def documents(self, column: str, invalid: str) -> Iterator[Document]:
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         shard = self.dataset.shard(num_shards=self.shards, index=self.index)
         where = f"{self.name}, shard {self.index}"
         try:
             for table in shard.with_format("arrow").iter(batch_size=256):
                 _check_column(self.name, table.schema, column)
-                yield from _arrow_texts(table.column(column), where, invalid)
+                yield from _arrow_texts(table.column(column), where, bad_files)
         except UserError:
             raise
         except Exception as error:  # of any library below: network, server, file format
-            raise UserError(f"{where} cannot be read: {one_line(error)}; run again to go on") from error
+            raise RunFailed(f"{where} cannot be read: {one_line(error)}; run again to go on") from error
 
 
 Item = TextFile | TextPart | Lines | Rows | Shard
 
 
-def checked_text(data: bytes, where: str, invalid: str, binary: bool = False, position: int = 0) -> bytes | None:
-    """`data` if it is UTF-8 (with `binary`: without NUL), else by `invalid`: replaced, None and a note, UserError."""
+def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, position: int = 0) -> bytes | None:
+    """`data` if it is UTF-8 (with `binary`: without NUL), else by `bad_files`: replaced, None and a note, UserError."""
     bad = data.find(b"\0") if binary else -1
     try:
         if not data.isascii():
@@ -188,11 +188,11 @@ def checked_text(data: bytes, where: str, invalid: str, binary: bool = False, po
         bad = error.start if bad == -1 else min(bad, error.start)
     if bad == -1:
         return data
-    if invalid == "replace":
+    if bad_files == "replace":
         return data.decode(errors="replace").encode()
     problem = f"{where} is not UTF-8 text (byte 0x{data[bad]:02x} at {position + bad:,})"
-    if invalid == "stop":
-        raise UserError(f"{problem}; leave it out, or give --invalid=skip, or --invalid=replace to write U+FFFD for it")
+    if bad_files == "stop":
+        raise UserError(f"{problem}; leave it out: --bad_files=skip, or write U+FFFD for it: --bad_files=replace")
     note(f"skipped: {problem}")
     return None
 
@@ -245,9 +245,9 @@ def _check_column(where: str, schema, column: str) -> None:
         raise UserError(f"{where}: column {column!r} is {kind}, no text; name the --column")
 
 
-def _arrow_texts(column, where: str, invalid: str) -> Iterator[Document]:
+def _arrow_texts(column, where: str, bad_files: str) -> Iterator[Document]:
     for data in column.cast("large_binary").to_pylist():
-        if data and (text := checked_text(data, where, invalid)):
+        if data and (text := checked_text(data, where, bad_files)):
             yield Document(text)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import itertools
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -38,6 +39,7 @@ from data.readers import (
 
 CACHE = Path(__file__).parent / ".downloads"
 NAMED = ("python", "shakespeare", "shakespeare_char", "openwebtext", "fineweb_edu", "tinystories")
+READY = {"fineweb10B-gpt2": "kjj0/fineweb10B-gpt2"}  # repositories of token files, which are read as they are
 
 
 class File(NamedTuple):
@@ -58,7 +60,7 @@ class Source:
     name: str
     description: str
     column: str
-    invalid: str
+    bad_files: str
     files: tuple[File, ...] = ()
     dataset: Any = None
     tokenizer: str = "gpt2"
@@ -84,7 +86,7 @@ class Source:
     def documents(self) -> Iterator[Document]:
         """All of the text, for a look at it. A large file comes in pieces."""
         for item in self.items(1 << 62):
-            yield from item.documents(self.column, self.invalid)
+            yield from item.documents(self.column, self.bad_files)
 
     def has_documents(self, n: int) -> bool:
         """Whether there are at least `n`; no text file is read for it."""
@@ -94,13 +96,20 @@ class Source:
                 if isinstance(item, TextFile | TextPart):
                     yield from [None] * (isinstance(item, TextFile) or item.split == "train")
                 else:
-                    yield from (None for _ in item.documents(self.column, self.invalid))
+                    yield from (None for _ in item.documents(self.column, self.bad_files))
 
         return next(itertools.islice(marks(), n - 1, None), self) is None
 
     def fetched(self, directory: Path) -> "Source":
         """The same with its file at hand: downloaded, or standard input copied to `directory`."""
         return dataclasses.replace(self, files=(File.at(str(self.fetch(directory))),)) if self.fetch else self
+
+
+def how_to_get(name: str, directory: Path) -> str:
+    """The command that makes the data set `name` in `directory`."""
+    if name in READY:
+        return f"hf download {READY[name]} --repo-type=dataset --local-dir={directory}"
+    return f"python prepare_data.py {name if name in NAMED else f'FILES --name={name}'}"
 
 
 def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> Source:
@@ -113,15 +122,18 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
         raise UserError(
             f"name a source: one of {', '.join(NAMED)}, or files, folders and globs of text, or hf:owner/name"
         )
+    if ready := next((word for word in wanted if word in READY and not Path(word).exists()), None):
+        command = how_to_get(ready, Path(options.data_dir) / ready)
+        raise UserError(f"{ready} is tokens already, which train.py reads as they are: {command}")
     if options.site_packages and named != "python":
         raise UserError("--site_packages goes with the source python only")
-    reading = {"column": options.column, "invalid": options.invalid}
+    reading = {"column": options.column, "bad_files": options.bad_files}
     if named == "-":
         path = "stdin.jsonl" if json_lines else "stdin.txt"
         return Source("stdin", "standard input", fetch=lambda folder: _standard_input(folder / path), **reading)
     if named == "python":
         files = _python_files(options.site_packages)
-        return Source("python", "python", files=files, tokenizer="bpe", **reading | {"invalid": "skip"})
+        return Source("python", "python", files=files, tokenizer="bpe", **reading | {"bad_files": "skip"})
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
         return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1, **reading)
@@ -151,7 +163,8 @@ def _hub(repository: str, name: str, val_fraction: float, options: Any, reading:
         raise UserError(f"hf:{repository}: this needs a package more: pip install datasets") from error
     config, revision = (getattr(options, key) or pinned.get(key) for key in ("config", "revision"))
     try:
-        if not Path(repository).is_dir():  # every process and machine reads the same state of it
+        pinned_down = re.fullmatch("[0-9a-f]{40}", revision or "") or Path(repository).is_dir()
+        if not pinned_down:  # every process and machine reads the same state of it
             revision = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
         dataset = datasets.load_dataset(
             repository, config, split=options.split, revision=revision, streaming=options.streaming
@@ -206,6 +219,11 @@ def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
         if i == len(sizes) or sum(sizes[start:i]) >= unit_bytes:
             yield Rows(*file, start, i)
             start = i
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
+    return "".join(d.text.decode() for d in TextFile(str(path), 0, 0).documents(column="", bad_files="stop"))
 
 
 def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:

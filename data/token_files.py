@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from config.settings import UserError
+from data.sources import how_to_get
 from data.tokenizer import Tokenizer, gpt2
 from files import check_sums, existing
 
@@ -95,7 +96,7 @@ class Tokens:
     """One split as an endless ring of ids: after the last comes the first."""
 
     def __init__(self, files: list[np.ndarray], n_bytes: int | None = None):
-        self._files = [file for file in files if len(file)]
+        self._files = [np.asarray(file) for file in files if len(file)]  # slices of a memmap cost ten times as much
         self._ends = np.cumsum([len(file) for file in self._files])
         self.n_bytes = n_bytes  # of the text, or None where it is not known
 
@@ -113,6 +114,21 @@ class Tokens:
             out[filled : filled + len(part)] = part
             filled += len(part)
 
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The ids from each of `starts` on, (len(starts), length) int64: one gather a file."""
+        out = np.empty((len(starts), length), np.int64)
+        starts = starts % len(self)
+        shards = np.searchsorted(self._ends, starts, side="right")
+        for shard in np.unique(shards):
+            file, rows = self._files[shard], np.flatnonzero(shards == shard)
+            begins = starts[rows] - (self._ends[shard] - len(file))
+            whole = begins + length <= len(file)
+            if whole.any():
+                out[rows[whole]] = np.lib.stride_tricks.sliding_window_view(file, length)[begins[whole]]
+            for row in rows[~whole]:  # goes on in the next file
+                self.read(int(starts[row]), out[row])
+        return out
+
     def all(self) -> Iterable[np.ndarray]:
         """The files' ids, in pieces of bounded size."""
         return (file[i : i + CHUNK] for file in self._files for i in range(0, len(file), CHUNK))
@@ -125,7 +141,7 @@ def open_data_set(directory: Path, check: bool = True, again: bool = False) -> D
     """
     found = existing(directory)
     if found is None:
-        raise UserError(f"{directory}: no such data set; prepare it: python prepare_data.py {Path(directory).name}")
+        raise UserError(f"{directory}: no such data set; to get it: {how_to_get(Path(directory).name, directory)}")
     directory = found
     if again:
         for stamp in directory.glob(f"*{STAMP}"):

@@ -135,7 +135,9 @@ def test_a_split_may_be_several_files(data_set):
 
 
 def test_a_data_set_that_is_not_there_is_refused_with_the_command(tmp_path):
-    assert refusal(tmp_path / "books").endswith("no such data set; prepare it: python prepare_data.py books")
+    assert refusal(tmp_path / "books").endswith(
+        "no such data set; to get it: python prepare_data.py FILES --name=books"
+    )
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
