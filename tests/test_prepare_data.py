@@ -223,7 +223,7 @@ def test_bad_files_are_named_and_with_skip_left_out(prepare, folder, capsys):
     (source / "b.bin").write_bytes(b"\x89PNG\r\n\0")
     with pytest.raises(UserError, match=r"b\.bin is not UTF-8 text \(byte 0x89 at 0\)"):
         prepare(source, "--tokenizer=byte")
-    directory = prepare(source, "--tokenizer=byte", "--invalid=skip")
+    directory = prepare(source, "--tokenizer=byte", "--bad_files=skip")
     assert split_texts(directory, "train") == ["a" * 95, "c" * 95]
     assert f"skipped: {source / 'b.bin'} is not UTF-8 text" in capsys.readouterr().err
 

@@ -120,9 +120,9 @@ def test_a_file_that_is_not_utf8_text_is_refused_with_name_and_place_or_skipped_
 ):
     path = tmp_path / "bad.bin"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"^{re.escape(f'{path} is not UTF-8 text ({where})')}.*--invalid=skip"):
+    with pytest.raises(UserError, match=f"^{re.escape(f'{path} is not UTF-8 text ({where})')}.*--bad_files=skip"):
         documents(path)
-    assert documents(path, invalid="skip") == []
+    assert documents(path, bad_files="skip") == []
     assert capsys.readouterr().err == f"skipped: {path} is not UTF-8 text ({where})\n"
 
 
@@ -130,7 +130,7 @@ def test_skipping_goes_on_with_the_other_files(here, capsys):
     (here / "b/1.bin").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"1\.bin"):
         documents("b")
-    assert documents("b", invalid="skip") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
+    assert documents("b", bad_files="skip") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
 
 
 @pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="root may read all")
