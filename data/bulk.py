@@ -19,13 +19,8 @@ YOUNG = re.compile(
     "[\u088f\u0c5c\u0cdc\u1c89\u1c8a\ua7cb-\ua7f1\U00010000-\U0001cfff\U0001d2c0-\U0001d2d3\U0001df00-\U0001efff"
     "\U0002b739-\U0002b73f\U0002cea2-\U0002cead\U0002ebf0-\U0003ffff]"
 )
-YOUNG_LEADS = (
-    b"\xe0\xa2\x8f",
-    b"\xe0\xb1\x9c",
-    b"\xe0\xb3\x9c",
-    b"\xe1\xb2",
-    b"\xea\x9f",
-)  # of those below U+10000 in UTF-8
+YOUNG_LEADS = [b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c", b"\xe1\xb2", b"\xea\x9f"]  # of those below U+10000
+ASCII = bytes(range(128))
 CACHE_BYTES = 300_000_000  # gigatoken remembers every word that it has seen: above this it starts anew
 
 
@@ -90,8 +85,9 @@ class BulkEncoder:
 def _young(document: bytes) -> bool:
     if document.isascii():
         return False
-    # a search for bytes is twenty times as fast as that of the expression; F0 9F begins an emoji
-    possible = any(lead in document for lead in YOUNG_LEADS) or document.count(b"\xf0") > document.count(b"\xf0\x9f")
+    # searches for bytes are twenty times as fast as that of the expression; F0 9F begins an emoji
+    rest = document.translate(None, delete=ASCII)
+    possible = rest.count(b"\xf0") > rest.count(b"\xf0\x9f") or any(lead in rest for lead in YOUNG_LEADS)
     return possible and YOUNG.search(document.decode()) is not None
 
 

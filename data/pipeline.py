@@ -27,7 +27,7 @@ from data.readers import Document, Item, size_of, split_of
 from data.token_files import CHUNK, SPLITS, ShardWriter, id_dtype
 from data.tokenizer import Tokenizer
 
-UNIT_BYTES = 1 << 24  # of a source: what a process encodes before it reports
+UNIT_BYTES = 1 << 23  # of a source: what a process encodes before it reports
 MAX_UNITS = 4096  # of a very large source the units are larger
 BATCH_BYTES = 1 << 22  # of text encoded at a time
 RECORD = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])  # what removing a document takes to know
