@@ -200,7 +200,7 @@ def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, 
 def safe_border(file: IO[bytes], position: int, size: int) -> int:
     """The first byte at or after `position` where a text may be cut without changing its tokens.
 
-    In WINDOW bytes without white space there is none: then the next character's first byte.
+    In WINDOW bytes there may be none, as in a text without spaces: then the next character's first byte.
     """
     if position <= 0 or position >= size:
         return max(0, min(position, size))
@@ -212,6 +212,8 @@ def safe_border(file: IO[bytes], position: int, size: int) -> int:
         offset = len(window[: border.start()].encode("utf-8", "surrogateescape"))
         if offset >= before:
             return position - before + offset
+    if len(data) < WINDOW:
+        return size  # the rest has none
     while before < len(data) and data[before] & 0xC0 == 0x80:
         before, position = before + 1, position + 1
     return position
