@@ -68,8 +68,8 @@ class PrepareConfig:
     """ids in a file; a split of more has several"""
     part: str | None = None
     """such as 3/16: do the third of 16 shares; torchrun and Slurm arrays give it themselves. The last to end merges"""
-    num_proc: PositiveInt | None = None
-    """processes that encode (by default one a core)"""
+    threads: PositiveInt | None = None
+    """that encode (by default one a core)"""
     data_dir: str = "data"
     """the folder of the data sets"""
 
@@ -119,7 +119,7 @@ def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, p
                 note(f"{directory} is prepared already")
                 shutil.rmtree(partial)
                 return None
-            encode_units(plan.job, plan.units, range(part - 1, len(plan.units), parts), workers(config))
+            encode_units(plan.job, plan.units, range(part - 1, len(plan.units), parts), threads_of(config))
             with FileLock(partial / "plan.lock"):  # of several that end together one merges
                 left = sum(not plan.job.manifest(unit).exists() for unit in range(len(plan.units)))
                 if left and not partial.exists():
@@ -228,9 +228,9 @@ def share(given: str | None) -> tuple[int, int]:
     return int(env.get("RANK", 0)) + 1, int(env.get("WORLD_SIZE", 1))
 
 
-def workers(config: PrepareConfig) -> int:
+def threads_of(config: PrepareConfig) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.num_proc or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def is_made(directory: Path, plan: Plan) -> bool:

@@ -21,7 +21,9 @@ YOUNG = re.compile(
 )
 YOUNG_LEADS = [b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c", b"\xe1\xb2", b"\xea\x9f"]  # of those below U+10000
 ASCII = bytes(range(128))
-CACHE_BYTES = 300_000_000  # gigatoken remembers every word that it has seen: above this it starts anew
+# gigatoken remembers every word that it has seen. Where the process has become larger than MEMORY, an encoder starts
+# anew, at a quarter of a second, if it has encoded REMEMBERED bytes since it last did.
+MEMORY, REMEMBERED = 600_000_000, 1 << 26
 
 
 class BulkEncoder:
@@ -65,10 +67,10 @@ class BulkEncoder:
         return np.concatenate(ordered), np.array([len(ids) for ids in ordered], np.int64)
 
     def _encode_fast(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self._gigatoken.encode_batch(documents, parallel=False).layout  # the processes are the parallelism
+        encoded = self._gigatoken.encode_batch(documents, parallel=False).layout  # the pipeline has threads
         ids, lengths = np.asarray(encoded.content.data), np.diff(np.asarray(encoded.offsets.data))
         self._encoded_bytes += sum(map(len, documents))
-        if _resident_bytes(self._encoded_bytes) > self._limit:
+        if self._encoded_bytes > REMEMBERED and _resident_bytes(otherwise=self._encoded_bytes) > MEMORY:
             self._start_gigatoken()
         return ids, lengths
 
@@ -79,7 +81,6 @@ class BulkEncoder:
             self._gigatoken = None  # the old cache is freed first
             self._gigatoken = gigatoken.Tokenizer.from_json(self._json)
             self._encoded_bytes = 0
-            self._limit = _resident_bytes(0) + CACHE_BYTES
 
 
 def _young(document: bytes) -> bool:

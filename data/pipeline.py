@@ -1,4 +1,4 @@
-"""From items of text to token files: units of work are encoded by processes, and merged in their order.
+"""From items of text to token files: units of work are encoded by threads, and merged in their order.
 
 Under data/<name>.partial/ every unit leaves its tokens and, last, a small manifest. Whoever goes on later, or works
 beside, does the units that have none; when all are there they are merged. So a stop at any moment loses a few
@@ -6,13 +6,10 @@ seconds of work, and how many processes or machines took part changes nothing in
 """
 
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from data.readers import Document, Item, size_of, split_of
 from data.token_files import CHUNK, SPLITS, ShardWriter, id_dtype
 from data.tokenizer import Tokenizer
 
-UNIT_BYTES = 1 << 23  # of a source: what a process encodes before it reports
+UNIT_BYTES = 1 << 23  # of a source: what a thread encodes before it reports
 MAX_UNITS = 4096  # of a very large source the units are larger
 BATCH_BYTES = 1 << 22  # of text encoded at a time
 RECORD = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])  # what removing a document takes to know
@@ -66,8 +63,8 @@ def make_units(items: Iterable[Item], unit_bytes: int) -> list[list[Item]]:
     return units
 
 
-def encode_units(job: Job, units: list[list[Item]], mine: Iterable[int], workers: int) -> None:
-    """Encode those of `mine` that are not done yet, in processes of their own."""
+def encode_units(job: Job, units: list[list[Item]], mine: Iterable[int], threads: int) -> None:
+    """Encode those of `mine` that are not done yet."""
     mine = list(mine)
     todo = [unit for unit in mine if not job.manifest(unit).exists()]
     sizes = {unit: sum(map(size_of, units[unit])) for unit in mine}
@@ -84,56 +81,35 @@ def encode_units(job: Job, units: list[list[Item]], mine: Iterable[int], workers
         disable=True if os.environ.get("RANK", "0") != "0" else None,
         **options,
     ) as bar:
-        for unit in _in_processes(job, units, todo, workers):
+        for unit in _in_threads(job, units, todo, threads):
             bar.update(sizes[unit] if known else 1)
 
 
-def _in_processes(job: Job, units: list[list[Item]], todo: list[int], workers: int) -> Iterator[int]:
-    """Encode the units `todo` and give each one's number when it is done."""
-    workers = min(workers, len(todo))
-    if workers <= 1:  # not worth a process
-        encoder = Encoder(job) if todo else None
-        for unit in todo:
-            yield encoder.encode(unit, units[unit])
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(job,)
-    )
+def _in_threads(job: Job, units: list[list[Item]], todo: list[int], threads: int) -> Iterator[int]:
+    """Encode the units `todo` and give each one's number when it is done.
+
+    Reading Parquet, encoding, hashing and writing leave Python's lock to others: threads are enough.
+    """
+    of_thread, stop = threading.local(), threading.Event()
+
+    def start() -> None:
+        of_thread.encoder = Encoder(job, stop)
+
+    pool = concurrent.futures.ThreadPoolExecutor(min(threads, len(todo)) or 1, initializer=start)
     try:
-        futures = [pool.submit(_encode_in_worker, unit, units[unit]) for unit in todo]
+        futures = [pool.submit(lambda unit=unit: of_thread.encoder.encode(unit, units[unit])) for unit in todo]
         for future in concurrent.futures.as_completed(futures):
             yield future.result()
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise RunFailed("a process ended unexpectedly, perhaps for want of memory; run again to go on") from error
-    except BaseException:  # what the others are at is not needed any more
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
     finally:
+        stop.set()  # after a failure or Ctrl-C the others leave what they are at
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(job: Job) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: end without a word
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(job)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _encode_in_worker(unit: int, items: list[Item]) -> int:
-    return _encoder.encode(unit, items)
-
-
 class Encoder:
-    """Encodes units in one process."""
+    """Encodes units, in one thread, until `stop` is set."""
 
-    def __init__(self, job: Job):
-        self.job = job
+    def __init__(self, job: Job, stop: threading.Event):
+        self.job, self.stop = job, stop
         tokenizer = Tokenizer.load(job.partial)
         self.bulk = BulkEncoder(tokenizer)
         self.dtype, self.end_of_text = id_dtype(tokenizer.vocab_size), tokenizer.end_of_text
@@ -145,6 +121,8 @@ class Encoder:
             writers = {split: stack.enter_context(UnitWriter(self, unit, split)) for split in SPLITS}
             for item in items:
                 for document in item.documents(job.column, job.bad_files):
+                    if self.stop.is_set():
+                        return unit
                     for split, text, digest, ends in self.split(document):
                         writers[split].add(text, digest, ends)
             figures = {split: writer.close() for split, writer in writers.items()}

@@ -19,7 +19,8 @@ from data.sources import find_source
 from data.tokenizer import gpt2, make_tokenizer
 from prepare_data import PrepareConfig
 
-TEXTS = ["one", "two\nlines", "größer 字 👍", "", "a <|endoftext|> b", 'quotes " and \\', "x" * 3000, *map(str, range(60))]
+TEXTS = ["one", "two\nlines", "größer 字 👍", "", "a <|endoftext|> b", 'quotes " and \\', "x" * 3000]
+TEXTS += map(str, range(60))
 WHOLE = [text for text in TEXTS if text]
 
 
@@ -117,7 +118,7 @@ def test_each_row_is_a_document(tmp_path, kind, unit_bytes):
 
 def test_a_file_without_the_column_or_without_text_in_it_is_refused(tmp_path):
     path = write_parquet(tmp_path / "texts.parquet", ["one"], "content")
-    with pytest.raises(UserError, match="has no column 'text'.*name the --column: id, content"):
+    with pytest.raises(UserError, match=r"has no column 'text'.*name the --column: id, content"):
         read(path)
     with pytest.raises(UserError, match="column 'id' is int64, no text"):
         read(path, column="id")
@@ -159,7 +160,7 @@ def test_bytes_that_are_no_text_are_refused_skipped_or_replaced_by_choice(tmp_pa
 
 
 def made_text(rng: random.Random, n: int) -> str:
-    words = ["tree", " ", "  ", "\n", "\n\n", "\t", " and", "é", "字", " 👍", "1", "'s", "!", "\u00a0", "\x1c", "def f(x):\n    "]
+    words = [*" \n\t1é字!\u00a0\x1c", "tree", "  ", "\n\n", " and", " 👍", "'s", "def f:\n    "]
     return "".join(rng.choice(words) for _ in range(n))
 
 
@@ -246,7 +247,7 @@ def test_what_a_data_set_does_not_have_is_refused(repository):
 def test_a_data_set_that_breaks_off_is_a_failure_to_be_tried_again(repository):
     found = source(f"hf:{repository}")
     next(repository.glob("data/train-00001*")).unlink()
-    with pytest.raises(RunFailed, match="shard 1 cannot be read: .*; run again to go on"):
+    with pytest.raises(RunFailed, match=r"shard 1 cannot be read: .*; run again to go on"):
         [d for item in found.items(1) for d in item.documents("text", "stop")]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from config.settings import UserError
-from data.sources import Source, download, find_source
+from data.sources import Source, download, find_source, read_text
 from prepare_data import PrepareConfig
 
 
@@ -150,6 +150,24 @@ def test_python_is_the_standard_library_without_its_tests_and_without_what_was_i
     library = Path(sysconfig.get_paths()["stdlib"])
     others = [Path(pytest.__file__), *library.glob("test/test_[a-d]*.py"), *library.glob("unittest/test/test_*.py")]
     assert texts.isdisjoint(path.read_text("utf-8", "replace") for path in others)
+
+
+def test_with_site_packages_every_installed_package_is_there_too():
+    files, library = ({file.path for file in source("python", site_packages=on).files} for on in (True, False))
+    assert library < files and pytest.__file__ in files and len(files) > 3 * len(library)
+    with pytest.raises(UserError, match="--site_packages goes with the source python only"):
+        source("shakespeare", site_packages=True)
+
+
+def test_what_is_tokens_already_is_answered_with_the_command_that_fetches_it():
+    with pytest.raises(UserError, match=r"hf download kjj0/fineweb10B-gpt2 .*--local-dir=data/fineweb10B-gpt2$"):
+        source("fineweb10B-gpt2")
+
+
+def test_read_text_is_the_text_of_one_file_or_a_refusal(here):
+    assert read_text(here / "a.txt") == "text of a.txt"
+    with pytest.raises(UserError, match=r"c\.txt: No such file"):
+        read_text(here / "c.txt")
 
 
 def test_a_file_of_that_name_comes_before_a_named_source(here):
