@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.readers import SAFE_BORDER
 from data.tokenizer import END_OF_TEXT, Tokenizer
 
 # gigatoken 0.10 knows the letters of Unicode 17, tiktoken and tokenizers those of Unicode 16. Documents that have
@@ -55,16 +56,25 @@ class BulkEncoder:
             if len(ids) and ids.min() < 0:
                 self._tokenizer.encode("".join(texts))  # says which characters are not known
             return ids, np.array([len(text) for text in texts], np.int64)
-        slow = range(len(documents)) if self._gigatoken is None else [i for i, d in enumerate(documents) if _young(d)]
+        pieces, counts, slow = [], [], []
+        for document in documents:
+            if self._gigatoken and not _young(document):
+                parts = [document]
+            else:  # only what is near such a letter is slow
+                parts = _safe_parts(document)
+                slow += (len(pieces) + i for i, part in enumerate(parts) if not self._gigatoken or _young(part))
+            pieces += parts
+            counts.append(len(parts))
         if not slow:
             return self._encode_fast(documents)
-        arrays = dict(zip(slow, map(np.array, self._tokenizer.encode_documents([documents[i].decode() for i in slow]))))
-        others = [i for i in range(len(documents)) if i not in arrays]
-        if others:
-            ids, lengths = self._encode_fast([documents[i] for i in others])
+        texts = [pieces[i].decode() for i in slow]
+        arrays = {i: np.array(ids, np.uint32) for i, ids in zip(slow, self._tokenizer.encode_documents(texts))}
+        if others := [i for i in range(len(pieces)) if i not in arrays]:
+            ids, lengths = self._encode_fast([pieces[i] for i in others])
             arrays |= zip(others, np.split(ids, np.cumsum(lengths)[:-1]))
-        ordered = [arrays[i] for i in range(len(documents))]
-        return np.concatenate(ordered), np.array([len(ids) for ids in ordered], np.int64)
+        ordered = [arrays[i] for i in range(len(pieces))]
+        lengths = np.array([len(ids) for ids in ordered], np.int64)
+        return np.concatenate(ordered), np.add.reduceat(lengths, np.cumsum([0, *counts[:-1]]))
 
     def _encode_fast(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         encoded = self._gigatoken.encode_batch(documents, parallel=False).layout  # the pipeline has threads
@@ -81,6 +91,15 @@ class BulkEncoder:
             self._gigatoken = None  # the old cache is freed first
             self._gigatoken = gigatoken.Tokenizer.from_json(self._json)
             self._encoded_bytes = 0
+
+
+def _safe_parts(document: bytes, size: int = 1 << 12) -> list[bytes]:
+    """The document cut at safe borders, each part some `size` characters long: the tokens stay the same."""
+    text, start, parts = document.decode(), 0, []
+    while border := SAFE_BORDER.search(text, start + size):
+        parts.append(text[start : border.start()].encode())
+        start = border.start()
+    return [*parts, text[start:].encode()]
 
 
 def _young(document: bytes) -> bool:

@@ -65,6 +65,13 @@ def test_repetitions_without_end_have_tiktokens_ids(fast, oracle, unit):
     assert encoded(fast, texts) == oracle(texts)
 
 
+def test_what_is_near_a_young_letter_and_what_is_far_from_it_has_tiktokens_ids(fast, oracle):
+    rng = random.Random(0)
+    texts = ["".join(rng.choices([*WORDS, "\U0001e900's", "\u0c5c's", " tree", "\nx"], k=30_000)) for _ in range(3)]
+    texts += ["a " * 20_000 + "\U0001e900's" + " b" * 20_000, "\U0001e900" * 10_000]
+    assert encoded(fast, texts) == oracle(texts)
+
+
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.one_of(ANY_TEXT, st.lists(st.sampled_from(WORDS), max_size=30).map("".join)), max_size=5))
 def test_any_documents_have_tiktokens_ids(fast, oracle, texts):
