@@ -20,7 +20,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,8 +48,6 @@ class BenchConfig:
     """where the text and what is made of it lie"""
     kills: PositiveInt = 20
     """for `kills`"""
-    contestant: Literal["all", "ours", "tiktoken", "nanogpt"] = "all"
-    """for `speed`: one of them alone"""
     data_dir: str = "data"
     """for `quality`: where the data sets lie"""
     dataset: str = "shakespeare_char"
@@ -101,28 +98,27 @@ def preparation(folder: Path, file: str, name: str) -> list[str]:
 def speed(folder: Path, config: BenchConfig) -> None:
     """Seconds of the whole process for ours; for the others without start-up and reading, which is in their favour."""
     texts = texts_of(folder)
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    rates = {}
-    if config.contestant in ("all", "ours"):
-        for _ in range(3):
-            started = time.perf_counter()
-            subprocess.run(preparation(folder, "200.parquet", "speed"), check=True, stderr=subprocess.DEVNULL)
-            rates.setdefault("ours, the process from start to end", []).append(time.perf_counter() - started)
-    if config.contestant in ("all", "tiktoken"):
-        import tiktoken  # its encoding as data.tokenizer makes it: the ranks are in a file of ours
+    size = sum(len(text.encode()) for text in texts)
+    print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, {CORES} cores")
+    for file, turns in (("2000.parquet", 1), ("200.parquet", 3)):
+        seconds = min(timed(preparation(folder, file, "speed")) for _ in range(turns))
+        tell(f"ours, the process from start to end, {file}", text_bytes(folder / "made" / "speed"), seconds)
+    started = time.perf_counter()
+    ids = gpt2()._bulk_encode(texts, num_threads=CORES)
+    tell("tiktoken.encode_ordinary_batch", size, time.perf_counter() - started)
+    check_ids(texts, ids, folder / "made" / "speed")
+    del ids
+    tell("nanoGPT's way", size, nanogpts_way(texts, folder))
 
-        assert tiktoken
-        batch = gpt2()._bulk_encode
-        started = time.perf_counter()
-        ids = batch(texts, num_threads=CORES)
-        rates["tiktoken.encode_ordinary_batch"] = [time.perf_counter() - started]
-        check_ids(texts, ids, folder / "made" / "speed")
-        del ids
-    if config.contestant in ("all", "nanogpt"):
-        rates["nanoGPT's way"] = [nanogpts_way(texts, folder)]
-    print(f"{len(texts):,} documents, {megabytes:.1f} MB, {CORES} cores")
-    for name, seconds in rates.items():
-        print(f"{name}: {min(seconds):.2f} s, {megabytes / min(seconds):.1f} MB/s ({len(seconds)} runs)", flush=True)
+
+def tell(name: str, size: int, seconds: float) -> None:
+    print(f"{name}: {seconds:.2f} s, {size / 1e6 / seconds:.1f} MB/s", flush=True)
+
+
+def timed(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - started
 
 
 def check_ids(texts: list[str], ids: list[list[int]], directory: Path) -> None:
@@ -141,6 +137,7 @@ def nanogpts_way(texts: list[str], folder: Path) -> float:
     import datasets
 
     datasets.disable_caching()
+    datasets.disable_progress_bars()
     encode = gpt2()._bulk_encode.__self__.encode_ordinary
     both = datasets.Dataset.from_dict({"text": texts}).train_test_split(test_size=VAL, seed=2357)
     both.save_to_disk(str(folder / "arrow"))
@@ -213,9 +210,8 @@ def kills(folder: Path, config: BenchConfig) -> None:
     made, partial = folder / "made" / "killed", folder / "made" / "killed.partial"
     for old in (made, partial):
         shutil.rmtree(old, ignore_errors=True)
-    started = time.perf_counter()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    duration, expected = time.perf_counter() - started, contents(made)
+    duration = timed(command)
+    expected = contents(made)
     shutil.rmtree(made)
     count = ended = went_on = merging = 0
     while count < config.kills:

@@ -4,6 +4,7 @@ An epoch reads every window of the corpus once, in an order of its own: no sampl
 replacement, no permutation held in memory, and the same batches for any number of processes.
 """
 
+import functools
 import hashlib
 import math
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from config.settings import UserError
 from data.token_files import Tokens
 from model import IGNORED
+
+
+AHEAD = 1024  # sequences whose place is computed at once: 300 microseconds for one are little more than for a thousand
 
 
 def mix(*numbers: int) -> int:
@@ -50,12 +54,20 @@ class TrainBatches:
         check_length(tokens, block_size, "train")
         self.tokens, self.block_size, self.sequences, self.seed = tokens, block_size, sequences, seed
         self.windows = len(tokens) // block_size  # in an epoch; what is left over differs by epoch
+        self._block = functools.lru_cache(2)(self._starts_of_block)
 
     def starts(self, step: int, first: int = 0, count: int | None = None) -> np.ndarray:
         """Where in the corpus sequences `first` to `first + count` of update `step` begin, or all that follow."""
-        index = step * self.sequences + np.arange(self.sequences)[first:][:count]
+        begin = step * self.sequences + first
+        end = (step + 1) * self.sequences if count is None else begin + count
+        blocks = [self._block(block) for block in range(begin // AHEAD, -(-end // AHEAD))]
+        return np.concatenate(blocks)[begin % AHEAD :][: end - begin]
+
+    def _starts_of_block(self, block: int) -> np.ndarray:
+        """Where sequences `block * AHEAD` and the AHEAD - 1 that follow begin, counted over the whole run."""
+        index = block * AHEAD + np.arange(AHEAD)
         epochs = index // self.windows
-        starts = np.empty(len(index), np.int64)
+        starts = np.empty(AHEAD, np.int64)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
             window = permute(index[of_epoch] % self.windows, self.windows, mix(self.seed, int(epoch)))

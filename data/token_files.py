@@ -1,6 +1,7 @@
 """Token files: raw ids in train.bin and val.bin, and meta.json, which says what they are."""
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -98,6 +99,7 @@ class Tokens:
     def __init__(self, files: list[np.ndarray], n_bytes: int | None = None):
         self._files = [np.asarray(file) for file in files if len(file)]  # slices of a memmap cost ten times as much
         self._ends = np.cumsum([len(file) for file in self._files])
+        self._views = functools.lru_cache(4)(self._windows_of_files)
         self.n_bytes = n_bytes  # of the text, or None where it is not known
 
     def __len__(self) -> int:
@@ -116,18 +118,22 @@ class Tokens:
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The ids from each of `starts` on, (len(starts), length) int64: one gather a file."""
-        out = np.empty((len(starts), length), np.int64)
-        starts = starts % len(self)
-        shards = np.searchsorted(self._ends, starts, side="right")
-        for shard in np.unique(shards):
-            file, rows = self._files[shard], np.flatnonzero(shards == shard)
-            begins = starts[rows] - (self._ends[shard] - len(file))
-            whole = begins + length <= len(file)
-            if whole.any():
-                out[rows[whole]] = np.lib.stride_tricks.sliding_window_view(file, length)[begins[whole]]
-            for row in rows[~whole]:  # goes on in the next file
+        out, views = np.empty((len(starts), length), np.int64), self._views(length)
+        places = starts % len(self)
+        files = np.searchsorted(self._ends, places, side="right")
+        places -= (self._ends - [len(file) for file in self._files])[files]
+        for i in set(files.tolist()):
+            rows = (files == i) & (places < len(views[i]))
+            out[rows] = views[i][places[rows]]
+            for row in np.flatnonzero((files == i) & ~rows):  # goes on in the next file
                 self.read(int(starts[row]), out[row])
         return out
+
+    def _windows_of_files(self, length: int) -> list[np.ndarray]:
+        """Every window of each file, as views."""
+        view = np.lib.stride_tricks.sliding_window_view
+        none = np.empty((0, length), np.uint16)
+        return [view(file, length) if len(file) >= length else none for file in self._files]
 
     def all(self) -> Iterable[np.ndarray]:
         """The files' ids, in pieces of bounded size."""
