@@ -16,7 +16,6 @@ from config.settings import UserError
 from data.token_files import Tokens
 from model import IGNORED
 
-
 AHEAD = 1024  # sequences whose place is computed at once: 300 microseconds for one are little more than for a thousand
 
 
