@@ -105,6 +105,8 @@ def main() -> None:
 def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, parts: int) -> dict | None:
     """Do share `part` of `parts`; whoever finds everything done makes `directory` and gets what meta.json says."""
     partial = directory.with_name(f"{directory.name}.partial")
+    if partial.exists() and any(partial.iterdir()) and not any(partial.glob("part-*.lock")):
+        raise UserError(f"{partial} is there and is no unfinished preparation; choose another --name")
     partial.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         lock = partial / f"part-{part}-of-{parts}.lock"

@@ -140,6 +140,14 @@ def test_other_settings_or_another_text_begin_anew(tmp_path, text, units):
     assert len(open_data_set(tmp_path / "set").train) > 1000
 
 
+def test_a_folder_of_the_user_in_the_place_of_unfinished_work_is_left_alone(tmp_path, text):
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial" / "poem.txt").write_text("mine")
+    before = contents(tmp_path)
+    assert "is no unfinished preparation; choose another --name" in prepare(text, tmp_path, status=2).err
+    assert contents(tmp_path) == before
+
+
 def test_a_unit_that_was_damaged_is_found_and_made_anew(tmp_path, text, units):
     prepare(text, tmp_path / "whole")
     prepare(text, tmp_path, "--part=1/2")

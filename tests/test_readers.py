@@ -6,12 +6,12 @@ import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from config.settings import RunFailed, UserError
 from data import readers, sources
@@ -45,7 +45,9 @@ def write_parquet(path: Path, texts: list, column: str = "text", kind=None, rows
 
 def compressed(folder: Path, suffix: str, data: bytes) -> Path:
     path = folder / f"texts.{suffix}"
-    pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(suffix.split(".")[-1], bytes)
+    pack = {"gz": gzip.compress, "zst": partial(pa.compress, codec="zstd", asbytes=True)}.get(
+        suffix.split(".")[-1], bytes
+    )
     path.write_bytes(pack(data))
     return path
 
