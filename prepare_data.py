@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from config.settings import PositiveInt, Range, UserError, load_settings, note, one_line, run_script
 from data.pipeline import MAX_UNITS, UNIT_BYTES, Job, encode_units, make_units, merge
 from data.sources import Source, find_source
-from data.token_files import id_dtype, write_meta
+from data.token_files import READY, fetch_tokens, id_dtype, write_meta
 from data.tokenizer import KINDS, Tokenizer, make_tokenizer
 from files import whole_directory
 
@@ -80,6 +80,8 @@ def main() -> None:
         from data.report import inspect_data_set
 
         return inspect_data_set(Path(config.data_dir) / config.inspect)
+    if len(config.sources) == 1 and config.sources[0] in READY and not Path(config.sources[0]).exists():
+        return fetch(config.sources[0], Path(config.data_dir) / (config.name or config.sources[0]))
     source = find_source(config.sources, config, json_lines="column" in given)
     name = config.name or source.name
     if not re.fullmatch(r"\w[\w.-]*", name):
@@ -100,6 +102,12 @@ def main() -> None:
         raise
     if meta:
         say_what_was_made(directory, meta, time.perf_counter() - started)
+
+
+def fetch(name: str, directory: Path) -> None:
+    if not directory.exists():
+        fetch_tokens(name, directory)
+    note(f"{directory}: tokens, read as they are; next: python train.py --dataset={directory.name}")
 
 
 def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, parts: int) -> dict | None:

@@ -38,8 +38,7 @@ from data.readers import (
 )
 
 CACHE = Path(__file__).parent / ".downloads"
-NAMED = ("python", "shakespeare", "shakespeare_char", "openwebtext", "fineweb_edu", "tinystories")
-READY = {"fineweb10B-gpt2": "kjj0/fineweb10B-gpt2"}  # repositories of token files, which are read as they are
+NAMED = ("python", "shakespeare", "shakespeare_char", "tinystories", "openwebtext", "fineweb_edu", "fineweb10B-gpt2")
 
 
 class File(NamedTuple):
@@ -105,13 +104,6 @@ class Source:
         return dataclasses.replace(self, files=(File.at(str(self.fetch(directory))),)) if self.fetch else self
 
 
-def how_to_get(name: str, directory: Path) -> str:
-    """The command that makes the data set `name` in `directory`."""
-    if name in READY:
-        return f"hf download {READY[name]} --repo-type=dataset --local-dir={directory}"
-    return f"python prepare_data.py {name if name in NAMED else f'FILES --name={name}'}"
-
-
 def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> Source:
     """The source that the words of the command line name. `options`: prepare_data's settings."""
     named = next((w for w in wanted if w == "-" or w.startswith("hf:") or (w in NAMED and not Path(w).exists())), None)
@@ -122,9 +114,6 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
         raise UserError(
             f"name a source: one of {', '.join(NAMED)}, or files, folders and globs of text, or hf:owner/name"
         )
-    if ready := next((word for word in wanted if word in READY and not Path(word).exists()), None):
-        command = how_to_get(ready, Path(options.data_dir) / ready)
-        raise UserError(f"{ready} is tokens already, which train.py reads as they are: {command}")
     if options.site_packages and named != "python":
         raise UserError("--site_packages goes with the source python only")
     reading = {"column": options.column, "bad_files": options.bad_files}

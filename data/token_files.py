@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config.settings import UserError
-from data.sources import how_to_get
+from config.settings import RunFailed, UserError, one_line
+from data.sources import NAMED
 from data.tokenizer import Tokenizer, gpt2
 from files import check_sums, existing
 
@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 STAMP = ".checked"  # the end of the name of a file that says in which state another was checked
 LLM_C_HEADER, LLM_C_MAGIC = 1024, 20240520  # bytes before the ids, and the first of their 256 int32
+READY = {"fineweb10B-gpt2": "kjj0/fineweb10B-gpt2"}  # repositories of the hub with such shards
 CHUNK = 1 << 22  # ids read at a time from a file that is read through
 
 
@@ -140,6 +141,23 @@ class Tokens:
         return (file[i : i + CHUNK] for file in self._files for i in range(0, len(file), CHUNK))
 
 
+def how_to_get(name: str) -> str:
+    """The command that makes the data set `name`."""
+    return f"python prepare_data.py {name if name in NAMED else f'FILES --name={name}'}"
+
+
+def fetch_tokens(name: str, directory: Path) -> None:
+    """Download the token files of one of READY; `directory` appears when they are all there."""
+    import huggingface_hub
+
+    partial = directory.with_name(f"{directory.name}.partial")
+    try:
+        huggingface_hub.snapshot_download(READY[name], repo_type="dataset", local_dir=partial)
+    except Exception as error:  # of any library below: network, server, disk
+        raise RunFailed(f"{READY[name]} cannot be downloaded: {one_line(error)}; run again to go on") from error
+    partial.rename(directory)
+
+
 def open_data_set(directory: Path, check: bool = True, again: bool = False) -> DataSet:
     """Open data/<name>. With `check`, every byte is compared with meta.json, once for each state of a file, or `again`.
 
@@ -147,7 +165,7 @@ def open_data_set(directory: Path, check: bool = True, again: bool = False) -> D
     """
     found = existing(directory)
     if found is None:
-        raise UserError(f"{directory}: no such data set; to get it: {how_to_get(Path(directory).name, directory)}")
+        raise UserError(f"{directory}: no such data set; to get it: {how_to_get(Path(directory).name)}")
     directory = found
     if again:
         for stamp in directory.glob(f"*{STAMP}"):
