@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config.settings import note
+from config.settings import UserError, note
 from data.token_files import SPLITS, DataSet, Tokens, open_data_set
 from data.tokenizer import Tokenizer
 
@@ -79,5 +79,8 @@ def _draw(directory: Path, data: DataSet, lengths: dict, counts: dict) -> Path:
     for axes in (by_length, by_rank):
         axes.legend()
     path = directory / "inspect.png"
-    figure.savefig(path, dpi=100)
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as error:  # another user's data set, say
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -98,7 +98,7 @@ class Tokens:
     """One split as an endless ring of ids: after the last comes the first."""
 
     def __init__(self, files: list[np.ndarray], n_bytes: int | None = None):
-        self._files = [np.asarray(file) for file in files if len(file)]  # slices of a memmap cost ten times as much
+        self._files = [np.asarray(file) for file in files if len(file)]  # slicing a memmap is slow
         self._ends = np.cumsum([len(file) for file in self._files])
         self._views = functools.lru_cache(4)(self._windows_of_files)
         self.n_bytes = n_bytes  # of the text, or None where it is not known

@@ -343,6 +343,10 @@ def test_inspect_tells_figures_samples_and_borders_and_draws(tmp_path, text, uni
     assert "shortest, 4 tokens: 'Document " in told.err and "longest, " in told.err
     picture = tmp_path / "set" / "inspect.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    picture.mkdir()
+    refused = run_main("prepare_data", "--inspect=set", f"--data_dir={tmp_path}")
+    assert refused.status == 2 and refused.err.endswith(f"{picture} cannot be written: Is a directory\n")
     after = {k: v for k, v in contents(tmp_path).items() if not k.endswith((".checked", ".png"))}
     assert after == before
 
