@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config.settings import PositiveInt, load_settings, run_script
+from config.settings import PositiveInt, UserError, load_settings, run_script
 from data.readers import split_of
 from data.sources import find_source
 from data.token_files import open_data_set
@@ -56,12 +56,10 @@ class BenchConfig:
     """for `quality`"""
     seed: PositiveInt = 1
     """for `quality`"""
-    max_iters: PositiveInt | None = None
-    """for `quality`: fewer than the recipe's"""
 
 
 def corpus(folder: Path, config: BenchConfig) -> None:
-    """200.parquet; 2000.parquet and 2000.txt, the same text ten times with every tenth line changed."""
+    """200.parquet; 2000.parquet and 2000.txt, the same ten times, another tenth of the lines changed each time."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = []
     for document in find_source(["python"], PrepareConfig(site_packages=True)).documents():
@@ -290,7 +288,6 @@ def quality(folder: Path, config: BenchConfig) -> None:
         out_dir = folder / f"{config.dataset}-{way}-{config.seed}"
         flags = [config.recipe, f"--dataset={config.dataset}", f"--data_dir={config.data_dir}", f"--seed={config.seed}"]
         flags += [f"--out_dir={out_dir}", "--init_from=scratch", "--sample_tokens=0", "--eval_iters=0"]
-        flags += [f"--max_iters={config.max_iters}"] if config.max_iters else []
         code = "import bench.prepare as b; b.train_way()"
         subprocess.run([sys.executable, "-c", code, way, *flags], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
         print(f"{config.dataset}, {way} replacement, seed {config.seed}: {', '.join(curve(out_dir))}", flush=True)
@@ -319,8 +316,11 @@ def curve(out_dir: Path) -> list[str]:
 
 def main() -> None:
     config, _ = load_settings(BenchConfig, positional="work")
+    works = {f.__name__: f for f in (corpus, speed, memory, kills, batches, quality)}
     for name in config.work:
-        {f.__name__: f for f in (corpus, speed, memory, kills, batches, quality)}[name](Path(config.folder), config)
+        if name not in works:
+            raise UserError(f"there is no {name}: {', '.join(works)}")
+        works[name](Path(config.folder), config)
 
 
 if __name__ == "__main__":
