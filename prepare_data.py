@@ -1,138 +1,260 @@
-"""Text in, token files out: data/<name>/{train,val}.bin, meta.json and tokenizer.json.
+"""Text in, token files out: data/<name>/ with train.bin, val.bin (numbered where large), meta.json and tokenizer.json.
 
 python prepare_data.py python                # Python's own library: nothing to download
 python prepare_data.py my/books 'notes/*.md' --name=books --tokenizer=bpe --vocab_size=4096
+python prepare_data.py hf:owner/name --column=text --part=3/16          # one of 16 machines
+python prepare_data.py --inspect=books
 """
 
+import contextlib
+import dataclasses
+import functools
 import hashlib
-import itertools
+import json
+import os
 import re
+import shutil
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
 from config.settings import PositiveInt, Range, UserError, load_settings, note, one_line, run_script
-from data.sources import find_source
-from data.token_files import SplitWriter, write_meta
+from data.pipeline import MAX_UNITS, UNIT_BYTES, Job, encode_units, make_units, merge
+from data.sources import Source, find_source
+from data.token_files import READY, fetch_tokens, id_dtype, write_meta
 from data.tokenizer import KINDS, Tokenizer, make_tokenizer
 from files import whole_directory
 
 MANY_DOCUMENTS = 200  # from here on whole documents go to validation; below, the tail of each
-BATCH_BYTES = 1 << 22  # of text encoded at a time
 TRAINING_BYTES = 1 << 28  # of text that a BPE is learned from: more hardly changes it
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     sources: list[str] = field(default_factory=list)
-    """a named source (python, shakespeare, shakespeare_char), or files, folders and globs of text"""
+    """a named source, hf:owner/name, - (standard input), or files, folders and globs of text, JSON Lines and Parquet"""
     name: str | None = None
     """the data set's name, a folder of data_dir: what train.py's `dataset` says (by default from the source)"""
+    inspect: str | None = None
+    """print and draw what the prepared data set of this name holds, and verify its checksums; nothing is prepared"""
     tokenizer: Literal[KINDS] | None = None
     """gpt2, char, byte, or bpe trained on the text (by default what suits the source)"""
     vocab_size: PositiveInt = 2048
     """ids of a bpe tokenizer, end of text included"""
     val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
     """share of the text that is kept for validation (by default what suits the source)"""
-    bad_files: Literal["stop", "skip"] = "stop"
-    """what to do about a file that is not UTF-8 text"""
+    dedup: bool = False
+    """leave out documents that came before, byte for byte"""
+    bad_files: Literal["stop", "skip", "replace"] = "stop"
+    """text that is not UTF-8: stop, skip the document, or write U+FFFD for what is wrong"""
+    column: str = "text"
+    """where JSON Lines, Parquet and Hugging Face data sets have the text; given with -, standard input is JSON Lines"""
+    config: str | None = None
+    """the configuration of a Hugging Face data set, such as sample-10BT"""
+    split: str = "train"
+    """the split of a Hugging Face data set that is read"""
+    revision: str | None = None
+    """the revision of a Hugging Face data set (by default the newest)"""
+    streaming: bool = True
+    """read a Hugging Face data set as it comes; no: keep a copy in Hugging Face's cache first"""
+    site_packages: bool = False
+    """with `python`: also every installed package"""
+    shard_tokens: PositiveInt = 1 << 28
+    """ids in a file; a split of more has several"""
+    part: str | None = None
+    """such as 3/16: do the third of 16 shares; torchrun and Slurm arrays give it themselves. The last to end merges"""
+    threads: PositiveInt | None = None
+    """that encode (by default one a core)"""
     data_dir: str = "data"
     """the folder of the data sets"""
 
 
 def main() -> None:
-    config, _ = load_settings(PrepareConfig, positional="sources")
-    source = find_source(config.sources, skip_bad_files=config.bad_files == "skip")
+    config, given = load_settings(PrepareConfig, positional="sources")
+    if config.inspect:
+        from data.report import inspect_data_set
+
+        return inspect_data_set(Path(config.data_dir) / config.inspect)
+    if len(config.sources) == 1 and config.sources[0] in READY and not Path(config.sources[0]).exists():
+        return fetch(config.sources[0], Path(config.data_dir) / (config.name or config.sources[0]))
+    source = find_source(config.sources, config, json_lines="column" in given)
     name = config.name or source.name
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{name!r} cannot be the data set's name: letters, digits, '.', '_' and '-'; give --name=…")
     directory = Path(config.data_dir) / name
     if directory.exists() and not (directory / "meta.json").exists():
         raise UserError(f"{directory} is there and is not a data set of ours; choose another --name")
-    kind = config.tokenizer or source.tokenizer
+    part, parts = share(config.part)
+    if parts > 1 and "-" in config.sources:
+        raise UserError("standard input cannot be shared out: save it to a file first")
     started = time.perf_counter()
-    if next(source.documents(), None) is None:
-        raise UserError(f"{' '.join(config.sources)}: there is no text in it")
-    tokenizer = make_tokenizer(kind, _sample(source.documents(), kind), config.vocab_size)
-    val_fraction = config.val_fraction or source.val_fraction
     try:
-        splits = write(directory, source.documents(), tokenizer, kind, val_fraction, config)
+        meta = prepare(directory, source, config, part, parts)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {one_line(error)}") from error
-    seconds = time.perf_counter() - started
-    for split, figures in splits.items():
-        rate = figures["bytes"] / figures["tokens"]
-        note(f"{split}: {figures['tokens']:,} tokens of {rate:.2f} bytes, {figures['documents']:,} documents")
-    megabytes = sum(figures["bytes"] for figures in splits.values()) / 1e6
-    note(f"{directory}: {megabytes:.1f} MB in {seconds:.1f} s, vocabulary of {tokenizer.vocab_size:,}")
-    note(f"next: python train.py --dataset={name} (README.md has recipes)")
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on from here")
+        raise
+    if meta:
+        say_what_was_made(directory, meta, time.perf_counter() - started)
 
 
-def write(
-    directory: Path,
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    kind: str,
-    val_fraction: float,
-    config: PrepareConfig,
-) -> dict[str, dict]:
-    """Encode the documents into `directory`, which appears when it is whole; return the figures of each split."""
+def fetch(name: str, directory: Path) -> None:
+    if not directory.exists():
+        fetch_tokens(name, directory)
+    note(f"{directory}: tokens, read as they are; next: python train.py --dataset={directory.name}")
+
+
+def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, parts: int) -> dict | None:
+    """Do share `part` of `parts`; whoever finds everything done makes `directory` and gets what meta.json says."""
+    partial = directory.with_name(f"{directory.name}.partial")
+    if partial.exists() and any(partial.iterdir()) and not any(partial.glob("part-*.lock")):
+        raise UserError(f"{partial} is there and is no unfinished preparation; choose another --name")
+    partial.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        lock = partial / f"part-{part}-of-{parts}.lock"
+        try:
+            stack.enter_context(FileLock(lock, blocking=False))
+        except Timeout as error:
+            raise UserError(f"{directory} is being prepared by another process ({lock} is held)") from error
+        try:
+            with FileLock(partial / "plan.lock"):
+                plan = make_plan(partial, source, config, lock)
+            if parts > 1 and is_made(directory, plan):
+                note(f"{directory} is prepared already")
+                shutil.rmtree(partial)
+                return None
+            encode_units(plan.job, plan.units, range(part - 1, len(plan.units), parts), threads_of(config))
+            with FileLock(partial / "plan.lock"):  # of several that end together one merges
+                left = sum(not plan.job.manifest(unit).exists() for unit in range(len(plan.units)))
+                if left and not partial.exists():
+                    return None  # another part has merged
+                if left:
+                    note(f"part {part} of {parts} is done; {left} of {len(plan.units)} units are left to the others")
+                    return None
+                meta = finish(directory, plan, source, config)
+                shutil.rmtree(partial)
+                return meta
+        except FileNotFoundError:
+            if partial.exists():
+                raise
+            return None  # another part has merged
+        except UserError:
+            if parts == 1:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@dataclass(frozen=True)
+class Plan:
+    job: Job
+    units: list
+    digest: str
+    kind: str
+
+
+def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) -> Plan:
+    """What is to be done. What an earlier run left of the same plan stays; of another it is removed.
+
+    The plan depends on the source and the settings alone, so that processes on many machines come to the same.
+    """
+    source = source.fetched(partial)
+    kind, val_fraction = config.tokenizer or source.tokenizer, config.val_fraction or source.val_fraction
+    source = dataclasses.replace(source, val_fraction=val_fraction)
+    if not source.has_documents(1):
+        raise UserError(f"{' '.join(config.sources)}: there is no text in it")
+    unit_bytes = max(UNIT_BYTES, source.size // MAX_UNITS)
+    by_content = source.has_documents(MANY_DOCUMENTS)
+    units = make_units(source.items(unit_bytes, by_content, config.dedup), unit_bytes)
+    job = Job(partial, val_fraction, by_content, source.column, source.bad_files, config.dedup)
+    settings = (dataclasses.replace(job, partial=None), kind, config.vocab_size if kind == "bpe" else None)
+    digest = hashlib.sha256(repr((settings, units)).encode()).hexdigest()
+    path = partial / "plan"
+    if not path.exists() or path.read_text() != digest:
+        if held := next((other for other in partial.glob("part-*.lock") if other != lock and is_held(other)), None):
+            raise UserError(f"{partial} is in use for other sources or settings ({held.name} is held)")
+        for old in partial.iterdir():
+            if old.suffix != ".lock" and str(old) not in {file.path for file in source.files}:
+                old.unlink()
+        tokenizer = make_tokenizer(kind, _sample(source, kind), config.vocab_size)
+        tokenizer.save(partial)
+        path.write_text(digest)
+    return Plan(job, units, digest, kind)
+
+
+def is_held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def finish(directory: Path, plan: Plan, source: Source, config: PrepareConfig) -> dict:
+    """Merge the units into `directory`, which appears when it is whole."""
+    tokenizer = Tokenizer.load(plan.job.partial)
     with whole_directory(directory) as new:
-        writers = {split: SplitWriter(new, split, tokenizer) for split in ("train", "val")}
-        with tqdm(unit="B", unit_scale=True, desc="encoding", disable=None) as bar:
-            for batch in _batches(split_documents(documents, val_fraction)):
-                texts = [text for _, text in batch]
-                for (split, text), ids in zip(batch, tokenizer.encode_documents(texts)):
-                    writers[split].add(text, ids)
-                bar.update(sum(map(len, texts)))
-        splits = {split: writer.close() for split, writer in writers.items()}
+        splits = merge(plan.job, len(plan.units), new, id_dtype(tokenizer.vocab_size), config.shard_tokens)
         for split, figures in splits.items():
             if not figures["tokens"]:
                 raise UserError(
                     f"too little text: nothing of it fell to the {split} split; give more, or --val_fraction"
                 )
         tokenizer.save(new)
-        write_meta(new, tokenizer, kind, " ".join(config.sources), splits)
-    return splits
+        return write_meta(new, tokenizer, plan.kind, source.description, splits, plan.digest)
 
 
-def split_documents(documents: Iterable[str], val_fraction: float) -> Iterator[tuple[str, str]]:
-    """Pairs of a split and a text. The hash of a document decides, so that order and growth change nothing.
-
-    Of few documents the tail of each goes to validation.
-    """
-    documents = iter(documents)
-    first = list(itertools.islice(documents, MANY_DOCUMENTS))
-    if len(first) < MANY_DOCUMENTS:
-        for text in first:
-            border = int(len(text) * (1 - val_fraction))
-            yield from ((split, part) for split, part in (("train", text[:border]), ("val", text[border:])) if part)
-        return
-    for text in itertools.chain(first, documents):
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        yield "val" if number < val_fraction * 2**64 else "train", text
+def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:
+    note = functools.partial(print, file=sys.stderr)  # under torchrun too whoever merges says so, not rank 0
+    for split, figures in meta["splits"].items():
+        rate = figures["bytes"] / figures["tokens"]
+        files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
+        note(f"{split}: {figures['tokens']:,} tokens of {rate:.2f} bytes, {figures['documents']:,} documents{files}")
+    megabytes = sum(figures["bytes"] for figures in meta["splits"].values()) / 1e6
+    note(
+        f"{directory}: {megabytes:.1f} MB in {seconds:.1f} s, {megabytes / seconds:.1f} MB/s, "
+        f"vocabulary of {meta['vocab_size']:,}"
+    )
+    note(f"next: python train.py --dataset={directory.name} (README.md has recipes)")
 
 
-def _batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch, size = [], 0
-    for pair in pairs:
-        batch.append(pair)
-        size += len(pair[1])
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def share(given: str | None) -> tuple[int, int]:
+    """Which part of how many this process does, counted from 1: as given, of a Slurm array, under torchrun, or all."""
+    env = os.environ
+    if given is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", given)
+        part, parts = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= part <= parts:
+            raise UserError(f"--part={given}: write --part=3/16 for the third of 16 parts")
+        return part, parts
+    if "SLURM_ARRAY_TASK_COUNT" in env:
+        first, step = int(env["SLURM_ARRAY_TASK_MIN"]), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+        return (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step + 1, int(env["SLURM_ARRAY_TASK_COUNT"])
+    return int(env.get("RANK", 0)) + 1, int(env.get("WORLD_SIZE", 1))
 
 
-def _sample(documents: Iterator[str], kind: str) -> Iterator[str]:
+def threads_of(config: PrepareConfig) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def is_made(directory: Path, plan: Plan) -> bool:
+    try:
+        return json.loads((directory / "meta.json").read_bytes()).get("plan") == plan.digest
+    except (OSError, ValueError):
+        return False
+
+
+def _sample(source: Source, kind: str) -> Iterator[str]:
     """What the tokenizer is learned from: for a BPE a bounded part; every character has to be seen."""
     size = 0
-    for text in documents:
+    for document in source.documents():
+        text = document.text.decode()
         yield text[: TRAINING_BYTES - size] if kind == "bpe" else text
         size += len(text)
         if kind == "bpe" and size >= TRAINING_BYTES:

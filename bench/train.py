@@ -28,6 +28,7 @@ import torch
 
 from config.settings import Positive, PositiveInt, UserError, load_settings, run_script
 from data.batches import TrainBatches
+from data.token_files import Tokens
 from distributed import Distributed, connect
 from model import GPT, GPTConfig
 from optimizer import make_optimizers
@@ -76,19 +77,6 @@ class Work:
         return {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
 
 
-class RandomTokens:
-    """A memory-mapped corpus, as data.token_files reads one."""
-
-    def __init__(self, path: str):
-        self.ids = np.memmap(path, np.uint16, "r")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, start: int, row: np.ndarray) -> None:
-        row[:] = self.ids[start : start + len(row)]
-
-
 def ours(work: Work, dist: Distributed, options: list[str]) -> Callable[[int], None]:
     config = TrainConfig(
         **work.shape(), batch_size=work.batch_size, gradient_accumulation_steps=1, optimizer=options[0], max_iters=10**6
@@ -97,7 +85,7 @@ def ours(work: Work, dist: Distributed, options: list[str]) -> Callable[[int], N
     model = torch.compile(raw_model) if "compiled" in options else raw_model
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, 0.1, (0.9, 0.95))
     scaler = torch.amp.GradScaler(dist.device.type, enabled=False)
-    batches = TrainBatches(RandomTokens(work.tokens), work.block_size, work.batch_size, seed=0)
+    batches = TrainBatches(Tokens([np.memmap(work.tokens, np.uint16, "r")]), work.block_size, work.batch_size, seed=0)
     return lambda step: train_step(model, optimizers, scaler, batches, step, config, dist)
 
 

@@ -4,6 +4,7 @@ An epoch reads every window of the corpus once, in an order of its own: no sampl
 replacement, no permutation held in memory, and the same batches for any number of processes.
 """
 
+import functools
 import hashlib
 import math
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from config.settings import UserError
 from data.token_files import Tokens
 from model import IGNORED
+
+AHEAD = 1024  # sequences whose place is computed at once: 300 microseconds for one are little more than for a thousand
 
 
 def mix(*numbers: int) -> int:
@@ -50,12 +53,20 @@ class TrainBatches:
         check_length(tokens, block_size, "train")
         self.tokens, self.block_size, self.sequences, self.seed = tokens, block_size, sequences, seed
         self.windows = len(tokens) // block_size  # in an epoch; what is left over differs by epoch
+        self._block = functools.lru_cache(2)(self._starts_of_block)
 
-    def starts(self, step: int) -> np.ndarray:
-        """Where in the corpus each sequence of update `step` begins."""
-        index = step * self.sequences + np.arange(self.sequences)
+    def starts(self, step: int, first: int = 0, count: int | None = None) -> np.ndarray:
+        """Where in the corpus sequences `first` to `first + count` of update `step` begin, or all that follow."""
+        begin = step * self.sequences + first
+        end = (step + 1) * self.sequences if count is None else begin + count
+        blocks = [self._block(block) for block in range(begin // AHEAD, -(-end // AHEAD))]
+        return np.concatenate(blocks)[begin % AHEAD :][: end - begin]
+
+    def _starts_of_block(self, block: int) -> np.ndarray:
+        """Where sequences `block * AHEAD` and the AHEAD - 1 that follow begin, counted over the whole run."""
+        index = block * AHEAD + np.arange(AHEAD)
         epochs = index // self.windows
-        starts = np.empty(self.sequences, np.int64)
+        starts = np.empty(AHEAD, np.int64)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
             window = permute(index[of_epoch] % self.windows, self.windows, mix(self.seed, int(epoch)))
@@ -65,10 +76,8 @@ class TrainBatches:
 
     def micro_batch(self, step: int, index: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (batch_size, block_size) int64: part `index` of the sequences of update `step`."""
-        ids = np.empty((batch_size, self.block_size + 1), np.int64)
-        for row, start in zip(ids, self.starts(step)[index * batch_size :]):
-            self.tokens.read(int(start), row)
-        ids = torch.from_numpy(ids)
+        starts = self.starts(step, index * batch_size, batch_size)
+        ids = torch.from_numpy(self.tokens.windows(starts, self.block_size + 1))
         return ids[:, :-1], ids[:, 1:]
 
 

@@ -1,70 +1,218 @@
-"""Where documents come from: named sources, and any files, folders or globs of text."""
+"""Where documents come from: named sources, Hugging Face data sets, standard input, and any files of text."""
 
+import dataclasses
 import glob
 import hashlib
 import http.client
+import itertools
+import os
+import re
+import shutil
+import sys
 import sysconfig
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from config.settings import UserError, closest, note
+from config.settings import UserError, closest, one_line
+from data.readers import (
+    COMPRESSED,
+    JSON_LINES,
+    LARGE,
+    WHOLE,
+    Document,
+    Item,
+    Lines,
+    Rows,
+    Shard,
+    TextFile,
+    TextPart,
+    open_file,
+    open_parquet,
+    split_of,
+)
 
 CACHE = Path(__file__).parent / ".downloads"
+NAMED = ("python", "shakespeare", "shakespeare_char", "tinystories", "openwebtext", "fineweb_edu", "fineweb10B-gpt2")
+
+
+class File(NamedTuple):
+    path: str
+    size: int
+    modified: int  # in nanoseconds; with the size it tells another state of the file
+
+    @classmethod
+    def at(cls, path: str) -> "File":
+        status = os.stat(path)
+        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class Source:
-    """`documents()` may be called again for another pass; the other fields are what suits the text."""
+    """Documents in files or in a Hugging Face data set, how they are to be read, and what suits the text."""
 
-    documents: Callable[[], Iterator[str]]
     name: str
-    tokenizer: str
-    val_fraction: float
+    description: str
+    column: str
+    bad_files: str
+    files: tuple[File, ...] = ()
+    dataset: Any = None
+    tokenizer: str = "gpt2"
+    val_fraction: float = 0.05
+    fetch: Callable[[Path], Path] | None = None  # makes the one file, in the given folder or where it is kept
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(file.size for file in self.files)
+
+    def items(self, unit_bytes: int, by_content: bool = True, dedup: bool = False) -> Iterator[Item]:
+        """What can be read apart, in an order and of sizes that depend on the source alone."""
+        if self.dataset is not None:
+            shards = getattr(self.dataset, "num_shards", None)  # one that is on disk already has none
+            if shards is None:
+                shards = max(1, min(len(self.dataset), (self.dataset.dataset_size or 0) // unit_bytes))
+            yield from (Shard(self.description, index, shards, self.dataset) for index in range(shards))
+        seen = set() if dedup else None
+        for file in self.files:
+            yield from file_items(file, unit_bytes, self.val_fraction, by_content, seen)
+
+    def documents(self) -> Iterator[Document]:
+        """All of the text, for a look at it. A large file comes in pieces."""
+        for item in self.items(1 << 62):
+            yield from item.documents(self.column, self.bad_files)
+
+    def has_documents(self, n: int) -> bool:
+        """Whether there are at least `n`; no text file is read for it."""
+
+        def marks() -> Iterator[None]:
+            for item in self.items(1 << 62, by_content=False):
+                if isinstance(item, TextFile | TextPart):
+                    yield from [None] * (isinstance(item, TextFile) or item.split == "train")
+                else:
+                    yield from (None for _ in item.documents(self.column, self.bad_files))
+
+        return next(itertools.islice(marks(), n - 1, None), self) is None
+
+    def fetched(self, directory: Path) -> "Source":
+        """The same with its file at hand: downloaded, or standard input copied to `directory`."""
+        return dataclasses.replace(self, files=(File.at(str(self.fetch(directory))),)) if self.fetch else self
 
 
-def find_source(wanted: list[str], skip_bad_files: bool = False) -> Source:
-    """The source that the words of the command line name: one of NAMED, or paths of files, folders and globs."""
-    if len(wanted) == 1 and wanted[0] in NAMED and not Path(wanted[0]).exists():
-        return NAMED[wanted[0]]
-    if named := next((word for word in wanted if word in NAMED and not Path(word).exists()), None):
-        raise UserError(
-            f"{named} is a source of its own: prepare it without {' '.join(w for w in wanted if w != named)}"
-        )
+def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> Source:
+    """The source that the words of the command line name. `options`: prepare_data's settings."""
+    named = next((w for w in wanted if w == "-" or w.startswith("hf:") or (w in NAMED and not Path(w).exists())), None)
+    if named and len(wanted) > 1:
+        others = " ".join(word for word in wanted if word != named)
+        raise UserError(f"{named} is a source of its own: prepare it without {others}")
     if not wanted:
-        raise UserError(f"name a source: one of {', '.join(NAMED)}, or files, folders and globs of text")
-    files = sorted({path for word in wanted for path in _files(word)})
+        raise UserError(
+            f"name a source: one of {', '.join(NAMED)}, or files, folders and globs of text, or hf:owner/name"
+        )
+    if options.site_packages and named != "python":
+        raise UserError("--site_packages goes with the source python only")
+    reading = {"column": options.column, "bad_files": options.bad_files}
+    if named == "-":
+        path = "stdin.jsonl" if json_lines else "stdin.txt"
+        return Source("stdin", "standard input", fetch=lambda folder: _standard_input(folder / path), **reading)
+    if named == "python":
+        files = _python_files(options.site_packages)
+        return Source("python", "python", files=files, tokenizer="bpe", **reading | {"bad_files": "skip"})
+    if named in ("shakespeare", "shakespeare_char"):
+        kind = "char" if named == "shakespeare_char" else "gpt2"
+        return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1, **reading)
+    if named == "openwebtext":  # the revision that has Parquet files in place of a script
+        revision = "79d93d786212f7344586290adb811d4ae6a1762c"
+        return _hub("Skylion007/openwebtext", named, 0.0005, options, reading, revision=revision)
+    if named == "fineweb_edu":
+        return _hub("HuggingFaceFW/fineweb-edu", named, 0.0005, options, reading, config="sample-10BT")
+    if named == "tinystories":
+        return _hub("roneneldan/TinyStories", named, 0.01, options, reading)
+    if named:
+        repository = named.removeprefix("hf:").rstrip("/")
+        return _hub(repository, Path(repository).name, 0.01, options, reading)
+    paths = {os.path.normpath(path) for word in wanted for path in _files(word)}
+    files = tuple(File.at(path) for path in sorted(paths, key=_parts))
     if not files:
         raise UserError(f"{' '.join(wanted)}: no files there")
-    return Source(
-        documents=lambda: (text for path in files if (text := read_text(path, skip_bad_files))),
-        name=Path(wanted[0]).stem or "text",
-        tokenizer="gpt2",
-        val_fraction=0.05,
-    )
+    return Source(Path(wanted[0]).stem.split(".")[0] or "text", " ".join(wanted), files=files, **reading)
 
 
-def read_text(path: Path, skip: bool = False) -> str | None:
-    """The text of a UTF-8 file; of one that is not, None with a note if `skip`, else UserError."""
+def _hub(repository: str, name: str, val_fraction: float, options: Any, reading: dict, **pinned: str) -> Source:
+    """A data set of the Hugging Face hub, or a local folder of that form."""
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-        bad = data.find(b"\0")
-    except UnicodeDecodeError as error:
-        bad = error.start
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    if bad == -1:
-        return text
-    problem = f"{path} is not UTF-8 text (byte 0x{data[bad]:02x} at {bad:,})"
-    if not skip:
-        raise UserError(f"{problem}; leave it out, or go on without such files: --bad_files=skip")
-    note(f"skipped: {problem}")
-    return None
+        import datasets
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(f"hf:{repository}: this needs a package more: pip install datasets") from error
+    config, revision = (getattr(options, key) or pinned.get(key) for key in ("config", "revision"))
+    try:
+        pinned_down = re.fullmatch("[0-9a-f]{40}", revision or "") or Path(repository).is_dir()
+        if not pinned_down:  # every process and machine reads the same state of it
+            revision = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
+        dataset = datasets.load_dataset(
+            repository, config, split=options.split, revision=revision, streaming=options.streaming
+        )
+        if options.column in (dataset.column_names or ()):
+            dataset = dataset.select_columns([options.column])
+    except Exception as error:  # of any library below: no such repository, split or configuration, no network, scripts
+        raise UserError(f"hf:{repository} cannot be opened: {one_line(error)}") from error
+    words = [f"hf:{repository}", config, options.split, revision and f"revision {revision}"]
+    return Source(name, " ".join(word for word in words if word), dataset=dataset, val_fraction=val_fraction, **reading)
+
+
+def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: bool, seen: set | None) -> Iterator[Item]:
+    """The items of a file, each of about `unit_bytes` where the file can be parted.
+
+    A large text file goes to one split `by_content`, or its tail goes to validation. One whose digest has been
+    `seen` has no items.
+    """
+    path, size, _ = file
+    if path.endswith(".parquet"):
+        yield from _row_items(file, unit_bytes)
+    elif path.endswith(COMPRESSED):
+        yield Lines(*file, 0, WHOLE)
+    elif path.endswith(JSON_LINES):
+        for start in range(0, size, unit_bytes):
+            yield Lines(*file, start, min(start + unit_bytes, size))
+    elif size > LARGE:
+        border = int(size * (1 - val_fraction))
+        ranges = [("train", 0, border), ("val", border, size)]
+        if by_content or seen is not None:
+            with open_file(path) as opened:
+                digest = hashlib.file_digest(opened, "sha256").digest()
+            if seen is not None and digest in seen:
+                return
+            if seen is not None:
+                seen.add(digest)
+            if by_content:
+                ranges = [(split_of(digest, val_fraction), 0, size)]
+        for split, start, stop in ranges:
+            for begin in range(start, stop, unit_bytes):
+                end = min(begin + unit_bytes, stop)
+                yield TextPart(*file, begin, end, split, last=end == stop)
+    elif size:
+        yield TextFile(*file)
+
+
+def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
+    with open_parquet(file.path) as parquet:
+        sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
+    start = 0
+    for i, _ in enumerate(sizes, 1):
+        if i == len(sizes) or sum(sizes[start:i]) >= unit_bytes:
+            yield Rows(*file, start, i)
+            start = i
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
+    return "".join(d.text.decode() for d in TextFile(str(path), 0, 0).documents(column="", bad_files="stop"))
 
 
 def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:
@@ -95,38 +243,46 @@ def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) 
     return path
 
 
-def _files(word: str) -> Iterator[Path]:
-    path = Path(word)
-    if path.is_dir():
-        for child in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in child.relative_to(path).parts)
-            if child.is_file() and not hidden:
-                yield child
-    elif path.is_file():
-        yield path
+def _files(word: str) -> Iterator[str]:
+    if os.path.isdir(word):
+        yield from _below(word)
+    elif os.path.isfile(word):
+        yield word
     elif matches := glob.glob(word, recursive=True):
-        yield from (Path(match) for match in matches if Path(match).is_file())
+        yield from (match for match in matches if os.path.isfile(match))
     else:
         raise UserError(f"{word}: no such file, folder or source{closest(word, NAMED)}")
 
 
-def _shakespeare() -> Iterator[str]:
+def _parts(path: str) -> list[str]:
+    return path.split(os.sep)  # a folder's files stay together, whatever signs come before the separator
+
+
+def _below(folder: str, left_out: frozenset[str] = frozenset()) -> Iterator[str]:
+    """The files in a folder and its folders, but for hidden ones and those below a folder named in `left_out`."""
+    for directory, folders, names in os.walk(folder):
+        folders[:] = (name for name in folders if not name.startswith(".") and name not in left_out)
+        paths = (os.path.join(directory, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if os.path.isfile(path))
+
+
+def _python_files(site_packages: bool) -> tuple[File, ...]:
+    """Python's own library without its tests and, where asked for, every installed package."""
+    paths = sysconfig.get_paths()
+    left_out = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+    found = list(_below(paths["stdlib"], left_out))
+    if site_packages:
+        found += [path for folder in {paths["purelib"], paths["platlib"]} for path in _below(folder)]
+    return tuple(File.at(path) for path in sorted(found, key=_parts) if path.endswith(".py"))
+
+
+def _standard_input(path: Path) -> Path:
+    with open(path, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+    return path
+
+
+def _shakespeare(_: Path) -> Path:
     url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     digest = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    yield download(url, CACHE / "tinyshakespeare.txt", size=1_115_394, sha256=digest).read_text("utf-8")
-
-
-def _standard_library() -> Iterator[str]:
-    """Python's own library without its tests: a file is a document."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(path.relative_to(root).parts)
-        if not left_out and (text := read_text(path, skip=True)):
-            yield text
-
-
-NAMED = {
-    "python": Source(_standard_library, "python", tokenizer="bpe", val_fraction=0.05),
-    "shakespeare": Source(_shakespeare, "shakespeare", tokenizer="gpt2", val_fraction=0.1),
-    "shakespeare_char": Source(_shakespeare, "shakespeare_char", tokenizer="char", val_fraction=0.1),
-}
+    return download(url, CACHE / "tinyshakespeare.txt", size=1_115_394, sha256=digest)

@@ -1,6 +1,7 @@
 """Token files: raw ids in train.bin and val.bin, and meta.json, which says what they are."""
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -9,47 +10,66 @@ from pathlib import Path
 
 import numpy as np
 
-from config.settings import UserError
+from config.settings import RunFailed, UserError, one_line
+from data.sources import NAMED
 from data.tokenizer import Tokenizer, gpt2
 from files import check_sums, existing
 
 FORMAT_VERSION = 1
-CHUNK = 1 << 24  # ids read at a time when a whole file is checked
+SPLITS = ("train", "val")
+STAMP = ".checked"  # the end of the name of a file that says in which state another was checked
+LLM_C_HEADER, LLM_C_MAGIC = 1024, 20240520  # bytes before the ids, and the first of their 256 int32
+READY = {"fineweb10B-gpt2": "kjj0/fineweb10B-gpt2"}  # repositories of the hub with such shards
+CHUNK = 1 << 22  # ids read at a time from a file that is read through
 
 
-class SplitWriter:
-    """Writes one split's file and keeps its figures for meta.json."""
+class ShardWriter:
+    """Writes one split: `tokens` ids in one file or, where they are more than `shard_tokens`, in numbered files."""
 
-    def __init__(self, directory: Path, split: str, tokenizer: Tokenizer):
-        self.name = f"{split}.bin"
-        self._file = open(directory / self.name, "wb")  # noqa: SIM115 (closed by `close`)
-        self._dtype = id_dtype(tokenizer.vocab_size)
-        self._separator = np.array([tokenizer.end_of_text], self._dtype).tobytes()
+    def __init__(self, directory: Path, split: str, tokens: int, dtype: np.dtype, shard_tokens: int):
+        sizes = [min(shard_tokens, tokens - i) for i in range(0, tokens, shard_tokens)] or [0]
+        names = [f"{split}.bin"] if len(sizes) == 1 else [f"{split}_{i:06}.bin" for i in range(len(sizes))]
+        self._directory, self._dtype = directory, dtype
+        self._left = list(zip(names, sizes))
+        self._done = []
+        self._open()
+
+    def _open(self) -> None:
+        name, self._room = self._left.pop(0)
+        self._file = open(self._directory / name, "wb")  # noqa: SIM115 (closed when it is full)
         self._digest = hashlib.sha256()
-        self.documents = self.tokens = self.bytes = 0
+        self._done.append({"name": name, "tokens": self._room, "sha256": None})
 
-    def add(self, text: str, ids: list[int]) -> None:
-        """Append a document; end of text stands between two documents."""
-        data = np.array(ids, self._dtype).tobytes()
-        if self.documents:
-            data = self._separator + data
-        self._file.write(data)
-        self._digest.update(data)
-        self.documents += 1
-        self.tokens += len(data) // self._dtype.itemsize
-        self.bytes += len(text.encode())
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids; those beyond `tokens` are left out."""
+        while len(ids):
+            if not self._room:
+                if not self._left:
+                    return
+                self._close()
+                self._open()
+            part, ids = ids[: self._room], ids[self._room :]
+            self._file.write(part)
+            self._digest.update(part)
+            self._room -= len(part)
 
-    def close(self) -> dict:
+    def _close(self) -> None:
         self._file.close()
-        file = {"name": self.name, "tokens": self.tokens, "sha256": self._digest.hexdigest()}
-        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "files": [file]}
+        self._done[-1]["sha256"] = self._digest.hexdigest()
+
+    def close(self) -> list[dict]:
+        """Name, tokens and SHA-256 of each file."""
+        assert not self._room and not self._left, "fewer ids were written than announced"
+        self._close()
+        return self._done
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, splits: dict[str, dict]) -> None:
+def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, splits: dict, plan: str = "") -> dict:
+    """Write meta.json and return what it says; `plan` is a digest of what was prepared and how."""
     meta = {
         "format_version": FORMAT_VERSION,
         "tokenizer": kind,
@@ -57,9 +77,11 @@ def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, sp
         "dtype": id_dtype(tokenizer.vocab_size).name,
         "end_of_text": tokenizer.end_of_text,
         "source": source,
+        "plan": plan,
         "splits": splits,
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    return meta
 
 
 @dataclass(frozen=True)
@@ -76,8 +98,9 @@ class Tokens:
     """One split as an endless ring of ids: after the last comes the first."""
 
     def __init__(self, files: list[np.ndarray], n_bytes: int | None = None):
-        self._files = [file for file in files if len(file)]
+        self._files = [np.asarray(file) for file in files if len(file)]  # slicing a memmap is slow
         self._ends = np.cumsum([len(file) for file in self._files])
+        self._views = functools.lru_cache(4)(self._windows_of_files)
         self.n_bytes = n_bytes  # of the text, or None where it is not known
 
     def __len__(self) -> int:
@@ -94,23 +117,62 @@ class Tokens:
             out[filled : filled + len(part)] = part
             filled += len(part)
 
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The ids from each of `starts` on, (len(starts), length) int64: one gather a file."""
+        out, views = np.empty((len(starts), length), np.int64), self._views(length)
+        places = starts % len(self)
+        files = np.searchsorted(self._ends, places, side="right")
+        places -= (self._ends - [len(file) for file in self._files])[files]
+        for i in set(files.tolist()):
+            rows = (files == i) & (places < len(views[i]))
+            out[rows] = views[i][places[rows]]
+            for row in np.flatnonzero((files == i) & ~rows):  # goes on in the next file
+                self.read(int(starts[row]), out[row])
+        return out
+
+    def _windows_of_files(self, length: int) -> list[np.ndarray]:
+        """Every window of each file, as views."""
+        view = np.lib.stride_tricks.sliding_window_view
+        none = np.empty((0, length), np.uint16)
+        return [view(file, length) if len(file) >= length else none for file in self._files]
+
     def all(self) -> Iterable[np.ndarray]:
         """The files' ids, in pieces of bounded size."""
         return (file[i : i + CHUNK] for file in self._files for i in range(0, len(file), CHUNK))
 
 
-def open_data_set(directory: Path, check: bool = True) -> DataSet:
-    """Open data/<name>. With `check`, every byte is compared with meta.json, once for each state of a file.
+def how_to_get(name: str) -> str:
+    """The command that makes the data set `name`."""
+    return f"python prepare_data.py {name if name in NAMED else f'FILES --name={name}'}"
 
-    nanoGPT's folders, train.bin and val.bin alone, are read as GPT-2 tokens.
+
+def fetch_tokens(name: str, directory: Path) -> None:
+    """Download the token files of one of READY; `directory` appears when they are all there."""
+    import huggingface_hub
+
+    partial = directory.with_name(f"{directory.name}.partial")
+    try:
+        huggingface_hub.snapshot_download(READY[name], repo_type="dataset", local_dir=partial)
+    except Exception as error:  # of any library below: network, server, disk
+        raise RunFailed(f"{READY[name]} cannot be downloaded: {one_line(error)}; run again to go on") from error
+    partial.rename(directory)
+
+
+def open_data_set(directory: Path, check: bool = True, again: bool = False) -> DataSet:
+    """Open data/<name>. With `check`, every byte is compared with meta.json, once for each state of a file, or `again`.
+
+    nanoGPT's folders, train.bin and val.bin alone, are read as GPT-2 tokens, and so are llm.c's shards.
     """
     found = existing(directory)
     if found is None:
-        raise UserError(f"{directory}: no such data set; prepare it: python prepare_data.py {Path(directory).name}")
+        raise UserError(f"{directory}: no such data set; to get it: {how_to_get(Path(directory).name)}")
     directory = found
+    if again:
+        for stamp in directory.glob(f"*{STAMP}"):
+            stamp.unlink()
     meta_path = directory / "meta.json"
     if not meta_path.is_file():
-        return _open_nanogpt(directory, check)
+        return _open_foreign(directory, check)
     check_sums(directory)
     try:
         meta = json.loads(meta_path.read_bytes())
@@ -141,43 +203,63 @@ def open_data_set(directory: Path, check: bool = True) -> DataSet:
     return DataSet(opened["train"], opened["val"], tokenizer, digest)
 
 
-def _open_nanogpt(directory: Path, check: bool) -> DataSet:
+def _open_foreign(directory: Path, check: bool) -> DataSet:
+    """GPT-2 tokens that others prepared: nanoGPT's train.bin and val.bin, or llm.c's shards with their header."""
     if (directory / "meta.pkl").exists():
         raise UserError(
             f"{directory}/meta.pkl is a pickle, which can run code: it is not read; "
             f"prepare the text again: python prepare_data.py FILES --tokenizer=char --name={directory.name}"
         )
-    if not (directory / "train.bin").exists() or not (directory / "val.bin").exists():
-        raise UserError(f"{directory} is not a prepared data set: it has neither meta.json nor train.bin and val.bin")
-    dtype, tokenizer = np.dtype("<u2"), gpt2()
+    paths = {split: [directory / f"{split}.bin"] for split in SPLITS}
+    header = 0
+    if not any(path.exists() for (path,) in paths.values()):
+        paths = {split: sorted(directory.glob(f"*{split}*.bin")) for split in SPLITS}
+        header = LLM_C_HEADER
+    if not all(path.exists() for split in SPLITS for path in paths[split]) or not all(paths.values()):
+        raise UserError(
+            f"{directory} is not a prepared data set: it has neither meta.json, nor train.bin and val.bin, "
+            "nor shards of llm.c named train and val"
+        )
+    tokenizer, dtype = gpt2(), np.dtype("<u2")
+    sizes = {path: _llm_c_tokens(path) if header else None for split in SPLITS for path in paths[split]}
     if check:
-        for split in ("train", "val"):
-            _check_file(directory / f"{split}.bin", dtype, tokenizer.vocab_size, None)
-    train, val = (Tokens([_open_ids(directory / f"{split}.bin", dtype, None)]) for split in ("train", "val"))
-    sizes = f"{len(train)} {len(val)}"
-    return DataSet(train, val, tokenizer, hashlib.sha256(sizes.encode()).hexdigest())
+        for path in sizes:
+            _check_file(path, dtype, tokenizer.vocab_size, None, header)
+    train, val = (Tokens([_open_ids(path, dtype, sizes[path], header) for path in paths[split]]) for split in SPLITS)
+    lengths = tokenizer.byte_lengths()
+    val.n_bytes = sum(int(lengths[ids].sum()) for ids in val.all())
+    digest = " ".join(str(len(split)) for split in (train, val))
+    return DataSet(train, val, tokenizer, hashlib.sha256(digest.encode()).hexdigest())
 
 
-def _open_ids(path: Path, dtype: np.dtype, tokens: int | None) -> np.ndarray:
+def _llm_c_tokens(path: Path) -> int:
+    """How many tokens the header of llm.c's shard announces."""
+    header = np.fromfile(path, "<i4", LLM_C_HEADER // 4)
+    if len(header) < LLM_C_HEADER // 4 or header[0] != LLM_C_MAGIC or header[1] != 1:
+        raise UserError(f"{path} does not begin with the header of llm.c's GPT-2 shards ({LLM_C_MAGIC}, version 1)")
+    return int(header[2])
+
+
+def _open_ids(path: Path, dtype: np.dtype, tokens: int | None, header: int = 0) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the data again")
-    size = path.stat().st_size
+    size = path.stat().st_size - header
     found = size // dtype.itemsize
     if size % dtype.itemsize or (tokens is not None and found != tokens):
         expected = "whole ids" if tokens is None else f"the {tokens:,} ids that were written"
         raise UserError(f"{path} was cut or changed: its {size:,} bytes are not {expected}; prepare the data again")
-    return np.memmap(path, dtype, mode="r") if found else np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r", offset=header) if found else np.zeros(0, dtype)
 
 
-def _check_file(path: Path, dtype: np.dtype, vocab_size: int, digest: str | None) -> None:
+def _check_file(path: Path, dtype: np.dtype, vocab_size: int, digest: str | None, header: int = 0) -> None:
     """Compare the file with its checksum and its ids with the vocabulary; a stamp beside it saves the next reading."""
     status = path.stat()
-    stamp = path.with_name(path.name + ".checked")
+    stamp = path.with_name(path.name + STAMP)
     state = f"{status.st_size} {status.st_mtime_ns} {vocab_size} {digest}"
     if stamp.is_file() and stamp.read_text(errors="replace") == state:
         return
     found = hashlib.sha256()
-    ids = _open_ids(path, dtype, None)
+    ids = _open_ids(path, dtype, None, header)
     for i in range(0, len(ids), CHUNK):
         chunk = ids[i : i + CHUNK]
         found.update(chunk)

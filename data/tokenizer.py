@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -61,9 +62,23 @@ class Tokenizer:
         if held:  # the text ended inside a character
             yield self.decode(held)
 
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each id stands for, (vocab_size,) int64; end of text stands for none."""
+        lengths = np.zeros(self.vocab_size, np.int64)
+        one_a_byte = isinstance(self._backend.model, models.BPE)  # a byte-level BPE spells each byte with a symbol
+        for token, i in self._backend.get_vocab().items():
+            lengths[i] = len(token) if one_a_byte else len(token.encode())
+        if self.end_of_text is not None:
+            lengths[self.end_of_text] = 0
+        return lengths
+
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether ids mean the same in both."""
         return self._backend.get_vocab() == other._backend.get_vocab()
+
+    def to_json(self) -> str:
+        """What tokenizer.json holds."""
+        return self._backend.to_str()
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and the configuration that transformers' AutoTokenizer wants beside it."""
@@ -154,6 +169,9 @@ def _byte_symbols() -> dict[int, str]:
 
 def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens whose merge made `token`: run BPE on it with the merges that are older than itself."""
+    pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    if len(pairs) == 1:
+        return pairs[0]
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]

@@ -13,6 +13,8 @@ import pytest
 
 import prepare_data
 from config.settings import UserError
+from data import pipeline
+from data.readers import split_of
 from data.token_files import open_data_set
 from data.tokenizer import END_OF_TEXT, KINDS
 
@@ -83,8 +85,8 @@ def test_one_document_is_split_where_nanogpt_splits_it(prepare, folder, n):
 
 
 def test_shakespeare_char_is_split_at_nine_tenths():
-    assert prepare_data.find_source(["shakespeare_char"]).val_fraction == 0.1
-    assert prepare_data.find_source(["shakespeare_char"]).tokenizer == "char"
+    source = prepare_data.find_source(["shakespeare_char"], prepare_data.PrepareConfig())
+    assert (source.val_fraction, source.tokenizer) == (0.1, "char")
 
 
 def test_of_few_documents_the_tail_of_each_goes_to_validation(prepare, folder):
@@ -122,23 +124,16 @@ def test_many_documents_go_whole_to_one_split_whatever_their_names_and_order(pre
 
 
 def test_the_share_of_many_documents_that_is_validation_is_the_fraction_asked_for():
-    texts = [f"number {i}" for i in range(4000)]
+    digests = [hashlib.sha256(f"number {i}".encode()).digest() for i in range(4000)]
     for fraction in (0.05, 0.5):
-        splits = [split for split, _ in prepare_data.split_documents(texts, fraction)]
+        splits = [split_of(digest, fraction) for digest in digests]
         assert splits.count("val") / 4000 == pytest.approx(fraction, abs=0.03)
-
-
-def test_the_hash_of_a_document_and_not_its_position_decides():
-    texts = [f"number {i}" for i in range(300)]
-    first = {text: split for split, text in prepare_data.split_documents(texts, 0.2)}
-    assert first == {text: split for split, text in prepare_data.split_documents(texts[::-1], 0.2)}
-    assert set(first.values()) == {"train", "val"}
 
 
 @pytest.mark.parametrize("at_a_time", [1, 500, 10_000])
 def test_the_order_does_not_depend_on_how_much_is_encoded_at_a_time(prepare, folder, monkeypatch, at_a_time):
     size = 300
-    monkeypatch.setattr(prepare_data, "BATCH_BYTES", at_a_time)
+    monkeypatch.setattr(pipeline, "BATCH_BYTES", at_a_time)
     texts = {f"{letter}.txt": letter * size for letter in "abc"}
     directory = prepare(folder(texts), "--tokenizer=char", "--val_fraction=0.25")
     runs = [(i, len(list(group))) for i, group in itertools.groupby(np.fromfile(directory / "train.bin", "<u2"))]
@@ -175,6 +170,7 @@ def test_meta_json_counts_tokens_bytes_and_documents(prepare, folder):
         "dtype": "uint16",
         "end_of_text": 1,
         "source": str(source),
+        "plan": meta["plan"],
         "splits": {
             "train": {"tokens": 151, "bytes": 300, "documents": 2},
             "val": {"tokens": 51, "bytes": 100, "documents": 2},
@@ -282,7 +278,7 @@ def test_a_folder_that_is_not_a_data_set_is_left_alone(prepare, folder, tmp_path
 
 
 def test_no_source_is_refused_with_the_named_ones(tmp_path):
-    line = "prepare_data.py: name a source: one of python, shakespeare, shakespeare_char, or files, folders and globs"
+    line = "prepare_data.py: name a source: one of python, shakespeare, shakespeare_char, "
     assert failed([], tmp_path).startswith(line)
 
 

@@ -5,15 +5,20 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import sysconfig
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, child_environment
 
 from config.settings import UserError
-from data.sources import NAMED, download, find_source, read_text
+from data.sources import Source, download, find_source, read_text
+from prepare_data import PrepareConfig
 
 
 @pytest.fixture
@@ -25,8 +30,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def source(*wanted, **options) -> Source:
+    return find_source(list(map(str, wanted)), PrepareConfig(**options))
+
+
 def documents(*wanted, **options) -> list[str]:
-    return [text.removeprefix("text of ") for text in find_source(list(wanted), **options).documents()]
+    return [d.text.decode().removeprefix("text of ") for d in source(*wanted, **options).documents()]
 
 
 # files, folders and globs
@@ -57,8 +66,8 @@ def test_a_file_named_twice_is_read_once_and_the_order_of_words_does_not_matter(
 
 
 def test_documents_can_be_read_again(here):
-    source = find_source(["b"])
-    assert list(source.documents()) == list(source.documents()) != []
+    b = source("b")
+    assert list(b.documents()) == list(b.documents()) != []
 
 
 def test_empty_files_are_no_documents(here):
@@ -67,28 +76,28 @@ def test_empty_files_are_no_documents(here):
 
 
 def test_the_source_is_named_after_what_was_given(here):
-    assert (find_source(["b"]).name, find_source(["a.txt"]).name, find_source(["."]).name) == ("b", "a", "text")
+    assert (source("b").name, source("a.txt").name, source(".").name) == ("b", "a", "text")
 
 
 def test_a_missing_file_is_refused_with_its_name(here):
     with pytest.raises(UserError, match=r"^c\.txt: no such file, folder or source$"):
-        find_source(["a.txt", "c.txt"])
+        source("a.txt", "c.txt")
 
 
 def test_a_misspelled_named_source_is_refused_with_the_nearest_one(here):
     with pytest.raises(UserError, match=r"did you mean shakespeare_char\?"):
-        find_source(["shakespear_char"])
+        source("shakespear_char")
 
 
 def test_an_empty_folder_is_refused(here):
     (here / "empty").mkdir()
     with pytest.raises(UserError, match=r"^empty: no files there$"):
-        find_source(["empty"])
+        source("empty")
 
 
 def test_no_source_at_all_is_refused_with_the_named_ones():
     with pytest.raises(UserError, match="python, shakespeare, shakespeare_char"):
-        find_source([])
+        source()
 
 
 # text
@@ -96,7 +105,7 @@ def test_no_source_at_all_is_refused_with_the_named_ones():
 
 def test_text_is_read_as_it_is_but_for_a_byte_order_mark(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\n\xef\xbb\xbf")
-    assert read_text(tmp_path / "a.txt") == "one\r\ntwo é\n\ufeff"
+    assert documents(tmp_path / "a.txt") == ["one\r\ntwo é\n\ufeff"]
 
 
 @pytest.mark.parametrize(
@@ -116,8 +125,8 @@ def test_a_file_that_is_not_utf8_text_is_refused_with_name_and_place_or_skipped_
     path = tmp_path / "bad.bin"
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"^{re.escape(f'{path} is not UTF-8 text ({where})')}.*--bad_files=skip"):
-        read_text(path)
-    assert read_text(path, skip=True) is None
+        documents(path)
+    assert documents(path, bad_files="skip") == []
     assert capsys.readouterr().err == f"skipped: {path} is not UTF-8 text ({where})\n"
 
 
@@ -125,7 +134,7 @@ def test_skipping_goes_on_with_the_other_files(here, capsys):
     (here / "b/1.bin").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"1\.bin"):
         documents("b")
-    assert documents("b", skip_bad_files=True) == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
+    assert documents("b", bad_files="skip") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
 
 
 @pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="root may read all")
@@ -139,18 +148,31 @@ def test_an_unreadable_file_is_refused(here):
 
 
 def test_python_is_the_standard_library_without_its_tests_and_without_what_was_installed():
-    texts = set(find_source(["python"]).documents())
+    texts = set(documents("python"))
     assert len(texts) > 200
     assert {Path(module.__file__).read_text("utf-8") for module in (argparse, json.decoder)} <= texts
     library = Path(sysconfig.get_paths()["stdlib"])
     others = [Path(pytest.__file__), *library.glob("test/test_[a-d]*.py"), *library.glob("unittest/test/test_*.py")]
-    assert texts.isdisjoint(text for path in others if (text := read_text(path, skip=True)))
+    assert texts.isdisjoint(path.read_text("utf-8", "replace") for path in others)
+
+
+def test_with_site_packages_every_installed_package_is_there_too():
+    files, library = ({file.path for file in source("python", site_packages=on).files} for on in (True, False))
+    assert library < files and pytest.__file__ in files and len(files) > 3 * len(library)
+    with pytest.raises(UserError, match="--site_packages goes with the source python only"):
+        source("shakespeare", site_packages=True)
+
+
+def test_read_text_is_the_text_of_one_file_or_a_refusal(here):
+    assert read_text(here / "a.txt") == "text of a.txt"
+    with pytest.raises(UserError, match=r"c\.txt: No such file"):
+        read_text(here / "c.txt")
 
 
 def test_a_file_of_that_name_comes_before_a_named_source(here):
     (here / "python").write_text("text of mine")
     assert documents("python") == ["mine"]
-    assert find_source(["python"]).tokenizer == "gpt2" != NAMED["python"].tokenizer
+    assert source("python").tokenizer == "gpt2"
 
 
 # downloads, from a server on this machine
@@ -239,3 +261,51 @@ def test_nobody_listening_is_a_refusal_with_the_reason(tmp_path):
         url = f"http://127.0.0.1:{closed.server_port}/good"
     with pytest.raises(UserError, match=r"cannot be downloaded .*refused"):
         download(url, tmp_path / "text.txt", len(BODY), DIGEST, timeout=10)
+
+
+# token files that are downloaded as they are, from a server that answers as the hub does
+
+SHARDS = {name: bytes([i]) * 3000 for i, name in enumerate(["fineweb_train_000001.bin", "fineweb_val_000000.bin"])}
+
+
+class Hub(BaseHTTPRequestHandler):
+    def do_GET(self):
+        name = self.path.rsplit("/", 1)[-1]
+        if name in self.server.broken:
+            return self.send_error(404)
+        self.send_response(200)
+        answer = {"id": "x/y", "sha": "5" * 40, "siblings": [{"rfilename": name} for name in SHARDS]}
+        if "/tree/" in self.path:
+            answer = [{"type": "file", "path": name, "size": len(SHARDS[name]), "oid": "1"} for name in SHARDS]
+        body = SHARDS.get(name) or json.dumps(answer).encode()
+        self.send_header("X-Repo-Commit", "5" * 40)
+        self.send_header("ETag", hashlib.sha1(body).hexdigest())
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_shards_are_downloaded_and_appear_when_they_are_all_there(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        environment = child_environment(
+            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "home")
+        )
+        command = [sys.executable, str(ROOT / "prepare_data.py"), "fineweb10B-gpt2", f"--data_dir={tmp_path}"]
+        fetch = partial(subprocess.run, command, env=environment, capture_output=True, text=True, timeout=60)
+        server.broken = ["fineweb_val_000000.bin"]
+        failed = fetch()
+        assert failed.returncode == 1 and failed.stderr.endswith("; run again to go on\n")
+        assert not (tmp_path / "fineweb10B-gpt2").exists()
+        server.broken = []
+        made = fetch()
+        server.shutdown()
+    assert made.returncode == 0 and "next: python train.py --dataset=fineweb10B-gpt2" in made.stderr, made.stderr
+    found = {path.name: path.read_bytes() for path in (tmp_path / "fineweb10B-gpt2").glob("*.bin")}
+    assert found == SHARDS

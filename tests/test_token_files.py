@@ -5,12 +5,13 @@ import json
 import os
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from config.settings import UserError
-from data.token_files import SplitWriter, Tokens, id_dtype, open_data_set, write_meta
+from data.token_files import ShardWriter, Tokens, id_dtype, open_data_set, write_meta
 from data.tokenizer import make_tokenizer
 from files import whole_directory
 
@@ -22,12 +23,15 @@ def data_set(tmp_path):
     """A data set of bytes: ids below 256, and 256 between two documents."""
     tokenizer = make_tokenizer("byte", [], 1)
     with whole_directory(tmp_path / "tiny") as new:
-        writers = {split: SplitWriter(new, split, tokenizer) for split in ("train", "val")}
+        splits = {}
         for split, texts in (("train", TRAIN), ("val", VAL)):
-            for text in texts:
-                writers[split].add(text, tokenizer.encode(text))
+            ids = np.array([i for text in texts for i in (*text.encode(), 256)][:-1], np.uint16)
+            writer = ShardWriter(new, split, len(ids), ids.dtype, shard_tokens=100)
+            writer.write(ids)
+            figures = {"tokens": len(ids), "bytes": sum(len(t.encode()) for t in texts), "documents": len(texts)}
+            splits[split] = figures | {"files": writer.close()}
         tokenizer.save(new)
-        write_meta(new, tokenizer, "byte", "a test", {split: writer.close() for split, writer in writers.items()})
+        write_meta(new, tokenizer, "byte", "a test", splits)
     return tmp_path / "tiny"
 
 
@@ -70,6 +74,7 @@ def test_meta_json_says_what_the_files_are(data_set):
         "dtype": "uint16",
         "end_of_text": 256,
         "source": "a test",
+        "plan": "",
         "splits": {
             split: {
                 "tokens": tokens,
@@ -128,10 +133,6 @@ def test_a_split_may_be_several_files(data_set):
 
 
 # damage
-
-
-def test_a_data_set_that_is_not_there_is_refused_with_the_command(tmp_path):
-    assert refusal(tmp_path / "books").endswith("no such data set; prepare it: python prepare_data.py books")
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])
@@ -275,7 +276,85 @@ def test_half_an_id_is_refused(nanogpt):
     assert re.match(f"{re.escape(str(nanogpt / 'train.bin'))} was cut or changed: its 9 bytes", refusal(nanogpt))
 
 
+# llm.c's shards
+
+
+def llm_c_shard(path: Path, ids: list[int], **header: int) -> None:
+    start = np.zeros(256, "<i4")
+    start[:3] = header.get("magic", 20240520), header.get("version", 1), header.get("tokens", len(ids))
+    path.write_bytes(start.tobytes() + np.array(ids, "<u2").tobytes())
+
+
+@pytest.fixture
+def llm_c(tmp_path):
+    folder = tmp_path / "fineweb10B-gpt2"
+    folder.mkdir()
+    llm_c_shard(folder / "fineweb_train_000001.bin", [50256, 15496, 11])
+    llm_c_shard(folder / "fineweb_train_000002.bin", [995, 0])
+    llm_c_shard(folder / "fineweb_val_000000.bin", [50256, 464, 886])
+    return folder
+
+
+def test_shards_of_llm_c_are_read_as_one_without_their_headers(llm_c):
+    data = open_data_set(llm_c)
+    assert ids(data.train) == [50256, 15496, 11, 995, 0] and ids(data.val) == [50256, 464, 886]
+    assert data.train.windows(np.array([1]), 4).tolist() == [[15496, 11, 995, 0]]
+    assert ids(open_data_set(llm_c, check=False).train) == ids(data.train)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"magic": 20240521}, "does not begin with the header of llm.c's GPT-2 shards"),
+        ({"version": 2}, "does not begin with the header"),
+        ({"tokens": 4}, "was cut or changed: its 6 bytes are not the 4 ids"),
+    ],
+)
+def test_a_shard_of_another_kind_or_length_is_refused(llm_c, header, message):
+    llm_c_shard(llm_c / "fineweb_train_000002.bin", [1, 2, 3], **header)
+    assert refusal(llm_c).startswith(f"{llm_c / 'fineweb_train_000002.bin'} {message}")
+
+
+def test_an_id_of_a_shard_outside_gpt2s_vocabulary_is_refused(llm_c):
+    llm_c_shard(llm_c / "fineweb_val_000000.bin", [1, 50257])
+    assert refusal(llm_c).endswith("has the id 50257, but the vocabulary ends at 50256")
+
+
+def test_shards_without_validation_are_refused(llm_c):
+    (llm_c / "fineweb_val_000000.bin").unlink()
+    assert refusal(llm_c).startswith(f"{llm_c} is not a prepared data set")
+
+
+def test_the_bytes_of_validation_text_are_counted_where_others_prepared_it(llm_c, nanogpt):
+    assert open_data_set(llm_c).val.n_bytes == open_data_set(nanogpt).val.n_bytes == len("The end")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("openwebtext", "python prepare_data.py openwebtext"),
+        ("fineweb10B-gpt2", "python prepare_data.py fineweb10B-gpt2"),
+        ("mine", "python prepare_data.py FILES --name=mine"),
+    ],
+)
+def test_a_data_set_that_is_missing_is_answered_with_the_command_that_works(tmp_path, name, command):
+    assert refusal(tmp_path / name).endswith(f"no such data set; to get it: {command}")
+
+
 # reading
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 7], [1, 0, 4, 5], [1] * 10])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_windows_are_what_reading_gives(sizes, dtype):
+    tokens = Tokens(np.split(np.arange(65530, 65540).astype(dtype), np.cumsum(sizes)[:-1]))
+    for length in (1, 2, 4, 10, 23):
+        starts = np.array([0, 9, 3, 12, 3, 25])
+        windows = tokens.windows(starts, length)
+        assert windows.dtype == np.int64 and windows.shape == (6, length)
+        for start, window in zip(starts, windows):
+            tokens.read(int(start), expected := np.empty(length, np.int64))
+            assert window.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("sizes", [[10], [3, 7], [1, 0, 4, 5], [0, 10, 0], [1] * 10])

@@ -1,0 +1,263 @@
+"""From items of text to token files: units of work are encoded by threads, and merged in their order.
+
+Under data/<name>.partial/ every unit leaves its tokens and, last, a small manifest. Whoever goes on later, or works
+beside, does the units that have none; when all are there they are merged. So a stop at any moment loses a few
+seconds of work, and how many processes or machines took part changes nothing in the result.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config.settings import RunFailed, note
+from data.bulk import BulkEncoder
+from data.readers import Document, Item, size_of, split_of
+from data.token_files import CHUNK, SPLITS, ShardWriter, id_dtype
+from data.tokenizer import Tokenizer
+
+UNIT_BYTES = 1 << 23  # of a source: what a thread encodes before it reports
+MAX_UNITS = 4096  # of a very large source the units are larger
+BATCH_BYTES = 1 << 22  # of text encoded at a time
+RECORD = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])  # what removing a document takes to know
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every unit has in common."""
+
+    partial: Path
+    val_fraction: float
+    by_content: bool  # whole documents go to a split; no: the tail of each goes to validation
+    column: str
+    bad_files: str
+    dedup: bool
+
+    def manifest(self, unit: int) -> Path:
+        return self.partial / f"{unit:06}.json"
+
+    def tokens(self, unit: int, split: str) -> Path:
+        return self.partial / f"{unit:06}.{split}.bin"
+
+    def records(self, unit: int, split: str) -> Path:
+        return self.partial / f"{unit:06}.{split}.documents"
+
+
+def make_units(items: Iterable[Item], unit_bytes: int) -> list[list[Item]]:
+    """Neighbouring items together until they have `unit_bytes`."""
+    units, size = [], unit_bytes
+    for item in items:
+        if size >= unit_bytes or not size_of(item):
+            units.append([])
+            size = 0
+        units[-1].append(item)
+        size += size_of(item) or unit_bytes
+    return units
+
+
+def encode_units(job: Job, units: list[list[Item]], mine: Iterable[int], threads: int) -> None:
+    """Encode those of `mine` that are not done yet."""
+    mine = list(mine)
+    todo = [unit for unit in mine if not job.manifest(unit).exists()]
+    sizes = {unit: sum(map(size_of, units[unit])) for unit in mine}
+    done = sum(sizes.values()) - sum(sizes[unit] for unit in todo)
+    if len(todo) < len(mine):
+        note(f"going on: {len(mine) - len(todo):,} of {len(mine):,} units of work are done already")
+    # of a data set that is streamed the size is not known: then the bar counts shards
+    known = all(sizes.values())
+    options = {"unit": "B", "unit_scale": True} if known else {"unit": "shard"}
+    with tqdm(
+        total=sum(sizes.values()) if known else len(mine),
+        initial=done if known else len(mine) - len(todo),
+        desc="encoding",
+        disable=True if os.environ.get("RANK", "0") != "0" else None,
+        **options,
+    ) as bar:
+        for unit in _in_threads(job, units, todo, threads):
+            bar.update(sizes[unit] if known else 1)
+
+
+def _in_threads(job: Job, units: list[list[Item]], todo: list[int], threads: int) -> Iterator[int]:
+    """Encode the units `todo` and give each one's number when it is done.
+
+    Reading Parquet, encoding, hashing and writing leave Python's lock to others: threads are enough.
+    """
+    of_thread, stop = threading.local(), threading.Event()
+
+    def start() -> None:
+        of_thread.encoder = Encoder(job, stop)
+
+    pool = concurrent.futures.ThreadPoolExecutor(min(threads, len(todo)) or 1, initializer=start)
+    try:
+        futures = [pool.submit(lambda unit=unit: of_thread.encoder.encode(unit, units[unit])) for unit in todo]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+    finally:
+        stop.set()  # after a failure or Ctrl-C the others leave what they are at
+        pool.shutdown(cancel_futures=True)
+
+
+class Encoder:
+    """Encodes units, in one thread, until `stop` is set."""
+
+    def __init__(self, job: Job, stop: threading.Event):
+        self.job, self.stop = job, stop
+        tokenizer = Tokenizer.load(job.partial)
+        self.bulk = BulkEncoder(tokenizer)
+        self.dtype, self.end_of_text = id_dtype(tokenizer.vocab_size), tokenizer.end_of_text
+
+    def encode(self, unit: int, items: list[Item]) -> int:
+        """Write the unit's files, the manifest last; return `unit`."""
+        job = self.job
+        with contextlib.ExitStack() as stack:
+            writers = {split: stack.enter_context(UnitWriter(self, unit, split)) for split in SPLITS}
+            for item in items:
+                for document in item.documents(job.column, job.bad_files):
+                    if self.stop.is_set():
+                        return unit
+                    for split, text, digest, ends in self.split(document):
+                        writers[split].add(text, digest, ends)
+            figures = {split: writer.close() for split, writer in writers.items()}
+        new = job.manifest(unit).with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(figures))
+        new.replace(job.manifest(unit))
+        return unit
+
+    def split(self, document: Document) -> Iterator[tuple[str, bytes, bytes, bool]]:
+        """The document's share in each split: (split, text, digest, whether it ends there)."""
+        if document.split:
+            yield document.split, document.text, os.urandom(8), document.ends
+            return
+        digest = hashlib.sha256(document.text).digest()
+        if self.job.by_content:
+            yield split_of(digest, self.job.val_fraction), document.text, digest, True
+            return
+        text = document.text.decode()
+        border = int(len(text) * (1 - self.job.val_fraction))
+        for split, part in (("train", text[:border]), ("val", text[border:])):
+            if part:
+                yield split, part.encode(), digest, True
+
+
+class UnitWriter:
+    """One split of one unit: documents in, a file of ids out, end of text after each document that ends."""
+
+    def __init__(self, encoder: Encoder, unit: int, split: str):
+        self.encoder = encoder
+        self.path, self.records = encoder.job.tokens(unit, split), encoder.job.records(unit, split)
+        self.new = self.path.with_suffix(f".{os.getpid()}")
+        self.file = open(self.new, "wb")  # noqa: SIM115 (closed on leaving)
+        self.digest = hashlib.sha256()
+        self.texts, self.ends, self.digests, self.waiting = [], [], [], 0
+        self.figures = {"tokens": 0, "bytes": 0, "documents": 0}
+        self.recorded = []
+
+    def __enter__(self) -> "UnitWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+        self.new.unlink(missing_ok=True)  # still there after a failure only
+
+    def add(self, text: bytes, digest: bytes, ends: bool) -> None:
+        self.texts.append(text)
+        self.ends.append(ends)
+        self.digests.append(digest)
+        self.waiting += len(text)
+        if self.waiting >= BATCH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.texts:
+            return
+        ids, lengths = self.encoder.bulk.encode(self.texts)
+        ends = np.array(self.ends)
+        ids = np.insert(ids.astype(self.encoder.dtype), np.cumsum(lengths)[ends], self.encoder.end_of_text)
+        self.file.write(ids)
+        self.digest.update(ids)
+        self.figures["tokens"] += len(ids)
+        self.figures["bytes"] += self.waiting
+        self.figures["documents"] += int(ends.sum())
+        if self.encoder.job.dedup:
+            records = np.empty(len(lengths), RECORD)
+            records["digest"] = np.frombuffer(b"".join(digest[:8] for digest in self.digests), "<u8")
+            records["tokens"], records["bytes"] = lengths + ends, [len(text) for text in self.texts]
+            self.recorded.append(records)
+        self.texts, self.ends, self.digests, self.waiting = [], [], [], 0
+
+    def close(self) -> dict:
+        self.flush()
+        self.file.close()
+        if self.encoder.job.dedup:
+            records = np.concatenate(self.recorded) if self.recorded else np.empty(0, RECORD)
+            records.tofile(self.records)
+        self.new.replace(self.path)
+        return self.figures | {"sha256": self.digest.hexdigest()}
+
+
+def merge(job: Job, n_units: int, directory: Path, dtype: np.dtype, shard_tokens: int) -> dict[str, dict]:
+    """Put the units' tokens together in `directory`; return what meta.json says of each split."""
+    manifests = [json.loads(job.manifest(unit).read_text()) for unit in range(n_units)]
+    splits = {}
+    for split in SPLITS:
+        figures = {key: sum(m[split][key] for m in manifests) for key in ("tokens", "bytes", "documents")}
+        removed = _duplicates(job, n_units, split, figures) if job.dedup else {}
+        if figures["tokens"]:
+            figures["tokens"] -= 1  # end of text stands between documents, not after the last one
+        writer = ShardWriter(directory, split, figures["tokens"], dtype, shard_tokens)
+        for unit in tqdm(range(n_units), desc=f"writing {split}", unit="unit", disable=None, leave=False):
+            digest = manifests[unit][split]["sha256"]
+            for ids in _pieces(job.tokens(unit, split), dtype, digest, removed.get(unit)):
+                writer.write(ids)
+        splits[split] = figures | {"files": writer.close()}
+    return splits
+
+
+def _pieces(path: Path, dtype: np.dtype, digest: str, removed: tuple | None) -> Iterator[np.ndarray]:
+    """The ids of a unit's file without the ranges `removed`, checked."""
+    found = hashlib.sha256()
+    for first in range(0, path.stat().st_size // dtype.itemsize, CHUNK):
+        ids = np.fromfile(path, dtype, CHUNK, offset=first * dtype.itemsize)
+        found.update(ids)
+        if removed is not None:
+            borders = np.zeros(len(ids) + 1, np.int64)
+            np.add.at(borders, np.clip(removed[0] - first, 0, len(ids)), 1)
+            np.add.at(borders, np.clip(removed[1] - first, 0, len(ids)), -1)
+            ids = ids[np.cumsum(borders)[:-1] == 0]
+        yield ids
+    if found.hexdigest() != digest:
+        manifest = path.with_name(path.name.split(".")[0] + ".json")
+        manifest.unlink()
+        raise RunFailed(f"{path} is not as it was written; run again: this part is made anew")
+
+
+def _duplicates(job: Job, n_units: int, split: str, figures: dict) -> dict[int, tuple]:
+    """Where in each unit ids of documents begin and end that came before; `figures` is made right.
+
+    Takes some 50 bytes of memory a document. Digests of 64 bits: of ten million different documents one is taken for
+    a copy with a chance of one in 400,000.
+    """
+    records = [np.fromfile(job.records(unit, split), RECORD) for unit in range(n_units)]
+    _, first = np.unique(np.concatenate([r["digest"] for r in records]), return_index=True)
+    copies = np.ones(sum(map(len, records)), bool)
+    copies[first] = False
+    removed = {}
+    for unit, (unit_records, copy) in enumerate(
+        zip(records, np.split(copies, np.cumsum([len(r) for r in records])[:-1]))
+    ):
+        if copy.any():
+            stops = np.cumsum(unit_records["tokens"])[copy].astype(np.int64)
+            tokens = unit_records["tokens"][copy].astype(np.int64)
+            removed[unit] = stops - tokens, stops
+            figures["tokens"] -= int(tokens.sum())
+            figures["bytes"] -= int(unit_records["bytes"][copy].sum())
+            figures["documents"] -= int(copy.sum())
+    return removed

@@ -1,0 +1,279 @@
+"""Documents from files and Hugging Face data sets, in items of bounded size that can be read apart from one another.
+
+A document is UTF-8 text. A text file is one document; a JSON Lines or Parquet file has one a line or row. The items
+depend on the source alone, so that any number of processes can share them.
+"""
+
+import codecs
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+from config.settings import RunFailed, UserError, closest, note, one_line
+
+LARGE = 1 << 24  # bytes: a text file above it is read, split and encoded in parts
+PIECE = 1 << 22  # bytes of a large file that are held at a time
+WINDOW = 1 << 20  # bytes in which a safe border is looked for
+# Across these GPT-2's pattern never has a token, nor has any tokenizer here: before a space between two characters that
+# are none, and after a line's end between such. Python's white space includes that of the tokenizers; the surrogates
+# stand for bytes of a character that the window cuts.
+_INK = r"[^\s\udc80-\udcff]"
+SAFE_BORDER = re.compile(f"(?<={_INK})(?= {_INK})|(?<={_INK}\n)(?={_INK})")
+JSON_LINES = (".jsonl", ".ndjson")
+COMPRESSED = (".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl.zst", ".ndjson.zst", ".json.zst")
+WHOLE = 1 << 62  # the end of a file that cannot be entered in the middle
+
+
+class Document(NamedTuple):
+    text: bytes
+    split: str | None = None  # where that is settled already
+    ends: bool = True  # no: the next document goes on with it, and no end of text comes between
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A text file of at most LARGE bytes: one document."""
+
+    path: str
+    size: int
+    modified: int
+
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+        with open_file(self.path) as file:
+            data = file.read()
+        if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.path, bad_files, binary=True):
+            yield Document(text)
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A part of a large text file: its bytes from the safe border at or after `start` to that at or after `stop`."""
+
+    path: str
+    size: int
+    modified: int
+    start: int
+    stop: int
+    split: str
+    last: bool  # of the file's parts in this split
+
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+        if bad_files == "skip":
+            bad_files = "stop"  # what was read of the file has been written: it cannot be left out any more
+        with open_file(self.path) as file:
+            position, stop = safe_border(file, self.start, self.size), safe_border(file, self.stop, self.size)
+            while position < stop:
+                border = min(stop, safe_border(file, position + PIECE, self.size))
+                file.seek(position)
+                data = file.read(border - position)
+                if position == 0:
+                    data = data.removeprefix(codecs.BOM_UTF8)
+                text = checked_text(data, self.path, bad_files, binary=True, position=position)
+                yield Document(text, self.split, ends=False)
+                position = border
+        if self.last:
+            yield Document(b"", self.split)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of a JSON Lines file that begin in [start, stop)."""
+
+    path: str
+    size: int
+    modified: int
+    start: int
+    stop: int
+
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+        with open_file(self.path) as raw, _decompressed(raw, self.path) as file:
+            position = self.start
+            if position:
+                file.seek(position - 1)
+                position += len(file.readline()) - 1
+            try:
+                while position < self.stop and (line := file.readline()):
+                    if line.strip():
+                        yield from self._document(line, position, column, bad_files)
+                    position += len(line)
+            except (EOFError, OSError) as error:  # gzip's, zstd's
+                raise UserError(f"{self.path} cannot be decompressed: {one_line(error)}") from error
+
+    def _document(self, line: bytes, position: int, column: str, bad_files: str) -> Iterator[Document]:
+        where = f"{self.path}, the line at byte {position:,}"
+        if (valid := checked_text(line, where, bad_files)) is None:
+            return
+        try:
+            row = json.loads(valid)
+            text = row[column]
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}, is not JSON: {one_line(error)}") from error
+        except (KeyError, TypeError) as error:
+            columns = row if isinstance(row, dict) else {}
+            raise UserError(f"{where}, has no {column!r}{closest(column, columns)}; name the --column") from error
+        if text is None:
+            return
+        if not isinstance(text, str):
+            raise UserError(f"{where}: {column!r} is no text; name the --column")
+        if valid := checked_text(text.encode("utf-8", "surrogatepass"), where, bad_files):
+            yield Document(valid)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row groups [start, stop) of a Parquet file."""
+
+    path: str
+    size: int
+    modified: int
+    start: int
+    stop: int
+
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+        import pyarrow
+
+        with open_parquet(self.path) as file:
+            _check_column(self.path, file.schema_arrow, column)
+            groups = list(range(self.start, self.stop))
+            try:
+                for batch in file.iter_batches(256, groups, columns=[column], use_threads=False):
+                    yield from _arrow_texts(batch.column(0), f"{self.path}, rows of group {self.start}", bad_files)
+            except (OSError, pyarrow.ArrowException) as error:
+                raise UserError(f"{self.path} is damaged: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Shard `index` of a Hugging Face data set, streamed or already on disk; `name` says which data set it is."""
+
+    name: str
+    index: int
+    shards: int
+    dataset: Any = None  # not part of its name
+
+    def __repr__(self) -> str:
+        return f"Shard({self.name!r}, {self.index}, {self.shards})"
+
+    @property
+    def size(self) -> int:
+        return 0  # not known before it is read
+
+    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+        shard = self.dataset.shard(num_shards=self.shards, index=self.index)
+        where = f"{self.name}, shard {self.index}"
+        try:
+            for table in shard.with_format("arrow").iter(batch_size=256):
+                _check_column(self.name, table.schema, column)
+                yield from _arrow_texts(table.column(column), where, bad_files)
+        except UserError:
+            raise
+        except Exception as error:  # of any library below: network, server, file format
+            raise RunFailed(f"{where} cannot be read: {one_line(error)}; run again to go on") from error
+
+
+Item = TextFile | TextPart | Lines | Rows | Shard
+
+
+def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, position: int = 0) -> bytes | None:
+    """`data` if it is UTF-8 (with `binary`: without NUL), else by `bad_files`: replaced, None and a note, UserError."""
+    bad = data.find(b"\0") if binary else -1
+    try:
+        if not data.isascii():
+            data.decode()
+    except UnicodeDecodeError as error:
+        bad = error.start if bad == -1 else min(bad, error.start)
+    if bad == -1:
+        return data
+    if bad_files == "replace":
+        return data.decode(errors="replace").encode()
+    problem = f"{where} is not UTF-8 text (byte 0x{data[bad]:02x} at {position + bad:,})"
+    if bad_files == "stop":
+        raise UserError(f"{problem}; leave it out: --bad_files=skip, or write U+FFFD for it: --bad_files=replace")
+    note(f"skipped: {problem}")
+    return None
+
+
+def safe_border(file: IO[bytes], position: int, size: int) -> int:
+    """The first byte at or after `position` where a text may be cut without changing its tokens.
+
+    In WINDOW bytes there may be none, as in a text without spaces: then the next character's first byte.
+    """
+    if position <= 0 or position >= size:
+        return max(0, min(position, size))
+    before = min(position, 4)
+    file.seek(position - before)
+    data = file.read(WINDOW)
+    window = data.decode("utf-8", "surrogateescape")
+    for border in SAFE_BORDER.finditer(window):
+        offset = len(window[: border.start()].encode("utf-8", "surrogateescape"))
+        if offset >= before:
+            return position - before + offset
+    if len(data) < WINDOW:
+        return size  # the rest has none
+    while before < len(data) and data[before] & 0xC0 == 0x80:
+        before, position = before + 1, position + 1
+    return position
+
+
+def split_of(digest: bytes, val_fraction: float) -> str:
+    """The split of a document, by the SHA-256 of its text: order and growth of the source change nothing."""
+    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+
+
+def open_parquet(path: str):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install datasets") from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} is no Parquet file, or a damaged one: {one_line(error)}") from error
+
+
+def _check_column(where: str, schema, column: str) -> None:
+    import pyarrow.types as types
+
+    if column not in schema.names:
+        names = ", ".join(schema.names)
+        raise UserError(f"{where} has no column {column!r}{closest(column, schema.names)}; name the --column: {names}")
+    kind = schema.field(column).type
+    if not any(is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_binary)):
+        raise UserError(f"{where}: column {column!r} is {kind}, no text; name the --column")
+
+
+def _arrow_texts(column, where: str, bad_files: str) -> Iterator[Document]:
+    for data in column.cast("large_binary").to_pylist():
+        if data and (text := checked_text(data, where, bad_files)):
+            yield Document(text)
+
+
+def open_file(path: str) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
+    if path.endswith(".gz"):
+        return gzip.open(file)
+    if path.endswith(".zst"):
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise UserError(f"{path}: reading zstd needs pyarrow: pip install datasets") from error
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), PIECE)
+    return file
+
+
+def size_of(item: Item) -> int:
+    """Bytes that reading the item takes, as far as that is known."""
+    if isinstance(item, TextPart) or (isinstance(item, Lines) and item.stop < WHOLE):
+        return item.stop - item.start
+    return item.size

@@ -1,0 +1,86 @@
+"""A look at a prepared data set: its figures, its documents, its checksums, and a picture."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from config.settings import UserError, note
+from data.token_files import SPLITS, DataSet, Tokens, open_data_set
+from data.tokenizer import Tokenizer
+
+SAMPLES = 3
+SAMPLE_TOKENS = 60
+
+
+def inspect_data_set(directory: Path) -> None:
+    """Verify every file, tell what is in them, and draw inspect.png beside them."""
+    data = open_data_set(directory, again=True)
+    meta = directory / "meta.json"
+    source = json.loads(meta.read_bytes())["source"] if meta.exists() else None
+    note(
+        f"{directory}: " + (f"from {source}; checksums and ids are right" if source else "no checksums; ids are right")
+    )
+    lengths, counts = {}, {}
+    for split in SPLITS:
+        lengths[split], counts[split] = _measure(getattr(data, split), data.tokenizer)
+        _tell(split, getattr(data, split), data.tokenizer, lengths[split], counts[split])
+    note(f"drawn: {_draw(directory, data, lengths, counts)}")
+
+
+def _measure(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each document, without end of text, and how often each id occurs."""
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    ends, position = [], 0
+    for ids in tokens.all():
+        counts += np.bincount(ids, minlength=len(counts))
+        ends.append(np.flatnonzero(ids == tokenizer.end_of_text) + position)
+        position += len(ids)
+    borders = np.concatenate([[-1], *ends, [position]])
+    return np.diff(borders) - 1, counts
+
+
+def _tell(split: str, tokens: Tokens, tokenizer: Tokenizer, lengths: np.ndarray, counts: np.ndarray) -> None:
+    n_bytes = int(counts @ tokenizer.byte_lengths())
+    documents = lengths[lengths > 0]  # where end of text opens every document, an empty one comes before the first
+    note(
+        f"\n{split}: {len(documents):,} documents, {len(tokens):,} tokens, {n_bytes:,} bytes: "
+        f"{n_bytes / max(len(tokens), 1):.2f} bytes a token"
+    )
+    used = np.count_nonzero(counts)
+    note(f"  {used:,} of {len(counts):,} ids of the vocabulary occur ({used / len(counts):.1%})")
+    if not len(documents):
+        return
+    starts = np.cumsum(lengths + 1) - lengths - 1
+    note(f"  tokens a document: mean {documents.mean():,.0f}, median {np.median(documents):,.0f}")
+    shown = np.flatnonzero(lengths > 0)
+    shown = shown[np.linspace(0, len(shown) - 1, min(SAMPLES, len(shown))).astype(int)]
+    extremes = {"shortest": np.where(lengths > 0, lengths, lengths.max() + 1).argmin(), "longest": lengths.argmax()}
+    for name, i in [*extremes.items(), *((f"document {i + 1:,}", i) for i in shown)]:
+        ids = np.empty(min(int(lengths[i]), SAMPLE_TOKENS), np.int64)
+        tokens.read(int(starts[i]), ids)
+        text = repr(tokenizer.decode(ids.tolist()))
+        note(f"  {name}, {lengths[i]:,} tokens: {text}{' …' if len(ids) < lengths[i] else ' (ends here)'}")
+
+
+def _draw(directory: Path, data: DataSet, lengths: dict, counts: dict) -> Path:
+    from matplotlib.figure import Figure  # slow to import, and needed here alone
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_length, by_rank = figure.subplots(1, 2)
+    longest = max(2, *(int(length.max()) for length in lengths.values()))
+    bins = np.unique(np.geomspace(1, longest + 1, 60).astype(int))
+    for split in SPLITS:
+        by_length.hist(lengths[split][lengths[split] > 0], bins=bins, histtype="step", label=split)
+        frequencies = np.sort(counts[split])[::-1]
+        by_rank.plot(np.arange(1, len(frequencies) + 1), frequencies / max(frequencies.sum(), 1), label=split)
+    by_length.set(xscale="log", yscale="log", xlabel="tokens of a document", ylabel="documents")
+    by_rank.set(xscale="log", yscale="log", xlabel="rank of an id", ylabel="share of the tokens")
+    for axes in (by_length, by_rank):
+        axes.legend()
+    path = directory / "inspect.png"
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as error:  # another user's data set, say
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    return path

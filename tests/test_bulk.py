@@ -1,0 +1,100 @@
+"""Encoding in bulk: the ids are tiktoken's, whatever the text; where gigatoken is not installed too."""
+
+import random
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import ANY_TEXT, TEXTS
+
+from data.bulk import BulkEncoder
+from data.tokenizer import KINDS, gpt2, make_tokenizer
+
+WORDS = [*"a 1!é字²ǅ👍\n\t\u00a0", "tree", "  ", "23", "'s", "'S", "<|endoftext|>"]
+
+
+def encoded(encoder: BulkEncoder, texts: list[str]) -> list[list[int]]:
+    ids, lengths = encoder.encode([text.encode() for text in texts])
+    assert len(lengths) == len(texts) and lengths.sum() == len(ids)
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+
+@pytest.fixture(scope="module")
+def fast() -> BulkEncoder:
+    encoder = BulkEncoder(gpt2())
+    assert encoder._gigatoken is not None, "gigatoken is in requirements.txt"
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """tiktoken's encode_ordinary_batch."""
+    return gpt2().encode_documents
+
+
+def test_texts_of_every_kind_have_tiktokens_ids(fast, oracle):
+    texts = list(TEXTS.values())
+    assert encoded(fast, texts) == oracle(texts)
+
+
+def test_every_character_of_unicode_in_its_neighbourhood_has_tiktokens_ids(fast, oracle):
+    """Every character beside letters, digits, spaces and itself; of the long rows a sample.
+
+    Of those that this Python takes for unassigned some are letters that gigatoken or tiktoken does not know.
+    """
+    rng = random.Random(0)
+    shares = {"Cs": 0, "Co": 0.002, "Lo": 0.1}  # no character alone; private use; syllables and ideographs
+    unassigned = [1, 0.02, 0.02, 0.02, *[0.0005] * 13]  # by plane
+    chars = []
+    for c in map(chr, range(0x110000)):
+        kind = unicodedata.category(c)
+        if rng.random() < (unassigned[ord(c) >> 16] if kind == "Cn" else shares.get(kind, 1)):
+            chars.append(c)
+    texts = [f"a{c}b {c}{c} 1{c}2{c} .{c}'{c}\n{c}'s {c}!'ll" for c in chars]
+    assert len(texts) > 20_000
+    for text, ours, theirs in zip(texts, encoded(fast, texts), oracle(texts), strict=True):
+        assert ours == theirs, ascii(text)
+
+
+@pytest.mark.parametrize("unit", ["a", "ab ", " ", "\n", " \n", "é", "字", "👍", "1", "'s", "<|endoftext|>", "\u0301"])
+def test_repetitions_without_end_have_tiktokens_ids(fast, oracle, unit):
+    texts = [unit * n for n in (1, 2, 3, 100, 20_000)]
+    assert encoded(fast, texts) == oracle(texts)
+
+
+def test_what_is_near_a_young_letter_and_what_is_far_from_it_has_tiktokens_ids(fast, oracle):
+    rng = random.Random(0)
+    texts = ["".join(rng.choices([*WORDS, "\U0001e900's", "\u0c5c's", " tree", "\nx"], k=30_000)) for _ in range(3)]
+    texts += ["a " * 20_000 + "\U0001e900's" + " b" * 20_000, "\U0001e900" * 10_000]
+    assert encoded(fast, texts) == oracle(texts)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.one_of(ANY_TEXT, st.lists(st.sampled_from(WORDS), max_size=30).map("".join)), max_size=5))
+def test_any_documents_have_tiktokens_ids(fast, oracle, texts):
+    if texts:
+        assert encoded(fast, texts) == oracle(texts)
+
+
+def test_ids_do_not_change_when_the_memory_of_words_is_given_up(fast, oracle, monkeypatch):
+    monkeypatch.setattr("data.bulk.MEMORY", 0)
+    monkeypatch.setattr("data.bulk.REMEMBERED", 0)
+    before = fast._gigatoken
+    assert encoded(fast, ["some words"]) == oracle(["some words"])
+    assert encoded(fast, ["some more words"]) == oracle(["some more words"])
+    assert fast._gigatoken is not before
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tokenizer_encodes_in_bulk_as_one_by_one(monkeypatch, kind, installed):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "gigatoken", None)
+    texts = [text for text in TEXTS.values() if text]
+    tokenizer = make_tokenizer(kind, texts, vocab_size=400)
+    encoder = BulkEncoder(tokenizer)
+    assert (encoder._gigatoken is not None) == (installed and kind in ("gpt2", "bpe"))
+    assert encoded(encoder, texts) == [tokenizer.encode(text) for text in texts]

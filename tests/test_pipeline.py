@@ -1,0 +1,365 @@
+"""Preparing in units: killed anywhere, shared out in any way, the result is that of one undisturbed process."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, Ended, child_environment, run_main
+
+import data.pipeline
+import prepare_data
+from data.token_files import open_data_set
+
+DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260)]
+
+
+@pytest.fixture
+def units(monkeypatch):
+    """Small units of work, so that a little text has a dozen of them."""
+    monkeypatch.setattr(prepare_data, "UNIT_BYTES", 1500)
+    monkeypatch.setattr(data.pipeline, "BATCH_BYTES", 400)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    return write(tmp_path / "text.jsonl", DOCUMENTS)
+
+
+def write(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def prepare(source, folder: Path, *flags: str, status: int = 0, stdin: str = "") -> Ended:
+    made = [f"--data_dir={folder}", "--name=set", "--tokenizer=byte", "--threads=1", *flags]
+    ended = run_main("prepare_data", source, *made, stdin=stdin)
+    assert ended.status == status, ended.err
+    return ended
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def documents(folder: Path, split: str) -> list[str]:
+    ids = np.concatenate(list(getattr(open_data_set(folder / "set"), split).all()))
+    return [bytes(part[part < 256].astype(np.uint8)).decode() for part in np.split(ids, np.flatnonzero(ids == 256))]
+
+
+def forked(work) -> int:
+    """Run `work` in a process of its own; its id."""
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def at_each_change(folder: Path, act) -> None:
+    """From now on call `act(n)` before this process opens a file below `folder` for writing, renames or removes one."""
+    count = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if event == "open" and isinstance(arguments[2], int):
+            changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and str(arguments[0]).startswith(str(folder)):
+            count += 1
+            act(count)
+
+    sys.addaudithook(hook)
+
+
+# interrupted
+
+
+def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_same_bytes(tmp_path, text, units):
+    prepare(text, tmp_path / "whole", "--dedup=True")
+    expected, n, went_on = contents(tmp_path / "whole"), 0, 0
+    assert set(expected) >= {"set/train.bin", "set/val.bin", "set/meta.json"}
+
+    def killed_at(n: int, folder: Path) -> bool:
+        def kill(count: int) -> None:
+            if count == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def work() -> None:
+            at_each_change(folder, kill)
+            prepare(text, folder, "--dedup=True")
+
+        return os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1]) == -signal.SIGKILL
+
+    while killed_at(n := n + 5, folder := tmp_path / str(n)):  # the hook counts from 1: 5, 10, 15 ...
+        if (folder / "set").exists():
+            assert contents(folder / "set") == contents(tmp_path / "whole" / "set")
+        ended = prepare(text, folder, "--dedup=True")
+        went_on += "units of work are done already" in ended.err
+        assert contents(folder) == expected, f"killed before change {n}"
+    assert n > 60 and went_on > 8
+
+
+def test_an_earlier_data_set_stays_whole_until_the_new_one_is(tmp_path, text, units):
+    prepare(write(tmp_path / "old.jsonl", ["old text " * 50] * 3), tmp_path)
+    old = contents(tmp_path / "set")
+
+    def kill(count: int) -> None:
+        if count == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        at_each_change(tmp_path, kill)
+        prepare(text, tmp_path)
+
+    os.waitpid(forked(work), 0)
+    assert contents(tmp_path / "set") == old and (tmp_path / "set.partial").exists()
+    prepare(text, tmp_path)
+    assert len(documents(tmp_path, "train")) > 200 and not (tmp_path / "set.partial").exists()
+
+
+def test_other_settings_or_another_text_begin_anew(tmp_path, text, units):
+    (tmp_path / "set.partial").mkdir()
+    part = ["--part=1/2"]
+    prepare(text, tmp_path, *part)
+    assert "going on" in prepare(text, tmp_path, *part).err
+    assert "going on" not in prepare(text, tmp_path, *part, "--tokenizer=gpt2").err
+    write(text, DOCUMENTS[::-1])
+    assert "going on" not in prepare(text, tmp_path, *part, "--tokenizer=gpt2").err
+    prepare(text, tmp_path, "--part=2/2", "--tokenizer=gpt2")
+    assert len(open_data_set(tmp_path / "set").train) > 1000
+
+
+def test_a_folder_of_the_user_in_the_place_of_unfinished_work_is_left_alone(tmp_path, text):
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial" / "poem.txt").write_text("mine")
+    before = contents(tmp_path)
+    assert "is no unfinished preparation; choose another --name" in prepare(text, tmp_path, status=2).err
+    assert contents(tmp_path) == before
+
+
+def test_a_unit_that_was_damaged_is_found_and_made_anew(tmp_path, text, units):
+    prepare(text, tmp_path / "whole")
+    prepare(text, tmp_path, "--part=1/2")
+    unit = next(path for path in (tmp_path / "set.partial").glob("*.train.bin"))
+    unit.write_bytes(unit.read_bytes()[::-1])
+    assert "is not as it was written; run again" in prepare(text, tmp_path, "--part=2/2", status=1).err
+    prepare(text, tmp_path)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole" / "set")
+
+
+def test_two_at_once_on_one_data_set_are_refused(tmp_path, text, units):
+    read, write_end = os.pipe()
+
+    def stay(count: int) -> None:
+        if count == 20:
+            os.write(write_end, b"here")
+            time.sleep(60)
+
+    def work() -> None:
+        at_each_change(tmp_path, stay)
+        prepare(text, tmp_path)
+
+    pid = forked(work)
+    assert os.read(read, 4) == b"here"
+    before = contents(tmp_path)
+    assert "set is being prepared by another process" in prepare(text, tmp_path, status=2).err
+    ended = prepare(text, tmp_path, "--part=2/2", "--tokenizer=gpt2", status=2)
+    assert "is in use for other sources or settings" in ended.err
+    assert {k: v for k, v in contents(tmp_path).items() if ".lock" not in k} == {
+        k: v for k, v in before.items() if ".lock" not in k
+    }
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    prepare(text, tmp_path)
+    assert len(documents(tmp_path, "train")) > 200
+
+
+# shared out
+
+
+@pytest.mark.parametrize("order", [[1], [2, 1], [3, 1, 2], [20, *range(1, 20)]])
+def test_any_number_of_parts_in_any_order_make_what_one_makes(tmp_path, text, units, order):
+    prepare(text, tmp_path / "one")
+    for part in order[:-1]:
+        ended = prepare(text, tmp_path / "parts", f"--part={part}/{len(order)}")
+        if len(order) < 20:  # of 20 some have nothing to do
+            assert "left to the others" in ended.err and not (tmp_path / "parts" / "set").exists()
+    last = prepare(text, tmp_path / "parts", f"--part={order[-1]}/{len(order)}")
+    assert ("next: python train.py" in last.err) == (len(order) < 20)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "one")
+
+
+def test_a_part_that_is_done_again_after_the_last_changes_nothing(tmp_path, text, units):
+    for part in ("1/2", "2/2"):
+        prepare(text, tmp_path, f"--part={part}")
+    before = contents(tmp_path)
+    assert "is prepared already" in prepare(text, tmp_path, "--part=1/2").err
+    assert contents(tmp_path) == before
+
+
+def test_threads_make_what_one_makes(tmp_path, text, units):
+    prepare(text, tmp_path / "one", "--dedup=True")
+    prepare(text, tmp_path / "three", "--dedup=True", "--threads=3")
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+def test_a_mistake_in_a_thread_is_one_line_and_leaves_nothing(tmp_path, units):
+    source = write(tmp_path / "text.jsonl", DOCUMENTS)
+    with open(source, "a") as file:
+        file.write('{"words": 1}\n')
+    ended = prepare(source, tmp_path / "made", "--threads=2", status=2)
+    assert "has no 'text'" in ended.err and contents(tmp_path / "made") == {}
+
+
+def test_torchrun_shares_the_work_out(tmp_path):
+    source = write(tmp_path / "text.jsonl", DOCUMENTS)
+    prepare(source, tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "prepare_data.py"]
+    flags = [source, f"--data_dir={tmp_path}/two", "--name=set", "--tokenizer=byte"]
+    environment = child_environment()
+    ended = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and "next: python train.py --dataset=set" in ended.stderr, ended.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("environment", "flag", "expected"),
+    [
+        ({}, None, (1, 1)),
+        ({}, "3/16", (3, 16)),
+        ({"RANK": "2", "WORLD_SIZE": "8"}, None, (3, 8)),
+        ({"RANK": "2", "WORLD_SIZE": "8"}, "1/1", (1, 1)),
+        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "4"}, None, (4, 4)),
+        (
+            {"SLURM_ARRAY_TASK_ID": "21", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
+            | {"SLURM_ARRAY_TASK_STEP": "10"},
+            None,
+            (3, 4),
+        ),
+    ],
+)
+def test_which_share_a_process_does(monkeypatch, environment, flag, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert prepare_data.share(flag) == expected
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b", "1/2/3", "-1/2"])
+def test_a_part_that_is_none_is_refused(tmp_path, text, part):
+    assert "write --part=3/16" in prepare(text, tmp_path, f"--part={part}", status=2).err
+
+
+# what is made
+
+
+def test_a_split_beyond_the_size_of_a_file_has_several_and_is_read_as_one(tmp_path, text, units):
+    prepare(text, tmp_path / "one")
+    prepare(text, tmp_path / "many", "--shard_tokens=1000")
+    one, many = (open_data_set(tmp_path / name / "set") for name in ("one", "many"))
+    ids = np.concatenate(list(one.train.all()))
+    assert np.array_equal(np.concatenate(list(many.train.all())), ids)
+    names = sorted(path.name for path in (tmp_path / "many" / "set").glob("train*.bin"))
+    assert names == [f"train_{i:06}.bin" for i in range(-(-len(ids) // 1000))] and len(names) > 5
+    sizes = [(tmp_path / "many" / "set" / name).stat().st_size for name in names]
+    assert set(sizes[:-1]) == {2000} and 0 < sizes[-1] <= 2000
+
+
+@pytest.mark.parametrize("n", [30, 260])  # few: the tail of each is validation; many: whole ones are
+def test_copies_are_left_out_wherever_they_are(tmp_path, units, n):
+    rng = random.Random(0)
+    copied = DOCUMENTS[:n] + rng.choices(DOCUMENTS[:n], k=150)
+    source = write(tmp_path / "text.jsonl", copied)
+    prepare(source, tmp_path / "all")
+    prepare(source, tmp_path / "once", "--dedup=True")
+    prepare(write(tmp_path / "unique.jsonl", DOCUMENTS[:n]), tmp_path / "expected")
+    for split in ("train", "val"):
+        assert documents(tmp_path / "once", split) == documents(tmp_path / "expected", split)
+        meta = [json.loads((tmp_path / name / "set" / "meta.json").read_text()) for name in ("once", "expected", "all")]
+        assert meta[0]["splits"][split] == meta[1]["splits"][split] != meta[2]["splits"][split]
+    if n == 260:  # with copies too, none is in both splits
+        assert not set(documents(tmp_path / "all", "train")) & set(documents(tmp_path / "all", "val"))
+
+
+def test_the_split_is_the_same_in_another_form_order_and_size_of_the_source(tmp_path, units):
+    def val(name: str, texts: list[str]) -> set[str]:
+        prepare(write(tmp_path / f"{name}.jsonl", texts), tmp_path / name)
+        return set(documents(tmp_path / name, "val"))
+
+    first = val("first", DOCUMENTS)
+    assert first == val("backward", DOCUMENTS[::-1])
+    grown = val("grown", [f"before {i}" for i in range(50)] + DOCUMENTS)
+    assert grown & set(DOCUMENTS) == first
+    chosen = {t for t in DOCUMENTS if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") < 0.05 * 2**64}
+    assert first == chosen
+
+
+# standard input
+
+
+def test_standard_input_is_a_document_or_with_a_column_json_lines(tmp_path):
+    prepare("-", tmp_path / "text", stdin="all of it is one document " * 10)
+    meta = json.loads((tmp_path / "text" / "set" / "meta.json").read_text())
+    assert meta["source"] == "standard input" and meta["splits"]["train"]["documents"] == 1
+    lines = "\n".join(json.dumps({"story": text}) for text in DOCUMENTS)
+    prepare("-", tmp_path / "lines", "--column=story", stdin=lines)
+    assert len(documents(tmp_path / "lines", "train") + documents(tmp_path / "lines", "val")) == len(DOCUMENTS)
+    assert list((tmp_path / "lines").iterdir()) == [tmp_path / "lines" / "set"]
+
+
+def test_standard_input_cannot_be_shared_out_and_must_not_be_empty(tmp_path):
+    assert "save it to a file" in prepare("-", tmp_path, "--part=1/2", status=2, stdin="text").err
+    assert "there is no text in it" in prepare("-", tmp_path, status=2).err
+    assert contents(tmp_path) == {}
+
+
+# a look at it
+
+
+def test_inspect_tells_figures_samples_and_borders_and_draws(tmp_path, text, units):
+    prepare(text, tmp_path, "--tokenizer=gpt2")
+    before = contents(tmp_path)
+    told = run_main("prepare_data", "--inspect=set", f"--data_dir={tmp_path}")
+    assert told.status == 0
+    meta = json.loads((tmp_path / "set" / "meta.json").read_text())
+    for split in ("train", "val"):
+        figures = meta["splits"][split]
+        assert (
+            f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes: "
+            f"{figures['bytes'] / figures['tokens']:.2f} bytes a token"
+        ) in told.err
+    assert "of 50,257 ids of the vocabulary occur" in told.err and "checksums and ids are right" in told.err
+    assert "document 1, 4 tokens: 'Document 0: ' (ends here)" in told.err
+    assert "shortest, 4 tokens: 'Document " in told.err and "longest, " in told.err
+    picture = tmp_path / "set" / "inspect.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    picture.mkdir()
+    refused = run_main("prepare_data", "--inspect=set", f"--data_dir={tmp_path}")
+    assert refused.status == 2 and refused.err.endswith(f"{picture} cannot be written: Is a directory\n")
+    after = {k: v for k, v in contents(tmp_path).items() if not k.endswith((".checked", ".png"))}
+    assert after == before
+
+
+def test_inspect_verifies_again_what_was_verified_before(tmp_path, text, units):
+    prepare(text, tmp_path)
+    path = tmp_path / "set" / "train.bin"
+    open_data_set(tmp_path / "set")
+    status, ids = path.stat(), np.fromfile(path, np.uint16)
+    ids[5] ^= 1
+    ids.tofile(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    told = run_main("prepare_data", "--inspect=set", f"--data_dir={tmp_path}")
+    assert told.status == 2 and "train.bin was changed since meta.json was written" in told.err
+    missing = run_main("prepare_data", "--inspect=openwebtext", f"--data_dir={tmp_path}")
+    assert missing.status == 2 and "to get it: python prepare_data.py openwebtext" in missing.err
