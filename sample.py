@@ -93,13 +93,11 @@ def main() -> None:
     elif config.interactive:
         interact(writer)
     else:
-        starts = read_prompts(config.prompts) if config.prompts else [config.start]
-        # One by one only as many as a batch holds: the file of prompts may be long
+        starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
         wanted = [encode_prompt(start, tokenizer) for start in starts for _ in range(config.num_samples)]
         for first in range(0, len(wanted), config.batch_size):
-            writer.write(
-                wanted[first : first + config.batch_size], first, last=first + config.batch_size >= len(wanted)
-            )
+            end = first + config.batch_size
+            writer.write(wanted[first:end], first, last=end >= len(wanted))
 
 
 def make_decoder(model, config: SampleConfig) -> Decoder:
@@ -253,11 +251,13 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
+def read_start(start: str) -> str:
     if start == "-":
-        start = sys.stdin.buffer.read().decode("utf-8", errors="replace")
-    elif start.startswith("FILE:"):
-        start = read_text(Path(start.removeprefix("FILE:")))
+        return sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    return read_text(Path(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
+
+
+def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
     prompt = tokenizer.encode(start, special=True)
     if not prompt and tokenizer.end_of_text is None:
         raise UserError("this tokenizer has no end of text to start from: give a prompt, --start=…")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from checkpoint import load_model, save_model
-from config.settings import PositiveInt, load_settings, run_script
+from config.settings import PositiveInt, load_settings, note, run_script
 from data.tokenizer import gpt2
 from decoder import Decoder
 from generate import Batch, Sampling
@@ -236,17 +236,22 @@ def main() -> None:
         single, batched, texts, speeds = {name: [] for name in names}, {name: [] for name in names}, {}, []
         for _ in range(config.rounds):
             speeds.append(memory_speed())
+            note(f"memory: {speeds[-1] / 1e9:.1f} GB/s")
             for name, run in contestants.items():
                 tokens = config.tokens // 4 if name.startswith("nanogpt") else config.tokens
                 speed, texts[name] = run(measure, 1, tokens)
                 single[name].append(speed)
+                note(f"{name}: {speed:.1f} tokens/s")
                 if name.startswith(BATCHED):
                     speed, text = run(measure, config.sequences, config.batch_tokens)
                     batched[name].append(speed)
+                    note(f"{name}, {config.sequences} texts: {speed:.1f} tokens/s")
                     if name.startswith("ours"):
                         assert text == texts[name][: len(text)], f"{name}: a text among others is not that alone"
         flat = {name: run(growth, 1000) for name, run in contestants.items() if name == "ours-fp16"}
+        note(f"growth: {flat}")
         seconds = [startup(folder) for _ in range(3)]
+        note(f"startup: {seconds}")
     memory = statistics.median(speeds)
     print(f"\n{matrices / 1e6:.0f}M weights; memory is read at {memory / 1e9:.1f} GB/s, by round:", end=" ")
     print(", ".join(f"{speed / 1e9:.1f}" for speed in speeds))

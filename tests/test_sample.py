@@ -167,6 +167,13 @@ def test_prompts_of_a_file_are_written_in_batches_in_their_order(learned, tmp_pa
         assert [{key: value for key, value in record.items() if key != "seconds"} for record in other] == strip
 
 
+def test_a_line_of_a_file_of_prompts_or_typed_is_text_and_names_no_file(emoji, tmp_path):
+    (tmp_path / "prompts.txt").write_text("FILE:nothing.txt\n-\n")
+    found = records(emoji, prompts=tmp_path / "prompts.txt")
+    assert [record["prompt"] for record in found] == ["FILE:nothing.txt", "-"]
+    assert sample(emoji, interactive=True, stdin="-\n🙂\n").startswith("-")
+
+
 def test_a_file_without_prompts_is_one_line_and_status_2(learned, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "empty.txt has no prompt" in sample(learned, status=2, prompts=tmp_path / "empty.txt")
