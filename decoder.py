@@ -100,7 +100,8 @@ def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, int8: bool 
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    if cpu and dtype != torch.float16 and torch.backends.mkldnn.is_available():
+    onednn = cpu and torch.backends.mkldnn.is_available() and dtype != torch.float16
+    if onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # oneDNN's own layout: twice as fast as F.linear
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
     return lambda x: F.linear(x.to(dtype), weight, bias)
