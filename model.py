@@ -5,12 +5,13 @@ Parameter names are those of nanoGPT and Hugging Face; docs/model.md walks throu
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from generate import generate
 
 IGNORED = -1  # a target with this id does not count in the loss
 
@@ -117,6 +118,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    generate = generate  # model.generate(prompt, max_new_tokens, …) yields token ids
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         assert config.n_embd % config.n_head == 0, "each head takes an equal part of the channels"
@@ -213,59 +216,3 @@ class GPT(nn.Module):
         """
         c = self.config
         return 6 * (self.num_parameters() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        prompt: list[int],
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        end_of_text: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[int]:
-        """Yield new token ids one by one, until `max_new_tokens` or `end_of_text`, which is not yielded.
-
-        temperature 0 takes the likeliest; top_k 0 and top_p 1 keep every token. A context longer than
-        block_size is cropped to its last block_size tokens. `generator` lives on the CPU.
-        """
-        assert prompt, "generation goes on from at least one token"
-        device = self.transformer.wte.weight.device
-        context = list(prompt)
-        for _ in range(max_new_tokens):
-            context = context[-self.config.block_size :]
-            logits = self.logits(self.hidden(torch.tensor([context], device=device))[0, -1])
-            logits = logits[: self.config.vocab_size].float().cpu()
-            token = sample(logits, temperature, top_k, top_p, generator)
-            if token == end_of_text:
-                return
-            context.append(token)
-            yield token
-
-
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
-    """Draw one id from logits (V,)."""
-    if temperature == 0 or not (logits / temperature).isfinite().all():  # overflown: draw nothing from it
-        return int(logits.argmax())
-    return int(torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator))
-
-
-def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The distribution that is sampled from: logits (V,) to probabilities (V,).
-
-    Logits are divided by the temperature; then top_k keeps the k likeliest; then top_p keeps the
-    smallest set of likeliest ids whose probability reaches p (nucleus sampling, Holtzman et al. 2020).
-    """
-    logits = logits / temperature
-    if 0 < top_k < len(logits):
-        smallest_kept = logits.topk(top_k).values[-1]
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
-    p = logits.softmax(dim=-1)
-    if top_p < 1:
-        ordered, order = p.sort(descending=True, stable=True)
-        dropped = ordered.cumsum(dim=-1) - ordered >= top_p  # the likelier ids have p already
-        dropped[0] = False
-        p = p.index_fill(0, order[dropped], 0.0)
-        p = p / p.sum()
-    return p

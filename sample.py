@@ -3,8 +3,14 @@
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 """
 
+import collections
 import itertools
+import json
+import math
+import re
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -16,16 +22,20 @@ from config.settings import (
     Fraction,
     NonNegative,
     NonNegativeInt,
+    Positive,
     PositiveInt,
     UserError,
     load_settings,
+    note,
     run_script,
 )
 from data.batches import mix
 from data.sources import read_text
 from data.tokenizer import Tokenizer
+from decoder import FBGEMM, Decoder
 from distributed import connect
 from files import existing
+from generate import Batch, Sampling
 
 
 @dataclass(frozen=True)
@@ -36,22 +46,40 @@ class SampleConfig:
     """instead of out_dir: gpt2 or another GPT-2 on the hub, a model directory, or nanoGPT's ckpt.pt"""
     start: str = "\n"
     """the prompt; FILE:path reads it from a file, - from standard input; empty: from nothing"""
+    prompts: str | None = None
+    """a file of prompts, one a line, instead of start"""
+    interactive: bool = False
+    """type a prompt, watch it write, and again; Ctrl-C stops a text, end of file (Ctrl-D) ends"""
+    score: str | None = None
+    """a text file: write no text, but say how likely the model finds this one"""
     num_samples: PositiveInt = 1
-    """texts to write"""
+    """texts to write for each prompt"""
+    batch_size: PositiveInt = 16
+    """texts written at once"""
     max_new_tokens: PositiveInt = 500
     """most tokens of a text; it may end earlier, at end of text"""
+    stop: str = ""
+    """a text also ends before any of these strings, separated by |; \\n is a line break, \\| the sign itself"""
     temperature: NonNegative = 0.8
     """below 1 more likely words, above 1 less likely ones; 0: always the likeliest"""
     top_k: NonNegativeInt = 200
     """draw from the k likeliest tokens; 0: from all"""
     top_p: Fraction = 1.0
     """draw from the likeliest tokens that together have this probability; 1: from all"""
+    min_p: Fraction = 0.0
+    """draw from the tokens that have at least this share of the likeliest one's probability; 0: from all"""
+    repetition_penalty: Positive = 1.0
+    """above 1: tokens that the text already has are less likely"""
     seed: NonNegativeInt = 1337
     """of the drawing"""
+    output: Literal["text", "jsonl"] = "text"
+    """jsonl: a JSON object a line for each text, or with score for each token"""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of matrix products; auto: bfloat16 where the processor has it"""
+    """precision of weights; auto: 16 bits where that is fast, float16 on x86 CPUs, else what train.py takes"""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights of the matrices in 8 bits, on x86 CPUs"""
 
     RETIRED: ClassVar = {"compile": "not needed"}
 
@@ -59,25 +87,149 @@ class SampleConfig:
 def main() -> None:
     config, _ = load_settings(SampleConfig)
     model, tokenizer = load_model(find_model(config))
-    prompt = encode_prompt(config.start, tokenizer)
+    writer = Writer(make_decoder(model, config), tokenizer, config)
+    if config.score:
+        score(writer.decoder, tokenizer, config)
+    elif config.interactive:
+        interact(writer)
+    else:
+        starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
+        wanted = [encode_prompt(start, tokenizer) for start in starts for _ in range(config.num_samples)]
+        for first in range(0, len(wanted), config.batch_size):
+            end = first + config.batch_size
+            writer.write(wanted[first:end], first, last=end >= len(wanted))
+
+
+def make_decoder(model, config: SampleConfig) -> Decoder:
     dist = connect(config.device, config.dtype)
-    model.to(dist.device)
-    for i in range(config.num_samples):
-        generator = torch.Generator().manual_seed(mix(config.seed, i))
-        shown = [token for token in prompt if token != tokenizer.end_of_text]
-        with dist.autocast():
-            new = model.generate(
-                prompt,
-                config.max_new_tokens,
-                config.temperature,
-                config.top_k,
-                config.top_p,
-                tokenizer.end_of_text,
-                generator,
-            )
-            for piece in tokenizer.decode_stream(itertools.chain(shown, new)):
+    cpu = dist.device.type == "cpu"
+    if config.quantize == "int8" and not (cpu and FBGEMM):
+        raise UserError("--quantize=int8 is for x86 CPUs; leave it off, or use --device=cpu")
+    dtype = torch.float16 if cpu and FBGEMM and config.dtype == "auto" else dist.dtype
+    return Decoder(model.to(dist.device), dtype, int8=config.quantize == "int8")
+
+
+class Writer:
+    """Writes texts to standard output: the first that is not whole as it comes, the others when it is their turn."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig):
+        self.decoder, self.tokenizer, self.config = decoder, tokenizer, config
+        self.sampling = Sampling(
+            config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty
+        )
+        self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in re.split(r"(?<!\\)\|", config.stop)]
+        self.stops = [stop for stop in self.stops if stop]
+
+    def write(self, prompts: list[list[int]], first: int = 0, last: bool = True) -> None:
+        """Go on from these prompts, which are samples number `first` and following of the seed."""
+        texts = Texts(self, prompts, first)
+        for i, prompt in enumerate(prompts):
+            shown = [token for token in prompt if token != self.tokenizer.end_of_text]
+            if self.config.output == "jsonl":
+                text = "".join(until(self.tokenizer.decode_stream(texts.tokens(i)), self.stops))
+                record = {"prompt": self.tokenizer.decode(shown), "text": text, "tokens": texts.counts[i]}
+                record |= {"stop_reason": texts.reasons[i], "seconds": round(texts.seconds[i], 3)}
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+                continue
+            print(self.tokenizer.decode(shown), end="", flush=True)
+            for piece in until(self.tokenizer.decode_stream(texts.tokens(i)), self.stops):
                 print(piece, end="", flush=True)
-        print("\n---------------" if i + 1 < config.num_samples else "")
+            print("" if last and i + 1 == len(prompts) else "\n---------------", flush=True)
+
+
+class Texts:
+    """Texts of one batch, drawn from as their tokens are asked for; they all advance together."""
+
+    def __init__(self, writer: Writer, prompts: list[list[int]], first: int):
+        self.writer, config = writer, writer.config
+        generators = [torch.Generator().manual_seed(mix(config.seed, first + i)) for i in range(len(prompts))]
+        self.batch = Batch(writer.decoder, prompts, config.max_new_tokens, writer.sampling, generators)
+        self.new = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet
+        self.counts, self.seconds = [0] * len(prompts), [0.0] * len(prompts)
+        self.reasons: list[str | None] = [None] * len(prompts)
+        self.since = time.perf_counter()
+
+    def tokens(self, i: int) -> Iterator[int]:
+        while self.new[i] or self.reasons[i] is None:
+            if self.new[i]:
+                yield self.new[i].popleft()
+            else:
+                self.step()
+
+    def step(self) -> None:
+        for i, token in self.batch.step():
+            if token == self.writer.tokenizer.end_of_text:
+                self.reasons[i] = "end_of_text"
+            else:
+                self.new[i].append(token)
+                self.counts[i] += 1
+                if self.stopped(i):
+                    self.reasons[i] = "stop"
+                elif self.counts[i] == self.writer.config.max_new_tokens:
+                    self.reasons[i] = "length"
+            if self.reasons[i]:
+                self.batch.end(i)
+                self.seconds[i] = time.perf_counter() - self.since
+
+    def stopped(self, i: int) -> bool:
+        """Whether a stop string ends in the newest token. A token is a byte at least, so the last ones are enough."""
+        stops = self.writer.stops
+        if not stops:
+            return False
+        enough = min(self.counts[i], 4 + max(len(stop.encode()) for stop in stops))
+        tail = self.writer.tokenizer.decode(self.batch.texts[i][-enough:])
+        return any(stop in tail for stop in stops)
+
+
+def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
+    """The text before the first stop string; what may be the beginning of one is held back until it is not."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if found := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
+            yield held[: min(found)[1]]  # the one that is whole first
+            return
+        starts = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if held.endswith(stop[:n]))
+        free = len(held) - max(starts, default=0)
+        if free:
+            yield held[:free]
+            held = held[free:]
+    yield held
+
+
+def interact(writer: Writer) -> None:
+    for i in itertools.count():
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        try:
+            writer.write([encode_prompt(line.removesuffix("\n"), writer.tokenizer)], first=i)
+        except UserError as error:
+            note(str(error))
+        except KeyboardInterrupt:
+            print(flush=True)
+
+
+def score(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """How likely a text is: each token after those before it, the first after end of text where there is one."""
+    text = read_text(Path(config.score))
+    ids = tokenizer.encode(text)
+    if tokenizer.end_of_text is not None:
+        ids = [tokenizer.end_of_text, *ids]
+    if len(ids) < 2:
+        raise UserError(f"{config.score} has no token to score")
+    found = decoder.log_probabilities(ids)
+    if config.output == "jsonl":
+        for token, value in zip(ids[1:], found.tolist()):
+            print(json.dumps({"id": token, "text": tokenizer.decode([token]), "log_probability": round(value, 5)}))
+        return
+    total = -found.double().sum().item()
+    n_bytes = len(tokenizer.decode(ids[1:]).encode())
+    loss = total / len(found)
+    perplexity = math.exp(min(loss, 700))
+    bits = total / math.log(2) / n_bytes
+    print(f"loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.4f} bits per byte; {len(found):,} tokens")
 
 
 def find_model(config: SampleConfig) -> str | Path:
@@ -92,11 +244,20 @@ def find_model(config: SampleConfig) -> str | Path:
     raise UserError(f"{out_dir} has no model; train one first, or name the folder: --out_dir=…")
 
 
-def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
+def read_prompts(path: str) -> list[str]:
+    prompts = [line for line in read_text(Path(path)).splitlines() if line]
+    if not prompts:
+        raise UserError(f"{path} has no prompt in it: one a line")
+    return prompts
+
+
+def read_start(start: str) -> str:
     if start == "-":
-        start = sys.stdin.buffer.read().decode("utf-8", errors="replace")
-    elif start.startswith("FILE:"):
-        start = read_text(Path(start.removeprefix("FILE:")))
+        return sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    return read_text(Path(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
+
+
+def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
     prompt = tokenizer.encode(start, special=True)
     if not prompt and tokenizer.end_of_text is None:
         raise UserError("this tokenizer has no end of text to start from: give a prompt, --start=…")

@@ -1,18 +1,25 @@
 import io
+import json
+import math
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, child_environment, flags, made_text, run_main
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from checkpoint import load_model
+from decoder import FBGEMM
+from sample import until
 
 LINE = "\n---------------\n"
 
 
 def sample(out_dir, status=0, stdin="", **changes) -> str:
-    settings = dict(out_dir=out_dir, start="the sea", max_new_tokens=20, device="cpu", dtype="float32")
-    ended = run_main("sample", *flags(**(settings | changes)), stdin=stdin)
+    values = dict(out_dir=out_dir, start="the sea", max_new_tokens=20, device="cpu", dtype="float32")
+    ended = run_main("sample", *flags(**(values | changes)), stdin=stdin)
     assert ended.status == status, ended.err
     return ended.err if status else ended.out
 
@@ -129,3 +136,128 @@ def test_characters_of_several_bytes_come_whole(emoji, monkeypatch):
     assert text == "🙂🎈ß " * 4 + "\n"
     assert "🎈" in written
     assert not any("\ufffd" in piece for piece in written)
+
+
+def records(out_dir, **changes) -> list[dict]:
+    return [json.loads(line) for line in sample(out_dir, output="jsonl", **changes).splitlines()]
+
+
+def test_jsonl_says_what_the_text_output_shows(learned):
+    found = records(learned, num_samples=3)
+    texts = sample(learned, num_samples=3).removesuffix("\n").split(LINE)
+    assert [record["prompt"] + record["text"] for record in found] == texts
+    for record in found:
+        assert list(record) == ["prompt", "text", "tokens", "stop_reason", "seconds"]
+        assert record["prompt"] == "the sea"
+        assert record["tokens"] == len(record["text"])
+        assert record["stop_reason"] == ("length" if record["tokens"] == 20 else "end_of_text")
+        assert 0 < record["seconds"] < 60
+
+
+def test_prompts_of_a_file_are_written_in_batches_in_their_order(learned, tmp_path):
+    prompts = ["the sea", "a road, ", "east", "dust and stone " * 3, "n"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    found = records(learned, prompts=tmp_path / "prompts.txt", num_samples=2, batch_size=3)
+    assert [record["prompt"] for record in found] == [prompt for prompt in prompts for _ in range(2)]
+    assert len({record["text"] for record in found}) > 5
+    assert found[0]["text"] == records(learned)[0]["text"]
+    strip = [{key: value for key, value in record.items() if key != "seconds"} for record in found]
+    for batch_size in (1, 64):
+        other = records(learned, prompts=tmp_path / "prompts.txt", num_samples=2, batch_size=batch_size)
+        assert [{key: value for key, value in record.items() if key != "seconds"} for record in other] == strip
+
+
+def test_a_line_of_a_file_of_prompts_or_typed_is_text_and_names_no_file(emoji, tmp_path):
+    (tmp_path / "prompts.txt").write_text("FILE:nothing.txt\n-\n")
+    found = records(emoji, prompts=tmp_path / "prompts.txt")
+    assert [record["prompt"] for record in found] == ["FILE:nothing.txt", "-"]
+    assert sample(emoji, interactive=True, stdin="-\n🙂\n").startswith("-")
+
+
+def test_a_file_without_prompts_is_one_line_and_status_2(learned, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "empty.txt has no prompt" in sample(learned, status=2, prompts=tmp_path / "empty.txt")
+
+
+def test_a_text_ends_before_a_stop_string_that_spans_several_tokens(learned):
+    text = sample(learned, max_new_tokens=60).removeprefix("the sea").removesuffix("\n")
+    stop, later = text[20:25], text[40:44]  # a token of this model is a character
+    (record,) = records(learned, max_new_tokens=60, stop=f"{later}|{stop.replace(chr(10), chr(92) + 'n')}")
+    end = min(text.index(stop), text.index(later))
+    assert record["text"] == text[:end]
+    assert record["stop_reason"] == "stop"
+    assert record["tokens"] in (end + len(stop), end + len(later))
+    assert sample(learned, max_new_tokens=60, stop=stop) == "the sea" + text[: text.index(stop)] + "\n"
+    assert records(learned, max_new_tokens=60, stop="Ω")[0]["text"] == text
+
+
+def test_a_stop_string_in_the_prompt_does_not_count(learned):
+    assert records(learned, start="the sea", stop="the sea")[0]["tokens"] > 0
+    assert sample(learned, stop="the sea").startswith("the sea")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text("ab\n", max_size=4)), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_are_found_across_pieces_and_nothing_else_is_held_back(pieces, stops):
+    text = "".join(pieces)
+    ends = [(end, len(stop)) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
+    first = min((end for end, _ in ends), default=None)
+    expected = text if first is None else text[: first - max(length for end, length in ends if end == first)]
+    assert "".join(until(pieces, stops)) == expected
+    if not stops:
+        assert [piece for piece in until(pieces, stops) if piece] == [piece for piece in pieces if piece]
+
+
+def test_interactive_answers_line_by_line(learned):
+    ended = run_main(
+        "sample",
+        *flags(out_dir=learned, interactive=True, max_new_tokens=20, device="cpu", dtype="float32"),
+        stdin="the sea\na Ω\neast\n",
+    )
+    assert ended.status == 0
+    assert ended.out.startswith(sample(learned))
+    assert ended.out[len(sample(learned)) :].startswith("east")
+    assert ended.err.count("> ") == 4
+    assert "Ω" in ended.err  # told, and asked again
+
+
+def test_score_is_the_loss_of_the_text(learned, tmp_path):
+    text = made_text(300, seed=5)
+    (tmp_path / "text.txt").write_text(text)
+    model, tokenizer = load_model(learned / "best")
+    ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
+    tokens = [json.loads(line) for line in sample(learned, score=tmp_path / "text.txt", output="jsonl").splitlines()]
+    assert [token["id"] for token in tokens] == ids[1:]
+    assert "".join(token["text"] for token in tokens) == text
+    first = model(torch.tensor([ids[:16]]))[0][0].log_softmax(-1)[range(16), ids[1:17]]
+    assert [token["log_probability"] for token in tokens[:16]] == pytest.approx(first.tolist(), abs=1e-4)
+    loss = -sum(token["log_probability"] for token in tokens) / len(tokens)
+    summary = sample(learned, score=tmp_path / "text.txt")
+    assert summary.startswith(f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+    assert f"{loss / math.log(2):.4f} bits per byte; 300 tokens" in summary  # a token is a byte here
+    assert loss < 2.5  # the words are known
+
+
+def test_a_text_without_tokens_cannot_be_scored(learned, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    assert "no token to score" in sample(learned, status=2, score=tmp_path / "empty.txt")
+
+
+@pytest.mark.skipif(not FBGEMM, reason="int8 products need an x86 CPU")
+def test_int8_and_16_bits_change_the_loss_little(learned, tmp_path):
+    (tmp_path / "text.txt").write_text(made_text(2000, seed=6))
+
+    def loss(**changes) -> float:
+        return float(sample(learned, score=tmp_path / "text.txt", **changes).split()[1].rstrip(","))
+
+    full = loss()
+    assert loss(quantize="int8") == pytest.approx(full, abs=0.01)
+    assert loss(dtype="bfloat16") == pytest.approx(full, abs=0.01)
+    assert loss(dtype="float16") == pytest.approx(full, abs=0.001)
+    assert len(sample(learned, quantize="int8")) == len("the sea") + 21
+
+
+def test_more_of_the_settings_of_drawing_reach_it(learned):
+    expected = sample(learned, temperature=0)
+    assert sample(learned, temperature=5, top_k=0, min_p=1) == expected
+    assert sample(learned, temperature=0, repetition_penalty=1e6) != expected

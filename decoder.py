@@ -1,0 +1,132 @@
+"""A model's weights in the form that is read fastest: on a CPU a token of one text costs one reading of them.
+
+Shapes: B texts, T positions, C channels, H heads, D head width, V vocabulary, M rows of a product.
+"""
+
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Product = Callable[[Tensor], Tensor]
+FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # products on x86 CPUs with weights in 16 or 8 bits
+
+
+class Decoder:
+    """The weights of a model as they are now, in the form that is read fastest.
+
+    dtype: of weights and products; the sums of the residual stream and LayerNorms are in float32, and on a
+    CPU attention too. float16 on an x86 CPU is the weights' alone. int8: weights in 8 bits, x86 CPUs only.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, int8: bool = False):
+        t = model.transformer
+        self.config, self.device = model.config, t.wte.weight.device
+        self.wte, self.wpe, self.ln_f = t.wte.weight.detach(), t.wpe.weight.detach(), t.ln_f
+        self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype  # bf16 attention is slower there
+        linears = [linear for b in t.h for linear in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+        weights = [(linear.weight.detach(), linear.bias) for linear in linears]
+        weights.append((self.wte[: self.config.vocab_size], None))  # the head: no padded id is ever drawn
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            ready = iter(list(threads.map(lambda pair: product(*pair, dtype, int8), weights)))
+        self.blocks = [(b.ln_1, next(ready), next(ready), b.ln_2, next(ready), next(ready)) for b in t.h]
+        self.head = next(ready)
+
+    def hidden(self, idx: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """What the head reads: (B, T) ids at (B or 1, T) positions to (B, T, C).
+
+        attend: takes a layer's number and its queries, keys and values, (B, T, 3C), to (B, T, C).
+        """
+        x = F.embedding(idx, self.wte) + F.embedding(positions, self.wpe)
+        for layer, (ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj) in enumerate(self.blocks):
+            x += attn_c_proj(attend(layer, c_attn(norm(x, ln_1))))
+            x += mlp_c_proj(F.gelu(c_fc(norm(x, ln_2)), approximate="tanh"))
+        return norm(x, self.ln_f)
+
+    def heads(self, qkv: Tensor) -> Tensor:
+        """(B, T, 3C) to (B, 3, H, T, D): query, key, value."""
+        B, T, _ = qkv.shape
+        return qkv.view(B, T, 3, self.config.n_head, -1).permute(0, 2, 3, 1, 4).to(self.cache_dtype)
+
+    def read(self, ids: list[list[int]], keep: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """(B, T, C) of B lists of T ids from position 0; `keep` is given each layer's (B, 3, H, T, D)."""
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            heads = self.heads(qkv)
+            if keep:
+                keep(layer, heads)
+            y = F.scaled_dot_product_attention(*heads.unbind(1), is_causal=True)
+            return y.transpose(1, 2).flatten(2)
+
+        idx = torch.tensor(ids, device=self.device)
+        return self.hidden(idx, torch.arange(idx.size(1), device=self.device)[None], attend)
+
+    @torch.inference_mode()
+    def log_probabilities(self, ids: list[int]) -> Tensor:
+        """Of each id but the first, given those before it: (len(ids) - 1,), in nats, on the CPU.
+
+        Windows of block_size overlap by half: but at the start an id is read after block_size / 2 others at least.
+        """
+        block, parts, done = self.config.block_size, [], 0
+        with torch.autocast(self.device.type, enabled=False):
+            while done < len(ids) - 1:
+                start = max(0, done - block // 2)
+                end = min(len(ids) - 1, start + block)
+                hidden = self.read([ids[start:end]])[0, done - start :]
+                targets = torch.tensor(ids[done + 1 : end + 1], device=self.device)
+                parts.append(-F.cross_entropy(self.head(hidden).float(), targets, reduction="none").cpu())
+                done = end
+        return torch.cat(parts) if parts else torch.empty(0)
+
+
+def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+    return torch.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+
+def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, int8: bool = False) -> Product:
+    """x (..., in) to x @ weight.T + bias (..., out), with the weights in the form that is read fastest.
+
+    On a CPU a row of the result does not depend on how many others there are (but for float32 sums over 3,072
+    inputs), so that a text is the same alone and among others.
+    """
+    bias = None if bias is None else bias.detach()
+    cpu = weight.device.type == "cpu"
+    if int8:
+        return int8_product(weight, bias)
+    if cpu and dtype == torch.float16 and FBGEMM:
+        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    onednn = cpu and torch.backends.mkldnn.is_available() and dtype != torch.float16
+    if onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # oneDNN's own layout: twice as fast as F.linear
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
+    return lambda x: F.linear(x.to(dtype), weight, bias)
+
+
+def int8_product(weight: Tensor, bias: Tensor | None) -> Product:
+    """Weights in 8 bits with a scale for each output, inputs in two halves of 8 bits each: only the weights
+    lose precision. Both halves go through one product, so that the weights are read once."""
+    scale = weight.abs().amax(1).clamp(min=1e-30).double() / 127
+    with warnings.catch_warnings():  # quantized tensors are to leave torch after 2.13
+        warnings.simplefilter("ignore")
+        weight = torch.quantize_per_channel(weight.float(), scale, torch.zeros(len(scale)).long(), 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(weight, None)
+    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    units = torch.tensor([[1.0], [254.0]])  # half a step of the first is the whole range of the second
+    out, into = weight.shape
+    offset = torch.zeros(out) if bias is None else bias.float()
+
+    def apply(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 1, into)
+        scales = units / torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_(min=1e-30)  # (M, 2, 1)
+        halves = rows * scales
+        coarse = torch.fake_quantize_per_tensor_affine(halves[:, :1], 1 / 127, 0, -127, 127)
+        halves[:, 1:].sub_(coarse, alpha=254)
+        y = multiply(halves.view(-1, into), 1 / 127, 128, packed).view(-1, 2, out)
+        return torch.baddbmm(offset, scales.reciprocal().transpose(1, 2), y).view(*x.shape[:-1], out)
+
+    return apply

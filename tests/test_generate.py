@@ -1,0 +1,263 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import SMALL, random_ids, random_model
+from torch.nn import functional as F
+
+from decoder import FBGEMM, Decoder, product
+from generate import Batch, Sampling, candidates, draw
+from model import GPT, GPTConfig
+
+GREEDY = Sampling(temperature=0)
+BLOCK = SMALL.block_size
+on_x86 = pytest.mark.skipif(not FBGEMM, reason="torch has no products with 8 or 16 bit weights here")
+
+
+def seen(text: list[int], prompt_length: int, block: int) -> list[int]:
+    """What the model sees of a text: all of it up to the block; then, whenever that is full, the most recent half."""
+    start = max(0, prompt_length - block)
+    for length in range(prompt_length, len(text) + 1):
+        if length - start > block:
+            start = length - max(1, block // 2)
+    return text[start:]
+
+
+@torch.no_grad()
+def uncached(model: GPT, text: list[int], prompt_length: int) -> torch.Tensor:
+    return model(torch.tensor([seen(text, prompt_length, model.config.block_size)]))[0][0, -1].float()
+
+
+def batch(model: GPT, prompts, max_new_tokens=50, sampling=GREEDY, seeds=None, dtype=torch.float32) -> Batch:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
+    return Batch(Decoder(model, dtype), prompts, max_new_tokens, sampling, generators)
+
+
+def write(batch: Batch, lengths: list[int]) -> list[list[int]]:
+    """The tokens of each text, each ended at a length of its own."""
+    new = [[] for _ in lengths]
+    while batch.rows:
+        for text, token in batch.step():
+            new[text].append(token)
+            if len(new[text]) == lengths[text]:
+                batch.end(text)
+    return new
+
+
+def test_the_window_of_the_reference_is_the_sliding_one_up_to_the_block_and_half_of_it_at_least_beyond():
+    for prompt_length, length in itertools.product(range(1, 30), range(30, 60)):
+        text = list(range(length))
+        window = seen(text, prompt_length, 12)
+        sliding = text[-12:]
+        assert sliding[-len(window) :] == window
+        assert len(window) >= 6
+        assert length > 12 or window == sliding
+
+
+ragged = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ragged, st.sampled_from([(12, True), (1, True), (2, False), (9, False)]), st.integers(0, 9))
+def test_cached_logits_equal_uncached_ones(lengths, shape, seed):
+    """Prompts of 1 to beyond the block, unequal lengths and ends in one batch, across the window's moves."""
+    block, bias = shape
+    model = random_model(GPTConfig(block, 65, 2, 2, 32, bias=bias), std=0.1)
+    ids = torch.randint(65, (len(lengths), 60), generator=torch.Generator().manual_seed(seed)).tolist()
+    texts = batch(model, [row[:n] for row, (n, _) in zip(ids, lengths)])
+    for step in range(max(new for _, new in lengths)):
+        for row, logits in zip(list(texts.rows), texts.logits()):
+            prompt, new = lengths[row]
+            expected = uncached(model, ids[row][: prompt + step], prompt)
+            assert (logits - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+            texts.texts[row].append(ids[row][prompt + step])
+            if step + 1 == new:
+                texts.end(row)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=on_x86)])
+def test_in_16_bits_the_likeliest_ids_are_those_of_the_uncached_model(dtype):
+    model = random_model(SMALL)
+    ids = random_ids(SMALL, 4, 40).tolist()
+    texts = batch(model, [row[: 3 * i + 1] for i, row in enumerate(ids)], dtype=dtype)
+    for step in range(25):
+        for i, logits in enumerate(texts.logits()):
+            text = ids[i][: 3 * i + 1 + step]
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                expected = uncached(model, text, 3 * i + 1)
+            error = (logits - expected).abs().max()
+            assert error < 0.03 * expected.abs().max()
+            margin = expected.topk(2).values
+            assert logits.argmax() == expected.argmax() or margin[0] - margin[1] < 2 * error  # a tie but for rounding
+            texts.texts[i].append(ids[i][len(text)])
+
+
+def greedy(model: GPT, prompt: list[int], count: int) -> list[int]:
+    """The likeliest continuation, by whole forward passes."""
+    text = list(prompt)
+    for _ in range(count):
+        text.append(int(uncached(model, text, len(prompt)).argmax()))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("prompt_length", [1, 5, 12, 30])
+def test_temperature_zero_generates_the_likeliest(prompt_length):
+    model = random_model(SMALL)
+    prompt = random_ids(SMALL, 1, prompt_length)[0].tolist()
+    expected = greedy(model, prompt, 30)
+    assert len(set(expected)) > 3
+    assert list(model.generate(prompt, 30, temperature=0)) == expected
+
+
+def test_generation_ends_before_end_of_text():
+    model = random_model(SMALL)
+    text = greedy(model, [1], 20)
+    end = text[6]
+    assert list(model.generate([1], 20, temperature=0, end_of_text=end)) == text[: text.index(end)]
+
+
+def test_a_seed_names_a_text():
+    model = random_model(SMALL, std=0.02)
+
+    def text(seed: int) -> list[int]:
+        return list(model.generate([1], 20, generator=torch.Generator().manual_seed(seed)))
+
+    assert text(1) == text(1) != text(2)
+    assert len(text(1)) == 20
+
+
+def test_autocast_is_the_precision_of_generate_and_it_changes_neither_weights_nor_mode():
+    model = random_model(SMALL).train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        text = list(model.generate([1, 2], 30, temperature=0))
+    assert text == [row for ((_, row),) in itertools.islice(steps(batch(model, [[1, 2]], dtype=torch.bfloat16)), 30)]
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert model.training
+    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))[1].backward()  # nothing was made an inference tensor
+
+
+def steps(texts: Batch):
+    while True:
+        yield texts.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=on_x86)])
+def test_a_text_is_the_same_alone_and_among_64_of_other_lengths_and_ends(dtype):
+    model = random_model(SMALL, std=0.05)
+    prompts = [random_ids(SMALL, 64, 20)[i, : 1 + i % 17].tolist() for i in range(64)]
+    lengths = [5 + i * 7 % 31 for i in range(64)]
+    together = write(batch(model, prompts, 40, Sampling(top_k=40), dtype=dtype), lengths)
+    for i in range(0, 64, 5):
+        alone = write(batch(model, [prompts[i]], 40, Sampling(top_k=40), [i], dtype), [lengths[i]])
+        assert alone == [together[i]]
+    assert len({tuple(text[:5]) for text in together}) > 32
+
+
+def test_padded_ids_are_never_generated():
+    model = random_model(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=8))
+    with torch.no_grad():
+        # where the real logits are lowest, the zeros of the padding would win
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.wte.weight[:3] = -5
+    assert set(model.generate([0], 60, generator=torch.Generator().manual_seed(0))) == {0, 1, 2}
+
+
+def reference(logits: np.ndarray, text: list[int], s: Sampling) -> np.ndarray:
+    """The distribution that is drawn from, id by id."""
+    logits = logits.copy()
+    for i in set(text):
+        logits[i] = logits[i] / s.repetition_penalty if logits[i] > 0 else logits[i] * s.repetition_penalty
+    p = np.exp((logits - logits.max()) / s.temperature)
+    order = np.argsort(-p)[: s.top_k or None]
+    p = {i: p[i] / p[order].sum() for i in order}
+    kept, reached = {}, 0.0
+    for i in order:
+        if s.top_p == 1 or reached < s.top_p or not kept:
+            kept[i] = p[i]
+        reached += p[i]
+    kept = {i: value for i, value in kept.items() if value >= s.min_p * max(kept.values())}
+    return np.array([kept.get(i, 0) / sum(kept.values()) for i in range(len(logits))])
+
+
+GRID = itertools.product([0.5, 1.0, 2.0], [0, 1, 7, 500], [0.0, 0.5, 0.9, 1.0], [0.0, 0.3, 1.0])
+
+
+@pytest.mark.parametrize("values", [*GRID])
+def test_candidates_equal_plain_reference_code(values):
+    logits = np.random.default_rng(0).normal(0, 2, (2, 100))
+    p, ids = candidates(torch.from_numpy(logits).float(), Sampling(*values))
+    ids = torch.arange(100).expand(2, 100) if ids is None else ids
+    got = torch.zeros(2, 100).scatter(1, ids, p / p.sum(1, keepdim=True))
+    expected = np.stack([reference(row, [], Sampling(*values)) for row in logits])
+    assert np.allclose(got.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.6),
+        Sampling(top_k=5),
+        Sampling(top_p=0.8),
+        Sampling(min_p=0.4),
+        Sampling(repetition_penalty=1.8),
+        Sampling(0.9, 6, 0.9, 0.2, 1.3),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_settings(sampling):
+    logits = torch.tensor([[1.0, 0.5, 0.0, -0.5, 0.2, 0.8, -1.0, -2.0]])
+    generator, draws, text = torch.Generator().manual_seed(0), 8000, [0, 3, 3]
+    counts = np.zeros(8)
+    for _ in range(draws):
+        counts[draw(logits, sampling, [text], lambda: torch.rand(1, generator=generator, dtype=torch.float64))] += 1
+    expected = draws * reference(logits[0].numpy().astype(float), text, sampling)
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert chi_squared < 24.3  # exceeded once in 1,000 with 7 degrees of freedom, more rarely with fewer
+
+
+@pytest.mark.parametrize("values", [[0.0, float("inf"), 1.0], [0.0, 9.0, float("nan")], [-3e38, 3e38, float("-inf")]])
+def test_overflown_logits_draw_the_likeliest_id_and_no_error(values):
+    for sampling in (Sampling(), Sampling(0.01, 2, 0.9)):
+        assert draw(torch.tensor([values]), sampling, [[0]], lambda: torch.tensor([0.999], dtype=torch.float64)) == [1]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 24), (2, 3, 16, 65), (5, 1, 96, 32)])
+@pytest.mark.parametrize("bias", [True, False])
+@on_x86
+def test_int8_loses_precision_of_the_weights_only(shape, bias):
+    B, T, into, out = shape
+    torch.manual_seed(0)
+    weight, offset, x = torch.randn(out, into), torch.randn(out) if bias else None, torch.randn(B, T, into)
+    x[0, 0, 0] = 100  # an outlier, as GPT-2's activations have them
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    rounded = (weight / scale).round() * scale
+    got, expected = product(weight, offset, torch.float32, int8=True)(x), F.linear(x, rounded, offset)
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (expected - F.linear(x, weight, offset)).abs().max() > 1e-3 * expected.abs().max()
+    assert torch.equal(product(weight, offset, torch.float32, int8=True)(0 * x), F.linear(0 * x, rounded, offset))
+
+
+@pytest.mark.parametrize("length", [2, 3, 12, 13, 14, 18, 19, 20, 50])
+def test_log_probabilities_are_the_models_in_windows_that_overlap_by_half(length):
+    model = random_model(SMALL, std=0.1)
+    ids = random_ids(SMALL, 1, length)[0].tolist()
+    got = Decoder(model, torch.float32).log_probabilities(ids)
+    assert len(got) == length - 1
+    for i in range(1, length):
+        before = ids[:i] if i <= BLOCK else ids[(i - 1) // 6 * 6 - 6 : i]
+        expected = model(torch.tensor([before]))[0][0, -1].log_softmax(-1)[ids[i]]
+        assert got[i - 1].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_no_log_probabilities_of_a_single_id():
+    assert Decoder(random_model(SMALL), torch.float32).log_probabilities([3]).shape == (0,)
