@@ -48,7 +48,7 @@ class BenchConfig:
     max_iters: PositiveInt | None = None
     """updates, in place of the recipe's"""
     quick: str = (
-        "--batch_size=24 --max_iters=210 --learning_rate=2e-2 --warmup_iters=6 --momentum=0.85 --beta2=0.95 "
+        "--batch_size=24 --max_iters=205 --learning_rate=3e-2 --warmup_iters=4 --momentum=0.8 --beta2=0.95 "
         "--eval_interval=1000 --eval_iters=20"
     )
     """flags of a further run of ours that is meant to end just below nanoGPT's loss"""
