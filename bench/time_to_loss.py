@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from checkpoint import load_model
-from config.settings import PositiveInt, RunFailed, load_settings, note, run_script
+from config.settings import PositiveInt, RunFailed, UserError, load_settings, note, run_script
 from data.batches import EvalBatches
 from data.token_files import open_data_set
 from model import IGNORED
@@ -52,6 +52,8 @@ class BenchConfig:
         "--eval_interval=1000 --eval_iters=20"
     )
     """flags of a further run of ours that is meant to end just below nanoGPT's loss"""
+    runs: str = "adamw,ours,short"
+    """separated by commas: adamw is nanoGPT's recipe in our train.py, short the `quick` one"""
     picture: str = "time_to_loss.png"
     """where the curves are drawn"""
 
@@ -179,16 +181,18 @@ def main() -> None:
     updates = [f"--max_iters={config.max_iters}"] if config.max_iters else []
     recipe, _ = load_settings(TrainConfig, [config.recipe, *updates])
     variants = {
-        "nanoGPT's recipe, here": [*updates, *flags(THEIRS), "--optimizer=adamw", "--lr_schedule=cosine"],
-        "our recipe": updates,
-        "our recipe, cut short": config.quick.split(),
+        "adamw": ("nanoGPT's recipe, here", [*updates, *flags(THEIRS), "--optimizer=adamw", "--lr_schedule=cosine"]),
+        "ours": ("our recipe", updates),
+        "short": ("our recipe, cut short", config.quick.split()),
     }
+    if unknown := set(config.runs.split(",")) - set(variants):
+        raise UserError(f"--runs: there is no {', '.join(unknown)}; there are {', '.join(variants)}")
     runs: dict[str, list[Run]] = {}
     with tempfile.TemporaryDirectory() as folder:
         if config.nanogpt:
             runs["nanoGPT"] = [nanogpt(recipe, config.nanogpt, Path(folder))]
         for seed in config.seeds.split(","):
-            for name, settings in variants.items():
+            for name, settings in (variants[key] for key in config.runs.split(",")):
                 run = ours(recipe, config.recipe, [*settings, f"--seed={seed}"], Path(folder))
                 runs.setdefault(name, []).append(run)
                 note(f"{name}, seed {seed}: {run.loss:.4f} in {run.seconds:.1f} s")
