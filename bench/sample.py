@@ -3,12 +3,15 @@
 python bench/sample.py --nanogpt=PATH --trained=out-quickstart/best       # PATH: a checkout of nanoGPT
 
 A model of GPT-2's shape with random weights, the same for all, in a process of its own for each contestant;
-they take turns, round by round, and the medians count. llama.cpp takes part where `llama_cpp` and `gguf`
-can be imported. The limit is the time to read the matrices once, at the speed at which this machine
-reads memory, measured each round. With `trained`, the loss of a text by that model in each precision.
+they take turns, round by round, and the medians count, of the time of a whole text (its prompt too) and of a
+token. What other processes took of the processors during a turn is printed, for such a turn says little.
+llama.cpp takes part where `llama_cpp` and `gguf` can be imported. The limit is the time to read the matrices
+once, at the speed at which this machine reads memory, measured each round. With `trained`, the loss of a text
+by that model in each precision.
 """
 
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -20,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +34,7 @@ from checkpoint import load_model, save_model
 from config.settings import PositiveInt, load_settings, note, run_script
 from data.tokenizer import gpt2
 from decoder import Decoder
+from distributed import connect
 from generate import Batch, Sampling
 from model import GPT, GPTConfig
 
@@ -43,7 +48,8 @@ PRECISIONS = {  # (dtype, int8), bytes of a weight
 CONTESTANTS = ("ours-fp16", "llama.cpp-bf16", "ours-bf16", "llama.cpp-fp16", "ours-int8", "llama.cpp-int8",
                "ours-fp32", "llama.cpp-fp32", "transformers-fp32", "transformers-bf16", "nanogpt-fp32")  # fmt: skip
 BATCHED = ("ours", "transformers")  # the others write one text at a time
-Write = Callable[[int, int], list[int]]  # (texts, tokens of each) to the first text
+Clock = Callable[[], None]  # called at each token
+Write = Callable[[int, int, Clock], list[int]]  # (texts, tokens of each) to the first text
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class BenchConfig:
     text: str = os.__file__
     """the text whose loss it is"""
     tokens: PositiveInt = 256
-    """to write after 16; a quarter of it by nanoGPT, to its advantage: it reads all of them for each"""
+    """to write after 16; an eighth of it by nanoGPT, to its advantage: it reads all of them for each"""
     batch_tokens: PositiveInt = 64
     """of each of several texts"""
     sequences: PositiveInt = 10
@@ -70,39 +76,40 @@ class BenchConfig:
     """its width, in heads of 64"""
 
 
-def ours(folder: str, precision: str) -> tuple[Write, Callable]:
+def ours(folder: str, precision: str) -> Write:
+    connect("cpu")  # as sample.py does: it tunes the process, the others' stay as Python starts them
     decoder = Decoder(load_model(folder)[0], *PRECISIONS[precision][:2])
 
-    def steps(texts: int, tokens: int) -> tuple[list[int], list[float]]:
+    def write(texts: int, tokens: int, clock: Clock) -> list[int]:
         batch = Batch(decoder, [PROMPT] * texts, tokens, Sampling(temperature=0), [None] * texts)
-        found, seconds = [], []
         for _ in range(tokens):
-            started = time.perf_counter()
-            found.append(batch.step()[0][1])
-            seconds.append(time.perf_counter() - started)
-        return found, seconds
+            batch.step()
+            clock()
+        return batch.texts[0][len(PROMPT) :]
 
-    return lambda texts, tokens: steps(texts, tokens)[0], steps
+    return write
 
 
-def transformers(folder: str, precision: str) -> tuple[Write, None]:
+def transformers(folder: str, precision: str) -> Write:
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=PRECISIONS[precision][0]).eval()
 
-    def write(texts: int, tokens: int) -> list[int]:
+    def write(texts: int, tokens: int, clock: Clock) -> list[int]:
+        # a streamer is told the prompt, then each token; several texts are not streamed
+        streamer = SimpleNamespace(put=lambda _: clock(), end=lambda: None) if texts == 1 else None
         ids, end = torch.tensor([PROMPT] * texts), 50256
         with torch.inference_mode():
             found = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=end,
-                min_new_tokens=tokens, max_new_tokens=tokens,
+                min_new_tokens=tokens, max_new_tokens=tokens, streamer=streamer,
             )  # fmt: skip
         return found[0, len(PROMPT) :].tolist()
 
-    return write, None
+    return write
 
 
-def nanogpt(folder: str, precision: str, checkout: str) -> tuple[Write, None]:
+def nanogpt(folder: str, precision: str, checkout: str) -> Write:
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(checkout) / "model.py")
     its = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(its)
@@ -110,10 +117,10 @@ def nanogpt(folder: str, precision: str, checkout: str) -> tuple[Write, None]:
     c = model.config
     other = its.GPT(its.GPTConfig(c.block_size, c.padded_vocab_size, c.n_layer, c.n_head, c.n_embd, 0.0, c.bias)).eval()
     other.load_state_dict(model.state_dict(), strict=False)
-    return lambda texts, n: other.generate(torch.tensor([PROMPT] * texts), n, top_k=1)[0, len(PROMPT) :].tolist(), None
+    return lambda texts, n, _: other.generate(torch.tensor([PROMPT] * texts), n, top_k=1)[0, len(PROMPT) :].tolist()
 
 
-def llama(folder: str, precision: str) -> tuple[Write, None]:
+def llama(folder: str, precision: str) -> Write:
     import llama_cpp
 
     path = Path(folder) / f"{precision}.gguf"
@@ -121,15 +128,16 @@ def llama(folder: str, precision: str) -> tuple[Write, None]:
     threads = torch.get_num_threads()
     model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def write(texts: int, tokens: int) -> list[int]:
+    def write(texts: int, tokens: int, clock: Clock) -> list[int]:
         model.reset()
         found = []
         for token in model.generate(PROMPT, temp=0.0, repeat_penalty=1.0):
             found.append(token)
+            clock()
             if len(found) == tokens:
                 return found
 
-    return write, None
+    return write
 
 
 def write_gguf(path: Path, model: GPT, precision: str) -> None:
@@ -173,27 +181,33 @@ class Contestant:
 
 
 def prepare(name: str, folder: str, checkout: str | None) -> None:
-    global write, steps
+    global write
     torch.set_num_threads(os.cpu_count())
     kind, precision = name.split("-")
     more = [checkout] if kind == "nanogpt" else []
-    write, steps = {"ours": ours, "transformers": transformers, "nanogpt": nanogpt, "llama.cpp": llama}[kind](
-        folder, precision, *more
-    )
-    write(1, 4)
+    make = {"ours": ours, "transformers": transformers, "nanogpt": nanogpt, "llama.cpp": llama}[kind]
+    write = make(folder, precision, *more)
+    write(1, 4, lambda: None)
 
 
-def measure(texts: int, tokens: int) -> tuple[float, list[int]]:
-    """(tokens a second in all, the first text). The prompt's pass is in it."""
-    started = time.perf_counter()
-    found = write(texts, tokens)
-    return texts * tokens / (time.perf_counter() - started), found
+def measure(texts: int, tokens: int) -> SimpleNamespace:
+    """speed: tokens a second in all, the prompt's pass in it; ms: of each token after the first, where they are told;
+    others: share of the processors that other processes took; text: the first one."""
+    stamps = []
+    busy, own, started = busy_seconds(), time.process_time(), time.perf_counter()
+    text = write(texts, tokens, lambda: stamps.append(time.perf_counter()))
+    seconds = time.perf_counter() - started
+    others = (busy_seconds() - busy - (time.process_time() - own)) / seconds / os.cpu_count()
+    ms = [(b - a) * 1e3 for a, b in itertools.pairwise(stamps)]
+    return SimpleNamespace(speed=texts * tokens / seconds, ms=ms, others=others, text=text)
 
 
-def growth(tokens: int) -> tuple[float, float]:
-    """Milliseconds of a token at the start and at the end of a text."""
-    seconds = steps(1, tokens)[1][1:]
-    return statistics.median(seconds[:64]) * 1e3, statistics.median(seconds[-64:]) * 1e3
+def busy_seconds() -> float:
+    """Processor time of all processes together since the machine started; nan where the system does not tell."""
+    if not Path("/proc/stat").exists():
+        return float("nan")
+    user, nice, system, _idle, _wait, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_speed() -> float:
@@ -233,40 +247,44 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), model, gpt2())
         contestants = {name: Contestant(name, folder, config.nanogpt) for name in names}
-        single, batched, texts, speeds = {name: [] for name in names}, {name: [] for name in names}, {}, []
+        single, batched, speeds = {name: [] for name in names}, {name: [] for name in names}, []
         for _ in range(config.rounds):
             speeds.append(memory_speed())
             note(f"memory: {speeds[-1] / 1e9:.1f} GB/s")
             for name, run in contestants.items():
-                tokens = config.tokens // 4 if name.startswith("nanogpt") else config.tokens
-                speed, texts[name] = run(measure, 1, tokens)
-                single[name].append(speed)
-                note(f"{name}: {speed:.1f} tokens/s")
+                turn = run(measure, 1, config.tokens // 8 if name.startswith("nanogpt") else config.tokens)
+                single[name].append(turn)
+                note(f"{name}: {turn.speed:.1f} tokens/s, others {turn.others:.0%}")
                 if name.startswith(BATCHED):
-                    speed, text = run(measure, config.sequences, config.batch_tokens)
-                    batched[name].append(speed)
-                    note(f"{name}, {config.sequences} texts: {speed:.1f} tokens/s")
-                    if name.startswith("ours"):
-                        assert text == texts[name][: len(text)], f"{name}: a text among others is not that alone"
-        flat = {name: run(growth, 1000) for name, run in contestants.items() if name == "ours-fp16"}
-        note(f"growth: {flat}")
+                    several = run(measure, config.sequences, config.batch_tokens)
+                    batched[name].append(several)
+                    note(f"{name}, {config.sequences} texts: {several.speed:.1f} tokens/s, others {several.others:.0%}")
+                    same = several.text == turn.text[: len(several.text)]
+                    assert same or not name.startswith("ours"), f"{name}: a text among others is not that alone"
+        flat = {name: run(measure, 1, 1000).ms for name, run in contestants.items() if name == "ours-fp16"}
         seconds = [startup(folder) for _ in range(3)]
         note(f"startup: {seconds}")
     memory = statistics.median(speeds)
     print(f"\n{matrices / 1e6:.0f}M weights; memory is read at {memory / 1e9:.1f} GB/s, by round:", end=" ")
     print(", ".join(f"{speed / 1e9:.1f}" for speed in speeds))
     print(f"first token of the command: {statistics.median(seconds):.2f} s (the whole process)")
-    for name, (start, end) in flat.items():
+    for name, ms in flat.items():
+        start, end = statistics.median(ms[:64]), statistics.median(ms[-64:])
         print(f"{name}: {start:.2f} ms a token at the start, {end:.2f} at token 1,000: {end / start - 1:+.0%}")
-    print(f"\n| tokens/s | 1 text | of the limit | {config.sequences} texts | equal to {names[0]} for |")
-    print("| --- " * 5 + "|")
+    print("\n| 1 text | tokens/s | by round | of the limit | median ms a token | others, at most", end=" | ")
+    print(f"{config.sequences} texts, tokens/s in all | by round | equal to {names[0]} for |\n{'| --- ' * 9}|")
     for name in names:
-        speed, size = statistics.median(single[name]), PRECISIONS[name.split("-")[1]][2]
-        several = f"{statistics.median(batched[name]):.0f}" if batched[name] else ""
-        pairs = list(zip(texts[name], texts[names[0]]))
+        turns, several, size = single[name], batched[name], PRECISIONS[name.split("-")[1]][2]
+        speed = statistics.median(turn.speed for turn in turns)
+        ms = [x for turn in turns for x in turn.ms]
+        pairs = list(zip(turns[-1].text, single[names[0]][-1].text))
         equal = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        share = speed * matrices * size / memory
-        print(f"| {name} | {speed:.1f} | {share:.0%} | {several} | {equal} tokens |", flush=True)
+        cells = [name, f"{speed:.1f}", ", ".join(f"{turn.speed:.1f}" for turn in turns)]
+        cells += [f"{speed * matrices * size / memory:.0%}", f"{statistics.median(ms):.2f}" if ms else ""]
+        cells += [f"{max(turn.others for turn in turns + several):.0%}"]
+        cells += [f"{statistics.median(turn.speed for turn in several):.0f}" if several else ""]
+        cells += [", ".join(f"{turn.speed:.0f}" for turn in several), f"{equal} tokens"]
+        print("|", " | ".join(cells), "|", flush=True)
     if config.trained:
         model, tokenizer = load_model(config.trained)
         ids = tokenizer.encode(Path(config.text).read_text("utf-8"))
