@@ -191,6 +191,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if config.nanogpt:
             runs["nanoGPT"] = [nanogpt(recipe, config.nanogpt, Path(folder))]
+            note(f"nanoGPT: {runs['nanoGPT'][0].loss:.4f} in {runs['nanoGPT'][0].seconds:.1f} s")
         for seed in config.seeds.split(","):
             for name, settings in (variants[key] for key in config.runs.split(",")):
                 run = ours(recipe, config.recipe, [*settings, f"--seed={seed}"], Path(folder))
