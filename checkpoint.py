@@ -5,8 +5,11 @@ which every GPT-2 tool reads. It may be a stranger's: nothing in it is code, not
 nanoGPT's ckpt.pt, with weights_only, and no path or link in it is followed out of it.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -63,14 +66,15 @@ def write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor], 
 def load_model(
     path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0, check: bool = True
 ) -> tuple[GPT, Tokenizer]:
-    """(model, tokenizer) of a model directory, a nanoGPT ckpt.pt, or a GPT-2 on the hub such as `gpt2`.
+    """(model, tokenizer) of a model directory, a nanoGPT ckpt.pt, or a GPT-2 on the hub: `gpt2`, `owner/name@revision`.
 
-    The model is on the CPU, in evaluation mode. A smaller `block_size` crops the positions. With
-    `check`, the files are compared with their checksums, where there are any.
+    The model is in fp32 on the CPU, in evaluation mode; loading needs little more memory than its weights. A smaller
+    `block_size` crops the positions. With `check`, the files are compared with their checksums, where there are any.
     """
     path = Path(path_or_name)
     if path.suffix == ".pt":
-        config, weights, tokenizer = _read_nanogpt(path)
+        config, weights = _read_nanogpt(path)
+        tokenizer = gpt2()
     else:
         directory = existing(path) or _from_hub(str(path_or_name))
         if check:
@@ -81,24 +85,21 @@ def load_model(
             tokenizer = Tokenizer.load(directory)
         else:
             tokenizer = gpt2()
-    _check_shape(path_or_name, config, weights)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{path_or_name}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
     if block_size is not None and block_size != config.block_size:
         if block_size > config.block_size:
             raise UserError(f"block_size={block_size}: {path_or_name} has only {config.block_size} positions")
-        weights |= {WPE: weights[WPE][:block_size].clone()}
-    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in weights.values()):
-        raise UserError(f"{path_or_name} has weights that are not finite numbers")
+        weights[WPE] = weights[WPE][:block_size].clone()
     config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=dropout)
     try:
-        return GPT.from_weights(config, {name: tensor.float() for name, tensor in weights.items()}).eval(), tokenizer
+        return GPT.from_weights(config, weights).eval(), tokenizer
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{path_or_name}: the weights do not fit the configuration: {one_line(error)}") from error
 
 
-def _check_shape(source: str | Path, config: GPTConfig, weights: dict[str, Tensor]) -> None:
-    """Raise UserError if `config` is no GPT-2's or not that of the weights, before a model of its size is made."""
+def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:
+    """Raise UserError if `config` is no GPT-2's or not that of the weights, before any of them is read."""
     sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     if (
         any(type(n) is not int or n < 1 for n in sizes)
@@ -106,27 +107,53 @@ def _check_shape(source: str | Path, config: GPTConfig, weights: dict[str, Tenso
         or type(config.bias) is not bool
     ):
         raise UserError(f"{source}: its configuration does not describe a GPT-2")
-    found = [tuple(weights[name].shape) if name in weights else None for name in (WTE, WPE)]
-    wanted = [(config.vocab_size, config.n_embd), (config.block_size, config.n_embd)]
-    layers = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
-    if [*found, layers] != [*wanted, config.n_layer]:
+    layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
+    found = [shapes.get(WTE), shapes.get(WPE), layers]
+    wanted = [[config.vocab_size, config.n_embd], [config.block_size, config.n_embd], config.n_layer]
+    if found != wanted:
         raise UserError(
-            f"{source}: the weights do not fit the configuration: wte, wpe and layers are {[*found, layers]}, "
-            f"and should be {[*wanted, config.n_layer]}"
+            f"{source}: the weights do not fit the configuration: wte, wpe and layers are {found}, "
+            f"and should be {wanted}"
         )
 
 
+def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+    """A copy of the parameter in fp32; `wte` with the padding that it has inside the model, so that it is copied once.
+
+    Raises UserError if a number in it is not finite.
+    """
+    rows = config.padded_vocab_size - config.vocab_size if name == WTE else 0
+    copy = torch.empty(len(tensor) + rows, *tensor.shape[1:])
+    copy[: len(tensor)] = tensor
+    copy[len(tensor) :] = 0
+    if not tensor.is_floating_point() or not copy.isfinite().all():
+        raise UserError(f"{source}: {name} has weights that are not finite numbers")
+    return copy
+
+
 def _from_hub(name: str) -> Path:
+    """Download, or take from the cache, a GPT-2 of the hub; `name` may end in @ and a branch, tag or commit."""
     import huggingface_hub
 
+    repository, _, revision = name.partition("@")
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+        # The configuration first: a model of another type is refused before its weights are fetched.
+        for patterns in (["config.json"], HUB_FILES):
+            found = Path(
+                huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+            )
+            _read_config(found)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds: no such name, no network, no permission, not in the cache
         reason = one_line(error)
         raise UserError(f"{name} is no directory here, and cannot be had from the hub: {reason}") from error
+    if not any(found.glob("*.safetensors")):
+        raise UserError(f"{name} has no weights in safetensors on the hub, or not in the cache; pickles are not read")
+    return found
 
 
-def _read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+def _read_config(directory: Path) -> GPTConfig:
     path = directory / "config.json"
     found = read_json(directory, path.name)
     if found.get("model_type") != "gpt2":
@@ -136,47 +163,74 @@ def _read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
             raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {gpt2s}")
     if missing := set(CONFIG_NAMES.values()) - {"bias", "resid_pdrop"} - set(found):
         raise UserError(f"{path} does not describe a GPT-2: it lacks {', '.join(sorted(missing))}")
-    config = GPTConfig(**{ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found})
+    return GPTConfig(**{ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found})
+
+
+def _read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    config = _read_config(directory)
     files, index = ["model.safetensors"], "model.safetensors.index.json"
     if not (directory / files[0]).exists() and (directory / index).exists():
         shards = read_json(directory, index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise UserError(f"{directory / index} is damaged: no weight_map of names")
         files = sorted(set(shards.values()))
-    tensors = {}
+    shapes, places = {}, {}
     for file in files:
-        tensors |= read_tensors(directory, file)
+        with _opened(directory, file) as tensors:
+            for theirs in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+                if theirs.endswith((".attn.bias", ".attn.masked_bias")) or theirs == "lm_head.weight":
+                    continue  # the causal mask, which old files carry, and the tied head
+                name = f"transformer.{theirs.removeprefix('transformer.')}"
+                shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
+    _check_shape(directory, config, shapes)
     weights = {}
-    for name, tensor in tensors.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            continue  # the causal mask, which old files carry, and the tied head
-        if name.endswith("bias") and not config.bias:
-            if tensor.any():
-                raise UserError(f"{path}: the model has no biases, but {name} is not zero")
-            continue  # the zeros that `save_model` wrote for other tools
-        name = f"transformer.{name.removeprefix('transformer.')}"
-        weights[name] = tensor.T.contiguous() if name.endswith(TRANSPOSED) else tensor
+    # A file is mapped into memory: opened anew for each tensor, and the largest first, so that what was read is let go.
+    for name in sorted(shapes, key=lambda name: math.prod(shapes[name]), reverse=True):
+        file, theirs = places[name]
+        with _opened(directory, file) as tensors:
+            tensor = tensors.get_tensor(theirs)
+            weight = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
+        if config.bias or not name.endswith("bias"):
+            weights[name] = weight
+        elif weight.any():  # anything but the zeros that `save_model` wrote for other tools
+            raise UserError(f"{directory}: the model has no biases, but {name} is not zero")
     return config, weights
 
 
-def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+@contextlib.contextmanager
+def _opened(directory: Path, name: str) -> Iterator[safetensors.safe_open]:
+    path = inside(directory, name)
+    try:
+        with safetensors.safe_open(path, "pt") as tensors:
+            yield tensors
+    except UserError:
+        raise
+    except Exception as error:  # SafetensorError, OSError, and what torch raises for a shape that cannot be
+        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
+
+
+def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The weights of a ckpt.pt; those of the optimizer, twice as large, stay on the disk."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = GPTConfig(**checkpoint["model_args"])
-        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
-        assert all(isinstance(tensor, Tensor) for tensor in weights.values()) and type(config.vocab_size) is int
+        tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
+        assert all(isinstance(t, Tensor) and t.dim() for t in tensors.values()) and type(config.vocab_size) is int
     except Exception as error:  # a damaged file, or one that wants to run code, fails in many ways
         raise UserError(f"{path} is no nanoGPT checkpoint that can be read safely: {type(error).__name__}") from error
-    weights = {k: v for k, v in weights.items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
-    tokenizer = gpt2()
-    if config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"{path} was trained with {config.vocab_size} ids of its own; only GPT-2's can be imported")
+    ids = gpt2().vocab_size
+    if config.vocab_size < ids:
+        raise UserError(
+            f"{path} was trained with {config.vocab_size} ids of its own, and their letters are in a pickle elsewhere: "
+            "only GPT-2's can be imported"
+        )
+    tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
+    _check_shape(path, config, {name: list(tensor.shape) for name, tensor in tensors.items()})
+    tensors[WTE], config = tensors[WTE][:ids], dataclasses.replace(config, vocab_size=ids)  # nanoGPT pads to 50,304
     note(f"{path}: only the weights are taken, and GELU is OpenAI's tanh form here: the loss differs a little")
-    if WTE in weights:  # nanoGPT pads 50,257 ids to 50,304
-        weights[WTE] = weights[WTE][: tokenizer.vocab_size].clone()
-    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size), weights, tokenizer
+    return config, {name: _in_memory(path, name, tensor, config) for name, tensor in tensors.items()}
 
 
 def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ python metrics.py out-a out-b        # several runs in one picture, compare.png
 
 import collections
 import contextlib
+import html
 import json
 import math
 import statistics
@@ -25,6 +26,7 @@ class Metrics:
     def __init__(self, out_dir: Path, active: bool, until_step: int | None = None):
         """Start anew, or with `until_step` go on after the lines of an interrupted run up to that step."""
         self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
+        self.resumed_from = until_step  # until the first record after it says so
         self.losses = collections.deque(maxlen=SPIKE_WINDOW)
         if not active:
             return
@@ -38,28 +40,51 @@ class Metrics:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {one_line(error)}") from error
 
-    def track(self, project: str, name: str | None, settings: dict) -> None:
-        """Record in Weights & Biases too, if it is there and lets us: tracking never stops training."""
-        if not self.active:
+    def track(self, settings: dict) -> None:
+        """Record in Weights & Biases too, where `wandb_log` asks for it, if it is there and lets us: tracking never
+        stops training. A resumed run goes on in the same run there."""
+        if not (self.active and settings["wandb_log"]):
             return
+        path = self.path.with_name("wandb_run_id")
         try:
             import wandb
 
-            waiting = wandb.Settings(login_timeout=30)  # for an answer at the login prompt
-            self.wandb = wandb.init(project=project, name=name, config=settings, dir=self.path.parent, settings=waiting)
+            known = path.read_text().strip() if self.resumed_from is not None and path.is_file() else None
+            self.wandb = wandb.init(
+                project=settings["wandb_project"],
+                name=settings["wandb_run_name"],
+                config=settings,
+                dir=self.path.parent,
+                id=known,
+                resume="allow",
+                allow_val_change=True,  # what was changed on resume
+                settings=wandb.Settings(login_timeout=30),  # for an answer at the login prompt
+            )
+            # wandb drops a record that is older than its last, as after a resume: it is to count by our `step`
+            self.wandb.define_metric("*", step_metric="step")
+            path.write_text(self.wandb.id + "\n")
         except Exception as error:  # missing, no login, no network: of many kinds
             note(f"wandb is off: {one_line(error)} (WANDB_MODE=offline keeps the records here)")
 
     def write(self, **record) -> None:
         if not self.active:
             return
+        record["resumed_from"], self.resumed_from = self.resumed_from, None
         record = {key: value for key, value in record.items() if value is not None and math.isfinite(value)}
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:  # a full disk does not stop training
             note(f"{self.path}: {one_line(error)}")
-        self._tell_wandb("log", record, step=record["step"])
+        self._tell_wandb("log", record)
+
+    def sample(self, step: int, text: str) -> None:
+        """A text by the model as it is, for wandb: elsewhere it was told already."""
+        if self.wandb:
+            import wandb
+
+            page = f'<meta charset="utf-8"><pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
+            self._tell_wandb("log", {"step": step, "sample": wandb.Html(page)})
 
     def spike(self, loss: float) -> str | None:
         """What to tell of a logged loss that stands far above those before it; None of an ordinary one.
@@ -88,11 +113,11 @@ class Metrics:
     def close(self) -> None:
         self._tell_wandb("finish")
 
-    def _tell_wandb(self, method: str, *arguments, **named) -> None:
+    def _tell_wandb(self, method: str, *arguments) -> None:
         if not self.wandb:
             return
         try:
-            getattr(self.wandb, method)(*arguments, **named)
+            getattr(self.wandb, method)(*arguments)
         except Exception as error:  # the network, a full disk, wandb itself: of many kinds
             note(f"wandb is off from here on: {one_line(error)}")
             self.wandb = None
@@ -169,29 +194,53 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
+PANELS = {
+    "loss": "loss (nats a token)",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens a second",
+}
+
+
 def draw(out_dirs: list[Path], picture: Path) -> None:
-    """Loss curves of one run or several, without a display; nothing if there is nothing to draw."""
+    """The curves of one run or several, without a display; nothing if there is nothing to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if figure := curves(out_dirs):
+        FigureCanvasAgg(figure).print_png(str(picture))
+
+
+def curves(out_dirs: list[Path]):
+    """A matplotlib Figure: losses above, the rest below, a dotted line where a run was resumed; None without losses."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    drawn = False
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    panels = figure.subplot_mosaic([["loss"] * 3, list(PANELS)[1:]], height_ratios=[5, 2])
+    for name, axes in panels.items():
+        axes.set_title(PANELS[name], fontsize="medium")
+        axes.grid(alpha=0.3)
     for i, out_dir in enumerate(out_dirs):
-        records = read_metrics(Path(out_dir) / "metrics.jsonl")
-        prefix = f"{Path(out_dir).name}: " if len(out_dirs) > 1 else ""
-        for key, style in (("train_loss", {"alpha": 0.4, "lw": 1}), ("val_loss", {"marker": "o", "ms": 3})):
-            points = [(r["step"], r[key]) for r in records if key in r]
-            if points:
-                drawn = True
-                label = f"{prefix}{key.replace('_', ' ')} {points[-1][1]:.3f}"
-                axes.plot(*zip(*points), color=f"C{i if prefix else len(key) % 3}", label=label, **style)
-    if not drawn:
-        return
-    axes.set(xlabel="updates", ylabel="loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    FigureCanvasAgg(figure).print_png(str(picture))
+        records, alone = read_metrics(Path(out_dir) / "metrics.jsonl"), len(out_dirs) == 1
+        train, val = ("C0", "C1") if alone else (f"C{i}", f"C{i}")
+        label = "" if alone else f"{Path(out_dir).name}: "
+        _line(panels["loss"], records, "train_loss", f"{label}train loss", color=train, alpha=0.4, lw=1)
+        _line(panels["loss"], records, "val_loss", f"{label}val loss", color=val, marker="o", ms=3)
+        for name in list(PANELS)[1:]:
+            _line(panels[name], records, name, color=train, lw=1)
+        for resumed in sorted({record["resumed_from"] for record in records if "resumed_from" in record}):
+            for axes in panels.values():
+                axes.axvline(resumed, color=train, ls=":", lw=1, label=f"{label}resumed at {resumed:,}")
+    panels["loss"].set_xlabel("updates")
+    if not panels["loss"].lines:
+        return None
+    panels["loss"].legend()
+    return figure
+
+
+def _line(axes, records: list[dict], key: str, label: str | None = None, **style) -> None:
+    points = [(record["step"], record[key]) for record in records if key in record]
+    if points:
+        axes.plot(*zip(*points), label=label and f"{label} {points[-1][1]:.3f}", **style)
 
 
 def main() -> None:

@@ -157,11 +157,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
-        """A model with these parameters, by name; `wte` without its padding. Nothing is initialised in vain."""
+        """A model of these very tensors, by name; `wte` may lack its padding. Nothing is initialised in vain."""
         with torch.device("meta"):
             model = cls(config)
-        padding = config.padded_vocab_size - config.vocab_size
-        wte = F.pad(weights["transformer.wte.weight"], (0, 0, 0, padding))
+        wte = weights["transformer.wte.weight"]
+        if missing := config.padded_vocab_size - len(wte):
+            wte = F.pad(wte, (0, 0, 0, missing))
         model.load_state_dict(weights | {"transformer.wte.weight": wte}, assign=True)
         model.requires_grad_(True)
         model.padding = torch.empty(config.padded_vocab_size)

@@ -223,8 +223,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     derived = [name for name in DERIVED if name not in given and name in before.get("derived", DERIVED)]
     of_the_run = dict(settings=dataclasses.asdict(config), derived=derived, data=data.digest)
     metrics = Metrics(out_dir, dist.is_main, start if training else None)
-    if config.wandb_log:
-        metrics.track(config.wandb_project, config.wandb_run_name, of_the_run["settings"])
+    metrics.track(of_the_run["settings"])
     progress = Progress(start, config.max_iters, dist.is_main)
     saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, before["best_val_loss"], progress.tell)
     lowest, worse = before["best_val_loss"] or math.inf, before["evaluations_since_best"]
@@ -253,7 +252,9 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             saver.save(so_far | of_the_run | {"scaler": scaler.state_dict()}, val_loss if due else None, keep)
             metrics.draw()
         if due and config.sample_tokens and dist.is_main:
-            progress.tell(write_sample(raw_model, data, config.sample_tokens, dist, seed=step), indent="  ")
+            text = write_sample(raw_model, data, config.sample_tokens, dist, seed=step)
+            progress.tell(text, indent="  ")
+            metrics.sample(step, text)
         if step >= config.max_iters or stopping or 0 < config.patience <= worse:
             break
 
@@ -270,9 +271,8 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
                 )
             updates_per_second = (done - logged) / (watch.seconds - logged_seconds)
             logged, logged_seconds = done, watch.seconds
-            record = dict(step=done, tokens=done * each, seconds=watch.seconds)
-            record |= dict(train_loss=loss_sum / dist.world_size, lr=config.learning_rate_at(step))
-            record |= dict(grad_norm=norm.item(), skipped=int(skipped) or None)
+            record = dict(step=done, tokens=done * each, seconds=watch.seconds, lr=config.learning_rate_at(step))
+            record |= dict(train_loss=loss_sum / dist.world_size, grad_norm=norm.item(), skipped=int(skipped) or None)
             record["tokens_per_second"] = updates_per_second * each
             if dist.peak_flops:
                 record["mfu"] = record["tokens_per_second"] * raw_model.flop_per_token() / dist.peak_flops

@@ -86,14 +86,40 @@ def test_transformers_loads_model_and_tokenizer(tmp_path, kind):
     assert theirs(TEXT)["input_ids"] == ids
     assert theirs.decode(ids) == tokenizer.decode(ids) == TEXT
     assert theirs.eos_token_id == tokenizer.end_of_text == tokenizer.vocab_size - 1
+    prompt = ids[:10]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path).generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0
+    )
+    greedy = list(model.generate(prompt, 12, temperature=0, end_of_text=tokenizer.end_of_text))
+    assert written[0].tolist()[10:][: len(greedy)] == greedy
+    assert len(greedy) == 12 or written[0][10 + len(greedy)] == tokenizer.end_of_text
 
 
-def transformers_model(vocab_size: int):
+def transformers_model(vocab_size: int, **changes):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=vocab_size, n_positions=24, n_embd=8, n_layer=2, n_head=2, initializer_range=0.3)
-    return GPT2LMHeadModel(config)
+    sizes = dict(n_positions=24, n_embd=8, n_layer=2, n_head=2) | changes
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, initializer_range=0.3, **sizes))
+
+
+# layers and heads of gpt2, -medium, -large, -xl and distilgpt2, all their positions and ids; two channels a head
+@pytest.mark.parametrize(("layers", "heads"), [(12, 12), (24, 16), (36, 20), (48, 25), (6, 12)])
+def test_each_size_of_gpt2_comes_in_and_goes_out_bit_for_bit(tmp_path, layers, heads):
+    theirs = transformers_model(50257, n_layer=layers, n_head=heads, n_embd=2 * heads, n_positions=1024)
+    theirs.save_pretrained(tmp_path / "in", max_shard_size="3MB")
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
+    model, tokenizer = load_model(tmp_path / "in")
+    assert (model.config.n_layer, model.config.n_head, model.config.block_size) == (layers, heads, 1024)
+    assert torch.allclose(logits(model), their_logits(theirs), atol=1e-3)
+    (tmp_path / "out").mkdir()
+    save_model(tmp_path / "out", model, tokenizer)
+    before = {}
+    for shard in (tmp_path / "in").glob("*.safetensors"):
+        before |= load_file(shard)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == before.keys() - {"lm_head.weight"}
+    assert all(torch.equal(after[name], before[name]) for name in after)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

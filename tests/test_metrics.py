@@ -7,7 +7,7 @@ import pytest
 from conftest import run_main
 
 from config.settings import UserError
-from metrics import Metrics, Progress, Stopwatch, draw, read_metrics
+from metrics import Metrics, Progress, Stopwatch, curves, read_metrics
 
 PNG = b"\x89PNG"
 
@@ -49,7 +49,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path):
     metrics = Metrics(tmp_path / "run", active=False)
-    metrics.track("project", "name", {})
+    metrics.track({"wandb_log": True})
     metrics.write(step=1, train_loss=1.0)
     metrics.draw()
     metrics.close()
@@ -66,12 +66,37 @@ def test_no_picture_without_losses(tmp_path):
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_more_runs_make_another_picture(tmp_path):
+def plotted(figure, panel: int) -> list[tuple[str, list]]:
+    """(label, points) of each line of a panel: loss, lr, grad_norm, tokens_per_second."""
+    return [(line.get_label(), list(zip(*line.get_data()))) for line in figure.axes[panel].lines]
+
+
+def test_the_curves_are_the_records_and_a_resume_is_marked(tmp_path):
+    metrics = Metrics(tmp_path, active=True)
+    metrics.write(step=2, val_loss=5.0)
+    metrics.write(step=2, train_loss=4.0, lr=0.5, grad_norm=1.5, tokens_per_second=10.0)
+    metrics.write(step=9, train_loss=1.0)  # lost: the run goes on from update 4
+    metrics = Metrics(tmp_path, active=True, until_step=4)
+    metrics.write(step=6, train_loss=3.0, lr=0.25, grad_norm=1.25, tokens_per_second=20.0)
+    metrics.write(step=8, train_loss=2.0)
+    figure = curves([tmp_path])
+    assert [record.get("resumed_from") for record in read_metrics(metrics.path)] == [None, None, 4, None]
+    here = ("resumed at 4", [(4, 0), (4, 1)])
+    losses = [("train loss 2.000", [(2, 4.0), (6, 3.0), (8, 2.0)]), ("val loss 5.000", [(2, 5.0)]), here]
+    assert plotted(figure, 0) == losses
+    for panel, values in ((1, (0.5, 0.25)), (2, (1.5, 1.25)), (3, (10.0, 20.0))):
+        (_, points), marked = plotted(figure, panel)
+        assert (points, marked) == (list(zip((2, 6), values)), here)
+
+
+def test_several_runs_are_told_apart_in_one_picture(tmp_path):
     for name, count in (("a", 3), ("b", 5)):
         write_run(tmp_path / name, count)
-    draw([tmp_path / "a"], tmp_path / "one.png")
-    draw([tmp_path / "a", tmp_path / "b"], tmp_path / "two.png")
-    assert (tmp_path / "two.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+    lines = plotted(curves([tmp_path / "a", tmp_path / "b"]), 0)
+    names = ["a: train loss 1.000", "a: val loss 1.250", "b: train loss 0.600", "b: val loss 1.250"]
+    assert [label for label, _ in lines] == names
+    colours = [line.get_color() for line in curves([tmp_path / "a", tmp_path / "b"]).axes[0].lines]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
 
 
 def test_the_script_compares_runs(tmp_path, monkeypatch):

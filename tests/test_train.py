@@ -22,12 +22,12 @@ from optimizer import scheduled_learning_rate
 from train import TrainConfig
 from training_state import load_training
 
-TIMES = {"seconds", "tokens_per_second", "mfu"}
+TIMES = {"seconds", "tokens_per_second", "mfu", "resumed_from"}
 PLAN = {"lr_decay_iters": 6, "warmup_iters": 2, "min_lr": 1e-3}  # given, so that a shorter run has the same one
 
 
 def records(out_dir: Path) -> list[dict]:
-    """What was measured, apart from times."""
+    """What was measured, apart from times and where it was interrupted."""
     return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out_dir / "metrics.jsonl")]
 
 
@@ -333,6 +333,15 @@ def test_finetuning_can_crop_the_block(tmp_path, train, tiny_run):
     assert load_model(tmp_path / "run" / "last")[0].config.block_size == 8
 
 
+def test_a_cropped_block_survives_a_resume(tmp_path, train, resume, tiny_run):
+    cropped = dict(init_from=tiny_run / "last", block_size=8) | PLAN
+    train(tmp_path / "straight", max_iters=4, **cropped)
+    train(tmp_path / "halves", max_iters=2, **cropped)
+    resume(tmp_path / "halves", max_iters=4)
+    assert same_run(tmp_path / "straight", tmp_path / "halves")
+    assert load_model(tmp_path / "halves" / "last")[0].config.block_size == 8
+
+
 def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tiny_run):
     for dataset in ("other", "bytes"):
         ended = train(tmp_path / "run", status=2, init_from=tiny_run / "last", dataset=dataset)
@@ -576,24 +585,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, train, name):
     (tmp_path / "run").write_text("a file")
     ended = train(tmp_path / name, status=2)
     assert "metrics.jsonl cannot be written" in ended.err.splitlines()[-1]
-
-
-def test_wandb_offline_keeps_its_files(tmp_path, train, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    train(tmp_path / "run", max_iters=2, wandb_log=True, wandb_project="tests", wandb_run_name="tiny")
-    assert [path for path in tmp_path.rglob("*.wandb") if path.stat().st_size]
-    assert load_training(tmp_path / "run" / "last")["step"] == 2
-
-
-def test_a_wandb_that_fails_does_not_stop_a_run(tmp_path, train, monkeypatch):
-    pytest.importorskip("wandb").teardown()  # so that it reads the environment anew
-    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
-    ended = train(tmp_path / "run", max_iters=2, wandb_log=True)
-    assert "wandb is off: " in ended.err
-    assert load_training(tmp_path / "run" / "last")["step"] == 2
 
 
 def test_the_settings_are_saved_with_the_run(tiny_run):

@@ -1,0 +1,94 @@
+import json
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from metrics import read_metrics
+from training_state import load_training
+
+
+def wandb_records(folder: Path) -> list:
+    """What an offline run wrote: protobuf messages in LevelDB's log format, blocks of 32 KiB after a header of 7."""
+    pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    (path,) = folder.glob("*.wandb")
+    content, at, found, message = path.read_bytes(), 7, [], b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:  # no room for another head
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        message += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            found.append(pb2.Record.FromString(message))
+            message = b""
+    return found
+
+
+def test_wandb_offline_has_the_metrics_and_samples_and_a_resumed_run_goes_on(tmp_path, train, resume, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    out_dir = tmp_path / "run"
+    settings = dict(wandb_log=True, wandb_project="tests", wandb_run_name="tiny")
+    train(out_dir, max_iters=3, **settings)
+    first = read_metrics(out_dir / "metrics.jsonl")
+    resume(out_dir, max_iters=6, learning_rate=1e-3)
+    (identity,) = (out_dir / "wandb_run_id").read_text().split()
+    folders = sorted((out_dir / "wandb").glob(f"offline-run-*-{identity}"), key=lambda path: path.stat().st_mtime)
+    assert len(folders) == 2
+    for folder, written in zip(folders, (first, read_metrics(out_dir / "metrics.jsonl")[len(first) :])):
+        found = wandb_records(folder)
+        (run,) = (record.run for record in found if record.WhichOneof("record_type") == "run")
+        assert (run.run_id, run.project, run.display_name) == (identity, "tests", "tiny")
+        config = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert config["n_embd"] == TINY["n_embd"] and config["learning_rate"] == (
+            1e-3 if folder is folders[1] else 1e-2
+        )
+        histories = [
+            {(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
+            for record in found
+            if record.WhichOneof("record_type") == "history"
+        ]
+        own = [{k: v for k, v in history.items() if not k.startswith("_")} for history in histories]
+        assert [history for history in own if "sample.path" not in history] == written
+        pages = [(folder / "files" / history["sample.path"]).read_text() for history in own if "sample.path" in history]
+        assert pages and all("<pre" in page for page in pages)
+    assert load_training(out_dir / "last")["step"] == 6
+
+
+def test_a_new_run_is_a_new_one_in_wandb(tmp_path, train, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    found = set()
+    for _ in range(2):
+        train(tmp_path / "run", max_iters=1, wandb_log=True)
+        found.add((tmp_path / "run" / "wandb_run_id").read_text())
+    assert len(found) == 2
+
+
+def test_a_run_goes_on_where_wandb_is_not_installed(tmp_path, train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    ended = train(tmp_path / "run", max_iters=1, wandb_log=True)
+    assert "wandb is off: import of wandb halted" in ended.err
+
+
+def test_a_run_goes_on_without_a_login_to_wandb(tmp_path, train, monkeypatch):
+    pytest.importorskip("wandb").teardown()
+    for name, value in {"HOME": tmp_path, "NETRC": tmp_path / "none", "WANDB_MODE": "online"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    ended = train(tmp_path / "run", max_iters=1, wandb_log=True)
+    assert "wandb is off: " in ended.err and "WANDB_MODE=offline" in ended.err
+
+
+def test_a_wandb_that_fails_does_not_stop_a_run(tmp_path, train, monkeypatch):
+    pytest.importorskip("wandb").teardown()  # so that it reads the environment anew
+    monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
+    ended = train(tmp_path / "run", max_iters=2, wandb_log=True)
+    assert "wandb is off: " in ended.err
+    assert load_training(tmp_path / "run" / "last")["step"] == 2
