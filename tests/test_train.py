@@ -335,9 +335,9 @@ def test_finetuning_can_crop_the_block(tmp_path, train, tiny_run):
 
 def test_a_cropped_block_survives_a_resume(tmp_path, train, resume, tiny_run):
     cropped = dict(init_from=tiny_run / "last", block_size=8) | PLAN
-    train(tmp_path / "straight", max_iters=4, **cropped)
-    train(tmp_path / "halves", max_iters=2, **cropped)
-    resume(tmp_path / "halves", max_iters=4)
+    train(tmp_path / "straight", **cropped)
+    train(tmp_path / "halves", max_iters=3, **cropped)
+    resume(tmp_path / "halves", max_iters=6)
     assert same_run(tmp_path / "straight", tmp_path / "halves")
     assert load_model(tmp_path / "halves" / "last")[0].config.block_size == 8
 
