@@ -1,0 +1,49 @@
+"""nanoGPT's settings, as its train.py and sample.py list them with their defaults, and what each does here."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from config.settings import load_settings
+from sample import SampleConfig
+from train import TrainConfig
+
+TRAIN = {
+    "out_dir": "out", "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "eval_only": False,
+    "always_save_checkpoint": True, "init_from": "scratch", "wandb_log": False, "wandb_project": "owt",
+    "wandb_run_name": "gpt2", "dataset": "openwebtext", "gradient_accumulation_steps": 40, "batch_size": 12,
+    "block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False,
+    "learning_rate": 6e-4, "max_iters": 600000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    "decay_lr": True, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5, "backend": "nccl",
+    "device": "cuda", "dtype": "bfloat16", "compile": True,
+}  # fmt: skip
+SAMPLE = {
+    "init_from": "resume", "out_dir": "out", "start": "\n", "num_samples": 10, "max_new_tokens": 500,
+    "temperature": 0.8, "top_k": 200, "seed": 1337, "device": "cuda", "dtype": "bfloat16", "compile": False,
+}  # fmt: skip
+RETIRED = {"train": {"backend", "always_save_checkpoint"}, "sample": {"compile"}}
+SCRIPTS = [("train", TrainConfig, TRAIN), ("sample", SampleConfig, SAMPLE)]
+CASES = [(script, cls, name, value) for script, cls, settings in SCRIPTS for name, value in settings.items()]
+
+
+@pytest.mark.parametrize(("script", "cls", "name", "value"), CASES, ids=[f"{case[0]}-{case[2]}" for case in CASES])
+@pytest.mark.parametrize("how", ["flag", "recipe"])
+def test_each_setting_of_nanogpt_is_taken_or_retired_with_a_note(tmp_path, capsys, script, cls, name, value, how):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"{name} = {value!r}\n")
+    config, _ = load_settings(cls, [f"--{name}={value}" if how == "flag" else str(recipe)])
+    told = capsys.readouterr().err
+    if name in RETIRED[script]:
+        assert f"{name}: not needed" in told and not hasattr(config, name)
+    else:
+        assert getattr(config, name) == value and told == ""
+
+
+@pytest.mark.parametrize(("script", "cls", "settings"), SCRIPTS, ids=["train", "sample"])
+def test_the_table_has_every_setting_and_says_which_are_retired(script, cls, settings):
+    text = (Path(__file__).parent.parent / "docs" / "from_nanogpt.md").read_text("utf-8")
+    section = text.split(f"## Settings of {script}.py")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+)", section, flags=re.M))
+    assert list(rows) and rows.keys() == settings.keys()
+    assert {name for name, here in rows.items() if here == "retired"} == RETIRED[script]
