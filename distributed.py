@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from config.settings import UserError
@@ -119,8 +120,19 @@ def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
     if chosen.type == "cpu" and world_size > 1:  # torchrun allows each one thread; the cores are there to be shared out
         torch.set_num_threads(max(1, _cores() // local_world_size))
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        store = dist.PrefixStore(_attempt(world_size), next(rendezvous("env://"))[0])
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size)
+
+
+def _attempt(world_size: int) -> str:
+    """A name for this start of the workers, the same in all of them.
+
+    torchrun's store outlives its workers, and holds the addresses of those that died: started anew under the same keys
+    (torch 2.13 adds no prefix), two in three connected to the dead, and some waited half an hour for them.
+    """
+    return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_of_{world_size}"
 
 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
