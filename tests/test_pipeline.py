@@ -228,7 +228,7 @@ def test_torchrun_shares_the_work_out(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "prepare_data.py"]
     flags = [source, f"--data_dir={tmp_path}/two", "--name=set", "--tokenizer=byte"]
     environment = child_environment()
-    ended = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0 and "next: python train.py --dataset=set" in ended.stderr, ended.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
