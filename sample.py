@@ -106,7 +106,7 @@ def make_decoder(model, config: SampleConfig) -> Decoder:
     if config.quantize == "int8" and not (cpu and FBGEMM):
         raise UserError("--quantize=int8 is for x86 CPUs; leave it off, or use --device=cpu")
     dtype = torch.float16 if cpu and FBGEMM and config.dtype == "auto" else dist.dtype
-    return Decoder(model.to(dist.device), dtype, int8=config.quantize == "int8")
+    return Decoder(model.to(dist.device), dtype, int8=config.quantize == "int8", consume=True)
 
 
 class Writer:
