@@ -3,7 +3,8 @@
 Shapes: B texts, T positions, C channels, H heads, D head width, V vocabulary, M rows of a product.
 """
 
-import itertools
+import ctypes
+import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ class Decoder:
         self.config, self.device = model.config, t.wte.weight.device
         self.wte, self.wpe, self.ln_f = t.wte.weight.detach(), t.wpe.weight.detach(), t.ln_f
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype  # bf16 attention is slower there
-        linears = [(b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj) for b in t.h]
+        self.blocks = []
 
         def ready(linear: nn.Linear, gelu: bool) -> Product:
             weight, bias = linear.weight.detach(), linear.bias
@@ -39,10 +40,13 @@ class Decoder:
             return product(weight, bias, dtype, int8, gelu)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            products = threads.map(ready, itertools.chain(*linears), itertools.cycle([False, False, True, False]))
-            head = self.wte[: self.config.vocab_size]  # no padded id is ever drawn
-            self.head = threads.submit(product, head, None, dtype, int8).result()
-        self.blocks = [(b.ln_1, next(products), next(products), b.ln_2, next(products), next(products)) for b in t.h]
+            for b in t.h:
+                linears = (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)
+                c_attn, attn_c_proj, c_fc, mlp_c_proj = threads.map(ready, linears, (False, False, True, False))
+                self.blocks.append((b.ln_1, c_attn, attn_c_proj, b.ln_2, c_fc, mlp_c_proj))
+                if consume:
+                    give_back_freed_memory()
+        self.head = product(self.wte[: self.config.vocab_size], None, dtype, int8)  # no padded id is ever drawn
 
     def hidden(self, idx: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         """What the head reads: (B, T) ids at (B or 1, T) positions to (B, T, C).
@@ -89,6 +93,13 @@ class Decoder:
                 parts.append(-F.cross_entropy(self.head(hidden).float(), targets, reduction="none").cpu())
                 done = end
         return torch.cat(parts) if parts else torch.empty(0)
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give all of it to the system: what a thread frees is not used by the others."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
 
 
 def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:

@@ -221,12 +221,14 @@ def memory_speed() -> float:
     return x.numel() * 4 / min(seconds)
 
 
-def startup(folder: str) -> float:
-    """Seconds of the whole command that writes one token; the files are in the system's cache."""
-    command = [sys.executable, ROOT / "sample.py", f"--out_dir={folder}", "--start=Once", "--max_new_tokens=1"]
+def startup(*flags: str) -> tuple[float, float]:
+    """Seconds of the whole command sample.py, and its peak memory in MB; the files are in the system's cache."""
     started = time.perf_counter()
-    subprocess.run([*command, "--device=cpu"], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", *flags], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = status  # so that nobody waits for it again
+    assert status == 0, flags
+    return time.perf_counter() - started, used.ru_maxrss / 1024
 
 
 def takes_part(name: str, config: BenchConfig) -> bool:
@@ -262,12 +264,20 @@ def main() -> None:
                     same = several.text == turn.text[: len(several.text)]
                     assert same or not name.startswith("ours"), f"{name}: a text among others is not that alone"
         flat = {name: run(measure, 1, 1000).ms for name, run in contestants.items() if name == "ours-fp16"}
-        seconds = [startup(folder) for _ in range(3)]
-        note(f"startup: {seconds}")
+        for run in contestants.values():
+            run.process.shutdown()
+        empty = startup("--help")
+        first = [startup(f"--out_dir={folder}", "--start=Once", "--max_new_tokens=1", "--device=cpu") for _ in range(3)]
+        note(f"startup: {empty}, {first}")
     memory = statistics.median(speeds)
     print(f"\n{matrices / 1e6:.0f}M weights; memory is read at {memory / 1e9:.1f} GB/s, by round:", end=" ")
     print(", ".join(f"{speed / 1e9:.1f}" for speed in speeds))
-    print(f"first token of the command: {statistics.median(seconds):.2f} s (the whole process)")
+    seconds, peak = (statistics.median(values) for values in zip(*first))
+    more, size = peak - empty[1], model.num_parameters() * 4 / 2**20
+    print(
+        f"the command for one token: {seconds:.2f} s, its --help {empty[0]:.2f} s; peak memory {peak:.0f} MB,", end=" "
+    )
+    print(f"{more:.0f} above that of --help, {more / size:.2f} times the weights in fp32 ({size:.0f} MB)")
     for name, ms in flat.items():
         start, end = statistics.median(ms[:64]), statistics.median(ms[-64:])
         print(f"{name}: {start:.2f} ms a token at the start, {end:.2f} at token 1,000: {end / start - 1:+.0%}")
