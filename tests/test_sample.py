@@ -69,7 +69,7 @@ def test_standard_output_is_only_the_text(learned):
         sys.path.insert(0, sys.argv.pop(1))
         import sample
         sample.main()
-        unneeded = {"torch._dynamo", "datasets", "matplotlib", "huggingface_hub", "tqdm"} & set(sys.modules)
+        unneeded = {"torch._dynamo", "datasets", "matplotlib", "huggingface_hub"} & set(sys.modules)
         sys.exit(" ".join(unneeded) or 0)
     """
     changes = flags(out_dir=learned, start="a ", max_new_tokens=20, device="cpu")
