@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors
@@ -77,9 +78,13 @@ def load_model(
         tokenizer = gpt2()
     else:
         directory = existing(path) or _from_hub(str(path_or_name))
-        if check:
-            check_sums(directory)
-        config, weights = _read_model(directory)
+        with ThreadPoolExecutor(1) as thread:  # both take half a second for 124M
+            sums = thread.submit(check_sums, directory) if check else None
+            try:
+                config, weights = _read_model(directory)
+            finally:
+                if sums:
+                    sums.result()  # that a file is damaged says more than how reading it failed
         if (directory / "tokenizer.json").exists() or config.vocab_size != 50257:
             inside(directory, "tokenizer.json")
             tokenizer = Tokenizer.load(directory)

@@ -3,6 +3,8 @@
 Shapes: B texts, T positions, C channels, H heads, D head width, V vocabulary, M rows of a product.
 """
 
+import ctypes
+import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,20 +22,31 @@ class Decoder:
 
     dtype: of weights and products; the sums of the residual stream and LayerNorms are in float32, and on a
     CPU attention too. float16 on an x86 CPU is the weights' alone. int8: weights in 8 bits, x86 CPUs only.
+    consume: the model gives up each matrix as soon as it is ready here, and cannot be used any more, so that
+    there are never two copies of all of them.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, int8: bool = False):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, int8: bool = False, consume: bool = False):
         t = model.transformer
         self.config, self.device = model.config, t.wte.weight.device
         self.wte, self.wpe, self.ln_f = t.wte.weight.detach(), t.wpe.weight.detach(), t.ln_f
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype  # bf16 attention is slower there
-        linears = [linear for b in t.h for linear in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
-        weights = [(linear.weight.detach(), linear.bias) for linear in linears]
-        weights.append((self.wte[: self.config.vocab_size], None))  # the head: no padded id is ever drawn
+        self.blocks = []
+
+        def ready(linear: nn.Linear, gelu: bool) -> Product:
+            weight, bias = linear.weight.detach(), linear.bias
+            if consume:
+                linear.weight = None
+            return product(weight, bias, dtype, int8, gelu)
+
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            ready = iter(list(threads.map(lambda pair: product(*pair, dtype, int8), weights)))
-        self.blocks = [(b.ln_1, next(ready), next(ready), b.ln_2, next(ready), next(ready)) for b in t.h]
-        self.head = next(ready)
+            for b in t.h:
+                linears = (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)
+                c_attn, attn_c_proj, c_fc, mlp_c_proj = threads.map(ready, linears, (False, False, True, False))
+                self.blocks.append((b.ln_1, c_attn, attn_c_proj, b.ln_2, c_fc, mlp_c_proj))
+                if consume:
+                    give_back_freed_memory()
+        self.head = product(self.wte[: self.config.vocab_size], None, dtype, int8)  # no padded id is ever drawn
 
     def hidden(self, idx: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         """What the head reads: (B, T) ids at (B or 1, T) positions to (B, T, C).
@@ -43,7 +56,7 @@ class Decoder:
         x = F.embedding(idx, self.wte) + F.embedding(positions, self.wpe)
         for layer, (ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj) in enumerate(self.blocks):
             x += attn_c_proj(attend(layer, c_attn(norm(x, ln_1))))
-            x += mlp_c_proj(F.gelu(c_fc(norm(x, ln_2)), approximate="tanh"))
+            x += mlp_c_proj(c_fc(norm(x, ln_2)))
         return norm(x, self.ln_f)
 
     def heads(self, qkv: Tensor) -> Tensor:
@@ -82,29 +95,41 @@ class Decoder:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
+def give_back_freed_memory() -> None:
+    """Have glibc give all of it to the system: what a thread frees is not used by the others."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim:
+        trim(0)
+
+
 def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     return torch.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, int8: bool = False) -> Product:
+def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, int8: bool = False, gelu: bool = False) -> Product:
     """x (..., in) to x @ weight.T + bias (..., out), with the weights in the form that is read fastest.
 
-    On a CPU a row of the result does not depend on how many others there are (but for float32 sums over 3,072
-    inputs), so that a text is the same alone and among others.
+    gelu: of the result, in the tanh form. On a CPU a row of the result does not depend on how many others there
+    are (but for float32 sums over 3,072 inputs), so that a text is the same alone and among others.
     """
     bias = None if bias is None else bias.detach()
     cpu = weight.device.type == "cpu"
     if int8:
-        return int8_product(weight, bias)
+        return activated(int8_product(weight, bias), gelu)
     if cpu and dtype == torch.float16 and FBGEMM:
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
-        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+        return activated(lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed), gelu)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     onednn = cpu and torch.backends.mkldnn.is_available() and dtype != torch.float16
     if onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # oneDNN's own layout: twice as fast as F.linear
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
-    return lambda x: F.linear(x.to(dtype), weight, bias)
+        after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, *after)
+    return activated(lambda x: F.linear(x.to(dtype), weight, bias), gelu)
+
+
+def activated(multiply: Product, gelu: bool) -> Product:
+    return (lambda x: F.gelu(multiply(x), approximate="tanh")) if gelu else multiply
 
 
 def int8_product(weight: Tensor, bias: Tensor | None) -> Product:
@@ -116,17 +141,17 @@ def int8_product(weight: Tensor, bias: Tensor | None) -> Product:
         weight = torch.quantize_per_channel(weight.float(), scale, torch.zeros(len(scale)).long(), 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(weight, None)
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    units = torch.tensor([[1.0], [254.0]])  # half a step of the first is the whole range of the second
     out, into = weight.shape
-    offset = torch.zeros(out) if bias is None else bias.float()
+    offset = torch.zeros(()) if bias is None else bias.float()
 
     def apply(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, 1, into)
-        scales = units / torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_(min=1e-30)  # (M, 2, 1)
-        halves = rows * scales
-        coarse = torch.fake_quantize_per_tensor_affine(halves[:, :1], 1 / 127, 0, -127, 127)
-        halves[:, 1:].sub_(coarse, alpha=254)
-        y = multiply(halves.view(-1, into), 1 / 127, 128, packed).view(-1, 2, out)
-        return torch.baddbmm(offset, scales.reciprocal().transpose(1, 2), y).view(*x.shape[:-1], out)
+        rows = x.reshape(-1, into)
+        step = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_(min=1e-30).div_(127)  # (M, 1)
+        halves = torch.empty(2, *rows.shape)
+        steps = rows / step  # from -127 to 127
+        torch.round(steps, out=halves[0])
+        torch.sub(steps, halves[0], out=halves[1]).mul_(254)  # half a step is the whole range of the second
+        coarse, fine = multiply(halves.view(-1, into), 1.0, 128, packed).view(2, -1, out).unbind()
+        return torch.addcmul(offset, coarse.add_(fine, alpha=1 / 254), step).view(*x.shape[:-1], out)
 
     return apply

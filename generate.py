@@ -7,6 +7,7 @@ is the short way; sample.py writes many texts at once with `Decoder` and `Batch`
 Shapes: B texts, T positions, C channels, H heads, D head width, V vocabulary, K ids that can be drawn.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -89,8 +90,8 @@ class Batch:
         self.rows = list(range(len(prompts)))
         self.lengths = [0] * len(prompts)  # positions of each text that are in the cache
         positions = min(c.block_size, max(map(len, prompts)) + max_new_tokens)
-        shape = (len(prompts), 2, c.n_head, positions, c.n_embd // c.n_head)  # key and value
-        self.cache = [torch.empty(shape, dtype=decoder.cache_dtype, device=decoder.device) for _ in range(c.n_layer)]
+        shape = (c.n_layer, 2, len(prompts), c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
+        self.cache = torch.empty(shape, dtype=decoder.cache_dtype, device=decoder.device)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
@@ -108,8 +109,7 @@ class Batch:
         row, last = self.rows.index(text), self.rows.pop()
         if last != text:
             self.rows[row], length = last, self.lengths[last]
-            for cache in self.cache:
-                cache[row, :, :, :length] = cache[len(self.rows), :, :, :length]
+            self.cache[:, :, row, :, :length] = self.cache[:, :, len(self.rows), :, :length]
 
     def uniform(self) -> Tensor:
         """(B,) numbers from 0 to 1, each from the random stream of its text."""
@@ -135,7 +135,7 @@ class Batch:
         """Read the first `length` tokens of these rows' windows into the cache."""
 
         def keep(layer: int, heads: Tensor) -> None:
-            self.cache[layer][rows, :, :, :length] = heads[:, 1:]
+            self.cache[layer][:, rows, :, :length] = heads[:, 1:].transpose(0, 1)
 
         texts = [self.rows[row] for row in rows]
         self.decoder.read([self.texts[t][self.starts[t] : self.starts[t] + length] for t in texts], keep)
@@ -146,19 +146,21 @@ class Batch:
         """Read the last token of every row: (B, V) logits."""
         decoder, rows = self.decoder, self.rows
         lengths = [self.lengths[text] for text in rows]
-        # Rows of one length are attended to at once; others one by one, which costs less than a mask and is exact
-        same = lengths.count(lengths[0]) == len(rows)
-        groups = [(slice(0, len(rows)), lengths[0])] if same else [(slice(r, r + 1), n) for r, n in enumerate(lengths)]
+        groups = []  # of neighbours of one length, attended to at once: costs less than a mask, and is exact
+        for length, group in itertools.groupby(range(len(rows)), lengths.__getitem__):
+            members = list(group)
+            which = slice(members[0], members[-1] + 1)
+            cache = self.cache[:, :, which]
+            new, whole = cache[..., length, :].unbind(), cache[..., : length + 1, :].flatten(0, 1).unbind()
+            groups.append((which, new, whole[::2], whole[1::2]))  # views of each layer, all made here
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
-            heads = qkv.view(len(rows), 3, decoder.config.n_head, 1, -1).to(decoder.cache_dtype)
-            parts = []
-            for which, length in groups:
-                cache, new = self.cache[layer][which], heads[which]
-                cache[:, :, :, length : length + 1] = new[:, 1:]
-                key, value = cache[:, :, :, : length + 1].unbind(1)
-                parts.append(F.scaled_dot_product_attention(new[:, 0], key, value))
-            return (parts[0] if same else torch.cat(parts)).view(len(rows), 1, -1)
+            heads, parts = qkv.view(len(rows), 3, decoder.config.n_head, 1, -1), []
+            for which, new, keys, values in groups:
+                new[layer].copy_(heads[which, 1:, :, 0].transpose(0, 1))
+                query = heads[which, 0].to(decoder.cache_dtype)
+                parts.append(F.scaled_dot_product_attention(query, keys[layer], values[layer]))
+            return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(len(rows), 1, -1)
 
         idx = torch.tensor([self.texts[text][-1:] for text in rows], device=decoder.device)
         hidden = decoder.hidden(idx, torch.tensor(lengths, device=decoder.device)[:, None], attend)
@@ -194,13 +196,12 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
     """
     largest = torch.finfo(torch.float32).max
     logits = logits.float().nan_to_num(-largest, largest, -largest)  # overflown: the likeliest is drawn
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     ids = None
     if 0 < sampling.top_k < logits.size(-1):
         logits, ids = logits.topk(sampling.top_k)
     elif sampling.top_p < 1:
         logits, ids = logits.sort(descending=True, stable=True)
-    p = logits.softmax(-1)
+    p = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         reached = p.cumsum(-1) - p >= sampling.top_p  # the likelier ids have top_p already
         reached[:, 0] = False

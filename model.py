@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from generate import generate
 
@@ -117,6 +118,13 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class NoDraws(TorchFunctionMode):
+    """Within it no normal numbers are drawn: on the meta device that would import torch's compiler, over a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
 class GPT(nn.Module):
     generate = generate  # model.generate(prompt, max_new_tokens, …) yields token ids
 
@@ -158,7 +166,7 @@ class GPT(nn.Module):
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
         """A model of these very tensors, by name; `wte` may lack its padding. Nothing is initialised in vain."""
-        with torch.device("meta"):
+        with torch.device("meta"), NoDraws():
             model = cls(config)
         wte = weights["transformer.wte.weight"]
         if missing := config.padded_vocab_size - len(wte):

@@ -106,7 +106,7 @@ def make_decoder(model, config: SampleConfig) -> Decoder:
     if config.quantize == "int8" and not (cpu and FBGEMM):
         raise UserError("--quantize=int8 is for x86 CPUs; leave it off, or use --device=cpu")
     dtype = torch.float16 if cpu and FBGEMM and config.dtype == "auto" else dist.dtype
-    return Decoder(model.to(dist.device), dtype, int8=config.quantize == "int8")
+    return Decoder(model.to(dist.device), dtype, int8=config.quantize == "int8", consume=True)
 
 
 class Writer:
@@ -143,7 +143,11 @@ class Texts:
     def __init__(self, writer: Writer, prompts: list[list[int]], first: int):
         self.writer, config = writer, writer.config
         generators = [torch.Generator().manual_seed(mix(config.seed, first + i)) for i in range(len(prompts))]
-        self.batch = Batch(writer.decoder, prompts, config.max_new_tokens, writer.sampling, generators)
+        try:
+            self.batch = Batch(writer.decoder, prompts, config.max_new_tokens, writer.sampling, generators)
+        except RuntimeError as error:  # torch's, of a CPU and of a card
+            texts = f"keys and values of {len(prompts)} texts at once"
+            raise UserError(f"no memory for {texts}: use a smaller --batch_size or --max_new_tokens") from error
         self.new = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet
         self.counts, self.seconds = [0] * len(prompts), [0.0] * len(prompts)
         self.reasons: list[str | None] = [None] * len(prompts)

@@ -10,6 +10,7 @@ once, at the speed at which this machine reads memory, measured each round. With
 by that model in each precision.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import multiprocessing
@@ -221,12 +222,16 @@ def memory_speed() -> float:
     return x.numel() * 4 / min(seconds)
 
 
-def startup(folder: str) -> float:
-    """Seconds of the whole command that writes one token; the files are in the system's cache."""
-    command = [sys.executable, ROOT / "sample.py", f"--out_dir={folder}", "--start=Once", "--max_new_tokens=1"]
-    started = time.perf_counter()
-    subprocess.run([*command, "--device=cpu"], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+def startup(*flags: str) -> tuple[float, float]:
+    """Seconds of the whole command sample.py, and its peak memory in MB; the files are in the system's cache."""
+    started, peak = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", *flags], stdout=subprocess.DEVNULL)
+    while process.poll() is None:  # what wait4 tells of the peak has in it the process that this one was forked from
+        with contextlib.suppress(OSError, IndexError):  # it has ended
+            peak = int(Path(f"/proc/{process.pid}/status").read_text().split("VmHWM:")[1].split()[0])  # KB
+        time.sleep(0.01)
+    assert process.returncode == 0, flags
+    return time.perf_counter() - started, peak / 1024
 
 
 def takes_part(name: str, config: BenchConfig) -> bool:
@@ -262,12 +267,20 @@ def main() -> None:
                     same = several.text == turn.text[: len(several.text)]
                     assert same or not name.startswith("ours"), f"{name}: a text among others is not that alone"
         flat = {name: run(measure, 1, 1000).ms for name, run in contestants.items() if name == "ours-fp16"}
-        seconds = [startup(folder) for _ in range(3)]
-        note(f"startup: {seconds}")
+        for run in contestants.values():
+            run.process.shutdown()
+        empty = startup("--help")
+        first = [startup(f"--out_dir={folder}", "--start=Once", "--max_new_tokens=1", "--device=cpu") for _ in range(3)]
+        note(f"startup: {empty}, {first}")
     memory = statistics.median(speeds)
     print(f"\n{matrices / 1e6:.0f}M weights; memory is read at {memory / 1e9:.1f} GB/s, by round:", end=" ")
     print(", ".join(f"{speed / 1e9:.1f}" for speed in speeds))
-    print(f"first token of the command: {statistics.median(seconds):.2f} s (the whole process)")
+    seconds, peak = (statistics.median(values) for values in zip(*first))
+    more, size = peak - empty[1], model.num_parameters() * 4 / 2**20
+    print(
+        f"the command for one token: {seconds:.2f} s, its --help {empty[0]:.2f} s; peak memory {peak:.0f} MB,", end=" "
+    )
+    print(f"{more:.0f} above that of --help, {more / size:.2f} times the weights in fp32 ({size:.0f} MB)")
     for name, ms in flat.items():
         start, end = statistics.median(ms[:64]), statistics.median(ms[-64:])
         print(f"{name}: {start:.2f} ms a token at the start, {end:.2f} at token 1,000: {end / start - 1:+.0%}")

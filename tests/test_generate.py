@@ -157,6 +157,17 @@ def test_a_text_is_the_same_alone_and_among_64_of_other_lengths_and_ends(dtype):
     assert len({tuple(text[:5]) for text in together}) > 32
 
 
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), pytest.param(torch.float32, True, marks=on_x86)])
+def test_a_decoder_that_consumes_its_model_is_the_same_and_leaves_no_matrix_in_it(dtype, int8):
+    model = random_model(SMALL, std=0.1)
+    ids = random_ids(SMALL, 1, 30)[0].tolist()
+    expected = Decoder(model, dtype, int8).log_probabilities(ids)
+    assert torch.equal(Decoder(model, dtype, int8, consume=True).log_probabilities(ids), expected)
+    assert not [
+        name for name in model.state_dict() if ".h." in name and name.endswith((".c_attn.weight", ".c_fc.weight"))
+    ]
+
+
 def test_padded_ids_are_never_generated():
     model = random_model(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=8))
     with torch.no_grad():
