@@ -51,7 +51,7 @@ def same_run(left: Path, right: Path) -> bool:
 def test_a_run_leaves_its_files(tiny_run):
     assert sorted(path.name for path in tiny_run.iterdir()) == ["best", "last", "loss.png", "metrics.jsonl"]
     model_files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    model_files |= {"tokenizer_config.json", "SHA256SUMS"}
+    model_files |= {"tokenizer_config.json", "README.md", "loss.png", "SHA256SUMS"}
     assert {path.name for path in (tiny_run / "best").iterdir()} == model_files
     assert {path.name for path in (tiny_run / "last").iterdir()} == model_files | {
         "optimizer.safetensors",
