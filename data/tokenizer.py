@@ -76,6 +76,10 @@ class Tokenizer:
         """Whether ids mean the same in both."""
         return self._backend.get_vocab() == other._backend.get_vocab()
 
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by the spelling of their tokens, end of text among them."""
+        return self._backend.get_vocab()
+
     def to_json(self) -> str:
         """What tokenizer.json holds."""
         return self._backend.to_str()

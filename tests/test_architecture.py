@@ -18,7 +18,7 @@ LAYERS = [  # the modules of data/ use one another, in this order
     ["distributed", "optimizer", "metrics", "checkpoint"],
     ["evaluate", "card"],
     ["training_state", "plan"],
-    ["train", "sample", "prepare_data"],
+    ["train", "sample", "prepare_data", "to_gguf"],
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 

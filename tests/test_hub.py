@@ -1,4 +1,4 @@
-"""The hub's API, as far as models need it, on this machine; the clients are the real ones, in processes of their own."""
+"""The hub's API, as far as models need it, on this machine; the clients are real, in processes of their own."""
 
 import base64
 import hashlib
