@@ -70,6 +70,7 @@ metric_list: [{metric: bits_per_byte}]
 CHOICE = """
 output_type: multiple_choice
 doc_to_text: '{{start}}'
+target_delimiter: ''
 doc_to_choice: '{{ends}}'
 doc_to_target: '{{right}}'
 metric_list: [{metric: acc}]
