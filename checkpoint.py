@@ -77,7 +77,7 @@ def load_model(
         config, weights = _read_nanogpt(path)
         tokenizer = gpt2()
     else:
-        directory = existing(path) or _from_hub(str(path_or_name))
+        directory = model_directory(path_or_name)
         with ThreadPoolExecutor(1) as thread:  # both take half a second for 124M
             sums = thread.submit(check_sums, directory) if check else None
             try:
@@ -101,6 +101,11 @@ def load_model(
         return GPT.from_weights(config, weights).eval(), tokenizer
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{path_or_name}: the weights do not fit the configuration: {one_line(error)}") from error
+
+
+def model_directory(path_or_name: str | Path) -> Path:
+    """The directory of that name or, of a model on the hub, the copy of it in the cache."""
+    return existing(Path(path_or_name)) or _from_hub(str(path_or_name))
 
 
 def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from config.settings import UserError
+from config.settings import UserError, note
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
@@ -87,6 +88,26 @@ class Distributed:
         if dist.is_initialized():
             gc.collect()  # a wrapped model that is still alive holds the group's threads, and the process would abort
             dist.destroy_process_group()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """`model` through torch.compile. Where that fails, for want of a C++ compiler say, one line tells so, and it
+    runs as it is."""
+
+    def tell_once(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not text.startswith("WON'T CONVERT"):
+            return True
+        if not told:
+            lines = [line.strip() for line in text.splitlines() if re.match(r"\S*(Error|Exception|Failed)\b", line)]
+            told.append(f"torch.compile does not work here, going on without it: {' '.join(lines[-1:])[:300]}")
+            note(told[0])
+        return False
+
+    told = []
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(tell_once)
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(model)
 
 
 class StopSignal:

@@ -11,6 +11,7 @@ from pathlib import Path
 from config.settings import UserError, note, one_line
 
 SUMS = "SHA256SUMS"  # in the form of `sha256sum -c`
+UNCHECKED = (".bin", ".md", ".png")  # token files, whose sums are in meta.json, and what people read and may change
 
 
 @contextlib.contextmanager
@@ -28,7 +29,9 @@ def whole_directory(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()) if path.suffix != ".bin"]
+        lines = [
+            f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()) if path.suffix not in UNCHECKED
+        ]
         (temporary / SUMS).write_text("".join(lines))
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
@@ -65,8 +68,8 @@ def set_aside(out_dir: Path) -> None:
 def check_sums(directory: Path) -> None:
     """Compare the files with SHA256SUMS, where there is one; UserError if one is missing or another than was written.
 
-    Token files (.bin) are not in it: they can be huge, and meta.json has their sums, which are
-    compared once for each state of a file.
+    Token files are not in it: they can be huge, and meta.json has their sums, which are compared once for each
+    state of a file. Nor is a model's card with its picture.
     """
     sums = directory / SUMS
     if not sums.is_file():

@@ -207,7 +207,9 @@ def draw(out_dirs: list[Path], picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if figure := curves(out_dirs):
-        FigureCanvasAgg(figure).print_png(str(picture))
+        new = picture.with_name(f"{picture.name}.new")
+        FigureCanvasAgg(figure).print_png(str(new))
+        new.replace(picture)  # whole at any moment: a save takes a copy
 
 
 def curves(out_dirs: list[Path]):

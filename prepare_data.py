@@ -27,7 +27,7 @@ from config.settings import PositiveInt, Range, UserError, load_settings, note, 
 from data.pipeline import MAX_UNITS, UNIT_BYTES, Job, encode_units, make_units, merge
 from data.sources import Source, find_source
 from data.token_files import READY, fetch_tokens, id_dtype, write_meta
-from data.tokenizer import KINDS, Tokenizer, make_tokenizer
+from data.tokenizer import END_OF_TEXT, KINDS, Tokenizer, gpt2, make_tokenizer
 from files import whole_directory
 
 MANY_DOCUMENTS = 200  # from here on whole documents go to validation; below, the tail of each
@@ -42,8 +42,8 @@ class PrepareConfig:
     """the data set's name, a folder of data_dir: what train.py's `dataset` says (by default from the source)"""
     inspect: str | None = None
     """print and draw what the prepared data set of this name holds, and verify its checksums; nothing is prepared"""
-    tokenizer: Literal[KINDS] | None = None
-    """gpt2, char, byte, or bpe trained on the text (by default what suits the source)"""
+    tokenizer: str | None = None
+    """gpt2, char, byte, bpe trained on the text, or a model's directory: its own (by default what suits the source)"""
     vocab_size: PositiveInt = 2048
     """ids of a bpe tokenizer, end of text included"""
     val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
@@ -164,7 +164,8 @@ def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) 
     The plan depends on the source and the settings alone, so that processes on many machines come to the same.
     """
     source = source.fetched(partial)
-    kind, val_fraction = config.tokenizer or source.tokenizer, config.val_fraction or source.val_fraction
+    kind, given = tokenizer_of(config.tokenizer or source.tokenizer)
+    val_fraction = config.val_fraction or source.val_fraction
     source = dataclasses.replace(source, val_fraction=val_fraction)
     if not source.has_documents(1):
         raise UserError(f"{' '.join(config.sources)}: there is no text in it")
@@ -181,10 +182,26 @@ def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) 
         for old in partial.iterdir():
             if old.suffix != ".lock" and str(old) not in {file.path for file in source.files}:
                 old.unlink()
-        tokenizer = make_tokenizer(kind, _sample(source, kind), config.vocab_size)
+        tokenizer = given or make_tokenizer(kind, _sample(source, kind), config.vocab_size)
         tokenizer.save(partial)
         path.write_text(digest)
     return Plan(job, units, digest, kind)
+
+
+def tokenizer_of(wanted: str) -> tuple[str, Tokenizer | None]:
+    """What meta.json calls the tokenizer, and the tokenizer itself where it exists already."""
+    if wanted in KINDS:
+        return wanted, None
+    if not Path(wanted).is_dir():
+        raise UserError(
+            f"--tokenizer={wanted}: give one of {', '.join(KINDS)}, or a directory that has a tokenizer.json"
+        )
+    tokenizer = Tokenizer.load(Path(wanted))
+    if tokenizer.same_as(gpt2()):
+        return "gpt2", None
+    if tokenizer.end_of_text is None:
+        raise UserError(f"--tokenizer={wanted}: it has no {END_OF_TEXT}, which stands between documents")
+    return f"a model's, {hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}", tokenizer
 
 
 def is_held(lock: Path) -> bool:

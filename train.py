@@ -32,7 +32,7 @@ from config.settings import (
 )
 from data.batches import EvalBatches, TrainBatches, mix
 from data.token_files import open_data_set
-from distributed import Distributed, StopSignal, connect
+from distributed import Distributed, StopSignal, compiled, connect
 from evaluate import bits_per_byte, describe_loss, evaluate, write_sample
 from files import existing, set_aside
 from metrics import Metrics, Progress, Stopwatch
@@ -197,8 +197,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, config.eval_iters)
     model = dist.wrap(raw_model)
     if config.compile or (config.compile is None and dist.device.type == "cuda"):
-        torch._dynamo.config.suppress_errors = True  # where it cannot compile, it warns and goes on without
-        model = torch.compile(model)
+        model = compiled(model)
     if config.eval_only:
         note(describe_loss(evaluate(model, eval_batches, dist), data))
         return 0
@@ -249,8 +248,8 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
                 lowest, worse = (val_loss, 0) if val_loss < lowest else (lowest, worse + 1)
         if (due or keep or stopping) and step > start and dist.is_main:
             so_far = dict(step=step, seconds=watch.seconds, skipped=int(skipped), evaluations_since_best=worse)
-            saver.save(so_far | of_the_run | {"scaler": scaler.state_dict()}, val_loss if due else None, keep)
             metrics.draw()
+            saver.save(so_far | of_the_run | {"scaler": scaler.state_dict()}, val_loss if due else None, keep)
         if due and config.sample_tokens and dist.is_main:
             text = write_sample(raw_model, data, config.sample_tokens, dist, seed=step)
             progress.tell(text, indent="  ")

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,10 +25,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from checkpoint import load_model, read_json, read_tensors, write_model
+from card import write_card
+from checkpoint import load_model, model_directory, read_json, read_tensors, write_model
 from config.settings import NonNegative, NonNegativeInt, UserError, check_value, note, one_line
 from data.token_files import DataSet
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, gpt2
 from files import SUMS, check_sums, existing, whole_directory
 from model import GPT, GPTConfig
 
@@ -79,6 +81,7 @@ class Saver:
     def _write(self, weights: dict, moments: dict, training: dict, val_loss: float | None, keep: bool) -> None:
         def model_files(new: Path) -> None:
             write_model(new, self.model.config, weights, self.tokenizer)
+            write_card(new, self.out_dir, self.model, training)
 
         def state_files(new: Path) -> None:
             model_files(new)
@@ -196,10 +199,23 @@ def initial_model(config: Any, given: dict[str, str], data: DataSet, training: d
             )
     if not tokenizer.same_as(data.tokenizer):
         raise UserError(
-            f"the data set {config.dataset} was prepared with another tokenizer than {source}; "
-            "prepare it again with that one (python prepare_data.py --help)"
+            f"the data set {config.dataset} was prepared with another tokenizer than {source}; prepare it again: "
+            + prepare_command(config, source, tokenizer)
         )
     return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in shape})
+
+
+def prepare_command(config: Any, source: str | Path, tokenizer: Tokenizer) -> str:
+    """The command that prepares the text of `config.dataset` with the tokenizer of a model, beside what there is."""
+    meta = Path(config.data_dir) / config.dataset / "meta.json"
+    text = json.loads(meta.read_bytes())["source"] if meta.is_file() else "FILES"
+    if text == "standard input":
+        text = "-"
+    wanted = "gpt2" if tokenizer.same_as(gpt2()) else model_directory(source)
+    name = f"{config.dataset}-{'gpt2' if wanted == 'gpt2' else 'again'}"
+    folder = "" if config.data_dir == "data" else f" --data_dir={config.data_dir}"
+    prepare = f"python prepare_data.py {text} --name={name} --tokenizer={shlex.quote(str(wanted))}{folder}"
+    return f"{prepare}, then train with --dataset={name}"
 
 
 @contextlib.contextmanager

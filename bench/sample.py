@@ -38,6 +38,7 @@ from decoder import Decoder
 from distributed import connect
 from generate import Batch, Sampling
 from model import GPT, GPTConfig
+from to_gguf import write_gguf
 
 PROMPT = list(range(1000, 1016))
 PRECISIONS = {  # (dtype, int8), bytes of a weight
@@ -48,6 +49,7 @@ PRECISIONS = {  # (dtype, int8), bytes of a weight
 }
 CONTESTANTS = ("ours-fp16", "llama.cpp-bf16", "ours-bf16", "llama.cpp-fp16", "ours-int8", "llama.cpp-int8",
                "ours-fp32", "llama.cpp-fp32", "transformers-fp32", "transformers-bf16", "nanogpt-fp32")  # fmt: skip
+GGUF = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 BATCHED = ("ours", "transformers")  # the others write one text at a time
 Clock = Callable[[], None]  # called at each token
 Write = Callable[[int, int, Clock], list[int]]  # (texts, tokens of each) to the first text
@@ -125,7 +127,7 @@ def llama(folder: str, precision: str) -> Write:
     import llama_cpp
 
     path = Path(folder) / f"{precision}.gguf"
-    write_gguf(path, load_model(folder)[0], precision)
+    write_gguf(path, load_model(folder)[0], GGUF[precision])
     threads = torch.get_num_threads()
     model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
 
@@ -139,35 +141,6 @@ def llama(folder: str, precision: str) -> Write:
                 return found
 
     return write
-
-
-def write_gguf(path: Path, model: GPT, precision: str) -> None:
-    """The model in llama.cpp's form, its matrices in `precision`, the vocabulary without its texts."""
-    import gguf
-
-    kind = getattr(gguf.GGMLQuantizationType, {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "Q8_0"}[precision])
-    c, writer = model.config, gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(c.block_size)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_feed_forward_length(4 * c.n_embd)
-    writer.add_block_count(c.n_layer)
-    writer.add_head_count(c.n_head)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(c.vocab_size)
-    names = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
-             "transformer.h": "blk", "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
-             "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}  # fmt: skip
-    for name, weight in model.weights().items():
-        matrix = weight.dim() == 2 and "wpe" not in name
-        for old, new in names.items():
-            name = name.replace(old, new)
-        data, its = weight.numpy(), kind if matrix else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(data, its), raw_dtype=its)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 class Contestant:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.readers import SAFE_BORDER
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
 
 # gigatoken 0.10 knows the letters of Unicode 17, tiktoken and tokenizers those of Unicode 16. Documents that have
 # a letter or digit that came after Unicode 14, or a neighbour of one, go to the slow encoder. Emoji are no letters.
@@ -35,7 +35,10 @@ class BulkEncoder:
         self._table = self._gigatoken = None
         description = json.loads(tokenizer.to_json())
         model = description["model"]
-        if model["type"] == "WordLevel":
+        self._foreign = not _of_our_form(description)
+        if self._foreign:
+            model = {"type": None}
+        elif model["type"] == "WordLevel":
             characters = {ord(c): i for c, i in model["vocab"].items() if len(c) == 1}
             self._table = np.full(0x110000, -1, np.int32)
             self._table[list(characters)] = list(characters.values())
@@ -47,6 +50,10 @@ class BulkEncoder:
 
     def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all documents of valid UTF-8, one after the other, and how many each has."""
+        if self._foreign:
+            encoded = self._tokenizer.encode_documents([document.decode() for document in documents])
+            lengths = np.array([len(ids) for ids in encoded], np.int64)
+            return np.array([i for ids in encoded for i in ids], np.uint32), lengths
         if self._bytes:
             lengths = np.array([len(document) for document in documents], np.int64)
             return np.frombuffer(b"".join(documents), np.uint8), lengths
@@ -91,6 +98,20 @@ class BulkEncoder:
             self._gigatoken = None  # the old cache is freed first
             self._gigatoken = gigatoken.Tokenizer.from_json(self._json)
             self._encoded_bytes = 0
+
+
+def _of_our_form(description: dict) -> bool:
+    """Whether a tokenizer.json is put together as data/tokenizer.py does it; a model may come with another."""
+    model, before = description["model"], description["pre_tokenizer"] or {}
+    if description["normalizer"] or [token["content"] for token in description["added_tokens"]] != [END_OF_TEXT]:
+        return False
+    if model["type"] == "WordLevel":
+        return before.get("type") == "Split" and all(
+            len(token) == 1 or token == END_OF_TEXT for token in model["vocab"]
+        )
+    of_bytes = model["type"] == "BPE" and before.get("type") == "ByteLevel" and not before["add_prefix_space"]
+    by_number = all(model["vocab"].get(symbol) == byte for byte, symbol in byte_symbols().items())
+    return of_bytes and not model["ignore_merges"] and (before["use_regex"] or (by_number and not model["merges"]))
 
 
 def _safe_parts(document: bytes, size: int = 1 << 12) -> list[bytes]:

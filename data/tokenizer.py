@@ -76,6 +76,10 @@ class Tokenizer:
         """Whether ids mean the same in both."""
         return self._backend.get_vocab() == other._backend.get_vocab()
 
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by the spelling of their tokens, end of text among them."""
+        return self._backend.get_vocab()
+
     def to_json(self) -> str:
         """What tokenizer.json holds."""
         return self._backend.to_str()
@@ -104,7 +108,7 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
     if kind == "gpt2":
         return gpt2()
     if kind == "byte":
-        symbols = {symbol: byte for byte, symbol in _byte_symbols().items()}
+        symbols = {symbol: byte for byte, symbol in byte_symbols().items()}
         return Tokenizer(_byte_level(models.BPE(symbols, []), use_regex=False))
     if kind == "char":
         characters = set()
@@ -141,7 +145,7 @@ def gpt2() -> Tokenizer:
         mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: len(ranks)},
     )
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
 
     def spell(token: bytes) -> str:
         return "".join(symbols[byte] for byte in token)
@@ -160,7 +164,7 @@ def _byte_level(model: models.Model, use_regex: bool = True) -> tokenizers.Token
     return backend
 
 
-def _byte_symbols() -> dict[int, str]:
+def byte_symbols() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte: itself where it prints, else the next character from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

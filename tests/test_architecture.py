@@ -16,8 +16,9 @@ LAYERS = [  # the modules of data/ use one another, in this order
     ["data.pipeline", "data.report"],
     ["data.batches"],
     ["distributed", "optimizer", "metrics", "checkpoint"],
-    ["evaluate", "training_state", "plan"],
-    ["train", "sample", "prepare_data"],
+    ["evaluate", "card"],
+    ["training_state", "plan"],
+    ["train", "sample", "prepare_data", "to_gguf"],
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -51,7 +52,7 @@ def same_run(left: Path, right: Path) -> bool:
 def test_a_run_leaves_its_files(tiny_run):
     assert sorted(path.name for path in tiny_run.iterdir()) == ["best", "last", "loss.png", "metrics.jsonl"]
     model_files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    model_files |= {"tokenizer_config.json", "SHA256SUMS"}
+    model_files |= {"tokenizer_config.json", "README.md", "loss.png", "SHA256SUMS"}
     assert {path.name for path in (tiny_run / "best").iterdir()} == model_files
     assert {path.name for path in (tiny_run / "last").iterdir()} == model_files | {
         "optimizer.safetensors",
@@ -347,6 +348,16 @@ def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tin
     for dataset in ("other", "bytes"):
         ended = train(tmp_path / "run", status=2, init_from=tiny_run / "last", dataset=dataset)
         assert "another tokenizer" in ended.err
+
+
+def test_the_command_that_is_named_prepares_the_data_with_the_models_tokenizer(tmp_path, train, tiny_run, data_dir):
+    told = train(tmp_path / "run", status=2, init_from=tiny_run / "last", dataset="other").err
+    command = shlex.split(told.split("python prepare_data.py ")[1].split(", then train")[0])
+    (tmp_path / "low.txt").write_text("a road, the sea")
+    ended = run_main("prepare_data", tmp_path / "low.txt", *command[1:], "--val_fraction=0.5")
+    assert "--name=other-again" in command and ended.status == 0, ended.err
+    data = open_data_set(data_dir / "other-again")
+    assert data.tokenizer.same_as(load_model(tiny_run / "last")[1]) and len(data.train) + len(data.val) >= 15
 
 
 def test_finetuning_with_another_shape_is_refused(tmp_path, train, tiny_run):

@@ -11,7 +11,7 @@ from test_checkpoint import edit_json, logits, of_kind
 from checkpoint import load_model
 from config.settings import UserError
 from data.tokenizer import Tokenizer
-from files import set_aside
+from files import UNCHECKED, set_aside
 from model import GPT, GPTConfig
 from optimizer import apply_gradients, make_optimizers
 from training_state import NEW_RUN, Saver, load_optimizers, load_training
@@ -114,7 +114,8 @@ def test_what_an_interrupted_save_left_is_used(tmp_path):
 
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {})
-    for path in sorted((tmp_path / "last").iterdir()):
+    read = (path for path in sorted((tmp_path / "last").iterdir()) if path.suffix not in UNCHECKED)
+    for path in read:
         sound = path.read_bytes()
         path.write_bytes(sound[:-20] + bytes([sound[-20] ^ 1]) + sound[-19:])
         with pytest.raises(UserError, match="damaged"):

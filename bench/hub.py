@@ -1,0 +1,152 @@
+"""Weights in and out: bit for bit at GPT-2's four sizes, seconds to the first token, and peak memory.
+
+python bench/hub.py                      # 20 GB of disk; --sizes=gpt2 for the smallest alone
+
+Of each size transformers' own configuration, random weights (no network), written as a directory of safetensors in
+shards as `transformers` does. The round trip: `load_model`, `save_model`, and every tensor compared with the one it
+came from. The first token: `sample.py --init_from=DIR`, the whole command, twice: the files just dropped from the
+system's cache where it lets us, and in it. Memory: of that process, as the system counts it, sampled every 10 ms:
+resident, all pages, those of mapped files too (VmHWM), and anonymous ones alone (RssAnon), which nothing but the
+process's end gives back. "Over the start" leaves out what the same command takes with a model of one tiny block:
+Python and torch.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from safetensors import safe_open
+
+from checkpoint import load_model, save_model
+from config.settings import PositiveInt, UserError, load_settings, note, run_script
+from data.tokenizer import gpt2
+from model import GPT, GPTConfig
+
+SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    sizes: str = ",".join(SIZES)
+    """separated by commas"""
+    first_token: str = "gpt2,gpt2-xl"
+    """of which the first token is timed"""
+    dtype: str = "auto"
+    """sample.py's"""
+    runs: PositiveInt = 3
+    """of each command"""
+
+
+def write_as_transformers(directory: Path, size: str) -> int:
+    """A model of that size in shards; the bytes of its weights."""
+    directory.mkdir()
+    layers, heads, channels = SIZES[size]
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=channels))
+    model.save_pretrained(directory, max_shard_size="1GB")
+    return sum(parameter.numel() * 4 for parameter in model.parameters())
+
+
+def tensors(directory: Path) -> dict[str, Path]:
+    """{name: file} of every tensor of a directory."""
+    found = {}
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            found |= dict.fromkeys(opened.keys(), file)
+    return found
+
+
+def round_trip(before: Path, after: Path) -> str:
+    """What became of the tensors of `before` after import and export to `after`."""
+    after.mkdir()
+    model, tokenizer = load_model(before)
+    save_model(after, model, tokenizer)
+    del model
+    old, new = tensors(before), tensors(after)
+    assert old.keys() - {"lm_head.weight"} == new.keys(), old.keys() ^ new.keys()
+    equal = 0
+    for name, file in new.items():
+        with safe_open(old[name], "pt") as one, safe_open(file, "pt") as other:
+            equal += torch.equal(one.get_tensor(name).view(torch.int32), other.get_tensor(name).view(torch.int32))
+    return f"{equal} of {len(new)} tensors bit for bit"
+
+
+def drop_from_cache(directory: Path) -> None:
+    for path in directory.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def first_token(directory: Path, dtype: str) -> tuple[float, float, float]:
+    """Seconds of the whole command that writes one token; peak of resident bytes, and of the anonymous ones."""
+    command = [sys.executable, ROOT / "sample.py", f"--init_from={directory}", "--start=Once", "--max_new_tokens=1"]
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--device=cpu", f"--dtype={dtype}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    status, peak, anonymous = Path(f"/proc/{process.pid}/status"), 0, 0
+    while process.poll() is None:
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        peak = max(peak, kilobytes(lines, "VmHWM"))
+        anonymous = max(anonymous, kilobytes(lines, "RssAnon"))
+        time.sleep(0.01)
+    seconds = time.perf_counter() - started
+    out, told = process.communicate()
+    if process.returncode or not out.startswith("Once"):
+        raise UserError(f"sample.py failed: {told}")
+    return seconds, peak * 1024, anonymous * 1024
+
+
+def kilobytes(status: dict[str, str], name: str) -> int:
+    return int(status.get(name, "0 kB").split()[0])
+
+
+def main() -> None:
+    config, _ = load_settings(BenchConfig)
+    sizes, timed = config.sizes.split(","), config.first_token.split(",")
+    if unknown := set(sizes + timed) - set(SIZES):
+        raise UserError(f"{', '.join(unknown)}: no such size; there are {', '.join(SIZES)}")
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "tiny").mkdir()
+        save_model(folder / "tiny", GPT(GPTConfig(8, 50257, n_layer=1, n_head=1, n_embd=8)), gpt2())
+        bare = [first_token(folder / "tiny", config.dtype) for _ in range(config.runs)][-1]
+        print(f"a tiny model: {bare[0]:.2f} s, {bare[1] / 1e6:.0f} MB resident, {bare[2] / 1e6:.0f} MB anonymous")
+        for size in sizes:
+            size_bytes = write_as_transformers(folder / size, size)
+            note(f"{size}: written")
+            rows.append([size, f"{size_bytes / 1e9:.2f} GB", round_trip(folder / size, folder / "after")])
+            shutil.rmtree(folder / "after")
+            note(f"{size}: {rows[-1][-1]}")
+            if size in timed:
+                drop_from_cache(folder / size)
+                cold = first_token(folder / size, config.dtype)
+                warm = sorted(first_token(folder / size, config.dtype) for _ in range(config.runs))
+                seconds, peak, anonymous = warm[len(warm) // 2]
+                note(f"{size}: cold {cold[0]:.2f} s, then {[f'{run[0]:.2f}' for run in warm]}")
+                rows[-1] += [f"{cold[0]:.2f} s", f"{seconds:.2f} s"]
+                for most, start in ((peak, bare[1]), (anonymous, bare[2])):
+                    rows[-1] += [f"{most / 1e9:.2f} GB", f"{(most - start) / size_bytes:.2f}"]
+            shutil.rmtree(folder / size)
+    print("\n| model | fp32 weights | round trip | first token, cold | warm", end=" ")
+    print("| peak resident | over the start, of the weights | peak anonymous | over the start, of the weights |")
+    print("| --- " * 9 + "|")
+    for row in rows:
+        print("|", " | ".join(row + [""] * (9 - len(row))), "|")
+
+
+if __name__ == "__main__":
+    run_script(main)
