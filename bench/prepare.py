@@ -32,7 +32,7 @@ from config.settings import PositiveInt, UserError, load_settings, run_script
 from data.readers import split_of
 from data.sources import find_source
 from data.token_files import open_data_set
-from data.tokenizer import gpt2
+from data.tokenizer import gpt2_by_tiktoken
 from prepare_data import PrepareConfig
 
 CORES = len(os.sched_getaffinity(0))
@@ -102,7 +102,7 @@ def speed(folder: Path, config: BenchConfig) -> None:
         seconds = min(timed(preparation(folder, file, "speed")) for _ in range(turns))
         tell(f"ours, the process from start to end, {file}", text_bytes(folder / "made" / "speed"), seconds)
     started = time.perf_counter()
-    ids = gpt2()._bulk_encode(texts, num_threads=CORES)
+    ids = gpt2_by_tiktoken().encode_ordinary_batch(texts, num_threads=CORES)
     tell("tiktoken.encode_ordinary_batch", size, time.perf_counter() - started)
     check_ids(texts, ids, folder / "made" / "speed")
     del ids
@@ -136,7 +136,7 @@ def nanogpts_way(texts: list[str], folder: Path) -> float:
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
-    encode = gpt2()._bulk_encode.__self__.encode_ordinary
+    encode = gpt2_by_tiktoken().encode_ordinary
     both = datasets.Dataset.from_dict({"text": texts}).train_test_split(test_size=VAL, seed=2357)
     both.save_to_disk(str(folder / "arrow"))
     both = datasets.load_from_disk(str(folder / "arrow"))

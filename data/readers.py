@@ -248,8 +248,16 @@ def _check_column(where: str, schema, column: str) -> None:
 
 
 def _arrow_texts(column, where: str, bad_files: str) -> Iterator[Document]:
-    for data in column.cast("large_binary").to_pylist():
-        if data and (text := checked_text(data, where, bad_files)):
+    import pyarrow
+
+    column = column.cast("large_binary")
+    try:
+        column.cast("large_string")  # all at once, ten times as fast as one by one
+        valid = True
+    except pyarrow.ArrowInvalid:
+        valid = False
+    for data in column.to_pylist():
+        if data and (text := data if valid else checked_text(data, where, bad_files)):
             yield Document(text)
 
 

@@ -158,7 +158,20 @@ def test_a_unit_that_was_damaged_is_found_and_made_anew(tmp_path, text, units):
     assert contents(tmp_path / "set") == contents(tmp_path / "whole" / "set")
 
 
-def test_two_at_once_on_one_data_set_are_refused(tmp_path, text, units):
+@pytest.mark.parametrize(
+    ("running", "refused"),
+    [
+        ([], {"set is being prepared by another process": [[], ["--part=2/2"]]}),
+        (
+            ["--part=1/2"],
+            {
+                "set is being prepared by another process": [[], ["--part=1/2"]],
+                "is in use for other sources or settings": [["--part=2/2", "--tokenizer=gpt2"]],
+            },
+        ),
+    ],
+)
+def test_two_at_once_on_one_data_set_are_refused(tmp_path, text, units, running, refused):
     read, write_end = os.pipe()
 
     def stay(count: int) -> None:
@@ -168,14 +181,14 @@ def test_two_at_once_on_one_data_set_are_refused(tmp_path, text, units):
 
     def work() -> None:
         at_each_change(tmp_path, stay)
-        prepare(text, tmp_path)
+        prepare(text, tmp_path, *running)
 
     pid = forked(work)
     assert os.read(read, 4) == b"here"
     before = contents(tmp_path)
-    assert "set is being prepared by another process" in prepare(text, tmp_path, status=2).err
-    ended = prepare(text, tmp_path, "--part=2/2", "--tokenizer=gpt2", status=2)
-    assert "is in use for other sources or settings" in ended.err
+    for message, others in refused.items():
+        for flags in others:
+            assert message in prepare(text, tmp_path, *flags, status=2).err
     assert {k: v for k, v in contents(tmp_path).items() if ".lock" not in k} == {
         k: v for k, v in before.items() if ".lock" not in k
     }
