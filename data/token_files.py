@@ -115,8 +115,10 @@ class Tokens:
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The ids from each of `starts` on, (len(starts), length) int64: one gather a file."""
-        out, views = np.empty((len(starts), length), np.int64), self._views(length)
-        places = starts % len(self)
+        views, places = self._views(length), starts % len(self)
+        if len(views) == 1 and places.max() < len(views[0]):
+            return views[0][places].astype(np.int64)
+        out = np.empty((len(starts), length), np.int64)
         files = np.searchsorted(self._ends, places, side="right")
         places -= (self._ends - [len(file) for file in self._files])[files]
         for i in set(files.tolist()):
