@@ -85,8 +85,9 @@ def at_each_change(folder: Path, act) -> None:
 # interrupted
 
 
-def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_same_bytes(tmp_path, text, units):
-    prepare(text, tmp_path / "whole", "--dedup=True")
+@pytest.mark.parametrize("flags", [[], ["--dedup=True"]])  # merged while others are encoded; merged at the end
+def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_same_bytes(tmp_path, text, units, flags):
+    prepare(text, tmp_path / "whole", *flags)
     expected, n, went_on = contents(tmp_path / "whole"), 0, 0
     assert set(expected) >= {"set/train.bin", "set/val.bin", "set/meta.json"}
 
@@ -97,17 +98,17 @@ def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_sam
 
         def work() -> None:
             at_each_change(folder, kill)
-            prepare(text, folder, "--dedup=True")
+            prepare(text, folder, *flags)
 
         return os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1]) == -signal.SIGKILL
 
-    while killed_at(n := n + 5, folder := tmp_path / str(n)):  # the hook counts from 1: 5, 10, 15 ...
+    while killed_at(n := n + 8, folder := tmp_path / str(n)):  # the hook counts from 1: 8, 16, 24 ...
         if (folder / "set").exists():
             assert contents(folder / "set") == contents(tmp_path / "whole" / "set")
-        ended = prepare(text, folder, "--dedup=True")
+        ended = prepare(text, folder, *flags)
         went_on += "units of work are done already" in ended.err
         assert contents(folder) == expected, f"killed before change {n}"
-    assert n > 60 and went_on > 8
+    assert n > 60 and went_on > 4
 
 
 def test_an_earlier_data_set_stays_whole_until_the_new_one_is(tmp_path, text, units):
