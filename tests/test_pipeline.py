@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, Ended, child_environment, run_main
+from filelock import FileLock
 
 import data.pipeline
 import prepare_data
@@ -212,6 +213,14 @@ def test_any_number_of_parts_in_any_order_make_what_one_makes(tmp_path, text, un
     last = prepare(text, tmp_path / "parts", f"--part={order[-1]}/{len(order)}")
     assert ("next: python train.py" in last.err) == (len(order) < 20)
     assert contents(tmp_path / "parts") == contents(tmp_path / "one")
+
+
+def test_a_part_that_waits_to_begin_is_in_nobodys_way(tmp_path, text, units):
+    (tmp_path / "set.partial").mkdir()
+    with FileLock(tmp_path / "set.partial" / "part-1-of-2.lock"):
+        assert "left to the others" in prepare(text, tmp_path, "--part=2/2").err
+    prepare(text, tmp_path, "--part=1/2")
+    assert len(documents(tmp_path, "train")) > 200
 
 
 def test_a_part_that_is_done_again_after_the_last_changes_nothing(tmp_path, text, units):
