@@ -22,7 +22,7 @@ from tqdm import tqdm
 from config.settings import RunFailed, note
 from data.bulk import BulkEncoder
 from data.readers import Document, Item, size_of, split_of
-from data.token_files import CHUNK, SPLITS, ShardWriter, id_dtype
+from data.token_files import SPLITS, ShardWriter, id_dtype
 from data.tokenizer import Tokenizer
 
 UNIT_BYTES = 1 << 23  # of a source: what a thread encodes before it reports
@@ -217,6 +217,7 @@ class Merger:
         self.job, self.n_units, self.added, self.dtype = job, n_units, 0, dtype
         self.writers = {split: ShardWriter(directory, split, shard_tokens) for split in SPLITS}
         self.figures = {split: dict.fromkeys(("tokens", "bytes", "documents"), 0) for split in SPLITS}
+        self.buffer = np.empty(BATCH_BYTES, dtype)
         self.held = {split: np.empty(0, dtype) for split in SPLITS}  # the last id
         self.removed = {split: _duplicates(job, n_units, split) if job.dedup else {} for split in SPLITS}
 
@@ -235,14 +236,16 @@ class Merger:
         removed = self.removed[split].get(self.added, NOTHING)
         for key, left_out in zip(("tokens", "bytes", "documents"), removed.figures):
             self.figures[split][key] += found[key] - left_out
-        path, checksum = self.job.tokens(self.added, split), 0
-        for first in range(0, path.stat().st_size // self.dtype.itemsize, CHUNK):
-            ids = np.fromfile(path, self.dtype, CHUNK, offset=first * self.dtype.itemsize)
-            checksum = zlib.crc32(ids, checksum)
-            if len(ids := removed.without(ids, first)):  # end of text stands between documents, not after the last one
-                self.writers[split].write(self.held[split])
-                self.writers[split].write(ids[:-1])
-                self.held[split] = ids[-1:].copy()
+        path, checksum, first = self.job.tokens(self.added, split), 0, 0
+        with open(path, "rb") as file:
+            while n := file.readinto(self.buffer) // self.dtype.itemsize:
+                checksum = zlib.crc32(self.buffer[:n], checksum)
+                ids = removed.without(self.buffer[:n], first)
+                if len(ids):  # end of text stands between documents, not after the last one
+                    self.writers[split].write(self.held[split])
+                    self.writers[split].write(ids[:-1])
+                    self.held[split] = ids[-1:].copy()
+                first += n
         if checksum != found["crc32"]:
             self.job.manifest(self.added).unlink()
             raise RunFailed(f"{path} is not as it was written; run again: this part is made anew")
