@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,10 +24,10 @@ from typing import Annotated, Literal
 from filelock import FileLock, Timeout
 
 from config.settings import PositiveInt, Range, UserError, load_settings, note, one_line, run_script
-from data.pipeline import MAX_UNITS, UNIT_BYTES, Job, encode_units, make_units, merge
+from data.pipeline import MAX_UNITS, UNIT_BYTES, Encoder, Job, Merger, encode_units, make_units
 from data.sources import Source, find_source
 from data.token_files import READY, fetch_tokens, id_dtype, write_meta
-from data.tokenizer import END_OF_TEXT, KINDS, Tokenizer, gpt2, make_tokenizer
+from data.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
 from files import whole_directory
 
 MANY_DOCUMENTS = 200  # from here on whole documents go to validation; below, the tail of each
@@ -113,7 +113,7 @@ def fetch(name: str, directory: Path) -> None:
 def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, parts: int) -> dict | None:
     """Do share `part` of `parts`; whoever finds everything done makes `directory` and gets what meta.json says."""
     partial = directory.with_name(f"{directory.name}.partial")
-    if partial.exists() and any(partial.iterdir()) and not any(partial.glob("part-*.lock")):
+    if partial.exists() and any(partial.iterdir()) and not any(partial.glob("*.lock")):
         raise UserError(f"{partial} is there and is no unfinished preparation; choose another --name")
     partial.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -122,24 +122,29 @@ def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, p
             stack.enter_context(FileLock(lock, blocking=False))
         except Timeout as error:
             raise UserError(f"{directory} is being prepared by another process ({lock} is held)") from error
+        if held := next(held_locks(partial, "part-*.lock" if parts == 1 else "part-1-of-1.lock", but=lock), None):
+            raise UserError(f"{directory} is being prepared by another process ({held} is held)")
+        working(lock).unlink(missing_ok=True)
         try:
             with FileLock(partial / "plan.lock"):
                 plan = make_plan(partial, source, config, lock)
             if parts > 1 and is_made(directory, plan):
                 note(f"{directory} is prepared already")
-                shutil.rmtree(partial)
+                remove(partial)
                 return None
-            encode_units(plan.job, plan.units, range(part - 1, len(plan.units), parts), threads_of(config))
+            mine = range(part - 1, len(plan.units), parts)
+            if parts == 1 and not config.dedup:  # then the units can be merged while others are encoded
+                return finish(directory, plan, source, config, mine)
+            encode_units(plan.job, plan.units, mine, Encoder(plan.job, plan.tokenizer), threads_of(config))
             with FileLock(partial / "plan.lock"):  # of several that end together one merges
                 left = sum(not plan.job.manifest(unit).exists() for unit in range(len(plan.units)))
-                if left and not partial.exists():
-                    return None  # another part has merged
+                if left and is_made(directory, plan):  # by another part: only this lock's folder is here again
+                    remove(partial)
+                    return None
                 if left:
                     note(f"part {part} of {parts} is done; {left} of {len(plan.units)} units are left to the others")
                     return None
-                meta = finish(directory, plan, source, config)
-                shutil.rmtree(partial)
-                return meta
+                return finish(directory, plan, source, config)
         except FileNotFoundError:
             if partial.exists():
                 raise
@@ -156,6 +161,7 @@ class Plan:
     units: list
     digest: str
     kind: str
+    tokenizer: Tokenizer
 
 
 def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) -> Plan:
@@ -177,7 +183,8 @@ def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) 
     digest = hashlib.sha256(repr((settings, units)).encode()).hexdigest()
     path = partial / "plan"
     if not path.exists() or path.read_text() != digest:
-        if held := next((other for other in partial.glob("part-*.lock") if other != lock and is_held(other)), None):
+        others = (other for other in held_locks(partial, "part-*.lock", but=lock) if working(other).exists())
+        if held := next(others, None):  # who holds a lock and does not work yet waits to make the same plan
             raise UserError(f"{partial} is in use for other sources or settings ({held.name} is held)")
         for old in partial.iterdir():
             if old.suffix != ".lock" and str(old) not in {file.path for file in source.files}:
@@ -185,45 +192,50 @@ def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) 
         tokenizer = given or make_tokenizer(kind, _sample(source, kind), config.vocab_size)
         tokenizer.save(partial)
         path.write_text(digest)
-    return Plan(job, units, digest, kind)
+    else:
+        tokenizer = Tokenizer.load(partial)
+    working(lock).touch()
+    return Plan(job, units, digest, kind, tokenizer)
 
 
-def tokenizer_of(wanted: str) -> tuple[str, Tokenizer | None]:
-    """What meta.json calls the tokenizer, and the tokenizer itself where it exists already."""
-    if wanted in KINDS:
-        return wanted, None
-    if not Path(wanted).is_dir():
-        raise UserError(
-            f"--tokenizer={wanted}: give one of {', '.join(KINDS)}, or a directory that has a tokenizer.json"
-        )
-    tokenizer = Tokenizer.load(Path(wanted))
-    if tokenizer.same_as(gpt2()):
-        return "gpt2", None
-    if tokenizer.end_of_text is None:
-        raise UserError(f"--tokenizer={wanted}: it has no {END_OF_TEXT}, which stands between documents")
-    return f"a model's, {hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}", tokenizer
+def working(lock: Path) -> Path:
+    """What stands beside the lock of a process that works by the plan."""
+    return lock.with_suffix(".working")
 
 
-def is_held(lock: Path) -> bool:
-    try:
-        with FileLock(lock, blocking=False):
-            return False
-    except Timeout:
-        return True
+def held_locks(partial: Path, pattern: str, but: Path) -> Iterator[Path]:
+    """The locks that other processes hold."""
+    for lock in sorted(set(partial.glob(pattern)) - {but}):
+        try:
+            FileLock(lock, blocking=False).acquire().lock.release()
+        except Timeout:
+            yield lock
 
 
-def finish(directory: Path, plan: Plan, source: Source, config: PrepareConfig) -> dict:
-    """Merge the units into `directory`, which appears when it is whole."""
-    tokenizer = Tokenizer.load(plan.job.partial)
+def finish(directory: Path, plan: Plan, source: Source, config: PrepareConfig, left: Sequence[int] = ()) -> dict:
+    """Merge the units into `directory`, which appears when it is whole; encode those that are `left` meanwhile."""
+    job, tokenizer = plan.job, plan.tokenizer
     with whole_directory(directory) as new:
-        splits = merge(plan.job, len(plan.units), new, id_dtype(tokenizer.vocab_size), config.shard_tokens)
+        merger = Merger(job, len(plan.units), new, id_dtype(tokenizer.vocab_size), config.shard_tokens)
+        if left:
+            encode_units(job, plan.units, left, Encoder(job, tokenizer), threads_of(config), merger)
+        splits = merger.close()
         for split, figures in splits.items():
             if not figures["tokens"]:
                 raise UserError(
                     f"too little text: nothing of it fell to the {split} split; give more, or --val_fraction"
                 )
         tokenizer.save(new)
-        return write_meta(new, tokenizer, plan.kind, source.description, splits, plan.digest)
+        meta = write_meta(new, tokenizer, plan.kind, source.description, splits, plan.digest)
+    remove(job.partial)
+    return meta
+
+
+def remove(partial: Path) -> None:
+    """Remove it at once: others that wait for its locks never see a half of it."""
+    done = partial.with_name(f"{partial.name}.{os.getpid()}")
+    partial.rename(done)
+    shutil.rmtree(done)
 
 
 def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:

@@ -32,7 +32,7 @@ from config.settings import PositiveInt, UserError, load_settings, run_script
 from data.readers import split_of
 from data.sources import find_source
 from data.token_files import open_data_set
-from data.tokenizer import gpt2
+from data.tokenizer import gpt2_by_tiktoken
 from prepare_data import PrepareConfig
 
 CORES = len(os.sched_getaffinity(0))
@@ -46,6 +46,8 @@ class BenchConfig:
     """corpus, speed, memory, kills, batches, quality"""
     folder: str = "bench-prepare"
     """where the text and what is made of it lie"""
+    rounds: PositiveInt = 2
+    """for `speed`"""
     kills: PositiveInt = 20
     """for `kills`"""
     data_dir: str = "data"
@@ -94,23 +96,33 @@ def preparation(folder: Path, file: str, name: str) -> list[str]:
 
 
 def speed(folder: Path, config: BenchConfig) -> None:
-    """Seconds of the whole process for ours; for the others without start-up and reading, which is in their favour."""
+    """Interleaved rounds. Ours: the whole process. The others: without start-up and reading, in their favour."""
     texts = texts_of(folder)
     size = sum(len(text.encode()) for text in texts)
-    print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, {CORES} cores")
-    for file, turns in (("2000.parquet", 1), ("200.parquet", 3)):
-        seconds = min(timed(preparation(folder, file, "speed")) for _ in range(turns))
-        tell(f"ours, the process from start to end, {file}", text_bytes(folder / "made" / "speed"), seconds)
-    started = time.perf_counter()
-    ids = gpt2()._bulk_encode(texts, num_threads=CORES)
-    tell("tiktoken.encode_ordinary_batch", size, time.perf_counter() - started)
-    check_ids(texts, ids, folder / "made" / "speed")
-    del ids
-    tell("nanoGPT's way", size, nanogpts_way(texts, folder))
+    print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, {CORES} cores", flush=True)
+    files = ("200.parquet", "2000.parquet")
+    rates = {}
+    for _ in range(config.rounds):
+        for file in files:
+            seconds = timed(preparation(folder, file, file.split(".")[0]))
+            done = text_bytes(folder / "made" / file.split(".")[0])
+            tell(rates, f"ours, the process from start to end, {file}", done, seconds)
+        started = time.perf_counter()
+        ids = gpt2_by_tiktoken().encode_ordinary_batch(texts, num_threads=CORES)
+        tell(rates, "tiktoken.encode_ordinary_batch", size, time.perf_counter() - started)
+        if len(rates) == len(files) + 1:
+            check_ids(texts, ids, folder / "made" / "200")
+        del ids
+        tell(rates, "nanoGPT's way", size, nanogpts_way(texts, folder))
+    medians = {name: float(np.median(found)) for name, found in rates.items()}
+    for name, rate in medians.items():
+        of_others = ", ".join(f"{rate / other:.1f} times {n}" for n, other in list(medians.items())[len(files) :])
+        print(f"median of {name}: {rate:.1f} MB/s: {of_others}")
 
 
-def tell(name: str, size: int, seconds: float) -> None:
-    print(f"{name}: {seconds:.2f} s, {size / 1e6 / seconds:.1f} MB/s", flush=True)
+def tell(rates: dict[str, list[float]], name: str, size: int, seconds: float) -> None:
+    rates.setdefault(name, []).append(size / 1e6 / seconds)
+    print(f"{name}: {seconds:.2f} s, {rates[name][-1]:.1f} MB/s", flush=True)
 
 
 def timed(command: list[str]) -> float:
@@ -136,7 +148,7 @@ def nanogpts_way(texts: list[str], folder: Path) -> float:
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
-    encode = gpt2()._bulk_encode.__self__.encode_ordinary
+    encode = gpt2_by_tiktoken().encode_ordinary
     both = datasets.Dataset.from_dict({"text": texts}).train_test_split(test_size=VAL, seed=2357)
     both.save_to_disk(str(folder / "arrow"))
     both = datasets.load_from_disk(str(folder / "arrow"))
@@ -245,7 +257,7 @@ def batches(folder: Path, config: BenchConfig) -> None:
     from data.batches import TrainBatches
 
     torch.set_num_threads(1)
-    path = folder / "made" / "speed"
+    path = folder / "made" / "200"
     tokens = open_data_set(path).train
     for ids in tokens.all():
         ids.max()

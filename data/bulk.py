@@ -7,6 +7,7 @@ and characters through a table. Where gigatoken is not installed, `Tokenizer.enc
 import contextlib
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,11 @@ MEMORY, REMEMBERED = 600_000_000, 1 << 26
 
 
 class BulkEncoder:
-    """Encodes batches of documents; every one of them is ordinary text."""
+    """Encodes batches of documents, in any thread; every one of them is ordinary text."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._table = self._gigatoken = None
+        self._table = self._json = None
         description = json.loads(tokenizer.to_json())
         model = description["model"]
         self._foreign = not _of_our_form(description)
@@ -43,10 +44,14 @@ class BulkEncoder:
             self._table = np.full(0x110000, -1, np.int32)
             self._table[list(characters)] = list(characters.values())
         elif model["type"] == "BPE" and description["pre_tokenizer"].get("use_regex"):
-            model["vocab"].pop(END_OF_TEXT, None)
-            self._json = json.dumps(description | {"added_tokens": []})
-            self._start_gigatoken()
-        self._bytes = model["type"] == "BPE" and not model["merges"] and not self._gigatoken
+            with contextlib.suppress(ImportError):  # no wheel for this machine
+                import gigatoken
+
+                self._new_gigatoken = gigatoken.Tokenizer.from_json
+                model["vocab"].pop(END_OF_TEXT, None)
+                self._json = json.dumps(description | {"added_tokens": []})
+        self._bytes = model["type"] == "BPE" and not model["merges"] and not self._json
+        self._of_thread = threading.local()  # one for all would encode for one thread at a time
 
     def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all documents of valid UTF-8, one after the other, and how many each has."""
@@ -65,11 +70,11 @@ class BulkEncoder:
             return ids, np.array([len(text) for text in texts], np.int64)
         pieces, counts, slow = [], [], []
         for document in documents:
-            if self._gigatoken and not _young(document):
+            if self._json and not _young(document):
                 parts = [document]
             else:  # only what is near such a letter is slow
                 parts = _safe_parts(document)
-                slow += (len(pieces) + i for i, part in enumerate(parts) if not self._gigatoken or _young(part))
+                slow += (len(pieces) + i for i, part in enumerate(parts) if not self._json or _young(part))
             pieces += parts
             counts.append(len(parts))
         if not slow:
@@ -84,20 +89,15 @@ class BulkEncoder:
         return np.concatenate(ordered), np.add.reduceat(lengths, np.cumsum([0, *counts[:-1]]))
 
     def _encode_fast(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = self._gigatoken.encode_batch(documents, parallel=False).layout  # the pipeline has threads
+        mine = self._of_thread
+        if not hasattr(mine, "gigatoken"):
+            mine.gigatoken, mine.encoded_bytes = self._new_gigatoken(self._json), 0
+        encoded = mine.gigatoken.encode_batch(documents, parallel=False).layout  # the pipeline has threads
         ids, lengths = np.asarray(encoded.content.data), np.diff(np.asarray(encoded.offsets.data))
-        self._encoded_bytes += sum(map(len, documents))
-        if self._encoded_bytes > REMEMBERED and _resident_bytes(otherwise=self._encoded_bytes) > MEMORY:
-            self._start_gigatoken()
+        mine.encoded_bytes += sum(map(len, documents))
+        if mine.encoded_bytes > REMEMBERED and _resident_bytes(otherwise=mine.encoded_bytes) > MEMORY:
+            del mine.gigatoken
         return ids, lengths
-
-    def _start_gigatoken(self) -> None:
-        with contextlib.suppress(ImportError):  # no wheel for this machine
-            import gigatoken
-
-            self._gigatoken = None  # the old cache is freed first
-            self._gigatoken = gigatoken.Tokenizer.from_json(self._json)
-            self._encoded_bytes = 0
 
 
 def _of_our_form(description: dict) -> bool:

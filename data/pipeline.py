@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,12 @@ from tqdm import tqdm
 from config.settings import RunFailed, note
 from data.bulk import BulkEncoder
 from data.readers import Document, Item, size_of, split_of
-from data.token_files import CHUNK, SPLITS, ShardWriter, id_dtype
+from data.token_files import SPLITS, ShardWriter, id_dtype
 from data.tokenizer import Tokenizer
 
 UNIT_BYTES = 1 << 23  # of a source: what a thread encodes before it reports
 MAX_UNITS = 4096  # of a very large source the units are larger
-BATCH_BYTES = 1 << 22  # of text encoded at a time
+BATCH_BYTES = 1 << 20  # of text encoded at a time
 RECORD = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])  # what removing a document takes to know
 
 
@@ -63,9 +64,15 @@ def make_units(items: Iterable[Item], unit_bytes: int) -> list[list[Item]]:
     return units
 
 
-def encode_units(job: Job, units: list[list[Item]], mine: Iterable[int], threads: int) -> None:
-    """Encode those of `mine` that are not done yet."""
-    mine = list(mine)
+def encode_units(
+    job: Job,
+    units: list[list[Item]],
+    mine: Sequence[int],
+    encoder: "Encoder",
+    threads: int,
+    merger: "Merger | None" = None,
+) -> None:
+    """Encode those of `mine` that are not done yet; `merger` puts them together meanwhile."""
     todo = [unit for unit in mine if not job.manifest(unit).exists()]
     sizes = {unit: sum(map(size_of, units[unit])) for unit in mine}
     done = sum(sizes.values()) - sum(sizes[unit] for unit in todo)
@@ -74,43 +81,40 @@ def encode_units(job: Job, units: list[list[Item]], mine: Iterable[int], threads
     # of a data set that is streamed the size is not known: then the bar counts shards
     known = all(sizes.values())
     options = {"unit": "B", "unit_scale": True} if known else {"unit": "shard"}
-    with tqdm(
+    bar = tqdm(
         total=sum(sizes.values()) if known else len(mine),
         initial=done if known else len(mine) - len(todo),
         desc="encoding",
         disable=True if os.environ.get("RANK", "0") != "0" else None,
         **options,
-    ) as bar:
-        for unit in _in_threads(job, units, todo, threads):
+    )
+    with bar, contextlib.closing(_in_threads(encoder, units, todo, threads)) as encoded:
+        for unit in encoded:
             bar.update(sizes[unit] if known else 1)
+            if merger:
+                merger.add_units()
 
 
-def _in_threads(job: Job, units: list[list[Item]], todo: list[int], threads: int) -> Iterator[int]:
+def _in_threads(encoder: "Encoder", units: list[list[Item]], todo: list[int], threads: int) -> Iterator[int]:
     """Encode the units `todo` and give each one's number when it is done.
 
     Reading Parquet, encoding, hashing and writing leave Python's lock to others: threads are enough.
     """
-    of_thread, stop = threading.local(), threading.Event()
-
-    def start() -> None:
-        of_thread.encoder = Encoder(job, stop)
-
-    pool = concurrent.futures.ThreadPoolExecutor(min(threads, len(todo)) or 1, initializer=start)
+    pool = concurrent.futures.ThreadPoolExecutor(min(threads, len(todo)) or 1)
     try:
-        futures = [pool.submit(lambda unit=unit: of_thread.encoder.encode(unit, units[unit])) for unit in todo]
+        futures = [pool.submit(encoder.encode, unit, units[unit]) for unit in todo]
         for future in concurrent.futures.as_completed(futures):
             yield future.result()
     finally:
-        stop.set()  # after a failure or Ctrl-C the others leave what they are at
+        encoder.stop.set()  # after a failure or Ctrl-C the others leave what they are at
         pool.shutdown(cancel_futures=True)
 
 
 class Encoder:
-    """Encodes units, in one thread, until `stop` is set."""
+    """Encodes units, in any number of threads, until `stop` is set."""
 
-    def __init__(self, job: Job, stop: threading.Event):
-        self.job, self.stop = job, stop
-        tokenizer = Tokenizer.load(job.partial)
+    def __init__(self, job: Job, tokenizer: Tokenizer):
+        self.job, self.stop = job, threading.Event()
         self.bulk = BulkEncoder(tokenizer)
         self.dtype, self.end_of_text = id_dtype(tokenizer.vocab_size), tokenizer.end_of_text
 
@@ -155,7 +159,7 @@ class UnitWriter:
         self.path, self.records = encoder.job.tokens(unit, split), encoder.job.records(unit, split)
         self.new = self.path.with_suffix(f".{os.getpid()}")
         self.file = open(self.new, "wb")  # noqa: SIM115 (closed on leaving)
-        self.digest = hashlib.sha256()
+        self.checksum = 0
         self.texts, self.ends, self.digests, self.waiting = [], [], [], 0
         self.figures = {"tokens": 0, "bytes": 0, "documents": 0}
         self.recorded = []
@@ -182,7 +186,7 @@ class UnitWriter:
         ends = np.array(self.ends)
         ids = np.insert(ids.astype(self.encoder.dtype), np.cumsum(lengths)[ends], self.encoder.end_of_text)
         self.file.write(ids)
-        self.digest.update(ids)
+        self.checksum = zlib.crc32(ids, self.checksum)
         self.figures["tokens"] += len(ids)
         self.figures["bytes"] += self.waiting
         self.figures["documents"] += int(ends.sum())
@@ -200,47 +204,84 @@ class UnitWriter:
             records = np.concatenate(self.recorded) if self.recorded else np.empty(0, RECORD)
             records.tofile(self.records)
         self.new.replace(self.path)
-        return self.figures | {"sha256": self.digest.hexdigest()}
+        return self.figures | {"crc32": self.checksum}
 
 
-def merge(job: Job, n_units: int, directory: Path, dtype: np.dtype, shard_tokens: int) -> dict[str, dict]:
-    """Put the units' tokens together in `directory`; return what meta.json says of each split."""
-    manifests = [json.loads(job.manifest(unit).read_text()) for unit in range(n_units)]
-    splits = {}
-    for split in SPLITS:
-        figures = {key: sum(m[split][key] for m in manifests) for key in ("tokens", "bytes", "documents")}
-        removed = _duplicates(job, n_units, split, figures) if job.dedup else {}
-        if figures["tokens"]:
-            figures["tokens"] -= 1  # end of text stands between documents, not after the last one
-        writer = ShardWriter(directory, split, figures["tokens"], dtype, shard_tokens)
-        for unit in tqdm(range(n_units), desc=f"writing {split}", unit="unit", disable=None, leave=False):
-            digest = manifests[unit][split]["sha256"]
-            for ids in _pieces(job.tokens(unit, split), dtype, digest, removed.get(unit)):
-                writer.write(ids)
-        splits[split] = figures | {"files": writer.close()}
-    return splits
+class Merger:
+    """Puts the units' tokens together in `directory`, in their order, while others are still encoded.
+
+    Where copies are to be left out all units have to be there before.
+    """
+
+    def __init__(self, job: Job, n_units: int, directory: Path, dtype: np.dtype, shard_tokens: int):
+        self.job, self.n_units, self.added, self.dtype = job, n_units, 0, dtype
+        self.writers = {split: ShardWriter(directory, split, shard_tokens) for split in SPLITS}
+        self.figures = {split: dict.fromkeys(("tokens", "bytes", "documents"), 0) for split in SPLITS}
+        self.buffer = np.empty(BATCH_BYTES, dtype)
+        self.held = {split: np.empty(0, dtype) for split in SPLITS}  # the last id
+        self.removed = {split: _duplicates(job, n_units, split) if job.dedup else {} for split in SPLITS}
+
+    def add_units(self) -> None:
+        """Go on with the units that are there, up to the first that is not."""
+        while self.added < self.n_units and self.job.manifest(self.added).exists():
+            self._add_unit()
+
+    def _add_unit(self) -> None:
+        found = json.loads(self.job.manifest(self.added).read_text())
+        for split in SPLITS:
+            self._add(split, found[split])
+        self.added += 1
+
+    def _add(self, split: str, found: dict) -> None:
+        removed = self.removed[split].get(self.added, NOTHING)
+        for key, left_out in zip(("tokens", "bytes", "documents"), removed.figures):
+            self.figures[split][key] += found[key] - left_out
+        path, checksum, first = self.job.tokens(self.added, split), 0, 0
+        with open(path, "rb") as file:
+            while n := file.readinto(self.buffer) // self.dtype.itemsize:
+                checksum = zlib.crc32(self.buffer[:n], checksum)
+                ids = removed.without(self.buffer[:n], first)
+                if len(ids):  # end of text stands between documents, not after the last one
+                    self.writers[split].write(self.held[split])
+                    self.writers[split].write(ids[:-1])
+                    self.held[split] = ids[-1:].copy()
+                first += n
+        if checksum != found["crc32"]:
+            self.job.manifest(self.added).unlink()
+            raise RunFailed(f"{path} is not as it was written; run again: this part is made anew")
+
+    def close(self) -> dict[str, dict]:
+        """Add what is left; return what meta.json says of each split."""
+        for _ in tqdm(range(self.added, self.n_units), desc="merging", unit="unit", disable=None, leave=False):
+            self._add_unit()
+        for split, figures in self.figures.items():
+            figures["tokens"] -= len(self.held[split])
+        return {split: self.figures[split] | {"files": self.writers[split].close()} for split in SPLITS}
 
 
-def _pieces(path: Path, dtype: np.dtype, digest: str, removed: tuple | None) -> Iterator[np.ndarray]:
-    """The ids of a unit's file without the ranges `removed`, checked."""
-    found = hashlib.sha256()
-    for first in range(0, path.stat().st_size // dtype.itemsize, CHUNK):
-        ids = np.fromfile(path, dtype, CHUNK, offset=first * dtype.itemsize)
-        found.update(ids)
-        if removed is not None:
-            borders = np.zeros(len(ids) + 1, np.int64)
-            np.add.at(borders, np.clip(removed[0] - first, 0, len(ids)), 1)
-            np.add.at(borders, np.clip(removed[1] - first, 0, len(ids)), -1)
-            ids = ids[np.cumsum(borders)[:-1] == 0]
-        yield ids
-    if found.hexdigest() != digest:
-        manifest = path.with_name(path.name.split(".")[0] + ".json")
-        manifest.unlink()
-        raise RunFailed(f"{path} is not as it was written; run again: this part is made anew")
+@dataclass(frozen=True)
+class Removed:
+    """What is left out of a unit: tokens, bytes and documents, and where their ids begin and end."""
+
+    figures: tuple[int, int, int] = (0, 0, 0)
+    starts: np.ndarray | None = None
+    stops: np.ndarray | None = None
+
+    def without(self, ids: np.ndarray, first: int) -> np.ndarray:
+        """`ids`, those from `first` on, without what is left out."""
+        if self.starts is None:
+            return ids
+        borders = np.zeros(len(ids) + 1, np.int64)
+        np.add.at(borders, np.clip(self.starts - first, 0, len(ids)), 1)
+        np.add.at(borders, np.clip(self.stops - first, 0, len(ids)), -1)
+        return ids[np.cumsum(borders)[:-1] == 0]
 
 
-def _duplicates(job: Job, n_units: int, split: str, figures: dict) -> dict[int, tuple]:
-    """Where in each unit ids of documents begin and end that came before; `figures` is made right.
+NOTHING = Removed()
+
+
+def _duplicates(job: Job, n_units: int, split: str) -> dict[int, Removed]:
+    """The documents of each unit that came before.
 
     Takes some 50 bytes of memory a document. Digests of 64 bits: of ten million different documents one is taken for
     a copy with a chance of one in 400,000.
@@ -250,14 +291,10 @@ def _duplicates(job: Job, n_units: int, split: str, figures: dict) -> dict[int, 
     copies = np.ones(sum(map(len, records)), bool)
     copies[first] = False
     removed = {}
-    for unit, (unit_records, copy) in enumerate(
-        zip(records, np.split(copies, np.cumsum([len(r) for r in records])[:-1]))
-    ):
+    for unit, (of_unit, copy) in enumerate(zip(records, np.split(copies, np.cumsum([len(r) for r in records])[:-1]))):
         if copy.any():
-            stops = np.cumsum(unit_records["tokens"])[copy].astype(np.int64)
-            tokens = unit_records["tokens"][copy].astype(np.int64)
-            removed[unit] = stops - tokens, stops
-            figures["tokens"] -= int(tokens.sum())
-            figures["bytes"] -= int(unit_records["bytes"][copy].sum())
-            figures["documents"] -= int(copy.sum())
+            stops = np.cumsum(of_unit["tokens"])[copy].astype(np.int64)
+            tokens = of_unit["tokens"][copy].astype(np.int64)
+            figures = int(tokens.sum()), int(of_unit["bytes"][copy].sum()), int(copy.sum())
+            removed[unit] = Removed(figures, stops - tokens, stops)
     return removed

@@ -243,13 +243,25 @@ def _check_column(where: str, schema, column: str) -> None:
         names = ", ".join(schema.names)
         raise UserError(f"{where} has no column {column!r}{closest(column, schema.names)}; name the --column: {names}")
     kind = schema.field(column).type
-    if not any(is_text(kind) for is_text in (types.is_string, types.is_large_string, types.is_binary)):
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    forms = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    if not any(is_text(values) for is_text in forms):
         raise UserError(f"{where}: column {column!r} is {kind}, no text; name the --column")
 
 
 def _arrow_texts(column, where: str, bad_files: str) -> Iterator[Document]:
-    for data in column.cast("large_binary").to_pylist():
-        if data and (text := checked_text(data, where, bad_files)):
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    column = column.cast("large_binary")
+    try:
+        column.cast("large_string")  # all at once, ten times as fast as one by one
+        valid = True
+    except pyarrow.ArrowInvalid:
+        valid = False
+    for data in column.to_pylist():
+        if data and (text := data if valid else checked_text(data, where, bad_files)):
             yield Document(text)
 
 

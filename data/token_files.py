@@ -24,34 +24,28 @@ CHUNK = 1 << 22  # ids read at a time from a file that is read through
 
 
 class ShardWriter:
-    """Writes one split: `tokens` ids in one file or, where they are more than `shard_tokens`, in numbered files."""
+    """Writes one split in one file or, where it has more than `shard_tokens` ids, in numbered files."""
 
-    def __init__(self, directory: Path, split: str, tokens: int, dtype: np.dtype, shard_tokens: int):
-        sizes = [min(shard_tokens, tokens - i) for i in range(0, tokens, shard_tokens)] or [0]
-        names = [f"{split}.bin"] if len(sizes) == 1 else [f"{split}_{i:06}.bin" for i in range(len(sizes))]
-        self._directory, self._dtype = directory, dtype
-        self._left = list(zip(names, sizes))
+    def __init__(self, directory: Path, split: str, shard_tokens: int):
+        self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
         self._done = []
         self._open()
 
     def _open(self) -> None:
-        name, self._room = self._left.pop(0)
-        self._file = open(self._directory / name, "wb")  # noqa: SIM115 (closed when it is full)
+        self._done.append({"name": f"{self._split}_{len(self._done):06}.bin", "tokens": 0, "sha256": None})
+        self._file = open(self._directory / self._done[-1]["name"], "wb")  # noqa: SIM115 (closed when it is full)
         self._digest = hashlib.sha256()
-        self._done.append({"name": name, "tokens": self._room, "sha256": None})
 
     def write(self, ids: np.ndarray) -> None:
-        """Append ids; those beyond `tokens` are left out."""
         while len(ids):
-            if not self._room:
-                if not self._left:
-                    return
+            if self._done[-1]["tokens"] == self._shard_tokens:
                 self._close()
                 self._open()
-            part, ids = ids[: self._room], ids[self._room :]
+            room = self._shard_tokens - self._done[-1]["tokens"]
+            part, ids = ids[:room], ids[room:]
             self._file.write(part)
             self._digest.update(part)
-            self._room -= len(part)
+            self._done[-1]["tokens"] += len(part)
 
     def _close(self) -> None:
         self._file.close()
@@ -59,8 +53,10 @@ class ShardWriter:
 
     def close(self) -> list[dict]:
         """Name, tokens and SHA-256 of each file."""
-        assert not self._room and not self._left, "fewer ids were written than announced"
         self._close()
+        if len(self._done) == 1:
+            numbered, self._done[0]["name"] = self._done[0]["name"], f"{self._split}.bin"
+            (self._directory / numbered).rename(self._directory / self._done[0]["name"])
         return self._done
 
 
@@ -119,8 +115,10 @@ class Tokens:
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The ids from each of `starts` on, (len(starts), length) int64: one gather a file."""
-        out, views = np.empty((len(starts), length), np.int64), self._views(length)
-        places = starts % len(self)
+        views, places = self._views(length), starts % len(self)
+        if len(views) == 1 and places.max() < len(views[0]):
+            return views[0][places].astype(np.int64)
+        out = np.empty((len(starts), length), np.int64)
         files = np.searchsorted(self._ends, places, side="right")
         places -= (self._ends - [len(file) for file in self._files])[files]
         for i in set(files.tolist()):

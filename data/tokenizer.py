@@ -1,12 +1,11 @@
 """One interface over every tokenizer: text to ids and back, kept on disk in Hugging Face form (tokenizer.json).
 
-Four kinds can be made: GPT-2's own, from the ranks beside this file; characters; bytes; and a
+Four kinds can be made: GPT-2's own, from the merges beside this file; characters; bytes; and a
 byte-level BPE trained on the user's text. Any other tokenizer.json that a model comes with works too.
 """
 
-import base64
 import functools
-import itertools
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -132,27 +131,50 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
     return Tokenizer(_byte_level(learned.model))
 
 
+def tokenizer_of(wanted: str) -> tuple[str, Tokenizer | None]:
+    """What meta.json calls the tokenizer, and the tokenizer itself where it exists already."""
+    if wanted in KINDS:
+        return wanted, None
+    if not Path(wanted).is_dir():
+        raise UserError(
+            f"--tokenizer={wanted}: give one of {', '.join(KINDS)}, or a directory that has a tokenizer.json"
+        )
+    tokenizer = Tokenizer.load(Path(wanted))
+    if tokenizer.same_as(gpt2()):
+        return "gpt2", None
+    if tokenizer.end_of_text is None:
+        raise UserError(f"--tokenizer={wanted}: it has no {END_OF_TEXT}, which stands between documents")
+    return f"a model's, {hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}", tokenizer
+
+
 @functools.cache
 def gpt2() -> Tokenizer:
     """GPT-2's tokenizer. tiktoken encodes in bulk; its ids are the same."""
+    merges = _gpt2_merges()
+    symbols = [*byte_symbols().values(), *map("".join, merges)]
+    model = models.BPE({symbol: i for i, symbol in enumerate(symbols)}, merges)
+    return Tokenizer(_byte_level(model), bulk_encode=lambda texts: gpt2_by_tiktoken().encode_ordinary_batch(texts))
+
+
+@functools.cache
+def gpt2_by_tiktoken():
+    """tiktoken's encoding of GPT-2, from the merges beside this file in place of a download."""
     import tiktoken
 
-    lines = (Path(__file__).parent / "gpt2.tiktoken").read_bytes().splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-    encoding = tiktoken.Encoding(
+    bytes_of = {symbol: bytes([byte]) for byte, symbol in byte_symbols().items()}
+    tokens = [*bytes_of.values(), *(b"".join(map(bytes_of.get, left + right)) for left, right in _gpt2_merges())]
+    return tiktoken.Encoding(
         name="gpt2",
         pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: len(ranks)},
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens={END_OF_TEXT: len(tokens)},
     )
-    symbols = byte_symbols()
 
-    def spell(token: bytes) -> str:
-        return "".join(symbols[byte] for byte in token)
 
-    merges = [(spell(left), spell(right)) for left, right in (_halves(t, ranks) for t in ranks if len(t) > 1)]
-    model = models.BPE({spell(token): rank for token, rank in ranks.items()}, merges)
-    return Tokenizer(_byte_level(model), bulk_encode=encoding.encode_ordinary_batch)
+def _gpt2_merges() -> list[tuple[str, str]]:
+    """Pairs of symbols, the first merge first: a pair's id is 256 and its line; below are the bytes."""
+    lines = (Path(__file__).parent / "gpt2.merges").read_text(encoding="utf-8").splitlines()
+    return [tuple(line.split(" ")) for line in lines]
 
 
 def _byte_level(model: models.Model, use_regex: bool = True) -> tokenizers.Tokenizer:
@@ -165,20 +187,7 @@ def _byte_level(model: models.Model, use_regex: bool = True) -> tokenizers.Token
 
 
 def byte_symbols() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself where it prints, else the next character from U+0100 on."""
+    """GPT-2's printable stand-in for each byte, in order of their ids: itself where it prints, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens whose merge made `token`: run BPE on it with the merges that are older than itself."""
-    pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-    if len(pairs) == 1:
-        return pairs[0]
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
-        i = pairs.index(min(pairs))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]

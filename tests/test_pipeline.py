@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, Ended, child_environment, run_main
+from filelock import FileLock
 
 import data.pipeline
 import prepare_data
@@ -85,8 +86,9 @@ def at_each_change(folder: Path, act) -> None:
 # interrupted
 
 
-def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_same_bytes(tmp_path, text, units):
-    prepare(text, tmp_path / "whole", "--dedup=True")
+@pytest.mark.parametrize("flags", [[], ["--dedup=True"]])  # merged while others are encoded; merged at the end
+def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_same_bytes(tmp_path, text, units, flags):
+    prepare(text, tmp_path / "whole", *flags)
     expected, n, went_on = contents(tmp_path / "whole"), 0, 0
     assert set(expected) >= {"set/train.bin", "set/val.bin", "set/meta.json"}
 
@@ -97,17 +99,17 @@ def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_sam
 
         def work() -> None:
             at_each_change(folder, kill)
-            prepare(text, folder, "--dedup=True")
+            prepare(text, folder, *flags)
 
         return os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1]) == -signal.SIGKILL
 
-    while killed_at(n := n + 5, folder := tmp_path / str(n)):  # the hook counts from 1: 5, 10, 15 ...
+    while killed_at(n := n + 8, folder := tmp_path / str(n)):  # the hook counts from 1: 8, 16, 24 ...
         if (folder / "set").exists():
             assert contents(folder / "set") == contents(tmp_path / "whole" / "set")
-        ended = prepare(text, folder, "--dedup=True")
+        ended = prepare(text, folder, *flags)
         went_on += "units of work are done already" in ended.err
         assert contents(folder) == expected, f"killed before change {n}"
-    assert n > 60 and went_on > 8
+    assert n > 60 and went_on > 4
 
 
 def test_an_earlier_data_set_stays_whole_until_the_new_one_is(tmp_path, text, units):
@@ -158,7 +160,20 @@ def test_a_unit_that_was_damaged_is_found_and_made_anew(tmp_path, text, units):
     assert contents(tmp_path / "set") == contents(tmp_path / "whole" / "set")
 
 
-def test_two_at_once_on_one_data_set_are_refused(tmp_path, text, units):
+@pytest.mark.parametrize(
+    ("running", "refused"),
+    [
+        ([], {"set is being prepared by another process": [[], ["--part=2/2"]]}),
+        (
+            ["--part=1/2"],
+            {
+                "set is being prepared by another process": [[], ["--part=1/2"]],
+                "is in use for other sources or settings": [["--part=2/2", "--tokenizer=gpt2"]],
+            },
+        ),
+    ],
+)
+def test_two_at_once_on_one_data_set_are_refused(tmp_path, text, units, running, refused):
     read, write_end = os.pipe()
 
     def stay(count: int) -> None:
@@ -168,14 +183,14 @@ def test_two_at_once_on_one_data_set_are_refused(tmp_path, text, units):
 
     def work() -> None:
         at_each_change(tmp_path, stay)
-        prepare(text, tmp_path)
+        prepare(text, tmp_path, *running)
 
     pid = forked(work)
     assert os.read(read, 4) == b"here"
     before = contents(tmp_path)
-    assert "set is being prepared by another process" in prepare(text, tmp_path, status=2).err
-    ended = prepare(text, tmp_path, "--part=2/2", "--tokenizer=gpt2", status=2)
-    assert "is in use for other sources or settings" in ended.err
+    for message, others in refused.items():
+        for flags in others:
+            assert message in prepare(text, tmp_path, *flags, status=2).err
     assert {k: v for k, v in contents(tmp_path).items() if ".lock" not in k} == {
         k: v for k, v in before.items() if ".lock" not in k
     }
@@ -198,6 +213,14 @@ def test_any_number_of_parts_in_any_order_make_what_one_makes(tmp_path, text, un
     last = prepare(text, tmp_path / "parts", f"--part={order[-1]}/{len(order)}")
     assert ("next: python train.py" in last.err) == (len(order) < 20)
     assert contents(tmp_path / "parts") == contents(tmp_path / "one")
+
+
+def test_a_part_that_waits_to_begin_is_in_nobodys_way(tmp_path, text, units):
+    (tmp_path / "set.partial").mkdir()
+    with FileLock(tmp_path / "set.partial" / "part-1-of-2.lock"):
+        assert "left to the others" in prepare(text, tmp_path, "--part=2/2").err
+    prepare(text, tmp_path, "--part=1/2")
+    assert len(documents(tmp_path, "train")) > 200
 
 
 def test_a_part_that_is_done_again_after_the_last_changes_nothing(tmp_path, text, units):

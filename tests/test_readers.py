@@ -110,10 +110,20 @@ def test_a_compressed_file_that_is_cut_or_damaged_is_refused(tmp_path, suffix):
 # Parquet
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.binary(),
+        pa.large_binary(),
+        pa.dictionary(pa.int32(), pa.string()),
+    ],
+)
 @pytest.mark.parametrize("unit_bytes", [1, 200, 1 << 62])
 def test_each_row_is_a_document(tmp_path, kind, unit_bytes):
-    texts = [text.encode() for text in TEXTS] if kind == pa.binary() else TEXTS
+    texts = [text.encode() for text in TEXTS] if kind in (pa.binary(), pa.large_binary()) else TEXTS
     path = write_parquet(tmp_path / "texts.parquet", [*texts, None], kind=kind)
     assert read(path, unit_bytes=unit_bytes) == WHOLE
 
@@ -139,6 +149,12 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
 
 
 # text that is not UTF-8
+
+
+def test_a_character_in_two_rows_is_text_in_neither(tmp_path, capsys):
+    path = write_parquet(tmp_path / "halves.parquet", ["é".encode()[:1], "é".encode()[1:], b"good"], kind=pa.binary())
+    assert read(path, bad_files="skip") == ["good"]
+    assert capsys.readouterr().err.count("skipped: ") == 2
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
