@@ -86,6 +86,7 @@ class Distributed:
 
     def close(self) -> None:
         if dist.is_initialized():
+            gc.unfreeze()
             gc.collect()  # a wrapped model that is still alive holds the group's threads, and the process would abort
             dist.destroy_process_group()
 

@@ -231,6 +231,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     skipped, in_a_row = torch.tensor([before["skipped"], 0], device=dist.device)
     logged, logged_seconds = start, watch.seconds
     gc.disable()  # an update leaves nothing to collect; looking for it again and again costs pauses
+    gc.freeze()  # and what is there stays: the collections below need not look through it
 
     for step in itertools.count(start):
         due = step == 0 or (step != start and (step == config.max_iters or step % config.eval_interval == 0))
