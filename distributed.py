@@ -8,11 +8,16 @@ import re
 import signal
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config.settings import UserError
@@ -47,14 +52,59 @@ class Distributed:
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """`model`, its gradients averaged over the processes in `backward`. All ranks."""
+    def wrap(self, model: nn.Module, sharding: str = "ddp", reduce_dtype: str = "float32") -> nn.Module:
+        """`model` on the device, its gradients averaged over the processes in `backward`, in `reduce_dtype`. All ranks.
+
+        sharding: `ddp`: every process holds everything. `fsdp`: each holds an equal part of parameters, gradients and
+            optimizer state, and gathers a block while it is computed. `hybrid`: fsdp in a node, ddp between nodes.
+        """
+        reduce_in = getattr(torch, reduce_dtype)
+        if self.world_size > 1 and sharding != "ddp":
+            return self._shard(model, hybrid=sharding == "hybrid", reduce_in=reduce_in)
+        model = model.to(self.device)
         if self.world_size == 1:
             return model
         # No buffer of the model ever changes: broadcasting them before each forward would be for nothing.
         with warnings.catch_warnings():  # the name is deprecated in torch 2.13; 2.11 knows no other
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if reduce_in == torch.bfloat16:
+            model.register_comm_hook(None, bf16_compress_hook)
+        return model
+
+    def _shard(self, model: nn.Module, hybrid: bool, reduce_in: torch.dtype) -> nn.Module:
+        """Matrices are cast to `dtype` before they are gathered: what autocast would do with them afterwards, at
+        half the traffic. The rest (embeddings, LayerNorms) is small, and is gathered in float32, as autocast wants it.
+        """
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) if hybrid else self.world_size
+        if self.world_size % local:
+            raise UserError(f"--sharding=hybrid: {self.world_size} processes are not the same number on every node")
+        mesh = init_device_mesh(self.device.type, (self.world_size // local, local) if hybrid else (local,))
+        precise = MixedPrecisionPolicy(reduce_dtype=reduce_in, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(self.dtype, reduce_in, cast_forward_inputs=False)
+        for block in model.transformer.h:
+            fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=precise)
+        # The root keeps its parameters whole until a backward pass; without one nobody would put them back.
+        model.register_forward_hook(lambda root, *_: None if torch.is_grad_enabled() else root.reshard())
+        return model
+
+    def exchange_gradients(self, model: nn.Module, last: bool) -> None:
+        """Before a micro-step: whether it is the `last` of its update. Gradients are averaged after that one only; but
+        sharded ones each time within the node, so that no process ever holds all of them.
+        """
+        model.require_backward_grad_sync = last  # DDP's
+        if hasattr(model, "set_requires_all_reduce"):  # FSDP's
+            model.set_requires_all_reduce(last)
+
+    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of `tensors` on the CPU, whole, for the main process; for the others none. All ranks."""
+        gathered = {}
+        for name, tensor in tensors.items():  # one by one: the device never holds more of them whole
+            tensor = whole(tensor.detach())
+            if self.is_main:
+                gathered[name] = tensor.to("cpu", copy=True).contiguous()
+        return gathered
 
     def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Copies on the device; on CUDA without waiting, from pinned memory."""
@@ -89,6 +139,18 @@ class Distributed:
             dist.destroy_process_group()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` with the parts of it that other processes hold. All ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy `values` into `tensor`, or of them what belongs to this process's part of it. Nobody else takes part."""
+    if isinstance(tensor, DTensor):
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(values)
+
+
 class StopSignal:
     """Which of SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's warning) asked the run to end, or 0.
 
@@ -107,8 +169,11 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, even out of a collective that hangs
 
 
-def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
-    """Join the other processes, if torchrun started any, and choose what was left to the machine."""
+def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> Distributed:
+    """Join the other processes, if torchrun started any, and choose what was left to the machine.
+
+    timeout: seconds that one waits for another, and then fails.
+    """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_world_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = _choose_device(device, local_rank, world_size)
@@ -122,7 +187,8 @@ def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
     if world_size > 1:
         store = dist.PrefixStore(_attempt(world_size), next(rendezvous("env://"))[0])
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        wait = timedelta(seconds=timeout)
+        dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
     return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size)
 
 

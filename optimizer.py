@@ -1,9 +1,11 @@
 """How parameters change: AdamW and Muon, the learning rate of each update, the guard against non-finite gradients."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 
 def make_optimizers(
@@ -37,6 +39,11 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape are orthogonalised together: one batched product in place of many small
     ones. Those in `fused_qkv` (by id) count as three: query, key and value are different maps.
+
+    Under FSDP a process holds some rows of every matrix, and updates those. In between it orthogonalises some whole
+    matrices: an all-to-all brings their rows, in float32, and another takes them back, in bfloat16. For N parameters
+    and W processes each sends 6 N / W bytes an update, a small part of the gathering of the weights, and does a W-th of
+    the work. (Gathering all matrices everywhere: 4 N bytes, and all of the work.)
     """
 
     def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, fused_qkv: set[int], momentum: float):
@@ -56,23 +63,46 @@ class Muon(torch.optim.Optimizer):
 
     def _step_together(self, parameters: list[Tensor], parts: int, group: dict, skipped: Tensor) -> None:
         """One step of n parameters of one shape (R, C), each of which is `parts` matrices stacked in its rows."""
-        buffers = []
         for p in parameters:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffers.append(state["momentum_buffer"])
-        gradients = torch.stack([p.grad for p in parameters])  # (n, R, C)
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [rows(self.state[p]["momentum_buffer"]) for p in parameters]
+        gradients = torch.stack([rows(p.grad) for p in parameters])  # (n, R, C), of a sharded R this process's part
         old = torch.stack(buffers)
         new = old.lerp(gradients, 1 - group["momentum"])
         update = gradients.lerp_(new, group["momentum"])  # Nesterov's look ahead
-        update = orthogonalize(update.unflatten(1, (parts, -1)).flatten(0, 1))  # (n parts, R / parts, C)
-        update = update.unflatten(0, (-1, parts)).flatten(1, 2).to(old.dtype)
+
+        def orthogonal(x: Tensor) -> Tensor:  # (n, R, C) of whole matrices
+            return orthogonalize(x.unflatten(1, (parts, -1)).flatten(0, 1)).unflatten(0, (-1, parts)).flatten(1, 2)
+
+        update = on_whole_matrices(orthogonal, update, parameters[0]).to(old.dtype)
         size = 0.2 * max(parameters[0].size(0) // parts, parameters[0].size(1)) ** 0.5
         torch._foreach_copy_(buffers, list(torch.where(skipped, old, new)))
+        parameters = [rows(p) for p in parameters]
         kept = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_mul_(parameters, kept)
         torch._foreach_add_(parameters, list(torch.where(skipped, 0.0, update)), alpha=-group["lr"] * size)
+
+
+def rows(matrix: Tensor) -> Tensor:
+    """The rows of a matrix that this process holds: all of them, but under FSDP."""
+    return matrix.to_local() if isinstance(matrix, DTensor) else matrix
+
+
+def on_whole_matrices(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor) -> Tensor:
+    """function(stack), for a stack (n, R, C) of matrices that are sharded as the parameter `like` is, by rows or not
+    at all; each of the processes that share them takes some of the n to `function`.
+    """
+    if not isinstance(like, DTensor):
+        return function(stack)
+    mesh, size = like.device_mesh, torch.Size([len(stack), *like.shape])
+    stride = (like.numel(), like.size(1), 1)
+    by_row = [Shard(1) if placement.is_shard() else placement for placement in like.placements]
+    by_matrix = [Shard(0) if placement.is_shard() else placement for placement in like.placements]
+    stack = DTensor.from_local(stack, mesh, by_row, run_check=False, shape=size, stride=stride)
+    done = function(stack.redistribute(placements=by_matrix).to_local()).contiguous()
+    done = DTensor.from_local(done, mesh, by_matrix, run_check=False, shape=size, stride=stride)
+    return done.redistribute(placements=by_row).to_local()
 
 
 # Odd quintics a x + b x^3 + c x^5 of the Polar Express (Amsel et al. 2025; for singular values from 1e-3 to 1), each
@@ -132,6 +162,7 @@ def apply_gradients(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     skip = (~norm.isfinite()).float()
     if norm.device.type == "mps" and skip:  # its fused kernel takes found_inf and ignores it: here the host has to wait
         model.zero_grad(set_to_none=True)

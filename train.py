@@ -124,6 +124,14 @@ class TrainConfig:
     """precision of matrix products; auto: bfloat16 where the processor has it (float32 on CUDA means tf32)"""
     compile: bool | None = None
     """torch.compile the forward and backward pass (by default on CUDA)"""
+    sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
+    """ddp: every process holds the whole model; fsdp: its share of it; hybrid: fsdp in a node, ddp between nodes"""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision in which processes exchange gradients: bfloat16 halves the traffic"""
+    recompute: bool = False
+    """compute each block again in the backward pass (activation checkpointing): a third more work, less memory"""
+    timeout: Positive = 600
+    """seconds that a process waits for another before the run ends"""
     seed: NonNegativeInt = 1337
     """of initialisation, data order and dropout"""
 
@@ -154,7 +162,7 @@ def train_step(
         index = i * dist.world_size + dist.rank  # rank by rank, so that any number of processes sees the same update
         inputs, targets = dist.to_device(*batches.micro_batch(step, index, config.batch_size))
         torch.manual_seed(mix(config.seed, step, index))  # dropout: nothing of the generators needs saving
-        model.require_backward_grad_sync = i == micro_steps - 1  # for DDP: one exchange an update
+        dist.exchange_gradients(model, last=i == micro_steps - 1)
         with dist.autocast():
             _, loss = model(inputs, targets, need_logits=False)
         scaler.scale(loss / micro_steps).backward()
@@ -169,7 +177,7 @@ def main() -> int:
     if how == "resume" or (how == "auto" and existing(checkpoint)):
         training = load_training(checkpoint)
         config = resumed_settings(config, given, training)
-    dist = connect(config.device, config.dtype)
+    dist = connect(config.device, config.dtype, config.timeout)
     try:
         return run(config, given, training, dist)
     finally:
@@ -191,11 +199,11 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     if training and training["data"] != data.digest:
         note(f"the data set {config.dataset} is not the one that {training['directory']} was trained on")
     raw_model, config = initial_model(config, given, data, training)
-    raw_model.to(dist.device)
+    raw_model.recompute = config.recompute
     each = tokens_per_update(config)
     train_batches = TrainBatches(data.train, config.block_size, each // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, config.eval_iters)
-    model = dist.wrap(raw_model)
+    model = dist.wrap(raw_model, config.sharding, config.reduce_dtype)
     if config.compile or (config.compile is None and dist.device.type == "cuda"):
         torch._dynamo.config.suppress_errors = True  # where it cannot compile, it warns and goes on without
         model = torch.compile(model)
@@ -225,7 +233,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     metrics = Metrics(out_dir, dist.is_main, start if training else None)
     metrics.track(of_the_run["settings"])
     progress = Progress(start, config.max_iters, dist.is_main)
-    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, before["best_val_loss"], progress.tell)
+    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, dist, before["best_val_loss"], progress.tell)
     lowest, worse = before["best_val_loss"] or math.inf, before["evaluations_since_best"]
     stop, stopping = StopSignal(), 0
     # Updates whose gradients were not finite, counted on the device: all of them, and those in a row
@@ -247,11 +255,11 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             progress.tell(f"step {step}: {describe_loss(val_loss, data)}")
             if step:
                 lowest, worse = (val_loss, 0) if val_loss < lowest else (lowest, worse + 1)
-        if (due or keep or stopping) and step > start and dist.is_main:
+        if (due or keep or stopping) and step > start:
             so_far = dict(step=step, seconds=watch.seconds, skipped=int(skipped), evaluations_since_best=worse)
             saver.save(so_far | of_the_run | {"scaler": scaler.state_dict()}, val_loss if due else None, keep)
             metrics.draw()
-        if due and config.sample_tokens and dist.is_main:
+        if due and config.sample_tokens:
             text = write_sample(raw_model, data, config.sample_tokens, dist, seed=step)
             progress.tell(text, indent="  ")
             metrics.sample(step, text)
