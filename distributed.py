@@ -52,16 +52,39 @@ class Distributed:
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def wrap(self, model: nn.Module, sharding: str = "ddp", reduce_dtype: str = "float32") -> nn.Module:
+    def share(self, micro_steps: int) -> int:
+        """How many of an update's micro-steps are each process's."""
+        if micro_steps % self.world_size:
+            raise UserError(
+                f"gradient_accumulation_steps={micro_steps} must be a multiple of the number of processes, "
+                f"{self.world_size}: it counts the micro-steps of all of them"
+            )
+        return micro_steps // self.world_size
+
+    def wrap(
+        self,
+        model: nn.Module,
+        sharding: str = "ddp",
+        reduce_dtype: str = "float32",
+        compiled: bool | None = False,
+    ) -> nn.Module:
         """`model` on the device, its gradients averaged over the processes in `backward`, in `reduce_dtype`. All ranks.
 
         sharding: `ddp`: every process holds everything. `fsdp`: each holds an equal part of parameters, gradients and
             optimizer state, and gathers a block while it is computed. `hybrid`: fsdp in a node, ddp between nodes.
+        compiled: by torch.compile; None: on CUDA.
         """
         reduce_in = getattr(torch, reduce_dtype)
         if self.world_size > 1 and sharding != "ddp":
-            return self._shard(model, hybrid=sharding == "hybrid", reduce_in=reduce_in)
-        model = model.to(self.device)
+            model = self._shard(model, self.shards(sharding), sharding == "hybrid", reduce_in)
+        else:
+            model = self._replicate(model.to(self.device), reduce_in)
+        if compiled or (compiled is None and self.device.type == "cuda"):
+            torch._dynamo.config.suppress_errors = True  # where it cannot compile, it warns and goes on without
+            model = torch.compile(model)
+        return model
+
+    def _replicate(self, model: nn.Module, reduce_in: torch.dtype) -> nn.Module:
         if self.world_size == 1:
             return model
         # No buffer of the model ever changes: broadcasting them before each forward would be for nothing.
@@ -72,14 +95,18 @@ class Distributed:
             model.register_comm_hook(None, bf16_compress_hook)
         return model
 
-    def _shard(self, model: nn.Module, hybrid: bool, reduce_in: torch.dtype) -> nn.Module:
+    def shards(self, sharding: str) -> int:
+        """How many processes share a copy of the model."""
+        sizes = {"ddp": 1, "fsdp": self.world_size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
+        if self.world_size % sizes[sharding]:
+            raise UserError(f"--sharding={sharding}: {self.world_size} processes are not as many on every node")
+        return sizes[sharding]
+
+    def _shard(self, model: nn.Module, shards: int, hybrid: bool, reduce_in: torch.dtype) -> nn.Module:
         """Matrices are cast to `dtype` before they are gathered: what autocast would do with them afterwards, at
         half the traffic. The rest (embeddings, LayerNorms) is small, and is gathered in float32, as autocast wants it.
         """
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) if hybrid else self.world_size
-        if self.world_size % local:
-            raise UserError(f"--sharding=hybrid: {self.world_size} processes are not the same number on every node")
-        mesh = init_device_mesh(self.device.type, (self.world_size // local, local) if hybrid else (local,))
+        mesh = init_device_mesh(self.device.type, (self.world_size // shards, shards) if hybrid else (shards,))
         precise = MixedPrecisionPolicy(reduce_dtype=reduce_in, cast_forward_inputs=False)
         policy = MixedPrecisionPolicy(self.dtype, reduce_in, cast_forward_inputs=False)
         for block in model.transformer.h:

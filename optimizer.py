@@ -15,9 +15,12 @@ def make_optimizers(
     weight_decay: float,
     betas: tuple[float, float],
     momentum: float = 0.95,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[torch.optim.Optimizer]:
     """`adamw` for everything (Loshchilov and Hutter 2019), or `muon` for the matrices of the blocks and AdamW for
     the rest. Matrices and embeddings decay; biases and LayerNorms do not.
+
+    dtype: what the model's products are in. Muon's are in float32 with float32, and in bfloat16 with anything else.
     """
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if kind == "muon" and ".h." in name and p.dim() == 2}
@@ -29,7 +32,7 @@ def make_optimizers(
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)]
     if matrices:
         fused = {id(p) for name, p in matrices.items() if name.endswith("c_attn.weight")}
-        optimizers.append(Muon(list(matrices.values()), learning_rate, weight_decay, fused, momentum))
+        optimizers.append(Muon(list(matrices.values()), learning_rate, weight_decay, fused, momentum, dtype))
     return optimizers
 
 
@@ -46,9 +49,18 @@ class Muon(torch.optim.Optimizer):
     the work. (Gathering all matrices everywhere: 4 N bytes, and all of the work.)
     """
 
-    def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, fused_qkv: set[int], momentum: float):
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        lr: float,
+        weight_decay: float,
+        fused_qkv: set[int],
+        momentum: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.fused_qkv = fused_qkv
+        self.dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -73,7 +85,8 @@ class Muon(torch.optim.Optimizer):
         update = gradients.lerp_(new, group["momentum"])  # Nesterov's look ahead
 
         def orthogonal(x: Tensor) -> Tensor:  # (n, R, C) of whole matrices
-            return orthogonalize(x.unflatten(1, (parts, -1)).flatten(0, 1)).unflatten(0, (-1, parts)).flatten(1, 2)
+            x = x.unflatten(1, (parts, -1)).flatten(0, 1)  # (n parts, R / parts, C)
+            return orthogonalize(x, self.dtype).unflatten(0, (-1, parts)).flatten(1, 2)
 
         update = on_whole_matrices(orthogonal, update, parameters[0]).to(old.dtype)
         size = 0.2 * max(parameters[0].size(0) // parts, parameters[0].size(1)) ** 0.5
@@ -117,14 +130,14 @@ QUINTICS = (
 SAFETY = 1.01  # bf16 rounds: values are kept this much below the bound beyond which the quintics diverge
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """(n, R, C) to nearly orthogonal matrices of the same singular directions, in bfloat16.
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """(n, R, C) to nearly orthogonal matrices of the same singular directions, in `dtype`.
 
     Singular values from a thousandth of the matrix's norm upwards end between 0.4 and 1.6, which serves as well as 1.
     """
     x = matrices / (SAFETY * matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.size(1) > x.size(2)
-    x = (x.mT if tall else x).bfloat16().contiguous()
+    x = (x.mT if tall else x).to(dtype).contiguous()
     for i, (a, b, c) in enumerate(QUINTICS):
         if i > 0:
             a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5

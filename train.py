@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from config.resume import resumed_settings
 from config.settings import (
@@ -156,7 +157,7 @@ def train_step(
     model: nn.Module, optimizers: list, scaler, batches: TrainBatches, step: int, config: TrainConfig, dist: Distributed
 ) -> tuple[Tensor, Tensor]:
     """One update. Returns the mean loss of this rank's micro-batches and the norm of the gradients, on the device."""
-    micro_steps = config.gradient_accumulation_steps // dist.world_size
+    micro_steps = dist.share(config.gradient_accumulation_steps)
     total = torch.zeros((), device=dist.device)
     for i in range(micro_steps):
         index = i * dist.world_size + dist.rank  # rank by rank, so that any number of processes sees the same update
@@ -179,22 +180,16 @@ def main() -> int:
         config = resumed_settings(config, given, training)
     dist = connect(config.device, config.dtype, config.timeout)
     try:
-        return run(config, given, training, dist)
+        status = run(config, given, training, dist)
     finally:
         gc.enable()
-        dist.close()
+    dist.close()  # not after an error: it might wait for processes that still compute
+    return status
 
 
 def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist: Distributed) -> int:
-    """Everything from the data to the last save, on every rank. Returns the exit status.
-
-    training: what a checkpoint says of the run so far.
-    """
-    if config.gradient_accumulation_steps % dist.world_size:
-        raise UserError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} must be a multiple of the number of "
-            f"processes, {dist.world_size}: it counts the micro-steps of all of them"
-        )
+    """From the data to the last save, on every rank. training: what a checkpoint says. Returns the exit status."""
+    dist.share(config.gradient_accumulation_steps)  # or refuse, before anything is read
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if training and training["data"] != data.digest:
         note(f"the data set {config.dataset} is not the one that {training['directory']} was trained on")
@@ -203,15 +198,12 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     each = tokens_per_update(config)
     train_batches = TrainBatches(data.train, config.block_size, each // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, config.eval_iters)
-    model = dist.wrap(raw_model, config.sharding, config.reduce_dtype)
-    if config.compile or (config.compile is None and dist.device.type == "cuda"):
-        torch._dynamo.config.suppress_errors = True  # where it cannot compile, it warns and goes on without
-        model = torch.compile(model)
+    model = dist.wrap(raw_model, config.sharding, config.reduce_dtype, config.compile)
     if config.eval_only:
         note(describe_loss(evaluate(model, eval_batches, dist), data))
         return 0
 
-    decays = ((config.beta1, config.beta2), config.momentum)
+    decays = ((config.beta1, config.beta2), config.momentum, dist.dtype)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, *decays)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     note(describe(raw_model, config, dist, len(data.train)))
@@ -250,8 +242,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             gc.collect()
         if due:
             val_loss = evaluate(model, eval_batches, dist)
-            val_bpb = bits_per_byte(val_loss, data.val)
-            metrics.write(step=step, tokens=step * each, val_loss=val_loss, val_bpb=val_bpb)
+            metrics.write(step=step, tokens=step * each, val_loss=val_loss, val_bpb=bits_per_byte(val_loss, data.val))
             progress.tell(f"step {step}: {describe_loss(val_loss, data)}")
             if step:
                 lowest, worse = (val_loss, 0) if val_loss < lowest else (lowest, worse + 1)
@@ -279,14 +270,14 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
                 )
             updates_per_second = (done - logged) / (watch.seconds - logged_seconds)
             logged, logged_seconds = done, watch.seconds
-            record = dict(step=done, tokens=done * each, seconds=watch.seconds, lr=config.learning_rate_at(step))
-            record |= dict(train_loss=loss_sum / dist.world_size, grad_norm=norm.item(), skipped=int(skipped) or None)
-            record["tokens_per_second"] = updates_per_second * each
+            line = dict(step=done, tokens=done * each, seconds=watch.seconds, lr=config.learning_rate_at(step))
+            line |= dict(train_loss=loss_sum / dist.world_size, grad_norm=norm.item(), skipped=int(skipped) or None)
+            line["tokens_per_second"] = updates_per_second * each
             if dist.peak_flops:
-                record["mfu"] = record["tokens_per_second"] * raw_model.flop_per_token() / dist.peak_flops
-            metrics.write(**record)
-            progress.show(record, seconds_left=(config.max_iters - done) / updates_per_second)
-            if spike := metrics.spike(record["train_loss"]):
+                line["mfu"] = line["tokens_per_second"] * raw_model.flop_per_token() / dist.peak_flops
+            metrics.write(**line)
+            progress.show(line, seconds_left=(config.max_iters - done) / updates_per_second)
+            if spike := metrics.spike(line["train_loss"]):
                 progress.tell(f"step {done}: {spike}")
         progress.advance()
         (stopping,) = dist.max(stop.number)
@@ -305,4 +296,4 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(record(main))  # so that torchrun ends with the error that came first, on whatever rank and node
