@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import re
 import signal
@@ -62,11 +63,7 @@ class Distributed:
         return micro_steps // self.world_size
 
     def wrap(
-        self,
-        model: nn.Module,
-        sharding: str = "ddp",
-        reduce_dtype: str = "float32",
-        compiled: bool | None = False,
+        self, model: nn.Module, sharding: str = "ddp", reduce_dtype: str = "float32", compiled: bool | None = False
     ) -> nn.Module:
         """`model` on the device, its gradients averaged over the processes in `backward`, in `reduce_dtype`. All ranks.
 
@@ -211,6 +208,8 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
         _keep_freed_memory()
     if chosen.type == "cpu" and world_size > 1:  # torchrun allows each one thread; the cores are there to be shared out
         torch.set_num_threads(max(1, _cores() // local_world_size))
+        # It warns on every rank that gloo's all-to-all (Muon's, sharded) is an all-gather of which a part is kept.
+        logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     if world_size > 1:
         store = dist.PrefixStore(_attempt(world_size), next(rendezvous("env://"))[0])
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

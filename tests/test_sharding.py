@@ -1,4 +1,4 @@
-"""One process, two that hold everything, two or four that share the model: the same run, each from the checkpoints of all."""
+"""One process, two that hold everything, two or four that share the model: the same run, from any one's checkpoint."""
 
 import json
 import subprocess
