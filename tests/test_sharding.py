@@ -140,7 +140,7 @@ def test_precision_and_recomputation_under_sharding(runs, train, tmp_path, name)
 def test_an_error_of_one_process_ends_all_with_its_line(runs):
     folder, ended = runs
     assert ended.returncode != 0
-    line = f"work2.py [rank 1]: {folder / 'nowhere' / 'tiny'}: no such data set"
+    line = f"train.py [rank 1]: {folder / 'nowhere' / 'tiny'}: no such data set"
     assert line in ended.stderr
     root_cause = ended.stderr.partition("Root Cause")[2]
     assert "rank      : 1" in root_cause and "no such data set" in root_cause
@@ -161,24 +161,27 @@ from distributed import connect, whole
 from model import GPT, GPTConfig
 from optimizer import apply_gradients, make_optimizers
 
+def work(dist):
+    model = GPT(GPTConfig(16, 65, 2, 2, 16))
+    parameters = sum(p.numel() for p in model.parameters())
+    dist.wrap(model, "fsdp")
+    optimizers = make_optimizers(model, "muon", 1e-2, 0.1, (0.9, 0.95))
+    idx = torch.zeros(1, 8, dtype=torch.long)
+    with dist.autocast():
+        model(idx, idx, need_logits=False)[1].backward()
+    apply_gradients(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1e-2, 1.0)
+    held = sum(p.to_local().numel() for p in model.parameters())
+    moments = [t.to_local().numel() for o in optimizers for s in o.state.values() for t in s.values() if t.dim()]
+    of_muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    assert held <= 0.51 * parameters, (held, parameters)
+    assert sum(moments) <= 0.51 * (2 * parameters - of_muon), sum(moments)
+    with torch.no_grad(), dist.autocast():
+        model(idx)
+    assert sum(p.to_local().numel() for p in model.parameters()) == held  # also after a pass without gradients
+    assert not whole(model.transformer.wte.weight)[65:].any()
+
 dist = connect("cpu", "bfloat16")
-model = GPT(GPTConfig(16, 65, 2, 2, 16))
-parameters = sum(p.numel() for p in model.parameters())
-dist.wrap(model, "fsdp")
-optimizers = make_optimizers(model, "muon", 1e-2, 0.1, (0.9, 0.95))
-idx = torch.zeros(1, 8, dtype=torch.long)
-with dist.autocast():
-    model(idx, idx, need_logits=False)[1].backward()
-apply_gradients(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1e-2, 1.0)
-held = sum(p.to_local().numel() for p in model.parameters())
-moments = [t.to_local().numel() for o in optimizers for s in o.state.values() for t in s.values() if t.dim()]
-of_muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
-assert held <= 0.51 * parameters, (held, parameters)
-assert sum(moments) <= 0.51 * (2 * parameters - of_muon), sum(moments)
-with torch.no_grad():
-    model(idx)
-assert sum(p.to_local().numel() for p in model.parameters()) == held  # also after a pass without gradients
-assert not whole(model.transformer.wte.weight)[65:].any()
+work(dist)
 dist.close()
 """
 
