@@ -14,11 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from config.settings import UserError
@@ -89,6 +85,8 @@ class Distributed:
             warnings.simplefilter("ignore", FutureWarning)
             model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if reduce_in == torch.bfloat16:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
             model.register_comm_hook(None, bf16_compress_hook)
         return model
 
@@ -103,6 +101,9 @@ class Distributed:
         """Matrices are cast to `dtype` before they are gathered: what autocast would do with them afterwards, at
         half the traffic. The rest (embeddings, LayerNorms) is small, and is gathered in float32, as autocast wants it.
         """
+        from torch.distributed.device_mesh import init_device_mesh  # two seconds that nobody else is to wait for
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         mesh = init_device_mesh(self.device.type, (self.world_size // shards, shards) if hybrid else (shards,))
         precise = MixedPrecisionPolicy(reduce_dtype=reduce_in, cast_forward_inputs=False)
         policy = MixedPrecisionPolicy(self.dtype, reduce_in, cast_forward_inputs=False)
@@ -163,14 +164,21 @@ class Distributed:
             dist.destroy_process_group()
 
 
+def is_shared(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which other processes hold parts."""
+    return hasattr(tensor, "device_mesh")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """`tensor` with the parts of it that other processes hold. All ranks."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shared(tensor) else tensor
 
 
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Copy `values` into `tensor`, or of them what belongs to this process's part of it. Nobody else takes part."""
-    if isinstance(tensor, DTensor):
+    if is_shared(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
         values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)
 

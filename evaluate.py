@@ -4,11 +4,10 @@ import math
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from data.batches import EvalBatches
 from data.token_files import DataSet, Tokens
-from distributed import Distributed
+from distributed import Distributed, is_shared
 from model import GPT, IGNORED
 
 
@@ -46,7 +45,7 @@ def write_sample(model: GPT, data: DataSet, length: int, dist: Distributed, seed
     """A few words by the model as it is, going on from the first token of the validation split; none off main.
     All ranks: of a sharded model main gathers a copy.
     """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(map(is_shared, model.parameters())):
         weights = dist.gather(model.weights())
         model = GPT.from_weights(model.config, weights).to(dist.device) if dist.is_main else model
     if not dist.is_main:
