@@ -85,6 +85,10 @@ class Distributed:
             warnings.simplefilter("ignore", FutureWarning)
             model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if reduce_in == torch.bfloat16:
+            if self.device.type != "cuda":
+                raise UserError(
+                    "--reduce_dtype=bfloat16: without CUDA, torch does it with --sharding=fsdp or hybrid only"
+                )
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
             model.register_comm_hook(None, bf16_compress_hook)

@@ -19,7 +19,6 @@ PLAN = SHAPE | dict(max_iters=8, eval_interval=4, keep_every=4, warmup_iters=2, 
 MODES = {"ddp": dict(sharding="ddp"), "fsdp": dict(sharding="fsdp")}
 STARTS = ("one", *MODES)
 OTHERS = {  # at most so far from one process
-    "bfloat16-ddp": (dict(dtype="bfloat16", reduce_dtype="bfloat16", recompute=True), 2e-2),
     "bfloat16-fsdp": (dict(dtype="bfloat16", reduce_dtype="bfloat16", recompute=True, sharding="fsdp"), 2e-2),
     "float16-fsdp": (dict(dtype="float16", sharding="fsdp"), 2e-2),
     "adamw-fsdp": (dict(optimizer="adamw", sharding="fsdp", recompute=True, dropout=0.1), 1e-5),
