@@ -86,9 +86,7 @@ class Distributed:
             model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if reduce_in == torch.bfloat16:
             if self.device.type != "cuda":
-                raise UserError(
-                    "--reduce_dtype=bfloat16: without CUDA, torch does it with --sharding=fsdp or hybrid only"
-                )
+                raise UserError("--reduce_dtype=bfloat16: without CUDA it needs --sharding=fsdp or hybrid")
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
             model.register_comm_hook(None, bf16_compress_hook)
@@ -108,7 +106,8 @@ class Distributed:
         from torch.distributed.device_mesh import init_device_mesh  # two seconds that nobody else is to wait for
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        mesh = init_device_mesh(self.device.type, (self.world_size // shards, shards) if hybrid else (shards,))
+        shape, names = ((self.world_size // shards, shards), ("nodes", "in_node")) if hybrid else ((shards,), ("all",))
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         precise = MixedPrecisionPolicy(reduce_dtype=reduce_in, cast_forward_inputs=False)
         policy = MixedPrecisionPolicy(self.dtype, reduce_in, cast_forward_inputs=False)
         for block in model.transformer.h:
