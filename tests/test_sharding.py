@@ -154,6 +154,7 @@ def test_four_processes_on_two_nodes_share_within_each(tmp_path, runs, tiny_flag
 
 
 HELD = """
+import sys
 sys.path.insert(0, {root!r})
 import torch
 from distributed import connect, whole
