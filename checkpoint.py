@@ -243,12 +243,11 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
     return config, {name: _in_memory(path, name, tensor, config) for name, tensor in tensors.items()}
 
 
-def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
-    path = inside(directory, name)
-    try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:  # SafetensorError, OSError, and what torch raises for a shape that cannot be
-        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
+def read_tensors(directory: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a safetensors file, read one at a time. UserError where it is missing or damaged."""
+    with _opened(directory, name) as file:
+        for key in file.keys():  # noqa: SIM118 (it is no dictionary)
+            yield key, file.get_tensor(key)
 
 
 def read_json(directory: Path, name: str) -> dict:

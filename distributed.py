@@ -7,16 +7,14 @@ import logging
 import os
 import re
 import signal
-import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
-from config.settings import UserError, note
+from config.settings import UserError
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
@@ -48,14 +46,14 @@ class Distributed:
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """`model`, its gradients averaged over the processes in `backward`. All ranks."""
-        if self.world_size == 1:
-            return model
-        # No buffer of the model ever changes: broadcasting them before each forward would be for nothing.
-        with warnings.catch_warnings():  # the name is deprecated in torch 2.13; 2.11 knows no other
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    def share(self, micro_steps: int) -> int:
+        """How many of an update's micro-steps are each process's."""
+        if micro_steps % self.world_size:
+            raise UserError(
+                f"gradient_accumulation_steps={micro_steps} must be a multiple of the number of processes, "
+                f"{self.world_size}: it counts the micro-steps of all of them"
+            )
+        return micro_steps // self.world_size
 
     def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Copies on the device; on CUDA without waiting, from pinned memory."""
@@ -91,26 +89,6 @@ class Distributed:
             dist.destroy_process_group()
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """`model` through torch.compile. Where that fails, for want of a C++ compiler say, one line tells so, and it
-    runs as it is."""
-
-    def tell_once(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if not text.startswith("WON'T CONVERT"):
-            return True
-        if not told:
-            lines = [line.strip() for line in text.splitlines() if re.match(r"\S*(Error|Exception|Failed)\b", line)]
-            told.append(f"torch.compile does not work here, going on without it: {' '.join(lines[-1:])[:300]}")
-            note(told[0])
-        return False
-
-    told = []
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(tell_once)
-    torch._dynamo.config.suppress_errors = True
-    return torch.compile(model)
-
-
 class StopSignal:
     """Which of SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's warning) asked the run to end, or 0.
 
@@ -129,8 +107,11 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, even out of a collective that hangs
 
 
-def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
-    """Join the other processes, if torchrun started any, and choose what was left to the machine."""
+def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> Distributed:
+    """Join the other processes, if torchrun started any, and choose what was left to the machine.
+
+    timeout: seconds that one waits for another, and then fails.
+    """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_world_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = _choose_device(device, local_rank, world_size)
@@ -141,10 +122,13 @@ def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
         _keep_freed_memory()
     if chosen.type == "cpu" and world_size > 1:  # torchrun allows each one thread; the cores are there to be shared out
         torch.set_num_threads(max(1, _cores() // local_world_size))
+        # It warns on every rank that gloo's all-to-all (Muon's, sharded) is an all-gather of which a part is kept.
+        logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     if world_size > 1:
         store = dist.PrefixStore(_attempt(world_size), next(rendezvous("env://"))[0])
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        wait = timedelta(seconds=timeout)
+        dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
     return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size)
 
 

@@ -9,6 +9,7 @@ from data.batches import EvalBatches
 from data.token_files import DataSet, Tokens
 from distributed import Distributed
 from model import GPT, IGNORED
+from parallel import gather, is_shared
 
 
 @torch.no_grad()
@@ -16,12 +17,14 @@ def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed) -> float
     """Mean loss in nats over every target of `batches`, shared out over the ranks. All ranks."""
     model.eval()
     losses, count = [], 0
-    for index in range(dist.rank, len(batches), dist.world_size):
-        inputs, targets = batches.batch(index)
+    for first in range(0, len(batches), dist.world_size):  # as many passes on every rank: sharded, each needs all
+        inputs, targets = batches.batch(first + dist.rank)  # one after the last has no targets
         counted = int((targets != IGNORED).sum())
         inputs, targets = dist.to_device(inputs, targets)
         with dist.autocast():
-            losses.append(model(inputs, targets, need_logits=False)[1].float() * counted)
+            loss = model(inputs, targets, need_logits=False)[1]
+        if counted:
+            losses.append(loss.float() * counted)
         count += counted
     model.train()
     total, count = dist.sum(torch.stack(losses).cpu().double().sum().item() if losses else 0.0, count)
@@ -40,7 +43,14 @@ def describe_loss(loss: float, data: DataSet) -> str:
 
 
 def write_sample(model: GPT, data: DataSet, length: int, dist: Distributed, seed: int) -> str:
-    """A few words by the model as it is, going on from the first token of the validation split. Main only."""
+    """A few words by the model as it is, going on from the first token of the validation split; none off main.
+    All ranks: of a sharded model main gathers a copy.
+    """
+    if any(map(is_shared, model.parameters())):
+        weights = gather(model.weights(), dist)
+        model = GPT.from_weights(model.config, weights).to(dist.device) if dist.is_main else model
+    if not dist.is_main:
+        return ""
     prompt = [int(next(iter(data.val.all()))[0])]
     generator = torch.Generator().manual_seed(seed)
     model.eval()

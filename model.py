@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from generate import generate
 
@@ -127,6 +128,7 @@ class NoDraws(TorchFunctionMode):
 
 class GPT(nn.Module):
     generate = generate  # model.generate(prompt, max_new_tokens, …) yields token ids
+    recompute = False  # activation checkpointing: the backward pass computes each block again
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -206,7 +208,7 @@ class GPT(nn.Module):
         t = self.transformer
         x = t.drop(t.wte(idx) + t.wpe.weight[:T])  # (B, T, C)
         for block in t.h:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
         return t.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

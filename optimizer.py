@@ -1,9 +1,12 @@
 """How parameters change: AdamW and Muon, the learning rate of each update, the guard against non-finite gradients."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from parallel import is_shared, whole
 
 
 def make_optimizers(
@@ -13,9 +16,12 @@ def make_optimizers(
     weight_decay: float,
     betas: tuple[float, float],
     momentum: float = 0.95,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[torch.optim.Optimizer]:
     """`adamw` for everything (Loshchilov and Hutter 2019), or `muon` for the matrices of the blocks and AdamW for
     the rest. Matrices and embeddings decay; biases and LayerNorms do not.
+
+    dtype: what the model's products are in. Muon's are in float32 with float32, and in bfloat16 with anything else.
     """
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if kind == "muon" and ".h." in name and p.dim() == 2}
@@ -27,7 +33,7 @@ def make_optimizers(
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)]
     if matrices:
         fused = {id(p) for name, p in matrices.items() if name.endswith("c_attn.weight")}
-        optimizers.append(Muon(list(matrices.values()), learning_rate, weight_decay, fused, momentum))
+        optimizers.append(Muon(list(matrices.values()), learning_rate, weight_decay, fused, momentum, dtype))
     return optimizers
 
 
@@ -37,11 +43,25 @@ class Muon(torch.optim.Optimizer):
 
     Matrices of one shape are orthogonalised together: one batched product in place of many small
     ones. Those in `fused_qkv` (by id) count as three: query, key and value are different maps.
+
+    Under FSDP a process holds some rows of every matrix, and updates those. In between it orthogonalises some whole
+    matrices: an all-to-all brings their rows, in float32, and another takes them back, in bfloat16. For N parameters
+    and W processes each sends 6 N / W bytes an update, a small part of the gathering of the weights, and does a W-th of
+    the work. (Gathering all matrices everywhere: 4 N bytes, and all of the work.)
     """
 
-    def __init__(self, parameters: list[Tensor], lr: float, weight_decay: float, fused_qkv: set[int], momentum: float):
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        lr: float,
+        weight_decay: float,
+        fused_qkv: set[int],
+        momentum: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.fused_qkv = fused_qkv
+        self.dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -56,23 +76,49 @@ class Muon(torch.optim.Optimizer):
 
     def _step_together(self, parameters: list[Tensor], parts: int, group: dict, skipped: Tensor) -> None:
         """One step of n parameters of one shape (R, C), each of which is `parts` matrices stacked in its rows."""
-        buffers = []
         for p in parameters:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffers.append(state["momentum_buffer"])
-        gradients = torch.stack([p.grad for p in parameters])  # (n, R, C)
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [rows(self.state[p]["momentum_buffer"]) for p in parameters]
+        gradients = torch.stack([rows(p.grad) for p in parameters])  # (n, R, C), of a sharded R this process's part
         old = torch.stack(buffers)
         new = old.lerp(gradients, 1 - group["momentum"])
         update = gradients.lerp_(new, group["momentum"])  # Nesterov's look ahead
-        update = orthogonalize(update.unflatten(1, (parts, -1)).flatten(0, 1))  # (n parts, R / parts, C)
-        update = update.unflatten(0, (-1, parts)).flatten(1, 2).to(old.dtype)
+
+        def orthogonal(x: Tensor) -> Tensor:  # (n, R, C) of whole matrices
+            x = x.unflatten(1, (parts, -1)).flatten(0, 1)  # (n parts, R / parts, C)
+            return orthogonalize(x, self.dtype).unflatten(0, (-1, parts)).flatten(1, 2)
+
+        update = on_whole_matrices(orthogonal, update, parameters[0]).to(old.dtype)
         size = 0.2 * max(parameters[0].size(0) // parts, parameters[0].size(1)) ** 0.5
         torch._foreach_copy_(buffers, list(torch.where(skipped, old, new)))
+        parameters = [rows(p) for p in parameters]
         kept = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_mul_(parameters, kept)
         torch._foreach_add_(parameters, list(torch.where(skipped, 0.0, update)), alpha=-group["lr"] * size)
+
+
+def rows(matrix: Tensor) -> Tensor:
+    """The rows of a matrix that this process holds: all of them, but under FSDP."""
+    return matrix.to_local() if is_shared(matrix) else matrix
+
+
+def on_whole_matrices(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor) -> Tensor:
+    """function(stack), for a stack (n, R, C) of matrices that are sharded as the parameter `like` is, by rows or not
+    at all; each of the processes that share them takes some of the n to `function`.
+    """
+    if not is_shared(like):
+        return function(stack)
+    from torch.distributed.tensor import DTensor, Shard  # two seconds that nobody else is to wait for
+
+    mesh, size = like.device_mesh, torch.Size([len(stack), *like.shape])
+    stride = (like.numel(), like.size(1), 1)
+    by_row = [Shard(1) if placement.is_shard() else placement for placement in like.placements]
+    by_matrix = [Shard(0) if placement.is_shard() else placement for placement in like.placements]
+    stack = DTensor.from_local(stack, mesh, by_row, run_check=False, shape=size, stride=stride)
+    done = function(stack.redistribute(placements=by_matrix).to_local()).contiguous()
+    done = DTensor.from_local(done, mesh, by_matrix, run_check=False, shape=size, stride=stride)
+    return done.redistribute(placements=by_row).to_local()
 
 
 # Odd quintics a x + b x^3 + c x^5 of the Polar Express (Amsel et al. 2025; for singular values from 1e-3 to 1), each
@@ -87,14 +133,14 @@ QUINTICS = (
 SAFETY = 1.01  # bf16 rounds: values are kept this much below the bound beyond which the quintics diverge
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """(n, R, C) to nearly orthogonal matrices of the same singular directions, in bfloat16.
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """(n, R, C) to nearly orthogonal matrices of the same singular directions, in `dtype`.
 
     Singular values from a thousandth of the matrix's norm upwards end between 0.4 and 1.6, which serves as well as 1.
     """
     x = matrices / (SAFETY * matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.size(1) > x.size(2)
-    x = (x.mT if tall else x).bfloat16().contiguous()
+    x = (x.mT if tall else x).to(dtype).contiguous()
     for i, (a, b, c) in enumerate(QUINTICS):
         if i > 0:
             a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
@@ -132,6 +178,7 @@ def apply_gradients(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = whole(norm)
     skip = (~norm.isfinite()).float()
     if norm.device.type == "mps" and skip:  # its fused kernel takes found_inf and ignores it: here the host has to wait
         model.zero_grad(set_to_none=True)

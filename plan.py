@@ -16,6 +16,7 @@ from tqdm import tqdm
 from config.settings import note
 from distributed import PEAK_TFLOPS, Distributed
 from model import GPT
+from parallel import shards
 
 # Share of a card's half-precision limit at which GPT-2 124M has been trained, as published; to be replaced by our own.
 # A100: nanoGPT, compiled, 0.85M tokens/s on eight. H100: llm.c, 468k tokens/s on one; H200: the same card for this.
@@ -27,21 +28,24 @@ def tokens_per_update(config: Any) -> int:
     return config.gradient_accumulation_steps * config.batch_size * config.block_size
 
 
-def memory(model: GPT, config: Any) -> dict[str, float]:
-    """Bytes by part that a process needs to train `model`, which may be on torch's meta device.
+def memory(model: GPT, config: Any, shards: int = 1) -> dict[str, float]:
+    """Bytes by part that a process needs to train `model`, which may be on torch's meta device; `shards`: of how many
+    processes each holds an equal part of it (what is gathered for a block at a time is not counted).
 
     Activations are counted, not measured: what the backward pass keeps of a token in mixed precision, 36 C bytes a
     block (LayerNorms 8 and 4, attention 8, MLP 16) and 4 a logit (bf16, and its gradient), without dropout's masks.
+    Where blocks are recomputed, 4 C of each are left, and 36 C of the one at work.
     """
     c = model.config
     parameters = sum(p.numel() for p in model.parameters())
     of_muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (config.optimizer == "muon")
-    token = 36 * c.n_embd * c.n_layer + 4 * c.padded_vocab_size
+    blocks = 4 * c.n_layer + 36 if config.recompute else 36 * c.n_layer
+    token = blocks * c.n_embd + 4 * c.padded_vocab_size
     return {
-        "weights": 4 * parameters,
-        "their bf16 copies": 2 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer": 8 * (parameters - of_muon) + 4 * of_muon,  # AdamW has two moments, Muon one
+        "weights": 4 * parameters / shards,
+        "their bf16 copies": 2 * parameters / shards,
+        "gradients": 4 * parameters / shards,
+        "optimizer": (8 * (parameters - of_muon) + 4 * of_muon) / shards,  # AdamW has two moments, Muon one
         "activations": config.batch_size * config.block_size * token,
     }
 
@@ -65,13 +69,13 @@ def rehearse(model: GPT, config: Any, dist: Distributed, update: Callable[[Any],
     """Tell what the run takes, from a few updates that are timed and forgotten. `update` makes one, of as many
     micro-steps as the settings that it is given say. All ranks.
     """
-    micro_steps = config.gradient_accumulation_steps // dist.world_size
+    micro_steps = dist.share(config.gradient_accumulation_steps)
     short = [replace(config, gradient_accumulation_steps=n * dist.world_size) for n in (1, 2)]
     one, two = (_median_seconds(dist, lambda settings=settings: update(settings)) for settings in short)
     seconds = one + (micro_steps - 1) * max(two - one, 0.0)  # a micro-step, and what an update costs beside them
     if not dist.is_main:
         return
-    parts = memory(model, config)
+    parts = memory(model, config, shards(dist, config.sharding))
     note(f"memory of a process, by count: {', '.join(f'{name} {gb(size)}' for name, size in parts.items())}")
     note(f"in all {gb(sum(parts.values()))}; this process had {gb(_peak_memory(dist))} at its peak")
     speed, span = tokens_per_update(config) / seconds, tqdm.format_interval

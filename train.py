@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from config.resume import resumed_settings
 from config.settings import (
@@ -32,11 +33,12 @@ from config.settings import (
 )
 from data.batches import EvalBatches, TrainBatches, mix
 from data.token_files import open_data_set
-from distributed import Distributed, StopSignal, compiled, connect
+from distributed import Distributed, StopSignal, connect
 from evaluate import bits_per_byte, describe_loss, evaluate, write_sample
 from files import existing, set_aside
 from metrics import Metrics, Progress, Stopwatch
 from optimizer import apply_gradients, make_optimizers, scheduled_learning_rate
+from parallel import exchange_gradients, wrap
 from plan import describe, rehearse, tokens_per_update
 from training_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
 
@@ -124,6 +126,14 @@ class TrainConfig:
     """precision of matrix products; auto: bfloat16 where the processor has it (float32 on CUDA means tf32)"""
     compile: bool | None = None
     """torch.compile the forward and backward pass (by default on CUDA)"""
+    sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
+    """ddp: every process holds the whole model; fsdp: its share of it; hybrid: fsdp in a node, ddp between nodes"""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision in which processes exchange gradients: bfloat16 halves the traffic"""
+    recompute: bool = False
+    """compute each block again in the backward pass (activation checkpointing): a third more work, less memory"""
+    timeout: Positive = 600
+    """seconds that a process waits for another before the run ends"""
     seed: NonNegativeInt = 1337
     """of initialisation, data order and dropout"""
 
@@ -148,13 +158,13 @@ def train_step(
     model: nn.Module, optimizers: list, scaler, batches: TrainBatches, step: int, config: TrainConfig, dist: Distributed
 ) -> tuple[Tensor, Tensor]:
     """One update. Returns the mean loss of this rank's micro-batches and the norm of the gradients, on the device."""
-    micro_steps = config.gradient_accumulation_steps // dist.world_size
+    micro_steps = dist.share(config.gradient_accumulation_steps)
     total = torch.zeros((), device=dist.device)
     for i in range(micro_steps):
         index = i * dist.world_size + dist.rank  # rank by rank, so that any number of processes sees the same update
         inputs, targets = dist.to_device(*batches.micro_batch(step, index, config.batch_size))
         torch.manual_seed(mix(config.seed, step, index))  # dropout: nothing of the generators needs saving
-        model.require_backward_grad_sync = i == micro_steps - 1  # for DDP: one exchange an update
+        exchange_gradients(model, last=i == micro_steps - 1)
         with dist.autocast():
             _, loss = model(inputs, targets, need_logits=False)
         scaler.scale(loss / micro_steps).backward()
@@ -169,40 +179,31 @@ def main() -> int:
     if how == "resume" or (how == "auto" and existing(checkpoint)):
         training = load_training(checkpoint)
         config = resumed_settings(config, given, training)
-    dist = connect(config.device, config.dtype)
+    dist = connect(config.device, config.dtype, config.timeout)
     try:
-        return run(config, given, training, dist)
+        status = run(config, given, training, dist)
     finally:
         gc.enable()
-        dist.close()
+    dist.close()  # not after an error: it might wait for processes that still compute
+    return status
 
 
 def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist: Distributed) -> int:
-    """Everything from the data to the last save, on every rank. Returns the exit status.
-
-    training: what a checkpoint says of the run so far.
-    """
-    if config.gradient_accumulation_steps % dist.world_size:
-        raise UserError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} must be a multiple of the number of "
-            f"processes, {dist.world_size}: it counts the micro-steps of all of them"
-        )
+    """From the data to the last save, on every rank. training: what a checkpoint says. Returns the exit status."""
+    dist.share(config.gradient_accumulation_steps)  # or refuse, before anything is read
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if training and training["data"] != data.digest:
         note(f"the data set {config.dataset} is not the one that {training['directory']} was trained on")
     raw_model, config = initial_model(config, given, data, training)
-    raw_model.to(dist.device)
     each = tokens_per_update(config)
     train_batches = TrainBatches(data.train, config.block_size, each // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, config.eval_iters)
-    model = dist.wrap(raw_model)
-    if config.compile or (config.compile is None and dist.device.type == "cuda"):
-        model = compiled(model)
+    model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, config.compile)
     if config.eval_only:
         note(describe_loss(evaluate(model, eval_batches, dist), data))
         return 0
 
-    decays = ((config.beta1, config.beta2), config.momentum)
+    decays = ((config.beta1, config.beta2), config.momentum, dist.dtype)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, *decays)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     note(describe(raw_model, config, dist, len(data.train)))
@@ -224,7 +225,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     metrics = Metrics(out_dir, dist.is_main, start if training else None)
     metrics.track(of_the_run["settings"])
     progress = Progress(start, config.max_iters, dist.is_main)
-    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, before["best_val_loss"], progress.tell)
+    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, dist, before["best_val_loss"], progress.tell)
     lowest, worse = before["best_val_loss"] or math.inf, before["evaluations_since_best"]
     stop, stopping = StopSignal(), 0
     # Updates whose gradients were not finite, counted on the device: all of them, and those in a row
@@ -242,16 +243,15 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             gc.collect()
         if due:
             val_loss = evaluate(model, eval_batches, dist)
-            val_bpb = bits_per_byte(val_loss, data.val)
-            metrics.write(step=step, tokens=step * each, val_loss=val_loss, val_bpb=val_bpb)
+            metrics.write(step=step, tokens=step * each, val_loss=val_loss, val_bpb=bits_per_byte(val_loss, data.val))
             progress.tell(f"step {step}: {describe_loss(val_loss, data)}")
             if step:
                 lowest, worse = (val_loss, 0) if val_loss < lowest else (lowest, worse + 1)
-        if (due or keep or stopping) and step > start and dist.is_main:
+        if (due or keep or stopping) and step > start:
             so_far = dict(step=step, seconds=watch.seconds, skipped=int(skipped), evaluations_since_best=worse)
             metrics.draw()
             saver.save(so_far | of_the_run | {"scaler": scaler.state_dict()}, val_loss if due else None, keep)
-        if due and config.sample_tokens and dist.is_main:
+        if due and config.sample_tokens:
             text = write_sample(raw_model, data, config.sample_tokens, dist, seed=step)
             progress.tell(text, indent="  ")
             metrics.sample(step, text)
@@ -271,14 +271,14 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
                 )
             updates_per_second = (done - logged) / (watch.seconds - logged_seconds)
             logged, logged_seconds = done, watch.seconds
-            record = dict(step=done, tokens=done * each, seconds=watch.seconds, lr=config.learning_rate_at(step))
-            record |= dict(train_loss=loss_sum / dist.world_size, grad_norm=norm.item(), skipped=int(skipped) or None)
-            record["tokens_per_second"] = updates_per_second * each
+            line = dict(step=done, tokens=done * each, seconds=watch.seconds, lr=config.learning_rate_at(step))
+            line |= dict(train_loss=loss_sum / dist.world_size, grad_norm=norm.item(), skipped=int(skipped) or None)
+            line["tokens_per_second"] = updates_per_second * each
             if dist.peak_flops:
-                record["mfu"] = record["tokens_per_second"] * raw_model.flop_per_token() / dist.peak_flops
-            metrics.write(**record)
-            progress.show(record, seconds_left=(config.max_iters - done) / updates_per_second)
-            if spike := metrics.spike(record["train_loss"]):
+                line["mfu"] = line["tokens_per_second"] * raw_model.flop_per_token() / dist.peak_flops
+            metrics.write(**line)
+            progress.show(line, seconds_left=(config.max_iters - done) / updates_per_second)
+            if spike := metrics.spike(line["train_loss"]):
                 progress.tell(f"step {done}: {spike}")
         progress.advance()
         (stopping,) = dist.max(stop.number)
@@ -297,4 +297,4 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(record(main))  # so that torchrun ends with the error that came first, on whatever rank and node

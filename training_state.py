@@ -19,19 +19,16 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from card import write_card
 from checkpoint import load_model, model_directory, read_json, read_tensors, write_model
 from config.settings import NonNegative, NonNegativeInt, UserError, check_value, note, one_line
 from data.token_files import DataSet
 from data.tokenizer import Tokenizer, gpt2
+from distributed import Distributed
 from files import SUMS, check_sums, existing, whole_directory
 from model import GPT, GPTConfig
+from parallel import fill, gather
 
 FORMAT_VERSION = 1
 # What training.json says of a run
@@ -54,10 +51,12 @@ class Saver:
         model: GPT,
         optimizers: list,
         tokenizer: Tokenizer,
+        dist: Distributed,
         best_val_loss: float | None = None,
         tell: Callable[[str], None] = note,
     ):
         self.out_dir, self.model, self.optimizers, self.tokenizer = out_dir, model, optimizers, tokenizer
+        self.dist = dist
         self.best_val_loss = best_val_loss  # of the model in `best`, if there is one
         self.tell = tell
         self._problem: str | None = None
@@ -65,10 +64,12 @@ class Saver:
 
     def save(self, training: dict, val_loss: float | None = None, keep: bool = False) -> None:
         """Replace `last` by the state as it is now, and `best` too if `val_loss` is the lowest so far; with `keep`
-        also leave a checkpoint with the number of the update. Main only."""
+        also leave a checkpoint with the number of the update. All ranks; main writes."""
         self.wait()
-        weights = {name: _copy(weight) for name, weight in self.model.weights().items()}
-        moments = {name: _copy(tensor) for name, tensor in _optimizer_tensors(self.model, self.optimizers).items()}
+        weights = gather(self.model.weights(), self.dist)
+        moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
+        if not self.dist.is_main:
+            return
         self._thread = threading.Thread(target=self._write, args=(weights, moments, training, val_loss, keep))
         self._thread.start()
 
@@ -114,10 +115,6 @@ class Saver:
         self.tell(f"{problem}; the checkpoint before it is whole")
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
 def load_training(directory: Path) -> dict:
     """What `Saver.save` was told of the run, and `directory`, where it was found."""
     found = existing(directory)
@@ -138,39 +135,36 @@ def load_training(directory: Path) -> dict:
 
 
 def load_optimizers(training: dict, model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler) -> None:
-    """Put the saved state into `optimizers`, and into `scaler` if both then and now there is a loss scale (float16)."""
+    """Put the saved state into `optimizers`, and into `scaler` if both then and now there is a loss scale (float16).
+
+    Tensor by tensor, and of each what this process holds: it never holds the state of all.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # a second that only a resume takes
+
     path, saved = training["directory"] / "optimizer.safetensors", training["scaler"]
+    get_optimizer_state_dict(model, optimizers)  # makes the state of optimizers that have made no step
     wanted, now = _optimizer_tensors(model, optimizers), scaler.state_dict()
     with naming_others(training["directory"]):
-        tensors = read_tensors(training["directory"], path.name)
-        if {name: (t.shape, t.dtype) for name, t in tensors.items()} != {
-            n: (t.shape, t.dtype) for n, t in wanted.items()
-        }:
+        for name, values in read_tensors(training["directory"], path.name):
+            tensor = wanted.pop(name, None)
+            if tensor is None or (values.shape, values.dtype) != (tensor.shape, tensor.dtype):
+                raise UserError(f"{path} does not fit the model and the optimizer")
+            if not values.isfinite().all():
+                raise UserError(f"{path} has values that are not finite numbers")
+            fill(tensor, values)
+        if wanted:
             raise UserError(f"{path} does not fit the model and the optimizer")
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise UserError(f"{path} has values that are not finite numbers")
         if saved and any(type(saved.get(n)) is not type(v) or not 0 <= saved[n] < math.inf for n, v in now.items()):
             raise UserError(f"{training['directory']}/training.json: its scaler is not a GradScaler's state")
-    state = get_optimizer_state_dict(model, optimizers, options=_FULL)
-    for name, tensor in tensors.items():
-        parameter, key = name.split("/")
-        state["state"][parameter][key] = tensor
-    set_optimizer_state_dict(model, optimizers, state, options=_FULL)
     if saved and now:
         scaler.load_state_dict(saved)
 
 
-def _kinds(tensors: dict[str, Tensor]) -> dict[str, tuple]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-
-
 def _optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
-    """{parameter/key: tensor} of all optimizers, whole: the same from one process or many."""
-    state = get_optimizer_state_dict(model, optimizers, options=_FULL)["state"]
-    return {f"{parameter}/{key}": tensor for parameter, values in state.items() for key, tensor in values.items()}
-
-
-_FULL = StateDictOptions(full_state_dict=True)
+    """{parameter/key: tensor} of all optimizers, the tensors themselves: whole, or this process's part of each."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states = [(names[p], values) for optimizer in optimizers for p, values in optimizer.state.items()]
+    return {f"{name}/{key}": tensor for name, values in states for key, tensor in values.items()}
 
 
 def initial_model(config: Any, given: dict[str, str], data: DataSet, training: dict | None) -> tuple[GPT, Any]:

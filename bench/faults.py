@@ -36,6 +36,7 @@ import train
 from checkpoint import load_model
 from config.settings import UserError, run_script
 from data.tokenizer import make_tokenizer
+from distributed import Distributed
 from files import existing
 from metrics import Metrics
 from model import GPT, GPTConfig
@@ -47,6 +48,7 @@ TINY = dict(
     optimizer="muon", warmup_iters=5, lr_decay_iters=3000, learning_rate=1e-3, min_lr=1e-4, eval_iters=2,
     log_interval=1, sample_tokens=0, device="cpu", dtype="float32", compile=False, dataset="tiny",
 )  # fmt: skip
+HERE = Distributed(torch.device("cpu"), torch.float32)
 COMPLETE = NEW_RUN | dict(settings={}, derived=[], data="", scaler={})
 
 
@@ -219,7 +221,7 @@ def disk(folder: Path) -> None:
 
     def attempt(kind: str) -> bool:
         """A save of update 2 by a new run of the Saver; whether it succeeded. Either way all has to be whole."""
-        saver = Saver(place / "out", model, optimizers, tokenizer, 3.0, tell=lambda text: None)
+        saver = Saver(place / "out", model, optimizers, tokenizer, HERE, 3.0, tell=lambda text: None)
         saver.save(COMPLETE | {"step": 2}, val_loss=2.0)
         problem = saver.wait()
         training = load_training(place / "out" / "last")
@@ -231,7 +233,7 @@ def disk(folder: Path) -> None:
 
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], check=True)
     try:
-        saver = Saver(place / "out", model, optimizers, tokenizer)
+        saver = Saver(place / "out", model, optimizers, tokenizer, HERE)
         for kind in ("pages", "files"):
             for room in range(1000):
                 saver.best_val_loss = None
@@ -263,7 +265,7 @@ def stall(folder: Path) -> None:
     torch.set_num_threads(2)
     model = GPT(GPTConfig(1024, 50257, 12, 12, 768, bias=False))
     optimizers = make_optimizers(model, "adamw", 6e-4, 0.1, (0.9, 0.95))
-    saver = Saver(folder / "out", model, optimizers, make_tokenizer("gpt2", [], 0))
+    saver = Saver(folder / "out", model, optimizers, make_tokenizer("gpt2", [], 0), HERE)
     metrics = Metrics(folder / "out", active=True)
     for step in range(6000):
         metrics.write(step=10 * step, train_loss=3.0, lr=1e-3, grad_norm=1.0)

@@ -15,8 +15,9 @@ LAYERS = [  # the modules of data/ use one another, in this order
     ["data.token_files"],
     ["data.pipeline", "data.report"],
     ["data.batches"],
-    ["distributed", "optimizer", "metrics", "checkpoint"],
-    ["evaluate", "card"],
+    ["distributed", "metrics", "checkpoint"],
+    ["parallel", "card"],
+    ["optimizer", "evaluate"],
     ["training_state", "plan"],
     ["train", "sample", "prepare_data", "to_gguf"],
 ]

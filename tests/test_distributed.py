@@ -9,6 +9,7 @@ from conftest import ROOT, child_environment
 
 from config.settings import UserError
 from distributed import StopSignal, connect
+from parallel import wrap
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -27,7 +28,7 @@ def test_one_process_is_main_and_sums_are_its_own():
 
 def test_one_process_trains_the_model_as_it_is():
     model = torch.nn.Linear(2, 2)
-    assert connect("cpu").wrap(model) is model
+    assert wrap(model, connect("cpu")) is model
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
@@ -100,9 +101,10 @@ def test_two_processes_sum_and_average_gradients(tmp_path):
     script.write_text(
         "import torch\n"
         "from distributed import connect\n"
+        "from parallel import wrap\n"
         "def work(dist):\n"
         "    torch.manual_seed(dist.rank)\n"
-        "    model = dist.wrap(torch.nn.Linear(1, 1, bias=False))\n"
+        "    model = wrap(torch.nn.Linear(1, 1, bias=False), dist)\n"
         "    model(torch.tensor([[dist.rank + 1.0]])).backward()\n"
         "    gradient = model.module.weight.grad.item()\n"
         "    same = dist.sum(model.module.weight.item())[0] == 2 * model.module.weight.item()\n"

@@ -11,18 +11,20 @@ from test_checkpoint import edit_json, logits, of_kind
 from checkpoint import load_model
 from config.settings import UserError
 from data.tokenizer import Tokenizer
+from distributed import Distributed
 from files import UNCHECKED, set_aside
 from model import GPT, GPTConfig
 from optimizer import apply_gradients, make_optimizers
 from training_state import NEW_RUN, Saver, load_optimizers, load_training
 
+HERE = Distributed(torch.device("cpu"), torch.float32)
 COMPLETE = NEW_RUN | dict(settings={}, derived=[], data="", scaler={})
 
 
 def save_checkpoint(directory: Path, model: GPT, optimizers: list, tokenizer: Tokenizer, training: dict) -> str | None:
     """Save as a run does; the problem, if there was one."""
 
-    saver = Saver(directory.parent, model, optimizers, tokenizer)
+    saver = Saver(directory.parent, model, optimizers, tokenizer, HERE)
     saver.save(COMPLETE | training)
     return saver.wait()
 
@@ -157,7 +159,7 @@ def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
 
 
 def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
-    saver = Saver(tmp_path, *trained(), of_kind("char"), best_val_loss=3.0)
+    saver = Saver(tmp_path, *trained(), of_kind("char"), HERE, best_val_loss=3.0)
     (tmp_path / "best.new").write_text("a file in the way")
     saver.save(COMPLETE | dict(step=1), val_loss=2.0)
     assert "best" in saver.wait()
@@ -172,7 +174,7 @@ def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
 def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
     model, optimizers = trained()
     told = []
-    saver = Saver(tmp_path, model, optimizers, of_kind("char"), tell=told.append)
+    saver = Saver(tmp_path, model, optimizers, of_kind("char"), HERE, tell=told.append)
     saver.save(COMPLETE | {"step": 1}, val_loss=float("nan"))  # of an overflow, say: the weights are sound
     assert saver.wait() is None
     assert not (tmp_path / "best").exists()
@@ -192,7 +194,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     model, optimizers = trained()
-    saver = Saver(tmp_path, model, optimizers, of_kind("char"), tell=lambda text: None)
+    saver = Saver(tmp_path, model, optimizers, of_kind("char"), HERE, tell=lambda text: None)
     saver.save(COMPLETE | {"step": 1}, val_loss=2.0)
     saver.wait()
     sizes = [path.stat().st_size for path in (tmp_path / "last").iterdir()]
