@@ -5,7 +5,9 @@ import ctypes
 import gc
 import os
 import re
+import secrets
 import signal
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from config.settings import UserError
+from config.settings import RunFailed, UserError
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
@@ -120,19 +122,36 @@ def connect(device: str = "auto", dtype: str = "auto") -> Distributed:
     if chosen.type == "cpu" and world_size > 1:  # torchrun allows each one thread; the cores are there to be shared out
         torch.set_num_threads(max(1, _cores() // local_world_size))
     if world_size > 1:
-        store = dist.PrefixStore(_attempt(world_size), next(rendezvous("env://"))[0])
+        store, *_ = next(rendezvous("env://"))
+        store = dist.PrefixStore(_meet(store, rank, world_size), store)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size)
 
 
-def _attempt(world_size: int) -> str:
-    """A name for this start of the workers, the same in all of them.
+def _meet(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name for this start of the workers, the same in all of them and never used before.
 
     torchrun's store outlives its workers, and holds the addresses of those that died: started anew under the same keys
-    (torch 2.13 adds no prefix), two in three connected to the dead, and some waited half an hour for them.
+    (torch 2.13 adds no prefix) some connect to the dead, and wait for them. Its count of restarts is no name: every host
+    has its own. So each other rank says hello with a number drawn anew, and rank 0 answers all of them, the dead too,
+    with a name drawn anew, until as many as live have said that they have it.
     """
-    return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_of_{world_size}"
+    drawn = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello/{rank}", drawn)
+        name = store.get(f"answer/{drawn}").decode()  # waits for it
+        store.add(f"have/{name}", 1)
+        return name
+    end = time.monotonic() + store.timeout.total_seconds()
+    while (here := store.add(f"have/{drawn}", 0)) < world_size - 1:
+        for other in range(1, world_size):
+            if store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", drawn)
+        if time.monotonic() > end:
+            raise RunFailed(f"only {here + 1} of {world_size} processes came within {store.timeout}")
+        time.sleep(0.01)
+    return drawn
 
 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
