@@ -133,9 +133,9 @@ def _meet(store: dist.Store, rank: int, world_size: int) -> str:
     """A name for this start of the workers, the same in all of them and never used before.
 
     torchrun's store outlives its workers, and holds the addresses of those that died: started anew under the same keys
-    (torch 2.13 adds no prefix) some connect to the dead, and wait for them. Its count of restarts is no name: every host
-    has its own. So each other rank says hello with a number drawn anew, and rank 0 answers all of them, the dead too,
-    with a name drawn anew, until as many as live have said that they have it.
+    (torch 2.13 adds no prefix) some connect to the dead, and wait for them. torchrun's count of restarts is no prefix:
+    each host has its own. So every other rank says hello with a number drawn anew, and rank 0 answers all of them, the
+    dead too, with a name drawn anew, until as many have said that they have it as are alive.
     """
     drawn = secrets.token_hex(8)
     if rank:

@@ -9,6 +9,8 @@ from conftest import ROOT
 from hosts import Host, hosts, why_not
 from test_train import TWO, largest_difference, records, same_run, weights
 
+from training_state import load_training
+
 REASON = why_not()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(120)]
 
@@ -25,10 +27,10 @@ def two(tmp_path):
 
 
 @contextlib.contextmanager
-def both(two: list[Host], flags: list, **environment):
+def both(two: list[Host], flags: list, **how):
     """A torchrun on each; where the block fails, the test says what they wrote."""
     try:
-        yield [host.torchrun(ROOT / "train.py", *flags, **environment) for host in two]
+        yield [host.torchrun(ROOT / "train.py", *flags, **how) for host in two]
     except BaseException as error:
         error.add_note("\n".join(f"--- {host.name}\n{host.log.read_text()[-3000:]}" for host in two))
         raise
@@ -75,3 +77,13 @@ def test_a_host_that_dies_and_comes_back_goes_on_with_the_run(tmp_path, tiny_fla
         assert [run.wait(60) for run in (runs[0], again)] == [0, 0]
     assert two[0].log.read_text().count("2 x cpu") == 2
     assert same_run(tmp_path / "run", straight)
+
+
+def test_a_cut_for_good_ends_the_run_in_time_and_harms_nothing(tmp_path, tiny_flags, straight, resume, two):
+    with both(two, tiny_flags(tmp_path / "run", **RUN, timeout=5), max_restarts=0) as runs:
+        two[0].wait_for("step 14/", runs[0])
+        two[1].link("down")
+        assert all(run.wait(60) for run in runs)
+    assert load_training(tmp_path / "run" / "last")["step"] == 12
+    resume(tmp_path / "run")
+    assert largest_difference(weights(tmp_path / "run"), weights(straight)) < 1e-5
