@@ -80,10 +80,11 @@ class Host:
         """`up` or `down`: the cable."""
         ip("-n", self.name, "link", "set", "eth0", state)
 
-    def wait_for(self, pattern: str, process: subprocess.Popen, seconds: float = 60) -> None:
-        """Until the log has the pattern; fails where `process` ends or the time is up before."""
+    def wait_for(self, pattern: str, process: subprocess.Popen, seconds: float = 60, after: int = 0) -> None:
+        """Until the log has the pattern, behind its first `after` characters; fails where `process` ends before, or
+        the time is up."""
         end = time.monotonic() + seconds
-        while not re.search(pattern, text := self.log.read_text(), re.DOTALL):
+        while not re.search(pattern, (text := self.log.read_text())[after:], re.DOTALL):
             assert process.poll() is None, f"ended with {process.returncode}\n{text}"
             assert time.monotonic() < end, f"no {pattern} after {seconds} s\n{text}"
             time.sleep(0.02)
