@@ -48,7 +48,7 @@ def host(two: list[Host], start: Callable[[Host], None]) -> None:
 
 
 def first_host(two: list[Host], start: Callable[[Host], None]) -> None:
-    """SIGKILL of everything on the first host, with torchrun's store; both are started again when the other has ended"""
+    """SIGKILL of everything on the first host, with torchrun's store; both are started again once the other ended"""
     two[0].kill()
     two[1].torchruns[-1].wait(60)
     start(two[0])

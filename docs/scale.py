@@ -56,7 +56,7 @@ def many() -> str:
         for i, (network, cluster, settings, how) in enumerate(WAYS):
             shares = [kept(model, config, n, SEQUENCES // n, cluster, how) for n in MANY]
             enough = (s for s in (2**k for k in range(11)) if kept(model, config, 512, s, cluster, how) >= 0.9)
-            needed = next((f"{s * config.block_size * 512 / 1e6:.1f}M" for s in enough), "–")
+            needed = next((f"{s * config.block_size * 512 / 1e6:.1f}M" for s in enough), "none")
             name = "" if i else f"{gpt.num_parameters() / 1e6:,.0f}M"
             cells = " | ".join(f"{share:.0%}" for share in shares)
             lines.append(f"| {name} | {network} | {settings} | {cells} | {needed} |")
