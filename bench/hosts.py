@@ -85,7 +85,7 @@ class HostsConfig:
 
 
 def trial(fault: Callable | None, folder: Path, arguments: list[str]) -> float:
-    """Run once, with the fault after update 14 of 50; seconds from it (from its end, where it ends by itself) to the
+    """Run once, with the fault after update 12 of 32; seconds from it (from its end, where it ends by itself) to the
     next update that is made."""
     seconds = 0.0
     with hosts(folder) as two:
@@ -97,7 +97,7 @@ def trial(fault: Callable | None, folder: Path, arguments: list[str]) -> float:
             one.torchruns = []
             start(one)
         if fault:
-            two[0].wait_for("step 14/", two[0].torchruns[-1])
+            two[0].wait_for("step 12/", two[0].torchruns[-1])
             began = time.monotonic()
             written = len(two[0].log.read_text())
             fault(two, start)

@@ -80,7 +80,7 @@ class Host:
         """`up` or `down`: the cable."""
         ip("-n", self.name, "link", "set", "eth0", state)
 
-    def wait_for(self, pattern: str, process: subprocess.Popen, seconds: float = 60, after: int = 0) -> None:
+    def wait_for(self, pattern: str, process: subprocess.Popen, seconds: float = 75, after: int = 0) -> None:
         """Until the log has the pattern, behind its first `after` characters; fails where `process` ends before, or
         the time is up."""
         end = time.monotonic() + seconds
