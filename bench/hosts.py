@@ -27,7 +27,7 @@ from test_train import same_run
 
 from config.settings import PositiveInt, UserError, load_settings, run_script
 
-TIMEOUT = 5  # seconds that a process waits for another
+TIMEOUT = 10  # seconds that a process waits for another
 CUT = 1.0
 
 
@@ -50,7 +50,7 @@ def host(two: list[Host], start: Callable[[Host], None]) -> None:
 def first_host(two: list[Host], start: Callable[[Host], None]) -> None:
     """SIGKILL of everything on the first host, with torchrun's store; both are started again once the other ended"""
     two[0].kill()
-    two[1].torchruns[-1].wait(60)
+    two[1].torchruns[-1].wait(120)
     start(two[0])
     start(two[1])
 
@@ -63,9 +63,9 @@ def cut(two: list[Host], start: Callable[[Host], None]) -> None:
 
 
 def long_cut(two: list[Host], start: Callable[[Host], None]) -> None:
-    """The second host's link is down for three times the time-out; a torchrun that has ended is then started again"""
+    """The second host's link is down for twice the time-out; a torchrun that has ended is then started again"""
     two[1].link("down")
-    time.sleep(3 * TIMEOUT)
+    time.sleep(2 * TIMEOUT)
     two[1].link("up")
     for one in two:
         with contextlib.suppress(subprocess.TimeoutExpired):
