@@ -6,7 +6,9 @@ import gc
 import logging
 import os
 import re
+import secrets
 import signal
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from config.settings import UserError
+from config.settings import RunFailed, UserError
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
@@ -125,20 +127,37 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
         # It warns on every rank that gloo's all-to-all (Muon's, sharded) is an all-gather of which a part is kept.
         logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     if world_size > 1:
-        store = dist.PrefixStore(_attempt(world_size), next(rendezvous("env://"))[0])
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         wait = timedelta(seconds=timeout)
+        store, *_ = next(rendezvous("env://", timeout=wait))
+        store = dist.PrefixStore(_meet(store, rank, world_size), store)
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
     return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size)
 
 
-def _attempt(world_size: int) -> str:
-    """A name for this start of the workers, the same in all of them.
+def _meet(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name for this start of the workers, the same in all of them and never used before.
 
     torchrun's store outlives its workers, and holds the addresses of those that died: started anew under the same keys
-    (torch 2.13 adds no prefix), two in three connected to the dead, and some waited half an hour for them.
+    (torch 2.13 adds no prefix) some connect to the dead, and wait for them. torchrun's count of restarts is no prefix:
+    each host has its own. So every other rank says hello with a number drawn anew, and rank 0 answers all of them, the
+    dead too, with a name drawn anew, until as many have said that they have it as are alive.
     """
-    return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_of_{world_size}"
+    drawn = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello/{rank}", drawn)
+        name = store.get(f"answer/{drawn}").decode()  # waits for it
+        store.add(f"have/{name}", 1)
+        return name
+    end = time.monotonic() + store.timeout.total_seconds()
+    while (here := store.add(f"have/{drawn}", 0)) < world_size - 1:
+        for other in range(1, world_size):
+            if store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", drawn)
+        if time.monotonic() > end:
+            raise RunFailed(f"only {here + 1} of {world_size} processes came within {store.timeout}")
+        time.sleep(0.01)
+    return drawn
 
 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:

@@ -1,0 +1,90 @@
+"""Training over a network that fails: two hosts, each with a torchrun of its own, as a scheduler would start them."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hosts import Host, hosts, why_not
+from test_train import TWO, largest_difference, records, same_run, weights
+
+from training_state import load_training
+
+REASON = why_not()
+PATIENCE = 75  # seconds: five times what a run takes on a machine with nothing else to do
+pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.timeout(3 * PATIENCE)]
+
+RUN = TWO | dict(max_iters=32, eval_interval=10, lr_decay_iters=32, sample_tokens=0, log_interval=2, init_from="auto")
+RUN |= dict(optimizer="adamw")  # without Muon's products in bfloat16 one process and two differ in the last digits only
+# torchrun's own store forgets to tell a host that comes later where it is (torch issue 135712)
+REPLACEABLE = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+
+@pytest.fixture
+def two(tmp_path):
+    with hosts(tmp_path) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def both(two: list[Host], flags: list, **how):
+    """A torchrun on each; where the block fails, the test says what they wrote."""
+    try:
+        yield [host.torchrun(ROOT / "train.py", *flags, **how) for host in two]
+    except BaseException as error:
+        error.add_note("\n".join(f"--- {host.name}\n{host.log.read_text()[-3000:]}" for host in two))
+        raise
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, tiny_flags) -> Path:
+    """The folder of an undisturbed run of two hosts."""
+    folder = tmp_path_factory.mktemp("hosts")
+    with hosts(folder) as two, both(two, tiny_flags(folder / "run", **RUN)) as runs:
+        assert [run.wait(PATIENCE) for run in runs] == [0, 0]
+    assert "2 x cpu" in two[0].log.read_text()
+    assert "step" not in two[1].log.read_text()  # rank 0 speaks
+    return folder / "run"
+
+
+def test_two_hosts_make_the_same_run_as_one_process(tmp_path, train, straight):
+    train(tmp_path / "one", **RUN)
+    assert largest_difference(weights(tmp_path / "one"), weights(straight)) < 1e-5
+    for one, two in zip(records(tmp_path / "one"), records(straight), strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_a_short_cut_is_waited_out_and_killed_workers_are_started_again(tmp_path, tiny_flags, straight, two):
+    with both(two, tiny_flags(tmp_path / "run", **RUN)) as runs:
+        two[0].wait_for("step 2/", runs[0])
+        two[1].link("down")
+        time.sleep(0.5)
+        two[1].link("up")
+        two[0].wait_for("step 12/", runs[0])
+        assert two[0].log.read_text().count("2 x cpu") == 1  # for the cut nothing was started again
+        two[1].kill(two[1].workers())
+        assert [run.wait(PATIENCE) for run in runs] == [0, 0]
+    assert two[0].log.read_text().count("2 x cpu") == 2
+    assert same_run(tmp_path / "run", straight)
+
+
+def test_a_host_that_dies_and_comes_back_goes_on_with_the_run(tmp_path, tiny_flags, straight, two):
+    flags = tiny_flags(tmp_path / "run", **RUN)
+    with both(two, flags, **REPLACEABLE) as runs:
+        two[0].wait_for("step 12/", runs[0])
+        two[1].kill()
+        again = two[1].torchrun(ROOT / "train.py", *flags, **REPLACEABLE)
+        assert [run.wait(PATIENCE) for run in (runs[0], again)] == [0, 0]
+    assert two[0].log.read_text().count("2 x cpu") == 2
+    assert same_run(tmp_path / "run", straight)
+
+
+def test_a_cut_for_good_ends_the_run_in_time_and_harms_nothing(tmp_path, tiny_flags, straight, resume, two):
+    with both(two, tiny_flags(tmp_path / "run", **RUN, timeout=5), max_restarts=0) as runs:
+        two[0].wait_for("step 12/", runs[0])
+        two[1].link("down")
+        assert all(run.wait(PATIENCE) for run in runs)
+    assert load_training(tmp_path / "run" / "last")["step"] == 10
+    resume(tmp_path / "run")
+    assert largest_difference(weights(tmp_path / "run"), weights(straight)) < 1e-5
