@@ -83,7 +83,7 @@ def ours(work: Work, dist: Distributed, options: list[str]) -> Callable[[int], N
     )
     raw_model = GPT(GPTConfig(vocab_size=work.vocab_size, bias=False, **work.shape())).to(dist.device)
     model = torch.compile(raw_model) if "compiled" in options else raw_model
-    optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, 0.1, (0.9, 0.95))
+    optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, 0.1, (0.9, 0.95), dtype=dist.dtype)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=False)
     batches = TrainBatches(Tokens([np.memmap(work.tokens, np.uint16, "r")]), work.block_size, work.batch_size, seed=0)
     return lambda step: train_step(model, optimizers, scaler, batches, step, config, dist)
