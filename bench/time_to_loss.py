@@ -49,7 +49,7 @@ class BenchConfig:
     """updates, in place of the recipe's"""
     quick: str = (
         "--batch_size=24 --max_iters=205 --learning_rate=3e-2 --warmup_iters=4 --momentum=0.8 --beta2=0.95 "
-        "--eval_interval=1000 --eval_iters=20"
+        "--eval_interval=1000 --eval_iters=5 --sample_tokens=0"
     )
     """flags of a further run of ours that is meant to end just below nanoGPT's loss"""
     runs: str = "adamw,ours,short"
