@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoint import load_model
-from config.settings import UserError, load_settings, note, run_script
+from config.settings import UserError, load_settings, note, one_line, run_script
 from data.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
 from model import GPT
 
@@ -101,10 +101,17 @@ def main() -> None:
     except ImportError as error:
         raise UserError("this needs a package more: pip install gguf") from error
     model, tokenizer = load_model(config.models[0])
+    if config.dtype == "int8" and model.config.n_embd % 32:
+        raise UserError(f"--dtype=int8 takes 32 numbers at a time, and n_embd={model.config.n_embd}: use float16")
     path = Path(config.out)
     new = path.with_name(f"{path.name}.new")
-    write_gguf(new, model, config.dtype, tokenizer)
-    new.replace(path)
+    try:
+        write_gguf(new, model, config.dtype, tokenizer)
+        new.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
+    finally:
+        new.unlink(missing_ok=True)
     note(f"{path}: {path.stat().st_size / 1e6:.1f} MB; next: llama-cli -m {path}")
 
 

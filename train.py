@@ -213,13 +213,13 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     out_dir, watch = Path(config.out_dir), Stopwatch()
     before = training or NEW_RUN
     start, watch.seconds = before["step"], before["seconds"]
+    earliest, latest = dist.max(-start, start)
+    if -earliest != latest:
+        raise UserError(f"the processes found different checkpoints in {out_dir}: it has to be on a disk they share")
     if training:
         load_optimizers(training, raw_model, optimizers, scaler)
     elif dist.is_main:
         set_aside(out_dir)
-    earliest, latest = dist.max(-start, start)
-    if -earliest != latest:
-        raise UserError(f"the processes found different checkpoints in {out_dir}: it has to be on a disk they share")
     derived = [name for name in DERIVED if name not in given and name in before.get("derived", DERIVED)]
     of_the_run = dict(settings=dataclasses.asdict(config), derived=derived, data=data.digest)
     metrics = Metrics(out_dir, dist.is_main, start if training else None)

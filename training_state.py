@@ -82,7 +82,10 @@ class Saver:
     def _write(self, weights: dict, moments: dict, training: dict, val_loss: float | None, keep: bool) -> None:
         def model_files(new: Path) -> None:
             write_model(new, self.model.config, weights, self.tokenizer)
-            write_card(new, self.out_dir, self.model, training)
+            try:
+                write_card(new, self.out_dir, self.model, training)
+            except Exception as error:  # the data set's meta.json has gone, say: no reason to lose a model
+                self.tell(f"no model card: {one_line(error)}")
 
         def state_files(new: Path) -> None:
             model_files(new)

@@ -50,7 +50,7 @@ class BulkEncoder:
                 self._new_gigatoken = gigatoken.Tokenizer.from_json
                 model["vocab"].pop(END_OF_TEXT, None)
                 self._json = json.dumps(description | {"added_tokens": []})
-        self._bytes = model["type"] == "BPE" and not model["merges"] and not self._json
+        self._bytes = model["type"] == "BPE" and not description["pre_tokenizer"].get("use_regex")
         self._of_thread = threading.local()  # one for all would encode for one thread at a time
 
     def encode(self, documents: list[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -97,9 +97,12 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"{directory} has no tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception for every fault of the file
             raise UserError(f"{path} is damaged: {error}") from error
+        backend.no_truncation()  # transformers writes down how a text was last cut or filled up: here all of it counts
+        backend.no_padding()
+        return cls(backend)
 
 
 def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tokenizer:

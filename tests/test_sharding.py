@@ -145,6 +145,14 @@ def test_an_error_of_one_process_ends_all_with_its_line(runs):
     assert "rank      : 1" in root_cause and "no such data set" in root_cause
 
 
+def test_processes_that_find_different_checkpoints_say_so(tmp_path, runs, tiny_flags):
+    """As on two nodes without a common disk: before the state of a shared model is read, which takes all."""
+    folder, _ = runs
+    flags = tiny_flags(folder / "fsdp", **PLAN | MODES["fsdp"] | {"init_from": "auto", "timeout": 20})
+    ended = work(tmp_path, 2, [{"flags": flags, "of_rank_1": [f"--out_dir={tmp_path / 'nothing'}"]}])
+    assert "the processes found different checkpoints" in ended.stderr
+
+
 def test_four_processes_on_two_nodes_share_within_each(tmp_path, runs, tiny_flags):
     """The nodes are told apart by the number of processes on each alone."""
     folder, _ = runs

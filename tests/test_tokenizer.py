@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,6 +204,18 @@ def test_a_saved_tokenizer_loads_the_same(tokenizer, tmp_path):
         assert loaded.encode(text) == tokenizer.encode(text)
         assert loaded.decode(tokenizer.encode(text)) == text
     assert loaded.encode_documents([TEXTS["end_of_text"]]) == [tokenizer.encode(TEXTS["end_of_text"])]
+
+
+def test_a_tokenizer_that_was_saved_to_cut_texts_and_fill_them_up_does_neither(made, tmp_path):
+    made["bpe"].save(tmp_path)
+    other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    other.enable_truncation(3)
+    other.enable_padding(length=5)
+    other.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path)
+    texts = ["a", "a text of more than three tokens"]
+    assert [loaded.encode(text) for text in texts] == [made["bpe"].encode(text) for text in texts]
+    assert loaded.encode_documents(texts) == made["bpe"].encode_documents(texts)
 
 
 def test_the_configuration_beside_it_names_end_of_text(tokenizer, tmp_path):

@@ -52,7 +52,16 @@ def test_a_tokenizer_of_other_characters_is_refused_for_llama_cpp(tmp_path):
     save_model(tmp_path, make_model(of_kind("char")), of_kind("char"))
     ended = run_main("to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
     assert ended.status == 2 and "llama.cpp has no tokenizer of characters" in ended.err
-    assert not (tmp_path / "m.gguf").exists()
+    assert not list(tmp_path.glob("m.gguf*"))
+
+
+@pytest.mark.parametrize(("flag", "words"), [("--dtype=int8", "n_embd=8"), ("--out=nowhere/m.gguf", "be written")])
+def test_what_gguf_cannot_be_made_is_a_user_error(tmp_path, flag, words):
+    pytest.importorskip("gguf")
+    save_model(tmp_path, make_model(of_kind("byte")), of_kind("byte"))
+    ended = run_main("to_gguf", tmp_path, f"--out={tmp_path}/m.gguf", flag)
+    assert ended.status == 2 and words in ended.err
+    assert not list(tmp_path.glob("m.gguf*"))
 
 
 TASK = """

@@ -134,6 +134,16 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
+def test_a_card_that_cannot_be_written_is_no_reason_to_save_nothing(tmp_path):
+    data = tmp_path / "data" / "other"
+    data.mkdir(parents=True)
+    (data / "meta.json").write_text("{}")  # prepared by another program, and of another form
+    settings = {"data_dir": str(data.parent), "dataset": data.name}
+    assert save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1, "settings": settings}) is None
+    assert load_training(tmp_path / "last")["step"] == 1
+    assert not (tmp_path / "last" / "README.md").exists()
+
+
 def test_an_earlier_run_is_set_aside_and_never_destroyed(tmp_path):
     for content in ("first", "second"):
         save_checkpoint(tmp_path / "out" / "last", *trained(), of_kind("char"), {})
