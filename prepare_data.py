@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from config.settings import PositiveInt, Range, UserError, load_settings, note, one_line, run_script
 from data.pipeline import MAX_UNITS, UNIT_BYTES, Encoder, Job, Merger, encode_units, make_units
 from data.sources import Source, find_source
-from data.token_files import READY, fetch_tokens, id_dtype, write_meta
+from data.token_files import READY, fetch_tokens, id_dtype, source_of, write_meta
 from data.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
 from files import whole_directory
 
@@ -89,6 +89,8 @@ def main() -> None:
     directory = Path(config.data_dir) / name
     if directory.exists() and not (directory / "meta.json").exists():
         raise UserError(f"{directory} is there and is not a data set of ours; choose another --name")
+    if config.name is None and directory.exists() and (held := source_of(directory)) != source.description:
+        raise UserError(f"{directory} holds {held}: give --name=… (with --name={name} it is replaced)")
     part, parts = share(config.part)
     if parts > 1 and "-" in config.sources:
         raise UserError("standard input cannot be shared out: save it to a file first")

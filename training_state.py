@@ -122,7 +122,9 @@ def load_training(directory: Path) -> dict:
     """What `Saver.save` was told of the run, and `directory`, where it was found."""
     found = existing(directory)
     if found is None:
-        raise UserError(f"{directory}: no checkpoint there; start a run with --init_from=scratch")
+        others = ", ".join(sorted(path.parent.name for path in directory.parent.glob("*/training.json")))
+        remedy = f"there are {others}" if others else "start a run with --init_from=scratch"
+        raise UserError(f"{directory}: no checkpoint there; {remedy}")
     with naming_others(found):
         if os.environ.get("RANK", "0") == "0":  # one process is enough: where it refuses, torchrun ends the others
             check_sums(found)
@@ -208,6 +210,7 @@ def prepare_command(config: Any, source: str | Path, tokenizer: Tokenizer) -> st
     text = json.loads(meta.read_bytes())["source"] if meta.is_file() else "FILES"
     if text == "standard input":
         text = "-"
+    text = " ".join(shlex.quote(word) for word in text.split(" "))  # a glob is ours to expand, not the shell's
     wanted = "gpt2" if tokenizer.same_as(gpt2()) else model_directory(source)
     name = f"{config.dataset}-{'gpt2' if wanted == 'gpt2' else 'again'}"
     folder = "" if config.data_dir == "data" else f" --data_dir={config.data_dir}"

@@ -55,4 +55,11 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
             f"gradient_accumulation_steps x batch_size is {now}, but the checkpoint was trained with {before} "
             "sequences an update: keep the product"
         )
+    done = training["step"]
+    if config.max_iters < done:
+        raise UserError(
+            f"max_iters={config.max_iters}, but the checkpoint in {training['directory']} has {done} updates"
+        )
+    if config.max_iters == done:
+        note(f"the run has its {done:,} updates already: --max_iters=… for more, --init_from=scratch to start anew")
     return config

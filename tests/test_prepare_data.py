@@ -157,6 +157,21 @@ def test_preparing_twice_gives_the_same_bytes(prepare, folder):
         }
 
 
+def test_another_text_replaces_a_data_set_only_by_its_name(prepare, folder, monkeypatch):
+    books = folder({"a.txt": "abc " * 100}, "books")
+    made = prepare(books, name="books")
+    before = (made / "train.bin").read_bytes()
+    more = folder({"b.txt": "other " * 100}, "more")
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", str(books), str(more)])
+    with pytest.raises(UserError, match=r"data/books holds .*with --name=books it is replaced"):
+        prepare_data.main()
+    assert (made / "train.bin").read_bytes() == before
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", str(books)])
+    prepare_data.main()  # the same text
+    prepare(books, more, name="books")
+    assert (made / "train.bin").read_bytes() != before
+
+
 def test_meta_json_counts_tokens_bytes_and_documents(prepare, folder):
     text = "é" * 100  # two bytes each
     source = folder({"a.txt": text, "b.txt": text})

@@ -502,7 +502,13 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     assert same_run(tmp_path / "run", tiny_run)
     resume(tmp_path / "run", init_from="resume:step-000002", max_iters=3)
     assert load_training(tmp_path / "run" / "last")["step"] == 3
-    assert "no checkpoint there" in resume(tmp_path / "run", status=2, init_from="resume:step-9").err
+    told = resume(tmp_path / "run", status=2, init_from="resume:step-9").err
+    assert "no checkpoint there; there are last, step-000002, step-000004, step-000006" in told
+    before = (tmp_path / "run" / "last" / "training.json").read_bytes()
+    told = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
+    assert "max_iters=3, but the checkpoint in" in told and "has 4 updates" in told
+    assert "has its 3 updates already" in resume(tmp_path / "run", max_iters=3).err
+    assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
 
 
 GETS_WORSE = dict(learning_rate=0.5, warmup_iters=0, grad_clip=0, min_lr=0.5, eval_interval=1, max_iters=30)
@@ -574,7 +580,13 @@ def test_a_data_set_that_was_made_anew_is_noticed(tmp_path, train, resume, data_
     assert "is not the one that" not in resume(tmp_path / "run", max_iters=2, data_dir=tmp_path / "data").err
     text = (data_dir / "tiny.txt").read_text()
     (tmp_path / "tiny.txt").write_text(text[100:] + text[:100])
-    arguments = [tmp_path / "tiny.txt", f"--data_dir={tmp_path / 'data'}", "--tokenizer=char", "--val_fraction=0.1"]
+    arguments = [
+        tmp_path / "tiny.txt",
+        f"--data_dir={tmp_path / 'data'}",
+        "--tokenizer=char",
+        "--name=tiny",
+        "--val_fraction=0.1",
+    ]
     assert run_main("prepare_data", *arguments).status == 0
     assert "is not the one that" in resume(tmp_path / "run", max_iters=3, data_dir=tmp_path / "data").err
 
