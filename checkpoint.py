@@ -125,6 +125,9 @@ def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[i
             f"{source}: the weights do not fit the configuration: wte, wpe and layers are {found}, "
             f"and should be {wanted}"
         )
+    for name, shape in shapes.items():
+        if name.endswith(TRANSPOSED) and len(shape) != 2:
+            raise UserError(f"{source}: the weights do not fit the configuration: {name} is {shape}, and no matrix")
 
 
 def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:

@@ -18,6 +18,9 @@ gradient_accumulation_steps = 32
 max_iters = 20
 dropout = 0.1
 
+# OpenAI's weights were made with Adam, and this is nanoGPT's rate for it. Muon's updates have a fixed size whatever the
+# gradient: how they suit these weights at a constant rate is not measured.
+optimizer = "adamw"
 learning_rate = 3e-5
 decay_lr = False
 warmup_iters = 0

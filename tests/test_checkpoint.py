@@ -326,6 +326,17 @@ def test_tensors_that_are_not_this_models_are_refused(tmp_path, change):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("way", ["flat", "one dimension more"])
+@pytest.mark.filterwarnings("error")
+def test_a_weight_that_is_no_matrix_is_refused_before_it_is_transposed(saved, way):
+    tensors = load_file(saved / "model.safetensors")
+    weight = tensors["transformer.h.1.mlp.c_fc.weight"]
+    tensors["transformer.h.1.mlp.c_fc.weight"] = weight.flatten() if way == "flat" else weight[None].clone()
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(UserError, match=r"mlp\.c_fc\.weight is \[.*\], and no matrix"):
+        load_model(saved)
+
+
 def test_an_absurd_size_is_refused_before_a_model_of_it_is_made(saved):
     edit_json(saved / "config.json", n_layer=10**9)
     with pytest.raises(UserError, match="weights do not fit"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import load_settings
+from config.settings import UserError, load_settings
 from sample import SampleConfig
 from train import TrainConfig
 
@@ -21,6 +21,10 @@ TRAIN = {
 SAMPLE = {
     "init_from": "resume", "out_dir": "out", "start": "\n", "num_samples": 10, "max_new_tokens": 500,
     "temperature": 0.8, "top_k": 200, "seed": 1337, "device": "cuda", "dtype": "bfloat16", "compile": False,
+}  # fmt: skip
+BENCH = {
+    "batch_size": 12, "block_size": 1024, "bias": False, "real_data": True, "seed": 1337, "device": "cuda",
+    "dtype": "bfloat16", "compile": True, "profile": False,
 }  # fmt: skip
 RETIRED = {"train": {"backend", "always_save_checkpoint"}, "sample": {"compile"}}
 SCRIPTS = [("train", TrainConfig, TRAIN), ("sample", SampleConfig, SAMPLE)]
@@ -40,10 +44,26 @@ def test_each_setting_of_nanogpt_is_taken_or_retired_with_a_note(tmp_path, capsy
         assert getattr(config, name) == value and told == ""
 
 
-@pytest.mark.parametrize(("script", "cls", "settings"), SCRIPTS, ids=["train", "sample"])
-def test_the_table_has_every_setting_and_says_which_are_retired(script, cls, settings):
+def rows_of(script: str) -> dict[str, str]:
+    """The first word that the table of a script's settings says of each."""
     text = (Path(__file__).parent.parent / "docs" / "from_nanogpt.md").read_text("utf-8")
     section = text.split(f"## Settings of {script}.py")[1].split("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+)", section, flags=re.M))
+    return dict(re.findall(r"^\| `(\w+)` \| (\w+)", section, flags=re.M))
+
+
+@pytest.mark.parametrize(("script", "cls", "settings"), SCRIPTS, ids=["train", "sample"])
+def test_the_table_has_every_setting_and_says_which_are_retired(script, cls, settings):
+    rows = rows_of(script)
     assert list(rows) and rows.keys() == settings.keys()
     assert {name for name, here in rows.items() if here == "retired"} == RETIRED[script]
+
+
+def test_the_table_of_bench_has_every_setting_and_train_takes_those_that_it_calls_the_same():
+    rows = rows_of("bench")
+    assert rows.keys() == BENCH.keys()
+    for name, value in BENCH.items():
+        if rows[name] == "same":
+            assert getattr(load_settings(TrainConfig, [f"--{name}={value}"])[0], name) == value
+        else:
+            with pytest.raises(UserError, match=name):
+                load_settings(TrainConfig, [f"--{name}={value}"])
