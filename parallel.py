@@ -1,15 +1,13 @@
 """A model on one process or many: replicated or sharded, its gradients averaged, its tensors whole again for a save."""
 
-import logging
 import os
-import re
 import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config.settings import UserError, note
+from config.settings import UserError, note, one_line
 from distributed import Distributed
 
 
@@ -34,7 +32,7 @@ def wrap(
         model = _shard(model, dist, sharding, reduce_in)
     else:
         model = _replicate(model.to(dist.device), dist, reduce_in)
-    return _compile(model) if compiled or (compiled is None and dist.device.type == "cuda") else model
+    return _compile(model, dist.device) if compiled or (compiled is None and dist.device.type == "cuda") else model
 
 
 def _replicate(model: nn.Module, dist: Distributed, reduce_in: torch.dtype) -> nn.Module:
@@ -82,22 +80,16 @@ def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.
     return model
 
 
-def _compile(model: nn.Module) -> nn.Module:
-    """`model` through torch.compile. Where that fails, for want of a C++ compiler say, one line tells so, and it
-    runs as it is."""
-
-    def tell_once(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if not text.startswith("WON'T CONVERT"):
-            return True
-        if not told:
-            lines = [line.strip() for line in text.splitlines() if re.match(r"\S*(Error|Exception|Failed)\b", line)]
-            told.append(f"torch.compile does not work here, going on without it: {' '.join(lines[-1:])[:300]}")
-            note(told[0])
-        return False
-
-    told = []
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(tell_once)
+def _compile(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` through torch.compile. Where that cannot work, for want of a C++ compiler say, one line tells so, and
+    it runs as it is. It is tried on next to nothing before: of a model, the backward pass would be the first to fail.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds
+        reason = one_line(error).split(" Set TORCH")[0]  # advice on how to look inside torch
+        note(f"torch.compile does not work here, going on without it: {reason}")
+        return model
     torch._dynamo.config.suppress_errors = True
     return torch.compile(model)
 

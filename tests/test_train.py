@@ -365,6 +365,18 @@ def test_finetuning_with_another_shape_is_refused(tmp_path, train, tiny_run):
     assert "--n_layer: n_layer=3" in ended.err
 
 
+def test_a_run_goes_on_where_nothing_can_be_compiled(tmp_path, tiny_flags, tiny_run):
+    flags = tiny_flags(tmp_path / "run", compile=True)
+    environment = child_environment(CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    command = [sys.executable, "train.py", *flags]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    first, *others = ended.stderr.splitlines()
+    assert first.startswith("torch.compile does not work here, going on without it: ") and "C++" in first
+    assert not [line for line in others if "compile" in line or line.startswith("Traceback")]
+    assert records(tmp_path / "run") == records(tiny_run)
+
+
 def test_a_run_of_nothing_but_nans_ends_with_status_1(tmp_path, train):
     changes = dict(max_iters=40, eval_interval=1000, learning_rate=1e30, warmup_iters=0, grad_clip=0)
     ended = train(tmp_path / "run", status=1, **changes)
