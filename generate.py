@@ -176,7 +176,7 @@ def draw(logits: Tensor, sampling: Sampling, texts: list[list[int]], uniform: Ca
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
     p, ids = candidates(logits, sampling)
-    total = p.double().cumsum(-1).cpu()
+    total = p.cpu().double().cumsum(-1)  # on the CPU: Apple GPUs have no float64
     which = torch.searchsorted(total, uniform()[:, None] * total[:, -1:], right=True).clamp(max=p.size(-1) - 1)
     return (which if ids is None else ids.cpu().gather(-1, which))[:, 0].tolist()
 

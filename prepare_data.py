@@ -121,7 +121,7 @@ def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, p
     with contextlib.ExitStack() as stack:
         lock = partial / f"part-{part}-of-{parts}.lock"
         try:
-            stack.enter_context(FileLock(lock, blocking=False))
+            stack.enter_context(FileLock(lock, timeout=1))  # others take it for an instant, to see whether it is held
         except Timeout as error:
             raise UserError(f"{directory} is being prepared by another process ({lock} is held)") from error
         if held := next(held_locks(partial, "part-*.lock" if parts == 1 else "part-1-of-1.lock", but=lock), None):
