@@ -5,6 +5,7 @@ hf upload OWNER/NAME out/best
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def write_card(directory: Path, out_dir: Path, model: GPT, training: dict) -> No
 
 def public(words: str) -> str:
     """Without the folders of this machine: of a path that does not begin here only the last name."""
-    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words.split(" "))
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in shlex.split(words))
 
 
 def describe(config: GPTConfig, parameters: int) -> str:

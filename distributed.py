@@ -20,8 +20,8 @@ from config.settings import RunFailed, UserError
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362, "L4": 121,
-    "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362,
+    "L4": 121, "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
 }  # fmt: skip
 
 

@@ -77,6 +77,8 @@ def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.
     fully_shard(model, mesh=mesh, mp_policy=precise)
     # The root keeps its parameters whole until a backward pass; without one nobody would put them back.
     model.register_forward_hook(lambda root, *_: None if torch.is_grad_enabled() else root.reshard())
+    # torch adds up the micro-steps that are not exchanged between nodes in the precision of the exchange
+    model.exchanged_each_time = hybrid and reduce_in != torch.float32
     return model
 
 
@@ -96,11 +98,12 @@ def _compile(model: nn.Module, device: torch.device) -> nn.Module:
 
 def exchange_gradients(model: nn.Module, last: bool) -> None:
     """Before a micro-step: whether it is the `last` of its update. Gradients are averaged after that one only; but
-    sharded ones each time within the node, so that no process ever holds all of them.
+    sharded ones each time within the node, so that no process ever holds all of them, and in bfloat16 each time between
+    nodes too, so that they are added up in float32.
     """
     model.require_backward_grad_sync = last  # DDP's
     if hasattr(model, "set_requires_all_reduce"):  # FSDP's
-        model.set_requires_all_reduce(last)
+        model.set_requires_all_reduce(last or model.exchanged_each_time)
 
 
 def is_shared(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from checkpoint import load_model
 from config.settings import UserError, load_settings, note, one_line, run_script
+from data.bulk import of_our_form
 from data.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
 from model import GPT
 
@@ -68,7 +69,10 @@ def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
     """Ours are all GPT-2's kind to llama.cpp: bytes, then merges; bytes and characters without a merge."""
     import gguf
 
-    model = json.loads(tokenizer.to_json())["model"]
+    description = json.loads(tokenizer.to_json())
+    model = description["model"]
+    if not of_our_form(description):
+        raise UserError("the tokenizer is neither GPT-2's nor one of ours: llama.cpp would part texts otherwise")
     tokens = sorted((i, token) for token, i in tokenizer.vocabulary().items())
     if [i for i, _ in tokens] != list(range(len(tokens))) or tokenizer.end_of_text is None:
         raise UserError(f"the tokenizer's ids have gaps, or no {END_OF_TEXT}: llama.cpp wants both otherwise")
@@ -77,8 +81,6 @@ def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
         if any(len(text.encode()) > 1 for text in texts if text != END_OF_TEXT):
             raise UserError("llama.cpp has no tokenizer of characters, but for ASCII's alone: use --tokenizer=bpe")
         texts = [text if text == END_OF_TEXT else byte_symbols()[ord(text)] for text in texts]
-    elif model["type"] != "BPE":
-        raise UserError(f"a tokenizer of type {model['type']} is none of GPT-2's kind")
     nothing = byte_symbols()[0]  # llama.cpp wants a merge; what this one makes is no token, and so stays as it was
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])] or [f"{nothing} {nothing}"]
     kinds = [gguf.TokenType.CONTROL if text == END_OF_TEXT else gguf.TokenType.NORMAL for text in texts]

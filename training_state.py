@@ -210,7 +210,6 @@ def prepare_command(config: Any, source: str | Path, tokenizer: Tokenizer) -> st
     text = json.loads(meta.read_bytes())["source"] if meta.is_file() else "FILES"
     if text == "standard input":
         text = "-"
-    text = " ".join(shlex.quote(word) for word in text.split(" "))  # a glob is ours to expand, not the shell's
     wanted = "gpt2" if tokenizer.same_as(gpt2()) else model_directory(source)
     name = f"{config.dataset}-{'gpt2' if wanted == 'gpt2' else 'again'}"
     folder = "" if config.data_dir == "data" else f" --data_dir={config.data_dir}"

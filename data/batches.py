@@ -16,9 +16,8 @@ from config.settings import UserError
 from data.token_files import Tokens
 from model import IGNORED
 
-AHEAD = (
-    1 << 15
-)  # sequences whose place is computed at once: some milliseconds, and the first thousand take the most of one
+# Sequences whose place is computed at once: some milliseconds, and the first thousand take the most of one
+AHEAD = 1 << 15
 
 
 def mix(*numbers: int) -> int:

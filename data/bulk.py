@@ -36,7 +36,7 @@ class BulkEncoder:
         self._table = self._json = None
         description = json.loads(tokenizer.to_json())
         model = description["model"]
-        self._foreign = not _of_our_form(description)
+        self._foreign = not of_our_form(description)
         if self._foreign:
             model = {"type": None}
         elif model["type"] == "WordLevel":
@@ -100,7 +100,7 @@ class BulkEncoder:
         return ids, lengths
 
 
-def _of_our_form(description: dict) -> bool:
+def of_our_form(description: dict) -> bool:
     """Whether a tokenizer.json is put together as data/tokenizer.py does it; a model may come with another."""
     model, before = description["model"], description["pre_tokenizer"] or {}
     if description["normalizer"] or [token["content"] for token in description["added_tokens"]] != [END_OF_TEXT]:

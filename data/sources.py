@@ -7,6 +7,7 @@ import http.client
 import itertools
 import os
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -140,7 +141,7 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
     files = tuple(File.at(path) for path in sorted(paths, key=_parts))
     if not files:
         raise UserError(f"{' '.join(wanted)}: no files there")
-    return Source(Path(wanted[0]).stem.split(".")[0] or "text", " ".join(wanted), files=files, **reading)
+    return Source(Path(wanted[0]).stem.split(".")[0] or "text", shlex.join(wanted), files=files, **reading)
 
 
 def _hub(repository: str, name: str, val_fraction: float, options: Any, reading: dict, **pinned: str) -> Source:
@@ -162,8 +163,9 @@ def _hub(repository: str, name: str, val_fraction: float, options: Any, reading:
             dataset = dataset.select_columns([options.column])
     except Exception as error:  # of any library below: no such repository, split or configuration, no network, scripts
         raise UserError(f"hf:{repository} cannot be opened: {one_line(error)}") from error
-    words = [f"hf:{repository}", config, options.split, revision and f"revision {revision}"]
-    return Source(name, " ".join(word for word in words if word), dataset=dataset, val_fraction=val_fraction, **reading)
+    flags = {"config": config, "split": options.split, "revision": revision}
+    words = [f"hf:{repository}", *(f"--{key}={value}" for key, value in flags.items() if value)]
+    return Source(name, shlex.join(words), dataset=dataset, val_fraction=val_fraction, **reading)
 
 
 def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: bool, seen: set | None) -> Iterator[Item]:

@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny prepared data set, and the scripts run in this process as if from the command line."""
 
 import contextlib
+import gc
 import importlib
 import io
 import os
@@ -47,6 +48,7 @@ def run_main(name: str, *flags, stdin: str = "") -> Ended:
         except SystemExit as end:
             status = end.code or 0
         finally:
+            gc.unfreeze()  # this process goes on
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     texts = []

@@ -6,12 +6,13 @@ import unicodedata
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import ANY_TEXT, TEXTS
 
 from data.bulk import BulkEncoder
-from data.tokenizer import KINDS, gpt2, make_tokenizer
+from data.tokenizer import END_OF_TEXT, KINDS, Tokenizer, gpt2, make_tokenizer
 
 WORDS = [*"a 1!é字²ǅ👍\n\t\u00a0", "tree", "  ", "23", "'s", "'S", "<|endoftext|>"]
 
@@ -99,3 +100,34 @@ def test_every_kind_of_tokenizer_encodes_in_bulk_as_one_by_one(monkeypatch, kind
     encoder = BulkEncoder(tokenizer)
     assert (encoder._json is not None) == (installed and kind in ("gpt2", "bpe"))
     assert encoded(encoder, texts) == [tokenizer.encode(text) for text in texts]
+
+
+def of_another_form(form: str) -> tokenizers.Tokenizer:
+    """A tokenizer as a stranger's model may have it."""
+    texts = list(TEXTS.values())
+    backend = tokenizers.Tokenizer.from_str(make_tokenizer("bpe", texts, vocab_size=400).to_json())
+    if form == "normalizer":
+        backend.normalizer = tokenizers.normalizers.Lowercase()
+    elif form == "merges across words":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    elif form == "space before":
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif form == "digits apart":
+        before = [tokenizers.pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(before)
+    elif form == "more special tokens":
+        backend.add_special_tokens(["<|user|>"])
+    return backend
+
+
+@pytest.mark.parametrize(
+    "form", ["normalizer", "merges across words", "space before", "digits apart", "more special tokens"]
+)
+def test_a_tokenizer_of_another_form_has_its_own_ids_in_bulk(form):
+    texts = [*TEXTS.values(), "Tree 123 TREE", f"a {END_OF_TEXT}<|user|> b"]
+    backend = of_another_form(form)
+    encoder = BulkEncoder(Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str())))
+    backend.encode_special_tokens = True  # of a document every word is text
+    assert encoded(encoder, texts) == [backend.encode(text, add_special_tokens=False).ids for text in texts]
+    ours = make_tokenizer("bpe", list(TEXTS.values()), vocab_size=400)
+    assert form == "more special tokens" or encoded(encoder, texts) != encoded(BulkEncoder(ours), texts)

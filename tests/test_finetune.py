@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, Ended, flags, made_text, run_main
 from test_checkpoint import nanogpt_checkpoint, transformers_model
 
+from card import public
 from data.token_files import open_data_set
 
 BLOCK = 24
@@ -139,3 +140,16 @@ def test_the_model_card_names_what_the_model_is_and_no_private_path(finetuned, p
     assert f"from {pretrained.name}." in card
     for private in (finetuned.parent, pretrained.parent, words.parent, "out_dir", "data_dir", "secret-place"):
         assert str(private) not in card
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("/home/me/text.txt", "text.txt"),
+        ("'/home/me/my books/a.txt' notes", "a.txt notes"),
+        ("my/books /tmp/a.md hf:owner/name", "my/books a.md hf:owner/name"),
+        ("-", "-"),
+    ],
+)
+def test_of_a_path_that_begins_elsewhere_only_the_name_is_shown(words, shown):
+    assert public(words) == shown

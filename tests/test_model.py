@@ -6,8 +6,10 @@ from torch.nn import functional as F
 
 from checkpoint import save_model
 from data.tokenizer import make_tokenizer
+from distributed import Distributed
 from model import GPT, IGNORED, CrossEntropy, GPTConfig, attention
 from optimizer import apply_gradients, make_optimizers
+from parallel import wrap
 
 SMALL = GPTConfig(block_size=12, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
 
@@ -110,6 +112,22 @@ def test_attention_in_bf16_on_the_cpu_drops_out():
     torch.manual_seed(0)
     y = attention(q, k, v, dropout=0.5)
     assert y[..., 100:, :].std() > 0.02 and y[..., 100:, :].float().mean() == pytest.approx(1, abs=0.1)
+
+
+def test_recomputation_computes_each_block_twice_and_changes_nothing():
+    model = GPT(GPTConfig(16, 65, n_layer=3, n_head=2, n_embd=16, dropout=0.1)).train()
+    idx, passes, found = torch.arange(16)[None], [], []
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(lambda *_: passes.append(1))
+    for recompute in (False, True):
+        wrap(model, Distributed(torch.device("cpu"), torch.float32), recompute=recompute)
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = model(idx, idx, need_logits=False)[1]
+        loss.backward()
+        found.append([loss, *(parameter.grad.clone() for parameter in model.parameters())])
+        assert len(passes) == (9 if recompute else 3)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_no_loss_without_targets():

@@ -162,12 +162,12 @@ def test_four_processes_on_two_nodes_share_within_each(tmp_path, runs, tiny_flag
 
 
 HELD = """
-import sys
+import os, sys
 sys.path.insert(0, {root!r})
 import torch
 from distributed import connect
 from model import GPT, GPTConfig
-from parallel import whole, wrap
+from parallel import exchange_gradients, whole, wrap
 from optimizer import apply_gradients, make_optimizers
 
 def work(dist):
@@ -189,13 +189,34 @@ def work(dist):
     assert sum(p.to_local().numel() for p in model.parameters()) == held  # also after a pass without gradients
     assert not whole(model.transformer.wte.weight)[65:].any()
 
+def gradient(dist, how, micro_steps=1):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 65, 1, 2, 16))
+    wrap(model, dist, *how)
+    idx = torch.arange(8)[None] + 20 * dist.rank
+    for i in range(micro_steps):
+        exchange_gradients(model, last=i == micro_steps - 1)
+        with dist.autocast():
+            (model(idx, idx, need_logits=False)[1] / micro_steps).backward()
+    return whole(model.transformer.wte.weight.grad)
+
+def rounded(x):
+    return torch.equal(x, x.bfloat16().float())
+
+def exchanged(dist):
+    assert rounded(gradient(dist, ("fsdp", "bfloat16"))) and not rounded(gradient(dist, ("fsdp", "float32")))
+    os.environ["LOCAL_WORLD_SIZE"] = "1"  # two nodes of one process each
+    one, many = (gradient(dist, ("hybrid", "bfloat16"), n) for n in (1, 300))
+    assert (one - many).norm() < 0.02 * one.norm(), ((one - many).norm(), one.norm())  # summed in bfloat16: 0.07
+
 dist = connect("cpu", "bfloat16")
 work(dist)
+exchanged(dist)
 dist.close()
 """
 
 
-def test_each_process_holds_its_share_alone(tmp_path):
+def test_each_process_holds_its_share_alone_and_exchanges_in_the_precision_asked_for(tmp_path):
     script = tmp_path / "held.py"
     script.write_text(HELD.format(root=str(ROOT)))
     ended = subprocess.run([*TORCHRUN, script], env=child_environment(), cwd=ROOT, capture_output=True, text=True)

@@ -1,11 +1,12 @@
 """What other tools make of a model directory; each test is left out where its tool is not installed:
 
-pip install gguf llama-cpp-python lm_eval peft accelerate tensorboard
+pip install gguf llama-cpp-python lm_eval peft accelerate
 """
 
 import json
 
 import pytest
+import tokenizers
 import torch
 from conftest import run_main
 from test_checkpoint import TEXT, make_model, of_kind
@@ -52,6 +53,18 @@ def test_a_tokenizer_of_other_characters_is_refused_for_llama_cpp(tmp_path):
     save_model(tmp_path, make_model(of_kind("char")), of_kind("char"))
     ended = run_main("to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
     assert ended.status == 2 and "llama.cpp has no tokenizer of characters" in ended.err
+    assert not list(tmp_path.glob("m.gguf*"))
+
+
+def test_a_tokenizer_that_parts_texts_in_its_own_way_is_refused_for_llama_cpp(tmp_path):
+    pytest.importorskip("gguf")
+    save_model(tmp_path, make_model(of_kind("bpe")), of_kind("bpe"))
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "SHA256SUMS").unlink(missing_ok=True)
+    ended = run_main("to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
+    assert ended.status == 2 and "neither GPT-2's nor one of ours" in ended.err
     assert not list(tmp_path.glob("m.gguf*"))
 
 

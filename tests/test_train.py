@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, child_environment, run_main
@@ -17,11 +18,13 @@ from test_distributed import TORCHRUN
 
 from checkpoint import load_model
 from config.settings import UserError
-from data.token_files import open_data_set
+from data.batches import TrainBatches
+from data.token_files import Tokens, open_data_set
 from distributed import Distributed
 from metrics import read_metrics
-from optimizer import scheduled_learning_rate
-from train import TrainConfig
+from model import GPT, GPTConfig
+from optimizer import make_optimizers, scheduled_learning_rate
+from train import TrainConfig, train_step
 from training_state import load_training
 
 TIMES = {"seconds", "tokens_per_second", "mfu", "resumed_from"}
@@ -363,6 +366,27 @@ def test_the_command_that_is_named_prepares_the_data_with_the_models_tokenizer(t
 def test_finetuning_with_another_shape_is_refused(tmp_path, train, tiny_run):
     ended = train(tmp_path / "run", status=2, init_from=tiny_run / "last", n_layer=3)
     assert "--n_layer: n_layer=3" in ended.err
+
+
+class Seen(Tokens):
+    """Tokens that remember where they were read."""
+
+    def windows(self, starts, length):
+        self.starts = [*getattr(self, "starts", []), *(starts % len(self)).tolist()]
+        return super().windows(starts, length)
+
+
+def test_each_process_reads_its_own_sequences_alone():
+    config = TrainConfig(block_size=8, batch_size=2, gradient_accumulation_steps=4, optimizer="adamw")
+    seen = []
+    for rank in range(2):
+        dist = Distributed(torch.device("cpu"), torch.float32, rank, world_size=2)
+        tokens, model = Seen([np.arange(1000, dtype=np.uint16) % 65]), GPT(GPTConfig(8, 65, 1, 1, 4, bias=False))
+        batches, optimizers = TrainBatches(tokens, 8, 8, seed=1), make_optimizers(model, "adamw", 1e-3, 0.0, (0.9, 0.9))
+        train_step(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), batches, 0, config, dist)
+        seen.append(tokens.starts)
+    assert [len(starts) for starts in seen] == [4, 4]
+    assert sorted(seen[0] + seen[1]) == sorted((batches.starts(0) % len(tokens)).tolist())
 
 
 def test_a_run_goes_on_where_nothing_can_be_compiled(tmp_path, tiny_flags, tiny_run):
