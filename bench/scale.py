@@ -39,6 +39,7 @@ from data.token_files import Tokens
 from distributed import PEAK_TFLOPS, connect
 from model import GPT, GPTConfig
 from optimizer import QUINTICS, make_optimizers
+from parallel import wrap
 from plan import MFU
 from train import TrainConfig, train_step
 
@@ -191,7 +192,7 @@ def worker(size: str, micro_steps: int, environment: dict, tokens: str, pipe) ->
     accumulation = micro_steps * dist.world_size
     config = TrainConfig(**shape, batch_size=sequences, gradient_accumulation_steps=accumulation, optimizer="adamw")
     raw_model = GPT(GPTConfig(vocab_size=vocab_size, bias=False, **shape))
-    model = dist.wrap(raw_model)
+    model = wrap(raw_model, dist)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, 0.1, (0.9, 0.95))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     data = Tokens([np.memmap(tokens, np.uint16, "r")])

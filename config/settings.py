@@ -12,6 +12,7 @@ import gc
 import inspect
 import itertools
 import os
+import re
 import runpy
 import sys
 import textwrap
@@ -150,7 +151,9 @@ def _docstrings(cls: type) -> dict[str, str]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(message)
+        valueless = re.fullmatch(r"argument (--\w+): expected one argument", message)
+        remedy = "give it one with =, True or False if it is a switch"
+        raise UserError(f"{valueless[1]} has no value: {remedy}" if valueless else message)
 
 
 def _parser(cls: type, positional: str) -> argparse.ArgumentParser:

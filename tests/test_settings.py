@@ -115,6 +115,10 @@ def test_a_misspelled_flag_is_refused_with_the_flag_and_the_nearest_name(flag):
     assert refusal(flag) == "--suger: there is no setting suger; did you mean sugar?"
 
 
+def test_a_flag_without_a_value_is_refused_with_the_remedy():
+    assert refusal("--sugar") == "--sugar has no value: give it one with =, True or False if it is a switch"
+
+
 def test_an_abbreviated_flag_is_refused():
     assert "no setting layer;" in refusal("--layer=2")
 
