@@ -29,7 +29,10 @@ print(pipeline("text-generation", model="OWNER/NAME")("The "))
 ```
 """
 FRESH = ("scratch", "auto", "resume")
-PRIVATE = ("out_dir", "data_dir", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "eval_only", "dry_run")
+PRIVATE = (
+    "out_dir", "data_dir", "init_from", "eval_only", "dry_run",
+    "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log",
+)  # fmt: skip
 YOURS = """The license, the language and what the model is good for are yours to add; this file is written anew at the
 next save, and a model with an edited one still loads.
 """

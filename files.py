@@ -116,7 +116,7 @@ def _sibling(path: Path, suffix: str) -> Path:
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return  # Windows has no way to flush a directory
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write
     try:
         os.fsync(descriptor)
     finally:

@@ -11,9 +11,10 @@ LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout"}
 # These may differ from the checkpoint's; any other setting decides what is trained.
 CHANGEABLE = LOCAL | {
     "data_dir", "dtype", "compile", "eval_interval", "eval_iters", "log_interval", "sample_tokens",
-    "wandb_log", "wandb_project", "wandb_run_name", "batch_size", "gradient_accumulation_steps", "learning_rate",
-    "max_iters", "patience", "keep_every", "decay_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr",
-    "weight_decay", "grad_clip", "dropout", "momentum", "sharding", "reduce_dtype", "recompute",
+    "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "batch_size",
+    "gradient_accumulation_steps", "learning_rate", "max_iters", "patience", "keep_every", "decay_lr", "lr_schedule",
+    "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip", "dropout", "momentum", "sharding",
+    "reduce_dtype", "recompute",
 }  # fmt: skip
 
 

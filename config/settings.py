@@ -99,6 +99,8 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
 def run_script(main: Callable[[], int | None]) -> None:
     """Run `main` as the process: UserError becomes one line on standard error and status 2, RunFailed status 1."""
     rank = os.environ.get("RANK", "0")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # whatever a pipe's code page is on this machine: Windows has many
     try:
         status = main()
         gc.freeze()  # Python's last search for garbage among torch's 300,000 objects takes half a second

@@ -49,6 +49,7 @@ def run_main(name: str, *flags, stdin: str = "") -> Ended:
             status = end.code or 0
         finally:
             gc.unfreeze()  # this process goes on
+            gc.enable()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     texts = []

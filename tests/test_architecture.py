@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # the modules of data/ use one another, in this order
-    ["config.settings", "decoder"],
+    ["config.settings", "decoder", "tracking"],
     ["generate"],  # and so the model, which has it as a method, needs nothing of ours to compute
     ["model"],
     ["files", "config.resume"],
