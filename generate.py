@@ -89,9 +89,12 @@ class Batch:
         self.starts = [max(0, len(text) - c.block_size) for text in self.texts]  # what the text's position 0 is
         self.rows = list(range(len(prompts)))
         self.lengths = [0] * len(prompts)  # positions of each text that are in the cache
-        positions = min(c.block_size, max(map(len, prompts)) + max_new_tokens)
-        shape = (c.n_layer, 2, len(prompts), c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
-        self.cache = torch.empty(shape, dtype=decoder.cache_dtype, device=decoder.device)
+        self.positions = min(c.block_size, max(map(len, prompts)) + max_new_tokens)
+        spare = int(decoder.compiled is not None)  # it would be compiled anew for what fills the cache
+        rows, positions = len(prompts) + spare, self.positions + spare
+        shape = (c.n_layer, 2, rows, c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
+        new = torch.zeros if spare else torch.empty  # what is hidden there counts for nothing, but must be a number
+        self.cache = new(shape, dtype=decoder.cache_dtype, device=decoder.device)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
@@ -146,6 +149,8 @@ class Batch:
         """Read the last token of every row: (B, V) logits."""
         decoder, rows = self.decoder, self.rows
         lengths = [self.lengths[text] for text in rows]
+        if decoder.compiled:
+            return self.compiled([self.texts[text][-1] for text in rows], lengths)
         groups = []  # of neighbours of one length, attended to at once: costs less than a mask, and is exact
         for length, group in itertools.groupby(range(len(rows)), lengths.__getitem__):
             members = list(group)
@@ -167,6 +172,16 @@ class Batch:
         for text in rows:
             self.lengths[text] += 1
         return decoder.head(hidden[:, 0]).float()
+
+    def compiled(self, ids: list[int], lengths: list[int]) -> Tensor:
+        """`last` by the compiled step: of all rows at once, with positions that a row has not read yet hidden."""
+        spare = [0] * (min(2, len(self.texts)) - len(ids))  # one row among several would be compiled anew
+        end = min(self.positions, 64 * (max(lengths) // 64 + 1))
+        numbers = torch.tensor([ids + spare, lengths + spare], device=self.decoder.device)
+        logits = self.decoder.compiled(*numbers, self.cache.unbind(), end)
+        for text in self.rows:
+            self.lengths[text] += 1
+        return logits[: len(ids)]
 
 
 def draw(logits: Tensor, sampling: Sampling, texts: list[list[int]], uniform: Callable[[], Tensor]) -> list[int]:
