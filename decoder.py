@@ -41,21 +41,24 @@ class Decoder:
         if compile:  # that two sizes are the same at first says nothing of later: else all is compiled anew
             importlib.import_module("torch.fx.experimental._config").use_duck_shape = False
         # On a CPU torch's attention is slower in 16 bits, compiled attention faster
-        self.cache_dtype = torch.float32 if self.device.type == "cpu" and not compile else dtype
+        self.attention_dtype = torch.float32 if self.device.type == "cpu" else dtype
+        self.cache_dtype = dtype if compile else self.attention_dtype
         self.blocks = []
 
-        def ready(linear: nn.Linear, gelu: bool) -> Product:
+        def ready(linear: nn.Linear, gelu: bool, number: int) -> Product:
             weight, bias = linear.weight.detach(), linear.bias
             if consume:
                 linear.weight = None
-            return product(weight, bias, dtype, int8, gelu)
+            return product(weight, bias, dtype, int8, gelu, number)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             # First, as it takes one thread as long as the blocks take two; no padded id is ever drawn
-            head = threads.submit(product, self.wte[: self.config.vocab_size], None, dtype, int8)
+            head = threads.submit(product, self.wte[: self.config.vocab_size], None, dtype, int8, number=next(numbers))
             for b in t.h:
                 linears = (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)
-                c_attn, attn_c_proj, c_fc, mlp_c_proj = threads.map(ready, linears, (False, False, True, False))
+                c_attn, attn_c_proj, c_fc, mlp_c_proj = threads.map(
+                    ready, linears, (False, False, True, False), numbers
+                )
                 self.blocks.append((b.ln_1, c_attn, attn_c_proj, b.ln_2, c_fc, mlp_c_proj))
                 if consume:
                     give_back_freed_memory()
@@ -75,7 +78,7 @@ class Decoder:
     def heads(self, qkv: Tensor) -> Tensor:
         """(B, T, 3C) to (B, 3, H, T, D): query, key, value."""
         B, T, _ = qkv.shape
-        return qkv.view(B, T, 3, self.config.n_head, -1).permute(0, 2, 3, 1, 4).to(self.cache_dtype)
+        return qkv.view(B, T, 3, self.config.n_head, -1).permute(0, 2, 3, 1, 4).to(self.attention_dtype)
 
     def read(self, ids: list[list[int]], keep: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """(B, T, C) of B lists of T ids from position 0; `keep` is given each layer's (B, 3, H, T, D)."""
@@ -136,26 +139,29 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     return torch.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, int8: bool = False, gelu: bool = False) -> Product:
+def product(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, int8: bool = False, gelu: bool = False, number: int = -1
+) -> Product:
     """x (..., in) to x @ weight.T + bias (..., out), with the weights in the form that is read fastest.
 
-    gelu: of the result, in the tanh form. On a CPU a row of the result does not depend on how many others there
-    are (but for float32 sums over 3,072 inputs), so that a text is the same alone and among others.
+    gelu: of the result, in the tanh form. number: by which torch.compile knows the product. On a CPU a row of the
+    result does not depend on how many others there are (but for float32 sums over 3,072 inputs), so that a text is the same
+    alone and among others.
     """
     bias = None if bias is None else bias.detach()
     cpu = weight.device.type == "cpu"
     if int8:
-        return activated(int8_product(weight, bias), gelu)
+        return activated(int8_product(weight, bias, number), gelu)
     if cpu and dtype == torch.float16 and FBGEMM:
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
         multiply = torch.ops.quantized.linear_dynamic_fp16
-        return activated(opaque(lambda x: multiply(x, packed), len(weight)), gelu)
+        return activated(opaque(lambda x: multiply(x, packed), len(weight), number), gelu)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     onednn = cpu and torch.backends.mkldnn.is_available() and dtype != torch.float16
     if onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # oneDNN's own layout: twice as fast as F.linear
         after = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        multiply = opaque(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, *after), len(weight))
+        multiply = opaque(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, *after), len(weight), number)
         return lambda x: multiply(x.to(dtype))
     return activated(lambda x: F.linear(x.to(dtype), weight, bias), gelu)
 
@@ -171,9 +177,9 @@ library.impl("product", lambda x, number, _: opaque_products[number](x), "CPU")
 torch.library.register_fake("plaingpt::product", lambda x, _, out: x.new_empty(*x.shape[:-1], out), lib=library)
 
 
-def opaque(multiply: Product, out: int) -> Product:
-    """The same to `out` outputs as an operator to torch.compile, which cannot look into packed weights."""
-    number = next(numbers)
+def opaque(multiply: Product, out: int, number: int) -> Product:
+    """The same to `out` outputs as an operator to torch.compile, which cannot look into packed weights. The same
+    `number` in the next process finds what was compiled in this one."""
     opaque_products[number] = multiply
 
     def apply(x: Tensor) -> Tensor:
@@ -182,7 +188,7 @@ def opaque(multiply: Product, out: int) -> Product:
     return apply
 
 
-def int8_product(weight: Tensor, bias: Tensor | None) -> Product:
+def int8_product(weight: Tensor, bias: Tensor | None, number: int) -> Product:
     """Weights in 8 bits with a scale for each output, inputs in two halves of 8 bits each: only the weights
     lose precision. Both halves go through one product, so that the weights are read once."""
     scale = weight.abs().amax(1).clamp(min=1e-30).double() / 127
@@ -192,7 +198,7 @@ def int8_product(weight: Tensor, bias: Tensor | None) -> Product:
     packed = torch.ops.quantized.linear_prepack(weight, None)
     out, into = weight.shape
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    multiply = opaque(functools.partial(multiply, X_scale=1.0, X_zero_point=128, W_prepack=packed), out)
+    multiply = opaque(functools.partial(multiply, X_scale=1.0, X_zero_point=128, W_prepack=packed), out, number)
     offset = torch.zeros(()) if bias is None else bias.float()
     ranges = torch.tensor([127.0, 127.0 * 254]).view(2, 1, 1)
 
