@@ -145,8 +145,8 @@ def product(
     """x (..., in) to x @ weight.T + bias (..., out), with the weights in the form that is read fastest.
 
     gelu: of the result, in the tanh form. number: by which torch.compile knows the product. On a CPU a row of the
-    result does not depend on how many others there are (but for float32 sums over 3,072 inputs), so that a text is the same
-    alone and among others.
+    result does not depend on how many others there are (but for float32 sums over 3,072 inputs), so that a text is
+    the same alone and among others.
     """
     bias = None if bias is None else bias.detach()
     cpu = weight.device.type == "cpu"

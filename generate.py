@@ -138,7 +138,7 @@ class Batch:
         """Read the first `length` tokens of these rows' windows into the cache."""
 
         def keep(layer: int, heads: Tensor) -> None:
-            self.cache[layer][:, rows, :, :length] = heads[:, 1:].transpose(0, 1)
+            self.cache[layer][:, rows, :, :length] = heads[:, 1:].transpose(0, 1).to(self.cache.dtype)
 
         texts = [self.rows[row] for row in rows]
         self.decoder.read([self.texts[t][self.starts[t] : self.starts[t] + length] for t in texts], keep)
