@@ -5,7 +5,6 @@ Shapes: B texts, T positions, C channels, H heads, D head width, V vocabulary, M
 
 import ctypes
 import functools
-import importlib
 import itertools
 import os
 import warnings
@@ -38,8 +37,10 @@ class Decoder:
         self.config, self.device = model.config, t.wte.weight.device
         self.wte, self.wpe, self.ln_f = t.wte.weight.detach(), t.wpe.weight.detach(), t.ln_f
         self.compiled = torch.compile(self.step, dynamic=True) if compile else None
-        if compile:  # that two sizes are the same at first says nothing of later: else all is compiled anew
-            importlib.import_module("torch.fx.experimental._config").use_duck_shape = False
+        if compile:
+            from torch.fx.experimental import _config  # with torch's compiler, for which nobody else is to wait
+
+            _config.use_duck_shape = False  # two sizes that are the same at first are not so for ever
         # On a CPU torch's attention is slower in 16 bits, compiled attention faster
         self.attention_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.cache_dtype = dtype if compile else self.attention_dtype
@@ -52,9 +53,10 @@ class Decoder:
             return product(weight, bias, dtype, int8, gelu, number)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            # First, as it takes one thread as long as the blocks take two; no padded id is ever drawn
-            head = threads.submit(product, self.wte[: self.config.vocab_size], None, dtype, int8, number=next(numbers))
-            for b in t.h:
+            for layer, b in enumerate(t.h):
+                if layer == len(t.h) // 2:  # of GPT-2 the head takes one thread as long as the blocks that are left
+                    embeddings = self.wte[: self.config.vocab_size]  # no padded id is ever drawn
+                    head = threads.submit(product, embeddings, None, dtype, int8, number=next(numbers))
                 linears = (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)
                 c_attn, attn_c_proj, c_fc, mlp_c_proj = threads.map(
                     ready, linears, (False, False, True, False), numbers
