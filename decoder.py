@@ -4,11 +4,8 @@ Shapes: B texts, T positions, C channels, H heads, D head width, V vocabulary, M
 """
 
 import ctypes
-import functools
-import itertools
 import os
 import warnings
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,40 +24,28 @@ class Decoder:
     CPU attention too. float16 on an x86 CPU is the weights' alone. int8: weights in 8 bits, x86 CPUs only.
     consume: the model gives up each matrix as soon as it is ready here, and cannot be used any more, so that
     there are never two copies of all of them.
-    compile: what surrounds the products of a step is fused by torch.compile (`step`), at its first use.
     """
 
-    def __init__(
-        self, model: nn.Module, dtype: torch.dtype, int8: bool = False, consume: bool = False, compile: bool = False
-    ):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, int8: bool = False, consume: bool = False):
         t = model.transformer
         self.config, self.device = model.config, t.wte.weight.device
         self.wte, self.wpe, self.ln_f = t.wte.weight.detach(), t.wpe.weight.detach(), t.ln_f
-        self.compiled = torch.compile(self.step, dynamic=True) if compile else None
-        if compile:
-            from torch.fx.experimental import _config  # with torch's compiler, for which nobody else is to wait
-
-            _config.use_duck_shape = False  # two sizes that are the same at first are not so for ever
-        # On a CPU torch's attention is slower in 16 bits, compiled attention faster
-        self.attention_dtype = torch.float32 if self.device.type == "cpu" else dtype
-        self.cache_dtype = dtype if compile else self.attention_dtype
+        self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype  # bf16 attention is slower there
         self.blocks = []
 
-        def ready(linear: nn.Linear, gelu: bool, number: int) -> Product:
+        def ready(linear: nn.Linear, gelu: bool) -> Product:
             weight, bias = linear.weight.detach(), linear.bias
             if consume:
                 linear.weight = None
-            return product(weight, bias, dtype, int8, gelu, number)
+            return product(weight, bias, dtype, int8, gelu)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             for layer, b in enumerate(t.h):
                 if layer == len(t.h) // 2:  # of GPT-2 the head takes one thread as long as the blocks that are left
                     embeddings = self.wte[: self.config.vocab_size]  # no padded id is ever drawn
-                    head = threads.submit(product, embeddings, None, dtype, int8, number=next(numbers))
+                    head = threads.submit(product, embeddings, None, dtype, int8)
                 linears = (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)
-                c_attn, attn_c_proj, c_fc, mlp_c_proj = threads.map(
-                    ready, linears, (False, False, True, False), numbers
-                )
+                c_attn, attn_c_proj, c_fc, mlp_c_proj = threads.map(ready, linears, (False, False, True, False))
                 self.blocks.append((b.ln_1, c_attn, attn_c_proj, b.ln_2, c_fc, mlp_c_proj))
                 if consume:
                     give_back_freed_memory()
@@ -80,7 +65,7 @@ class Decoder:
     def heads(self, qkv: Tensor) -> Tensor:
         """(B, T, 3C) to (B, 3, H, T, D): query, key, value."""
         B, T, _ = qkv.shape
-        return qkv.view(B, T, 3, self.config.n_head, -1).permute(0, 2, 3, 1, 4).to(self.attention_dtype)
+        return qkv.view(B, T, 3, self.config.n_head, -1).permute(0, 2, 3, 1, 4).to(self.cache_dtype)
 
     def read(self, ids: list[list[int]], keep: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """(B, T, C) of B lists of T ids from position 0; `keep` is given each layer's (B, 3, H, T, D)."""
@@ -94,23 +79,6 @@ class Decoder:
 
         idx = torch.tensor(ids, device=self.device)
         return self.hidden(idx, torch.arange(idx.size(1), device=self.device)[None], attend)
-
-    def step(self, ids: Tensor, lengths: Tensor, cache: list[Tensor], end: int) -> Tensor:
-        """(B, V) logits after one more token of each text: (B,) ids at positions `lengths`, all before `end`.
-
-        cache: of each layer (2, B or more, H, T, D), where the first B rows get the new keys and values.
-        """
-        rows, unseen = torch.arange(len(ids), device=ids.device), torch.arange(end, device=ids.device)
-        unseen = torch.where(unseen > lengths[:, None], -torch.inf, 0.0)[:, None]  # (B, 1, T)
-
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            query, *new = qkv.view(len(ids), 3, self.config.n_head, -1).unbind(1)  # (B, H, D) each
-            cache[layer][:, rows, :, lengths] = torch.stack(new, 1).to(self.cache_dtype)
-            keys, values = cache[layer][:, : len(ids), :, :end].float().unbind()
-            scores = (keys * query.float()[:, :, None]).sum(-1) * query.size(-1) ** -0.5 + unseen  # (B, H, T)
-            return (values * scores.softmax(-1)[..., None]).sum(-2).view(len(ids), 1, -1)
-
-        return self.head(self.hidden(ids[:, None], lengths[:, None], attend)[:, 0]).float()
 
     @torch.inference_mode()
     def log_probabilities(self, ids: list[int]) -> Tensor:
@@ -141,30 +109,25 @@ def norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
     return torch.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-def product(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, int8: bool = False, gelu: bool = False, number: int = -1
-) -> Product:
+def product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, int8: bool = False, gelu: bool = False) -> Product:
     """x (..., in) to x @ weight.T + bias (..., out), with the weights in the form that is read fastest.
 
-    gelu: of the result, in the tanh form. number: by which torch.compile knows the product. On a CPU a row of the
-    result does not depend on how many others there are (but for float32 sums over 3,072 inputs), so that a text is
-    the same alone and among others.
+    gelu: of the result, in the tanh form. On a CPU a row of the result does not depend on how many others there
+    are (but for float32 sums over 3,072 inputs), so that a text is the same alone and among others.
     """
     bias = None if bias is None else bias.detach()
     cpu = weight.device.type == "cpu"
     if int8:
-        return activated(int8_product(weight, bias, number), gelu)
+        return activated(int8_product(weight, bias), gelu)
     if cpu and dtype == torch.float16 and FBGEMM:
         packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
-        multiply = torch.ops.quantized.linear_dynamic_fp16
-        return activated(opaque(lambda x: multiply(x, packed), len(weight), number), gelu)
+        return activated(lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed), gelu)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     onednn = cpu and torch.backends.mkldnn.is_available() and dtype != torch.float16
     if onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # oneDNN's own layout: twice as fast as F.linear
         after = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        multiply = opaque(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, *after), len(weight), number)
-        return lambda x: multiply(x.to(dtype))
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, *after)
     return activated(lambda x: F.linear(x.to(dtype), weight, bias), gelu)
 
 
@@ -172,25 +135,7 @@ def activated(multiply: Product, gelu: bool) -> Product:
     return (lambda x: F.gelu(multiply(x), approximate="tanh")) if gelu else multiply
 
 
-numbers, opaque_products = itertools.count(), weakref.WeakValueDictionary()
-library = torch.library.Library("plaingpt", "DEF")
-library.define("product(Tensor x, int number, int out) -> Tensor")
-library.impl("product", lambda x, number, _: opaque_products[number](x), "CPU")
-torch.library.register_fake("plaingpt::product", lambda x, _, out: x.new_empty(*x.shape[:-1], out), lib=library)
-
-
-def opaque(multiply: Product, out: int, number: int) -> Product:
-    """The same to `out` outputs as an operator to torch.compile, which cannot look into packed weights. The same
-    `number` in the next process finds what was compiled in this one."""
-    opaque_products[number] = multiply
-
-    def apply(x: Tensor) -> Tensor:
-        return torch.ops.plaingpt.product(x, number, out) if torch.compiler.is_compiling() else multiply(x)
-
-    return apply
-
-
-def int8_product(weight: Tensor, bias: Tensor | None, number: int) -> Product:
+def int8_product(weight: Tensor, bias: Tensor | None) -> Product:
     """Weights in 8 bits with a scale for each output, inputs in two halves of 8 bits each: only the weights
     lose precision. Both halves go through one product, so that the weights are read once."""
     scale = weight.abs().amax(1).clamp(min=1e-30).double() / 127
@@ -198,9 +143,8 @@ def int8_product(weight: Tensor, bias: Tensor | None, number: int) -> Product:
         warnings.simplefilter("ignore")
         weight = torch.quantize_per_channel(weight.float(), scale, torch.zeros(len(scale)).long(), 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(weight, None)
-    out, into = weight.shape
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    multiply = opaque(functools.partial(multiply, X_scale=1.0, X_zero_point=128, W_prepack=packed), out, number)
+    out, into = weight.shape
     offset = torch.zeros(()) if bias is None else bias.float()
     ranges = torch.tensor([127.0, 127.0 * 254]).view(2, 1, 1)
 
@@ -210,7 +154,7 @@ def int8_product(weight: Tensor, bias: Tensor | None, number: int) -> Product:
         halves = rows * (ranges / largest)  # (2, M, in)
         coarse, fine = halves.unbind()
         fine.sub_(coarse.round_(), alpha=254)  # half a step of the first is the whole range of the second
-        coarse, fine = multiply(halves.view(-1, into)).view(2, -1, out).unbind()
+        coarse, fine = multiply(halves.view(-1, into), 1.0, 128, packed).view(2, -1, out).unbind()
         return torch.addcmul(offset, coarse.add_(fine, alpha=1 / 254), largest, value=1 / 127).view(*x.shape[:-1], out)
 
     return apply

@@ -89,12 +89,9 @@ class Batch:
         self.starts = [max(0, len(text) - c.block_size) for text in self.texts]  # what the text's position 0 is
         self.rows = list(range(len(prompts)))
         self.lengths = [0] * len(prompts)  # positions of each text that are in the cache
-        self.positions = min(c.block_size, max(map(len, prompts)) + max_new_tokens)
-        spare = int(decoder.compiled is not None)  # it would be compiled anew for what fills the cache
-        rows, positions = len(prompts) + spare, self.positions + spare
-        shape = (c.n_layer, 2, rows, c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
-        new = torch.zeros if spare else torch.empty  # what is hidden there counts for nothing, but must be a number
-        self.cache = new(shape, dtype=decoder.cache_dtype, device=decoder.device)
+        positions = min(c.block_size, max(map(len, prompts)) + max_new_tokens)
+        shape = (c.n_layer, 2, len(prompts), c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
+        self.cache = torch.empty(shape, dtype=decoder.cache_dtype, device=decoder.device)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
@@ -138,7 +135,7 @@ class Batch:
         """Read the first `length` tokens of these rows' windows into the cache."""
 
         def keep(layer: int, heads: Tensor) -> None:
-            self.cache[layer][:, rows, :, :length] = heads[:, 1:].transpose(0, 1).to(self.cache.dtype)
+            self.cache[layer][:, rows, :, :length] = heads[:, 1:].transpose(0, 1)
 
         texts = [self.rows[row] for row in rows]
         self.decoder.read([self.texts[t][self.starts[t] : self.starts[t] + length] for t in texts], keep)
@@ -149,8 +146,6 @@ class Batch:
         """Read the last token of every row: (B, V) logits."""
         decoder, rows = self.decoder, self.rows
         lengths = [self.lengths[text] for text in rows]
-        if decoder.compiled:
-            return self.compiled([self.texts[text][-1] for text in rows], lengths)
         groups = []  # of neighbours of one length, attended to at once: costs less than a mask, and is exact
         for length, group in itertools.groupby(range(len(rows)), lengths.__getitem__):
             members = list(group)
@@ -172,16 +167,6 @@ class Batch:
         for text in rows:
             self.lengths[text] += 1
         return decoder.head(hidden[:, 0]).float()
-
-    def compiled(self, ids: list[int], lengths: list[int]) -> Tensor:
-        """`last` by the compiled step: of all rows at once, with positions that a row has not read yet hidden."""
-        spare = [0] * (min(2, len(self.texts)) - len(ids))  # one row among several would be compiled anew
-        end = min(self.positions, 64 * (max(lengths) // 64 + 1))
-        numbers = torch.tensor([ids + spare, lengths + spare], device=self.decoder.device)
-        logits = self.decoder.compiled(*numbers, self.cache.unbind(), end)
-        for text in self.rows:
-            self.lengths[text] += 1
-        return logits[: len(ids)]
 
 
 def draw(logits: Tensor, sampling: Sampling, texts: list[list[int]], uniform: Callable[[], Tensor]) -> list[int]:

@@ -32,8 +32,7 @@ def wrap(
         model = _shard(model, dist, sharding, reduce_in)
     else:
         model = _replicate(model.to(dist.device), dist, reduce_in)
-    compiled = dist.device.type == "cuda" if compiled is None else compiled
-    return torch.compile(model) if compiled and can_compile(dist.device) else model
+    return _compile(model, dist.device) if compiled or (compiled is None and dist.device.type == "cuda") else model
 
 
 def _replicate(model: nn.Module, dist: Distributed, reduce_in: torch.dtype) -> nn.Module:
@@ -83,18 +82,18 @@ def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.
     return model
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works. Where it does not, for want of a C++ compiler say, one line tells that all goes on
-    without. It is tried on next to nothing before: of a model, the backward pass would be the first to fail.
+def _compile(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` through torch.compile. Where that cannot work, for want of a C++ compiler say, one line tells so, and
+    it runs as it is. It is tried on next to nothing before: of a model, the backward pass would be the first to fail.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds
         reason = one_line(error).split(" Set TORCH")[0]  # advice on how to look inside torch
         note(f"torch.compile does not work here, going on without it: {reason}")
-        return False
+        return model
     torch._dynamo.config.suppress_errors = True
-    return True
+    return torch.compile(model)
 
 
 def exchange_gradients(model: nn.Module, last: bool) -> None:

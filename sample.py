@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -36,7 +36,6 @@ from decoder import FBGEMM, Decoder
 from distributed import connect
 from files import existing
 from generate import Batch, Sampling
-from parallel import can_compile
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class SampleConfig:
     """precision of weights; auto: 16 bits where that is fast, float16 on x86 CPUs, else what train.py takes"""
     quantize: Literal["none", "int8"] = "none"
     """int8: weights of the matrices in 8 bits, on x86 CPUs"""
-    compile: bool = False
-    """torch.compile the step: a minute at the first text, then more tokens a second"""
+
+    RETIRED: ClassVar = {"compile": "not needed"}
 
 
 WAYS = ("start", "prompts", "interactive", "score")  # of being told what to do: one at a time
@@ -113,8 +112,7 @@ def make_decoder(model, config: SampleConfig) -> Decoder:
     if config.quantize == "int8" and not (cpu and FBGEMM):
         raise UserError("--quantize=int8 is for x86 CPUs; leave it off, or use --device=cpu")
     dtype = torch.float16 if cpu and FBGEMM and config.dtype == "auto" else dist.dtype
-    compiled = config.compile and can_compile(dist.device)
-    return Decoder(model.to(dist.device), dtype, config.quantize == "int8", consume=True, compile=compiled)
+    return Decoder(model.to(dist.device), dtype, int8=config.quantize == "int8", consume=True)
 
 
 class Writer:

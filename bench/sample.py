@@ -58,7 +58,7 @@ Write = Callable[[int, int, Clock], list[int]]  # (texts, tokens of each) to the
 @dataclass(frozen=True)
 class BenchConfig:
     contestants: str = ",".join(CONTESTANTS)
-    """separated by commas; ours-fp16-compiled and so on too"""
+    """separated by commas"""
     nanogpt: str | None = None
     """a checkout of nanoGPT"""
     trained: str | None = None
@@ -79,9 +79,9 @@ class BenchConfig:
     """its width, in heads of 64"""
 
 
-def ours(folder: str, precision: str, compiled: str | None = None) -> Write:
+def ours(folder: str, precision: str) -> Write:
     connect("cpu")  # as sample.py does: it tunes the process, the others' stay as Python starts them
-    decoder = Decoder(load_model(folder)[0], *PRECISIONS[precision][:2], compile=compiled is not None)
+    decoder = Decoder(load_model(folder)[0], *PRECISIONS[precision][:2])
 
     def write(texts: int, tokens: int, clock: Clock) -> list[int]:
         batch = Batch(decoder, [PROMPT] * texts, tokens, Sampling(temperature=0), [None] * texts)
@@ -157,16 +157,12 @@ class Contestant:
 def prepare(name: str, folder: str, checkout: str | None, sequences: int) -> None:
     global write
     torch.set_num_threads(os.cpu_count())
-    kind, precision, *more = name.split("-")
-    if kind == "nanogpt":
-        more = [checkout]
+    kind, precision = name.split("-")
+    more = [checkout] if kind == "nanogpt" else []
     make = {"ours": ours, "transformers": transformers, "nanogpt": nanogpt, "llama.cpp": llama}[kind]
     write = make(folder, precision, *more)
-    for texts in (1, sequences) if kind in BATCHED else (1,):
-        started = time.perf_counter()
+    for texts in (1, sequences) if name.startswith(BATCHED) else (1,):
         write(texts, 4, lambda: None)
-        if "compiled" in more:
-            note(f"{name}: compiled in {time.perf_counter() - started:.0f} s")
 
 
 def measure(texts: int, tokens: int) -> SimpleNamespace:
@@ -244,7 +240,7 @@ def main() -> None:
                     note(f"{name}, {config.sequences} texts: {several.speed:.1f} tokens/s, others {several.others:.0%}")
                     same = several.text == turn.text[: len(several.text)]
                     assert same or not name.startswith("ours"), f"{name}: a text among others is not that alone"
-        flat = {name: run(measure, 1, 1000).ms for name, run in contestants.items() if name.startswith("ours-fp16")}
+        flat = {name: run(measure, 1, 1000).ms for name, run in contestants.items() if name == "ours-fp16"}
         for run in contestants.values():
             run.process.shutdown()
         empty = startup("--help")

@@ -26,7 +26,7 @@ BENCH = {
     "batch_size": 12, "block_size": 1024, "bias": False, "real_data": True, "seed": 1337, "device": "cuda",
     "dtype": "bfloat16", "compile": True, "profile": False,
 }  # fmt: skip
-RETIRED = {"train": {"backend", "always_save_checkpoint"}, "sample": set()}
+RETIRED = {"train": {"backend", "always_save_checkpoint"}, "sample": {"compile"}}
 SCRIPTS = [("train", TrainConfig, TRAIN), ("sample", SampleConfig, SAMPLE)]
 CASES = [(script, cls, name, value) for script, cls, settings in SCRIPTS for name, value in settings.items()]
 

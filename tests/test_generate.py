@@ -168,28 +168,6 @@ def test_a_decoder_that_consumes_its_model_is_the_same_and_leaves_no_matrix_in_i
     ]
 
 
-@pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), pytest.param(torch.float16, True, marks=on_x86)])
-def test_a_compiled_step_is_the_same_and_compiled_once(dtype, int8):
-    """Of texts of unequal lengths and ends, across the window's move."""
-    model = random_model(GPTConfig(130, 65, 1, 2, 32), std=0.1)
-    ids, lengths = random_ids(SMALL, 3, 200).tolist(), [60, 110, 150]
-    eager, compiled = (
-        Batch(
-            Decoder(model, dtype, int8, compile=which), [row[: 9 * i + 1] for i, row in enumerate(ids)], 190, GREEDY, []
-        )
-        for which in (False, True)
-    )
-    with torch._dynamo.config.patch(error_on_recompile=True, suppress_errors=False):
-        for step in range(150):
-            expected, got = eager.logits(), compiled.logits()
-            assert (got - expected).abs().max() <= (1e-3 if int8 else 1e-5) * max(1, expected.abs().max())
-            for texts in (eager, compiled):
-                for text in list(texts.rows):
-                    texts.texts[text].append(ids[text][len(texts.texts[text])])
-                    if step + 1 == lengths[text]:
-                        texts.end(text)
-
-
 def test_padded_ids_are_never_generated():
     model = random_model(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=8))
     with torch.no_grad():
