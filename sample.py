@@ -89,9 +89,9 @@ WAYS = ("start", "prompts", "interactive", "score")  # of being told what to do:
 
 def main() -> None:
     config, given = load_settings(SampleConfig)
-    wanted = [f"--{name}" for name in WAYS if name in given and getattr(config, name) not in (None, False)]
-    if len(wanted) > 1:
-        raise UserError(f"{' and '.join(wanted)} exclude each other: give one of them")
+    ways = [f"--{name}" for name in WAYS if name in given and getattr(config, name) not in (None, False)]
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)} exclude each other: give one of them")
     model, tokenizer = load_model(find_model(config))
     writer = Writer(make_decoder(model, config), tokenizer, config)
     if config.score:
