@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 from filelock import FileLock, Timeout
 
 from config.settings import PositiveInt, Range, UserError, load_settings, note, one_line, run_script
-from data.pipeline import MAX_UNITS, UNIT_BYTES, Encoder, Job, Merger, encode_units, make_units
+from data.pipeline import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Encoder, Job, Merger, encode_units, make_units
 from data.sources import Source, find_source
 from data.token_files import READY, fetch_tokens, id_dtype, source_of, write_meta
 from data.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
@@ -181,7 +181,7 @@ def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) 
     by_content = source.has_documents(MANY_DOCUMENTS)
     units = make_units(source.items(unit_bytes, by_content, config.dedup), unit_bytes)
     job = Job(partial, val_fraction, by_content, source.column, source.bad_files, config.dedup)
-    settings = (dataclasses.replace(job, partial=None), kind, config.vocab_size if kind == "bpe" else None)
+    settings = (UNIT_FORMAT, dataclasses.replace(job, partial=None), kind, config.vocab_size if kind == "bpe" else None)
     digest = hashlib.sha256(repr((settings, units)).encode()).hexdigest()
     path = partial / "plan"
     if not path.exists() or path.read_text() != digest:

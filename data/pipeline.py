@@ -27,6 +27,7 @@ from data.tokenizer import Tokenizer
 
 UNIT_BYTES = 1 << 23  # of a source: what a thread encodes before it reports
 MAX_UNITS = 4096  # of a very large source the units are larger
+UNIT_FORMAT = 2  # of what a unit leaves: work that another version of this file left unfinished begins anew
 BATCH_BYTES = 1 << 20  # of text encoded at a time
 RECORD = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])  # what removing a document takes to know
 
@@ -127,32 +128,32 @@ class Encoder:
                 for document in item.documents(job.column, job.bad_files):
                     if self.stop.is_set():
                         return unit
-                    for split, text, digest, ends in self.split(document):
-                        writers[split].add(text, digest, ends)
+                    for split, text, digest in self.split(document):
+                        writers[split].add(text, digest, document.begins)
             figures = {split: writer.close() for split, writer in writers.items()}
         new = job.manifest(unit).with_suffix(f".{os.getpid()}")
         new.write_text(json.dumps(figures))
         new.replace(job.manifest(unit))
         return unit
 
-    def split(self, document: Document) -> Iterator[tuple[str, bytes, bytes, bool]]:
-        """The document's share in each split: (split, text, digest, whether it ends there)."""
+    def split(self, document: Document) -> Iterator[tuple[str, bytes, bytes]]:
+        """The document's share in each split: (split, text, digest)."""
         if document.split:
-            yield document.split, document.text, os.urandom(8), document.ends
+            yield document.split, document.text, os.urandom(8)
             return
         digest = hashlib.sha256(document.text).digest()
         if self.job.by_content:
-            yield split_of(digest, self.job.val_fraction), document.text, digest, True
+            yield split_of(digest, self.job.val_fraction), document.text, digest
             return
         text = document.text.decode()
         border = int(len(text) * (1 - self.job.val_fraction))
         for split, part in (("train", text[:border]), ("val", text[border:])):
             if part:
-                yield split, part.encode(), digest, True
+                yield split, part.encode(), digest
 
 
 class UnitWriter:
-    """One split of one unit: documents in, a file of ids out, end of text after each document that ends."""
+    """One split of one unit: documents in, a file of ids out, end of text before each document that begins."""
 
     def __init__(self, encoder: Encoder, unit: int, split: str):
         self.encoder = encoder
@@ -160,7 +161,7 @@ class UnitWriter:
         self.new = self.path.with_suffix(f".{os.getpid()}")
         self.file = open(self.new, "wb")  # noqa: SIM115 (closed on leaving)
         self.checksum = 0
-        self.texts, self.ends, self.digests, self.waiting = [], [], [], 0
+        self.texts, self.digests, self.begins, self.waiting = [], [], True, 0
         self.figures = {"tokens": 0, "bytes": 0, "documents": 0}
         self.recorded = []
 
@@ -171,31 +172,34 @@ class UnitWriter:
         self.file.close()
         self.new.unlink(missing_ok=True)  # still there after a failure only
 
-    def add(self, text: bytes, digest: bytes, ends: bool) -> None:
+    def add(self, text: bytes, digest: bytes, begins: bool) -> None:
+        if self.waiting >= BATCH_BYTES or not begins:
+            self.flush()
+            self.begins = begins
         self.texts.append(text)
-        self.ends.append(ends)
         self.digests.append(digest)
         self.waiting += len(text)
-        if self.waiting >= BATCH_BYTES:
-            self.flush()
 
     def flush(self) -> None:
+        """Encode what waits: documents of which only the first may go on with the one before."""
         if not self.texts:
             return
-        ids, lengths = self.encoder.bulk.encode(self.texts)
-        ends = np.array(self.ends)
-        ids = np.insert(ids.astype(self.encoder.dtype), np.cumsum(lengths)[ends], self.encoder.end_of_text)
+        encoder = self.encoder
+        ids = encoder.bulk.encode(self.texts).astype(encoder.dtype)
+        if encoder.job.dedup:
+            records = np.empty(len(self.texts), RECORD)
+            records["digest"] = np.frombuffer(b"".join(digest[:8] for digest in self.digests), "<u8")
+            records["tokens"] = np.diff(np.flatnonzero(ids == encoder.end_of_text), append=len(ids))
+            records["tokens"][0] -= not self.begins
+            records["bytes"] = [len(text) for text in self.texts]
+            self.recorded.append(records)
+        ids = ids[not self.begins :]
         self.file.write(ids)
         self.checksum = zlib.crc32(ids, self.checksum)
         self.figures["tokens"] += len(ids)
         self.figures["bytes"] += self.waiting
-        self.figures["documents"] += int(ends.sum())
-        if self.encoder.job.dedup:
-            records = np.empty(len(lengths), RECORD)
-            records["digest"] = np.frombuffer(b"".join(digest[:8] for digest in self.digests), "<u8")
-            records["tokens"], records["bytes"] = lengths + ends, [len(text) for text in self.texts]
-            self.recorded.append(records)
-        self.texts, self.ends, self.digests, self.waiting = [], [], [], 0
+        self.figures["documents"] += len(self.texts) - (not self.begins)
+        self.texts, self.digests, self.begins, self.waiting = [], [], True, 0
 
     def close(self) -> dict:
         self.flush()
@@ -218,7 +222,6 @@ class Merger:
         self.writers = {split: ShardWriter(directory, split, shard_tokens) for split in SPLITS}
         self.figures = {split: dict.fromkeys(("tokens", "bytes", "documents"), 0) for split in SPLITS}
         self.buffer = np.empty(BATCH_BYTES, dtype)
-        self.held = {split: np.empty(0, dtype) for split in SPLITS}  # the last id
         self.removed = {split: _duplicates(job, n_units, split) if job.dedup else {} for split in SPLITS}
 
     def add_units(self) -> None:
@@ -233,19 +236,18 @@ class Merger:
         self.added += 1
 
     def _add(self, split: str, found: dict) -> None:
-        removed = self.removed[split].get(self.added, NOTHING)
-        for key, left_out in zip(("tokens", "bytes", "documents"), removed.figures):
-            self.figures[split][key] += found[key] - left_out
+        removed, figures = self.removed[split].get(self.added, NOTHING), self.figures[split]
         path, checksum, first = self.job.tokens(self.added, split), 0, 0
         with open(path, "rb") as file:
             while n := file.readinto(self.buffer) // self.dtype.itemsize:
                 checksum = zlib.crc32(self.buffer[:n], checksum)
                 ids = removed.without(self.buffer[:n], first)
-                if len(ids):  # end of text stands between documents, not after the last one
-                    self.writers[split].write(self.held[split])
-                    self.writers[split].write(ids[:-1])
-                    self.held[split] = ids[-1:].copy()
+                # end of text stands between documents, not before the first one
+                self.writers[split].write(ids if figures["tokens"] else ids[1:])
+                figures["tokens"] += len(ids)
                 first += n
+        figures["bytes"] += found["bytes"] - removed.bytes
+        figures["documents"] += found["documents"] - removed.documents
         if checksum != found["crc32"]:
             self.job.manifest(self.added).unlink()
             raise RunFailed(f"{path} is not as it was written; run again: this part is made anew")
@@ -254,16 +256,17 @@ class Merger:
         """Add what is left; return what meta.json says of each split."""
         for _ in tqdm(range(self.added, self.n_units), desc="merging", unit="unit", disable=None, leave=False):
             self._add_unit()
-        for split, figures in self.figures.items():
-            figures["tokens"] -= len(self.held[split])
+        for figures in self.figures.values():
+            figures["tokens"] = max(0, figures["tokens"] - 1)
         return {split: self.figures[split] | {"files": self.writers[split].close()} for split in SPLITS}
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What is left out of a unit: tokens, bytes and documents, and where their ids begin and end."""
+    """What is left out of a unit: bytes, documents, and where their ids begin and end."""
 
-    figures: tuple[int, int, int] = (0, 0, 0)
+    bytes: int = 0
+    documents: int = 0
     starts: np.ndarray | None = None
     stops: np.ndarray | None = None
 
@@ -295,6 +298,5 @@ def _duplicates(job: Job, n_units: int, split: str) -> dict[int, Removed]:
         if copy.any():
             stops = np.cumsum(of_unit["tokens"])[copy].astype(np.int64)
             tokens = of_unit["tokens"][copy].astype(np.int64)
-            figures = int(tokens.sum()), int(of_unit["bytes"][copy].sum()), int(copy.sum())
-            removed[unit] = Removed(figures, stops - tokens, stops)
+            removed[unit] = Removed(int(of_unit["bytes"][copy].sum()), int(copy.sum()), stops - tokens, stops)
     return removed

@@ -31,7 +31,7 @@ WHOLE = 1 << 62  # the end of a file that cannot be entered in the middle
 class Document(NamedTuple):
     text: bytes
     split: str | None = None  # where that is settled already
-    ends: bool = True  # no: the next document goes on with it, and no end of text comes between
+    begins: bool = True  # no: it goes on with the document before, and no end of text comes between
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,13 @@ class TextPart:
     start: int
     stop: int
     split: str
-    last: bool  # of the file's parts in this split
+    first: bool  # of the file's parts in this split
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         if bad_files == "skip":
             bad_files = "stop"  # what was read of the file has been written: it cannot be left out any more
+        if self.first:  # which may have no safe border
+            yield Document(b"", self.split)
         with open_file(self.path) as file:
             position, stop = safe_border(file, self.start, self.size), safe_border(file, self.stop, self.size)
             while position < stop:
@@ -73,10 +75,8 @@ class TextPart:
                 if position == 0:
                     data = data.removeprefix(codecs.BOM_UTF8)
                 text = checked_text(data, self.path, bad_files, binary=True, position=position)
-                yield Document(text, self.split, ends=False)
+                yield Document(text, self.split, begins=False)
                 position = border
-        if self.last:
-            yield Document(b"", self.split)
 
 
 @dataclass(frozen=True)

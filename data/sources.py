@@ -197,7 +197,7 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
         for split, start, stop in ranges:
             for begin in range(start, stop, unit_bytes):
                 end = min(begin + unit_bytes, stop)
-                yield TextPart(*file, begin, end, split, last=end == stop)
+                yield TextPart(*file, begin, end, split, first=begin == start)
     elif size:
         yield TextFile(*file)
 
