@@ -1,8 +1,8 @@
 """From items of text to token files: units of work are encoded by threads, and merged in their order.
 
 Under data/<name>.partial/ every unit leaves its tokens and, last, a small manifest. Whoever goes on later, or works
-beside, does the units that have none; when all are there they are merged. So a stop at any moment loses a few
-seconds of work, and how many processes or machines took part changes nothing in the result.
+beside, does the units that have none; merged/ takes them in, and what it has is removed. So a stop at any moment loses
+a few seconds of work, and how many processes or machines took part changes nothing in the result.
 """
 
 import concurrent.futures
@@ -27,21 +27,26 @@ from data.tokenizer import Tokenizer
 
 UNIT_BYTES = 1 << 23  # of a source: what a thread encodes before it reports
 MAX_UNITS = 4096  # of a very large source the units are larger
-UNIT_FORMAT = 2  # of what a unit leaves: work that another version of this file left unfinished begins anew
+UNIT_FORMAT = 2  # of what is left under .partial: what another version of this file left there begins anew
 BATCH_BYTES = 1 << 20  # of text encoded at a time
 RECORD = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])  # what removing a document takes to know
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every unit has in common."""
+    """What is to be done, the same for every process that takes part, and what has been done of it."""
 
     partial: Path
+    digest: str
+    units: list[list[Item]]
+    tokenizer: Tokenizer
+    kind: str  # what meta.json calls the tokenizer
     val_fraction: float
     by_content: bool  # whole documents go to a split; no: the tail of each goes to validation
     column: str
     bad_files: str
     dedup: bool
+    shard_tokens: int
 
     def manifest(self, unit: int) -> Path:
         return self.partial / f"{unit:06}.json"
@@ -51,6 +56,35 @@ class Job:
 
     def records(self, unit: int, split: str) -> Path:
         return self.partial / f"{unit:06}.{split}.documents"
+
+    @property
+    def merged(self) -> Path:
+        """Where the units are put together."""
+        return self.partial / "merged"
+
+    @property
+    def progress(self) -> Path:
+        """What `merged` has: the number of units, and of each split the figures and files."""
+        return self.partial / "merged.json"
+
+    def left(self) -> list[int]:
+        """The units that are still to be encoded."""
+        merged = (read_json(self.progress) or {"units": 0})["units"]
+        return [unit for unit in range(merged, len(self.units)) if read_json(self.manifest(unit)) is None]
+
+
+def read_json(path: Path) -> dict | None:
+    """What the file says; None where it is missing, or was left empty or in part by a loss of power."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, content: dict) -> None:
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(content))
+    new.replace(path)
 
 
 def make_units(items: Iterable[Item], unit_bytes: int) -> list[list[Item]]:
@@ -65,46 +99,37 @@ def make_units(items: Iterable[Item], unit_bytes: int) -> list[list[Item]]:
     return units
 
 
-def encode_units(
-    job: Job,
-    units: list[list[Item]],
-    mine: Sequence[int],
-    encoder: "Encoder",
-    threads: int,
-    merger: "Merger | None" = None,
-) -> None:
-    """Encode those of `mine` that are not done yet; `merger` puts them together meanwhile."""
-    todo = [unit for unit in mine if not job.manifest(unit).exists()]
-    sizes = {unit: sum(map(size_of, units[unit])) for unit in mine}
-    done = sum(sizes.values()) - sum(sizes[unit] for unit in todo)
+def encode_units(job: Job, mine: Sequence[int], threads: int, merger: "Merger | None" = None) -> None:
+    """Encode those of the units `mine` that are not done yet; `merger` puts them together meanwhile."""
+    todo = sorted(set(mine).intersection(job.left()))
     if len(todo) < len(mine):
-        note(f"going on: {len(mine) - len(todo):,} of {len(mine):,} units of work are done already")
-    # of a data set that is streamed the size is not known: then the bar counts shards
-    known = all(sizes.values())
-    options = {"unit": "B", "unit_scale": True} if known else {"unit": "shard"}
+        note(f"going on after {len(mine) - len(todo):,} of {len(mine):,} units of work")
+    sizes = {unit: sum(map(size_of, job.units[unit])) for unit in mine}
+    options = {"unit": "B", "unit_scale": True}
+    if not all(sizes.values()):  # of a data set that is streamed the size is not known: then the bar counts shards
+        sizes, options = dict.fromkeys(mine, 1), {"unit": "shard"}
     bar = tqdm(
-        total=sum(sizes.values()) if known else len(mine),
-        initial=done if known else len(mine) - len(todo),
+        total=sum(sizes.values()),
+        initial=sum(sizes.values()) - sum(sizes[unit] for unit in todo),
         desc="encoding",
         disable=True if os.environ.get("RANK", "0") != "0" else None,
         **options,
     )
-    with bar, contextlib.closing(_in_threads(encoder, units, todo, threads)) as encoded:
+    with bar, contextlib.closing(_in_threads(Encoder(job), todo, threads)) as encoded:
         for unit in encoded:
-            bar.update(sizes[unit] if known else 1)
-            if merger:
-                merger.add_units()
+            bar.update(sizes[unit])
+            while merger and merger.add_unit():
+                pass
 
 
-def _in_threads(encoder: "Encoder", units: list[list[Item]], todo: list[int], threads: int) -> Iterator[int]:
+def _in_threads(encoder: "Encoder", todo: list[int], threads: int) -> Iterator[int]:
     """Encode the units `todo` and give each one's number when it is done.
 
     Reading Parquet, encoding, hashing and writing leave Python's lock to others: threads are enough.
     """
     pool = concurrent.futures.ThreadPoolExecutor(min(threads, len(todo)) or 1)
     try:
-        futures = [pool.submit(encoder.encode, unit, units[unit]) for unit in todo]
-        for future in concurrent.futures.as_completed(futures):
+        for future in concurrent.futures.as_completed([pool.submit(encoder.encode, unit) for unit in todo]):
             yield future.result()
     finally:
         encoder.stop.set()  # after a failure or Ctrl-C the others leave what they are at
@@ -114,26 +139,23 @@ def _in_threads(encoder: "Encoder", units: list[list[Item]], todo: list[int], th
 class Encoder:
     """Encodes units, in any number of threads, until `stop` is set."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer):
+    def __init__(self, job: Job):
         self.job, self.stop = job, threading.Event()
-        self.bulk = BulkEncoder(tokenizer)
-        self.dtype, self.end_of_text = id_dtype(tokenizer.vocab_size), tokenizer.end_of_text
+        self.bulk = BulkEncoder(job.tokenizer)
 
-    def encode(self, unit: int, items: list[Item]) -> int:
+    def encode(self, unit: int) -> int:
         """Write the unit's files, the manifest last; return `unit`."""
         job = self.job
         with contextlib.ExitStack() as stack:
-            writers = {split: stack.enter_context(UnitWriter(self, unit, split)) for split in SPLITS}
-            for item in items:
+            writers = {split: stack.enter_context(UnitWriter(job, self.bulk, unit, split)) for split in SPLITS}
+            for item in job.units[unit]:
                 for document in item.documents(job.column, job.bad_files):
                     if self.stop.is_set():
                         return unit
                     for split, text, digest in self.split(document):
                         writers[split].add(text, digest, document.begins)
             figures = {split: writer.close() for split, writer in writers.items()}
-        new = job.manifest(unit).with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(figures))
-        new.replace(job.manifest(unit))
+        write_json(job.manifest(unit), figures)
         return unit
 
     def split(self, document: Document) -> Iterator[tuple[str, bytes, bytes]]:
@@ -155,15 +177,15 @@ class Encoder:
 class UnitWriter:
     """One split of one unit: documents in, a file of ids out, end of text before each document that begins."""
 
-    def __init__(self, encoder: Encoder, unit: int, split: str):
-        self.encoder = encoder
-        self.path, self.records = encoder.job.tokens(unit, split), encoder.job.records(unit, split)
+    def __init__(self, job: Job, bulk: BulkEncoder, unit: int, split: str):
+        self.bulk, self.end_of_text, self.dtype = bulk, job.tokenizer.end_of_text, id_dtype(job.tokenizer.vocab_size)
+        self.path = job.tokens(unit, split)
+        self.records_path = job.records(unit, split) if job.dedup else None
         self.new = self.path.with_suffix(f".{os.getpid()}")
         self.file = open(self.new, "wb")  # noqa: SIM115 (closed on leaving)
-        self.checksum = 0
-        self.texts, self.digests, self.begins, self.waiting = [], [], True, 0
-        self.figures = {"tokens": 0, "bytes": 0, "documents": 0}
-        self.recorded = []
+        self.figures = {"tokens": 0, "bytes": 0, "documents": 0, "crc32": 0}
+        self.records = [np.empty(0, RECORD)]
+        self.texts, self.digests, self.waiting, self.begins = [], [], 0, True
 
     def __enter__(self) -> "UnitWriter":
         return self
@@ -177,126 +199,118 @@ class UnitWriter:
             self.flush()
             self.begins = begins
         self.texts.append(text)
-        self.digests.append(digest)
+        self.digests.append(digest[:8])
         self.waiting += len(text)
 
     def flush(self) -> None:
         """Encode what waits: documents of which only the first may go on with the one before."""
         if not self.texts:
             return
-        encoder = self.encoder
-        ids = encoder.bulk.encode(self.texts).astype(encoder.dtype)
-        if encoder.job.dedup:
+        ids = self.bulk.encode(self.texts).astype(self.dtype)
+        if self.records_path:
             records = np.empty(len(self.texts), RECORD)
-            records["digest"] = np.frombuffer(b"".join(digest[:8] for digest in self.digests), "<u8")
-            records["tokens"] = np.diff(np.flatnonzero(ids == encoder.end_of_text), append=len(ids))
+            records["digest"] = np.frombuffer(b"".join(self.digests), "<u8")
+            records["tokens"] = np.diff(np.flatnonzero(ids == self.end_of_text), append=len(ids))
             records["tokens"][0] -= not self.begins
             records["bytes"] = [len(text) for text in self.texts]
-            self.recorded.append(records)
+            self.records.append(records)
         ids = ids[not self.begins :]
         self.file.write(ids)
-        self.checksum = zlib.crc32(ids, self.checksum)
+        self.figures["crc32"] = zlib.crc32(ids, self.figures["crc32"])
         self.figures["tokens"] += len(ids)
         self.figures["bytes"] += self.waiting
         self.figures["documents"] += len(self.texts) - (not self.begins)
-        self.texts, self.digests, self.begins, self.waiting = [], [], True, 0
+        self.texts, self.digests, self.waiting, self.begins = [], [], 0, True
 
     def close(self) -> dict:
         self.flush()
         self.file.close()
-        if self.encoder.job.dedup:
-            records = np.concatenate(self.recorded) if self.recorded else np.empty(0, RECORD)
-            records.tofile(self.records)
+        if self.records_path:
+            np.concatenate(self.records).tofile(self.records_path)
         self.new.replace(self.path)
-        return self.figures | {"crc32": self.checksum}
+        return self.figures
 
 
 class Merger:
-    """Puts the units' tokens together in `directory`, in their order, while others are still encoded.
+    """Puts the units' tokens together, in their order, while others are still encoded, and removes what it has.
 
     Where copies are to be left out all units have to be there before.
     """
 
-    def __init__(self, job: Job, n_units: int, directory: Path, dtype: np.dtype, shard_tokens: int):
-        self.job, self.n_units, self.added, self.dtype = job, n_units, 0, dtype
-        self.writers = {split: ShardWriter(directory, split, shard_tokens) for split in SPLITS}
-        self.figures = {split: dict.fromkeys(("tokens", "bytes", "documents"), 0) for split in SPLITS}
-        self.buffer = np.empty(BATCH_BYTES, dtype)
-        self.removed = {split: _duplicates(job, n_units, split) if job.dedup else {} for split in SPLITS}
+    def __init__(self, job: Job):
+        self.job, self.dtype = job, id_dtype(job.tokenizer.vocab_size)
+        self.buffer = np.empty(BATCH_BYTES, self.dtype)
+        self.firsts = {split: _firsts(job, split) for split in SPLITS} if job.dedup else None
+        nothing = {split: {"tokens": 0, "bytes": 0, "documents": 0, "files": []} for split in SPLITS}
+        self.progress = read_json(job.progress) or nothing | {"units": 0}
+        job.merged.mkdir(exist_ok=True)
+        try:
+            self.writers = {
+                split: ShardWriter(job.merged, split, self.dtype, job.shard_tokens, self.progress[split]["files"])
+                for split in SPLITS
+            }
+        except ValueError as error:  # a loss of power, say
+            job.progress.unlink()
+            raise RunFailed(f"{error}; run again: it is made anew") from error
 
-    def add_units(self) -> None:
-        """Go on with the units that are there, up to the first that is not."""
-        while self.added < self.n_units and self.job.manifest(self.added).exists():
-            self._add_unit()
-
-    def _add_unit(self) -> None:
-        found = json.loads(self.job.manifest(self.added).read_text())
+    def add_unit(self) -> bool:
+        """Add the next unit, if it is there; whether it was."""
+        job, unit = self.job, self.progress["units"]
+        if (manifest := read_json(job.manifest(unit))) is None:
+            return False
         for split in SPLITS:
-            self._add(split, found[split])
-        self.added += 1
+            self._add(split, unit, manifest[split])
+            self.progress[split]["files"] = self.writers[split].state()
+        self.progress["units"] += 1
+        write_json(job.progress, self.progress)
+        for path in (job.manifest(unit), *(job.tokens(unit, split) for split in SPLITS)):
+            path.unlink()
+        return True
 
-    def _add(self, split: str, found: dict) -> None:
-        removed, figures = self.removed[split].get(self.added, NOTHING), self.figures[split]
-        path, checksum, first = self.job.tokens(self.added, split), 0, 0
+    def _add(self, split: str, unit: int, found: dict) -> None:
+        path, figures, checksum, stays = self.job.tokens(unit, split), self.progress[split], 0, None
+        if self.firsts:
+            records, first = np.fromfile(self.job.records(unit, split), RECORD), self.firsts[split][unit]
+            stays = np.repeat(first, records["tokens"].astype(np.int64))
+            figures["bytes"] -= int(records["bytes"][~first].sum())
+            figures["documents"] -= int((~first).sum())
+        figures["bytes"] += found["bytes"]
+        figures["documents"] += found["documents"]
         with open(path, "rb") as file:
             while n := file.readinto(self.buffer) // self.dtype.itemsize:
-                checksum = zlib.crc32(self.buffer[:n], checksum)
-                ids = removed.without(self.buffer[:n], first)
+                ids = self.buffer[:n]
+                checksum = zlib.crc32(ids, checksum)
+                if stays is not None:
+                    ids, stays = ids[stays[:n]], stays[n:]
                 # end of text stands between documents, not before the first one
                 self.writers[split].write(ids if figures["tokens"] else ids[1:])
                 figures["tokens"] += len(ids)
-                first += n
-        figures["bytes"] += found["bytes"] - removed.bytes
-        figures["documents"] += found["documents"] - removed.documents
         if checksum != found["crc32"]:
-            self.job.manifest(self.added).unlink()
+            self.job.manifest(unit).unlink()
             raise RunFailed(f"{path} is not as it was written; run again: this part is made anew")
 
     def close(self) -> dict[str, dict]:
         """Add what is left; return what meta.json says of each split."""
-        for _ in tqdm(range(self.added, self.n_units), desc="merging", unit="unit", disable=None, leave=False):
-            self._add_unit()
-        for figures in self.figures.values():
-            figures["tokens"] = max(0, figures["tokens"] - 1)
-        return {split: self.figures[split] | {"files": self.writers[split].close()} for split in SPLITS}
+        done, units = self.progress["units"], len(self.job.units)
+        for _ in tqdm(
+            iter(self.add_unit, False), "merging", units, initial=done, unit="unit", disable=None, leave=False
+        ):
+            pass
+        assert self.progress["units"] == units, "whoever merges has seen all manifests"
+        for split, writer in self.writers.items():
+            self.progress[split]["tokens"] -= self.progress[split]["tokens"] > 0
+            self.progress[split]["files"] = writer.close()
+        return {split: self.progress[split] for split in SPLITS}
 
 
-@dataclass(frozen=True)
-class Removed:
-    """What is left out of a unit: bytes, documents, and where their ids begin and end."""
-
-    bytes: int = 0
-    documents: int = 0
-    starts: np.ndarray | None = None
-    stops: np.ndarray | None = None
-
-    def without(self, ids: np.ndarray, first: int) -> np.ndarray:
-        """`ids`, those from `first` on, without what is left out."""
-        if self.starts is None:
-            return ids
-        borders = np.zeros(len(ids) + 1, np.int64)
-        np.add.at(borders, np.clip(self.starts - first, 0, len(ids)), 1)
-        np.add.at(borders, np.clip(self.stops - first, 0, len(ids)), -1)
-        return ids[np.cumsum(borders)[:-1] == 0]
-
-
-NOTHING = Removed()
-
-
-def _duplicates(job: Job, n_units: int, split: str) -> dict[int, Removed]:
-    """The documents of each unit that came before.
+def _firsts(job: Job, split: str) -> list[np.ndarray]:
+    """Of each unit which documents are no copies of one that came before.
 
     Takes some 50 bytes of memory a document. Digests of 64 bits: of ten million different documents one is taken for
     a copy with a chance of one in 400,000.
     """
-    records = [np.fromfile(job.records(unit, split), RECORD) for unit in range(n_units)]
-    _, first = np.unique(np.concatenate([r["digest"] for r in records]), return_index=True)
-    copies = np.ones(sum(map(len, records)), bool)
-    copies[first] = False
-    removed = {}
-    for unit, (of_unit, copy) in enumerate(zip(records, np.split(copies, np.cumsum([len(r) for r in records])[:-1]))):
-        if copy.any():
-            stops = np.cumsum(of_unit["tokens"])[copy].astype(np.int64)
-            tokens = of_unit["tokens"][copy].astype(np.int64)
-            removed[unit] = Removed(int(of_unit["bytes"][copy].sum()), int(copy.sum()), stops - tokens, stops)
-    return removed
+    digests = [np.fromfile(job.records(unit, split), RECORD)["digest"] for unit in range(len(job.units))]
+    _, first = np.unique(np.concatenate(digests), return_index=True)
+    stays = np.zeros(sum(map(len, digests)), bool)
+    stays[first] = True
+    return np.split(stays, np.cumsum([len(d) for d in digests])[:-1])

@@ -88,8 +88,8 @@ class Source:
         for item in self.items(1 << 62):
             yield from item.documents(self.column, self.bad_files)
 
-    def has_documents(self, n: int) -> bool:
-        """Whether there are at least `n`; no text file is read for it."""
+    def count_documents(self, most: int) -> int:
+        """How many there are, up to `most`; no text file is read for it."""
 
         def marks() -> Iterator[None]:
             for item in self.items(1 << 62, by_content=False):
@@ -98,7 +98,7 @@ class Source:
                 else:
                     yield from (None for _ in item.documents(self.column, self.bad_files))
 
-        return next(itertools.islice(marks(), n - 1, None), self) is None
+        return sum(1 for _ in itertools.islice(marks(), most))
 
     def fetched(self, directory: Path) -> "Source":
         """The same with its file at hand: downloaded, or standard input copied to `directory`."""
