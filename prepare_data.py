@@ -22,8 +22,10 @@ from typing import Annotated, Literal
 
 from filelock import FileLock, Timeout
 
-from config.settings import PositiveInt, Range, UserError, load_settings, note, one_line, run_script
-from data.pipeline import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, Merger, encode_units, make_units, read_json
+from config.settings import PositiveInt, Range, UserError, counted, load_settings, note, one_line, run_script
+from data.job import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, make_units, read_json
+from data.merger import Merger
+from data.pipeline import encode_units
 from data.sources import Source, find_source
 from data.token_files import READY, fetch_tokens, source_of, write_meta
 from data.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
@@ -164,7 +166,7 @@ def do_part(directory: Path, source: Source, job: Job, part: int, parts: int, th
         if parts > 1 and is_made(directory, job):
             return None
         if left := len(job.left()):
-            note(f"part {part} of {parts} is done; left to the others: {left} of {len(job.units)} units")
+            note(f"part {part} of {parts} is done; left to the others: {left} of {counted(len(job.units), 'unit')}")
             return None
         return finish(directory, source, job, threads)
 
@@ -247,14 +249,12 @@ def remove(partial: Path) -> None:
 def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:
     note = functools.partial(print, file=sys.stderr)  # under torchrun too whoever merges says so, not rank 0
     for split, figures in meta["splits"].items():
-        rate = figures["bytes"] / figures["tokens"]
+        tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
         files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
-        note(f"{split}: {figures['tokens']:,} tokens of {rate:.2f} bytes, {figures['documents']:,} documents{files}")
-    megabytes = sum(figures["bytes"] for figures in meta["splits"].values()) / 1e6
-    note(
-        f"{directory}: {megabytes:.1f} MB in {seconds:.1f} s, {megabytes / seconds:.1f} MB/s, "
-        f"vocabulary of {meta['vocab_size']:,}"
-    )
+        note(f"{split}: {tokens} of {figures['bytes'] / figures['tokens']:.2f} bytes, {documents}{files}")
+    size = sum(figures["bytes"] for figures in meta["splits"].values())
+    rate = f"{size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
+    note(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
     note(f"next: python train.py --dataset={directory.name} (README.md has recipes)")
 
 

@@ -132,6 +132,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def counted(n: int, thing: str) -> str:
+    """How many of a thing there are, as in `1 document` and `2,000 documents`."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
 def _unknown(name: str, source: str, fields: typing.Iterable[str]) -> str:
     return f"{source}: there is no setting {name}{closest(name, fields) or '; --help lists them'}"
 

@@ -133,7 +133,7 @@ def _safe_parts(document: bytes, size: int = 1 << 12) -> list[bytes]:
 
 
 def _young(document: bytes) -> bool:
-    if not any(first in document for first in FIRST_BYTES):  # twenty times as fast as other searches
+    if document.isascii() or not any(first in document for first in FIRST_BYTES):  # the fastest of searches
         return False
     rest = document.translate(None, delete=ASCII)
     # F0 9F begins an emoji

@@ -8,6 +8,7 @@ import codecs
 import gzip
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,18 +35,27 @@ class Document(NamedTuple):
     begins: bool = True  # no: it goes on with the document before, and no end of text comes between
 
 
+class File(NamedTuple):
+    path: str
+    size: int
+    modified: int  # in nanoseconds; with the size it tells another state of the file
+
+    @classmethod
+    def at(cls, path: str) -> "File":
+        status = os.stat(path)
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class TextFile:
     """A text file of at most LARGE bytes: one document."""
 
-    path: str
-    size: int
-    modified: int
+    file: File
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
-        with open_file(self.path) as file:
-            data = file.read()
-        if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.path, bad_files, binary=True):
+        with open_file(self.file.path) as opened:
+            data = opened.read()
+        if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.file.path, bad_files, binary=True):
             yield Document(text)
 
 
@@ -53,9 +63,7 @@ class TextFile:
 class TextPart:
     """A part of a large text file: its bytes from the safe border at or after `start` to that at or after `stop`."""
 
-    path: str
-    size: int
-    modified: int
+    file: File
     start: int
     stop: int
     split: str
@@ -66,15 +74,15 @@ class TextPart:
             bad_files = "stop"  # what was read of the file has been written: it cannot be left out any more
         if self.first:  # which may have no safe border
             yield Document(b"", self.split)
-        with open_file(self.path) as file:
-            position, stop = safe_border(file, self.start, self.size), safe_border(file, self.stop, self.size)
+        with open_file(self.file.path) as opened:
+            position, stop = (safe_border(opened, place, self.file.size) for place in (self.start, self.stop))
             while position < stop:
-                border = min(stop, safe_border(file, position + PIECE, self.size))
-                file.seek(position)
-                data = file.read(border - position)
+                border = min(stop, safe_border(opened, position + PIECE, self.file.size))
+                opened.seek(position)
+                data = opened.read(border - position)
                 if position == 0:
                     data = data.removeprefix(codecs.BOM_UTF8)
-                text = checked_text(data, self.path, bad_files, binary=True, position=position)
+                text = checked_text(data, self.file.path, bad_files, binary=True, position=position)
                 yield Document(text, self.split, begins=False)
                 position = border
 
@@ -83,14 +91,12 @@ class TextPart:
 class Lines:
     """The lines of a JSON Lines file that begin in [start, stop)."""
 
-    path: str
-    size: int
-    modified: int
+    file: File
     start: int
     stop: int
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
-        with open_file(self.path) as raw, _decompressed(raw, self.path) as file:
+        with open_file(self.file.path) as raw, _decompressed(raw, self.file.path) as file:
             position = self.start
             if position:
                 file.seek(position - 1)
@@ -101,10 +107,10 @@ class Lines:
                         yield from self._document(line, position, column, bad_files)
                     position += len(line)
             except (EOFError, OSError) as error:  # gzip's, zstd's
-                raise UserError(f"{self.path} cannot be decompressed: {one_line(error)}") from error
+                raise UserError(f"{self.file.path} cannot be decompressed: {one_line(error)}") from error
 
     def _document(self, line: bytes, position: int, column: str, bad_files: str) -> Iterator[Document]:
-        where = f"{self.path}, the line at byte {position:,}"
+        where = f"{self.file.path}, the line at byte {position:,}"
         if (valid := checked_text(line, where, bad_files)) is None:
             return
         try:
@@ -127,23 +133,21 @@ class Lines:
 class Rows:
     """Row groups [start, stop) of a Parquet file."""
 
-    path: str
-    size: int
-    modified: int
+    file: File
     start: int
     stop: int
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         import pyarrow
 
-        with open_parquet(self.path) as file:
-            _check_column(self.path, file.schema_arrow, column)
+        with open_parquet(self.file.path) as file:
+            _check_column(self.file.path, file.schema_arrow, column)
             groups = list(range(self.start, self.stop))
             try:
                 for batch in file.iter_batches(256, groups, columns=[column], use_threads=False):
-                    yield from _arrow_texts(batch.column(0), f"{self.path}, rows of group {self.start}", bad_files)
+                    yield from _arrow_texts(batch.column(0), f"{self.file.path}, rows of group {self.start}", bad_files)
             except (OSError, pyarrow.ArrowException) as error:
-                raise UserError(f"{self.path} is damaged: {one_line(error)}") from error
+                raise UserError(f"{self.file.path} is damaged: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -157,10 +161,6 @@ class Shard:
 
     def __repr__(self) -> str:
         return f"Shard({self.name!r}, {self.index}, {self.shards})"
-
-    @property
-    def size(self) -> int:
-        return 0  # not known before it is read
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         shard = self.dataset.shard(num_shards=self.shards, index=self.index)
@@ -285,7 +285,9 @@ def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
 
 
 def size_of(item: Item) -> int:
-    """Bytes that reading the item takes, as far as that is known."""
+    """Bytes that reading the item takes, 0 where that is not known before."""
+    if isinstance(item, Shard):
+        return 0
     if isinstance(item, TextPart) or (isinstance(item, Lines) and item.stop < WHOLE):
         return item.stop - item.start
-    return item.size
+    return item.file.size

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from data.readers import (
     LARGE,
     WHOLE,
     Document,
+    File,
     Item,
     Lines,
     Rows,
@@ -40,17 +41,6 @@ from data.readers import (
 
 CACHE = Path(__file__).parent / ".downloads"
 NAMED = ("python", "shakespeare", "shakespeare_char", "tinystories", "openwebtext", "fineweb_edu", "fineweb10B-gpt2")
-
-
-class File(NamedTuple):
-    path: str
-    size: int
-    modified: int  # in nanoseconds; with the size it tells another state of the file
-
-    @classmethod
-    def at(cls, path: str) -> "File":
-        status = os.stat(path)
-        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -178,10 +168,10 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
     if path.endswith(".parquet"):
         yield from _row_items(file, unit_bytes)
     elif path.endswith(COMPRESSED):
-        yield Lines(*file, 0, WHOLE)
+        yield Lines(file, 0, WHOLE)
     elif path.endswith(JSON_LINES):
         for start in range(0, size, unit_bytes):
-            yield Lines(*file, start, min(start + unit_bytes, size))
+            yield Lines(file, start, min(start + unit_bytes, size))
     elif size > LARGE:
         border = int(size * (1 - val_fraction))
         ranges = [("train", 0, border), ("val", border, size)]
@@ -197,9 +187,9 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
         for split, start, stop in ranges:
             for begin in range(start, stop, unit_bytes):
                 end = min(begin + unit_bytes, stop)
-                yield TextPart(*file, begin, end, split, first=begin == start)
+                yield TextPart(file, begin, end, split, first=begin == start)
     elif size:
-        yield TextFile(*file)
+        yield TextFile(file)
 
 
 def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
@@ -208,13 +198,13 @@ def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
     start = 0
     for i, _ in enumerate(sizes, 1):
         if i == len(sizes) or sum(sizes[start:i]) >= unit_bytes:
-            yield Rows(*file, start, i)
+            yield Rows(file, start, i)
             start = i
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
-    return "".join(d.text.decode() for d in TextFile(str(path), 0, 0).documents(column="", bad_files="stop"))
+    return "".join(d.text.decode() for d in TextFile(File(str(path), 0, 0)).documents(column="", bad_files="stop"))
 
 
 def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:

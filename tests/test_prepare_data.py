@@ -274,6 +274,12 @@ def test_a_failure_is_one_line_and_leaves_an_existing_data_set_as_it_was(prepare
     assert os.listdir(directory.parent) == ["set"]
 
 
+def test_what_the_system_refuses_is_named_with_its_reason(folder, tmp_path):
+    folder({"a.txt": "text " * 100, "file": ""}, ".")
+    line = failed(["a.txt", "--name=set", "--data_dir=file"], tmp_path)
+    assert line == f"prepare_data.py: file/set cannot be made: {tmp_path}/file/set.partial: Not a directory"
+
+
 @pytest.mark.parametrize("name", ["../out", "a/b", ".hidden", "with space", "-", "ends\n"])
 def test_a_name_that_is_no_plain_folder_name_is_refused(prepare, folder, tmp_path, name):
     source = folder({"a.txt": "text " * 100})
