@@ -27,7 +27,7 @@ from data.job import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, make_units, read_j
 from data.merger import Merger
 from data.pipeline import encode_units
 from data.sources import Source, find_source
-from data.token_files import READY, fetch_tokens, source_of, write_meta
+from data.token_files import READY, fetch_tokens, write_meta
 from data.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
 from files import put_in_place
 
@@ -90,7 +90,8 @@ def main() -> None:
     directory = Path(config.data_dir) / name
     if directory.exists() and not (directory / "meta.json").exists():
         raise UserError(f"{directory} is there and is not a data set of ours; choose another --name")
-    if config.name is None and directory.exists() and (held := source_of(directory)) != source.description:
+    held = (read_json(directory / "meta.json") or {}).get("source")
+    if config.name is None and directory.exists() and held != source.description:
         raise UserError(f"{directory} holds {held}: give --name=… (with --name={name} it is replaced)")
     part, parts = share(config.part)
     if parts > 1 and "-" in config.sources:
@@ -116,7 +117,8 @@ def fetch(name: str, directory: Path) -> None:
 
 def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, parts: int) -> dict | None:
     """Do share `part` of `parts`; whoever finds everything done makes `directory` and gets what meta.json says."""
-    partial = directory.resolve().with_name(f"{directory.name}.partial")  # a link leads to another disk, say
+    place = directory.resolve() if directory.is_symlink() else directory  # a link leads to another disk, say
+    partial = place.with_name(f"{place.name}.partial")
     if partial.exists() and any(partial.iterdir()) and not any(partial.glob("*.lock")):
         raise UserError(f"{partial} is there and is no unfinished preparation; choose another --name")
     partial.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,8 @@ class Job:
 def read_json(path: Path) -> dict | None:
     """What the file says; None where it is missing, or was left empty or in part by a loss of power."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else None
     except (OSError, ValueError):
         return None
 

@@ -90,10 +90,8 @@ class Merger:
 
     def close(self) -> dict[str, dict]:
         """Add what is left; return what meta.json says of each split."""
-        done, units = self.progress["units"], len(self.job.units)
-        for _ in tqdm(
-            iter(self.add_unit, False), "merging", units, initial=done, unit="unit", disable=None, leave=False
-        ):
+        done, units, added = self.progress["units"], len(self.job.units), iter(self.add_unit, False)
+        for _ in tqdm(added, "merging", units, initial=done, unit="unit", disable=None, leave=False):
             pass
         assert self.progress["units"] == units, "whoever merges has seen all manifests"
         for split, writer in self.writers.items():

@@ -87,12 +87,6 @@ def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def source_of(directory: Path) -> str | None:
-    """What a data set was prepared from, as its meta.json says; None where that cannot be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return json.loads((directory / "meta.json").read_bytes())["source"]
-
-
 def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, splits: dict, plan: str = "") -> dict:
     """Write meta.json and return what it says; `plan` is a digest of what was prepared and how."""
     meta = {
