@@ -241,7 +241,7 @@ def kills(folder: Path, config: BenchConfig) -> None:
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert contents(made) == expected, "other bytes"
     print(
-        f"{count} kills ({waiting} with units that waited to be merged), {went_on} starts went on after an earlier one, "
+        f"{count} kills ({waiting} with units that waited to be merged), {went_on} starts went on, "
         f"{ended + 1} runs ended, each with the bytes of the undisturbed run of {duration:.1f} s"
     )
 
