@@ -41,9 +41,9 @@ class BulkEncoder:
         self._border = secrets.token_hex(8).encode()
         description = json.loads(tokenizer.to_json())
         model = description["model"]
-        self._foreign = not of_our_form(description)
-        by_words = not self._foreign and model["type"] == "BPE" and description["pre_tokenizer"]["use_regex"]
-        self._bytes = not self._foreign and model["type"] == "BPE" and not by_words
+        form = of_our_form(description) and model["type"]
+        by_words = form == "BPE" and description["pre_tokenizer"]["use_regex"]
+        self._foreign, self._bytes = not form, form == "BPE" and not by_words
         if by_words:
             with contextlib.suppress(ImportError):  # no wheel for this machine
                 import gigatoken
@@ -53,7 +53,7 @@ class BulkEncoder:
                 (end_of_text,) = description["added_tokens"]
                 border = end_of_text | {"content": self._border.decode()}
                 self._json = json.dumps(description | {"added_tokens": [border]})
-        elif not (self._foreign or self._bytes):
+        elif form == "WordLevel":
             characters = {ord(c): i for c, i in model["vocab"].items() if len(c) == 1}
             self._table = np.full(0x110000, -1, np.int32)
             self._table[list(characters)] = list(characters.values())

@@ -3,7 +3,6 @@
 import dataclasses
 import glob
 import hashlib
-import http.client
 import itertools
 import os
 import re
@@ -11,8 +10,6 @@ import shlex
 import shutil
 import sys
 import sysconfig
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +37,13 @@ from data.readers import (
 )
 
 CACHE = Path(__file__).parent / ".downloads"
-NAMED = ("python", "shakespeare", "shakespeare_char", "tinystories", "openwebtext", "fineweb_edu", "fineweb10B-gpt2")
+HUB = {  # repository, share for validation, and what is pinned
+    "tinystories": ("roneneldan/TinyStories", 0.01, {}),
+    # the revision that has Parquet files in place of a script
+    "openwebtext": ("Skylion007/openwebtext", 0.0005, {"revision": "79d93d786212f7344586290adb811d4ae6a1762c"}),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", 0.0005, {"config": "sample-10BT"}),
+}
+NAMED = ("python", "shakespeare", "shakespeare_char", *HUB, "fineweb10B-gpt2")
 
 
 @dataclass(frozen=True)
@@ -117,16 +120,10 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
         return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1, **reading)
-    if named == "openwebtext":  # the revision that has Parquet files in place of a script
-        revision = "79d93d786212f7344586290adb811d4ae6a1762c"
-        return _hub("Skylion007/openwebtext", named, 0.0005, options, reading, revision=revision)
-    if named == "fineweb_edu":
-        return _hub("HuggingFaceFW/fineweb-edu", named, 0.0005, options, reading, config="sample-10BT")
-    if named == "tinystories":
-        return _hub("roneneldan/TinyStories", named, 0.01, options, reading)
     if named:
-        repository = named.removeprefix("hf:").rstrip("/")
-        return _hub(repository, Path(repository).name, 0.01, options, reading)
+        repository, val_fraction, pinned = HUB.get(named) or (named.removeprefix("hf:").rstrip("/"), 0.01, {})
+        name = named if named in HUB else Path(repository).name
+        return _hub(repository, name, val_fraction, options, reading, pinned)
     paths = {os.path.normpath(path) for word in wanted for path in _files(word)}
     files = tuple(File.at(path) for path in sorted(paths, key=_parts))
     if not files:
@@ -134,7 +131,7 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
     return Source(Path(wanted[0]).stem.split(".")[0] or "text", shlex.join(wanted), files=files, **reading)
 
 
-def _hub(repository: str, name: str, val_fraction: float, options: Any, reading: dict, **pinned: str) -> Source:
+def _hub(repository: str, name: str, val_fraction: float, options: Any, reading: dict, pinned: dict) -> Source:
     """A data set of the Hugging Face hub, or a local folder of that form."""
     try:
         import datasets
@@ -186,8 +183,7 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
                 ranges = [(split_of(digest, val_fraction), 0, size)]
         for split, start, stop in ranges:
             for begin in range(start, stop, unit_bytes):
-                end = min(begin + unit_bytes, stop)
-                yield TextPart(file, begin, end, split, first=begin == start)
+                yield TextPart(file, begin, min(begin + unit_bytes, stop), split, first=begin == start)
     elif size:
         yield TextFile(file)
 
@@ -211,6 +207,9 @@ def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) 
     """`path`, downloaded if it is not there yet; kept only if size and checksum are right."""
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
+    import http.client
+    import urllib.request  # slow, and needed here alone
+
     instead = f"fetch it by other means and put it at {path}"
     data = bytearray()
     try:
