@@ -225,11 +225,9 @@ def split_of(digest: bytes, val_fraction: float) -> str:
 
 
 def open_parquet(path: str):
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install datasets") from error
+    import pyarrow
+    import pyarrow.parquet  # slow, and needed for such files alone
+
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -276,10 +274,8 @@ def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
     if path.endswith(".gz"):
         return gzip.open(file)
     if path.endswith(".zst"):
-        try:
-            import pyarrow
-        except ImportError as error:
-            raise UserError(f"{path}: reading zstd needs pyarrow: pip install datasets") from error
+        import pyarrow
+
         return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), PIECE)
     return file
 

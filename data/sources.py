@@ -83,15 +83,15 @@ class Source:
 
     def count_documents(self, most: int) -> int:
         """How many there are, up to `most`; no text file is read for it."""
-
-        def marks() -> Iterator[None]:
-            for item in self.items(1 << 62, by_content=False):
-                if isinstance(item, TextFile | TextPart):
-                    yield from [None] * (isinstance(item, TextFile) or item.split == "train")
-                else:
-                    yield from (None for _ in item.documents(self.column, self.bad_files))
-
-        return sum(1 for _ in itertools.islice(marks(), most))
+        found = 0
+        for item in self.items(1 << 62, by_content=False):
+            if isinstance(item, TextFile | TextPart):
+                found += isinstance(item, TextFile) or item.split == "train"
+            else:
+                found += sum(1 for _ in itertools.islice(item.documents(self.column, self.bad_files), most - found))
+            if found == most:
+                break
+        return found
 
     def fetched(self, directory: Path) -> "Source":
         """The same with its file at hand: downloaded, or standard input copied to `directory`."""
@@ -133,11 +133,9 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
 
 def _hub(repository: str, name: str, val_fraction: float, options: Any, reading: dict, pinned: dict) -> Source:
     """A data set of the Hugging Face hub, or a local folder of that form."""
-    try:
-        import datasets
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError(f"hf:{repository}: this needs a package more: pip install datasets") from error
+    import datasets
+    import huggingface_hub
+
     config, revision = (getattr(options, key) or pinned.get(key) for key in ("config", "revision"))
     try:
         pinned_down = re.fullmatch("[0-9a-f]{40}", revision or "") or Path(repository).is_dir()
@@ -225,13 +223,9 @@ def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) 
     if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{url} gave {len(data):,} bytes that are not the expected file; try again, or {instead}")
     partial = path.with_name(path.name + ".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(data)
+    return partial.replace(path)
 
 
 def _files(word: str) -> Iterator[str]:
