@@ -36,10 +36,11 @@ class BulkEncoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._end_of_text = tokenizer, tokenizer.end_of_text
         self._table = self._json = None
-        # Stands before each document and is encoded as end of text, so that gigatoken gets all of them in one piece. No
+        # Stands before each document and is end of text in gigatoken's eyes, which gets all of them in one piece. No
         # document can have it: it is drawn anew each time.
         self._border = secrets.token_hex(8).encode()
-        description = json.loads(tokenizer.to_json())
+        written = tokenizer.to_json()
+        description = json.loads(written)
         model = description["model"]
         form = of_our_form(description) and model["type"]
         by_words = form == "BPE" and description["pre_tokenizer"]["use_regex"]
@@ -49,10 +50,7 @@ class BulkEncoder:
                 import gigatoken
 
                 self._gigatoken = gigatoken
-                model["vocab"].pop(END_OF_TEXT, None)
-                (end_of_text,) = description["added_tokens"]
-                border = end_of_text | {"content": self._border.decode()}
-                self._json = json.dumps(description | {"added_tokens": [border]})
+                self._json = written.replace(f'"{END_OF_TEXT}"', f'"{self._border.decode()}"')
         elif form == "WordLevel":
             characters = {ord(c): i for c, i in model["vocab"].items() if len(c) == 1}
             self._table = np.full(0x110000, -1, np.int32)
