@@ -25,9 +25,10 @@ YOUNG = re.compile(
 YOUNG_LEADS = [b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c", b"\xe1\xb2", b"\xea\x9f"]  # of those below U+10000
 FIRST_BYTES = (0xE0, 0xE1, 0xEA, 0xF0)
 ASCII = bytes(range(128))
-# gigatoken remembers every word that it has seen. Where the process has become larger than MEMORY, an encoder starts
-# anew, at a quarter of a second, if it has encoded REMEMBERED bytes since it last did.
-MEMORY, REMEMBERED = 600_000_000, 1 << 26
+# gigatoken remembers every word that it has seen. Where the process has become larger than MEMORY and as much as
+# MEMORY_EACH for each thread, an encoder starts anew, at a quarter of a second, if it has encoded REMEMBERED bytes
+# since it last did.
+MEMORY, MEMORY_EACH, REMEMBERED = 300_000_000, 150_000_000, 1 << 26
 
 
 class BulkEncoder:
@@ -56,6 +57,7 @@ class BulkEncoder:
             self._table = np.full(0x110000, -1, np.int32)
             self._table[list(characters)] = list(characters.values())
         self._of_thread = threading.local()  # one for all would encode for one thread at a time
+        self._threads = set()
 
     def encode(self, documents: list[bytes]) -> np.ndarray:
         """Ids of all documents of valid UTF-8, one after the other, end of text before each."""
@@ -98,11 +100,13 @@ class BulkEncoder:
         mine = self._of_thread
         if not hasattr(mine, "encoder"):
             mine.encoder, mine.encoded_bytes = self._gigatoken.Tokenizer.from_json(self._json), 0
+            self._threads.add(threading.get_ident())
         # the pipeline has threads; a row without padding is the only form that needs no further, slow import
         source = self._gigatoken.BytesSource([joined])
         [ids], _ = mine.encoder.encode_batch_padded(source, pad_id=0, parallel=False)
         mine.encoded_bytes += len(joined)
-        if mine.encoded_bytes > REMEMBERED and _resident_bytes(otherwise=mine.encoded_bytes) > MEMORY:
+        allowed = MEMORY + MEMORY_EACH * len(self._threads)
+        if mine.encoded_bytes > REMEMBERED and _resident_bytes(otherwise=mine.encoded_bytes) > allowed:
             del mine.encoder
         return ids
 

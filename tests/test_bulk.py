@@ -84,8 +84,8 @@ def test_any_documents_have_tiktokens_ids(fast, oracle, texts):
 def test_ids_do_not_change_when_the_memory_of_words_is_given_up(fast, oracle, monkeypatch):
     assert encoded(fast, ["some words"]) == oracle(["some words"])
     assert hasattr(fast._of_thread, "encoder")
-    monkeypatch.setattr("data.bulk.MEMORY", 0)
-    monkeypatch.setattr("data.bulk.REMEMBERED", 0)
+    for name in ("MEMORY", "MEMORY_EACH", "REMEMBERED"):
+        monkeypatch.setattr(f"data.bulk.{name}", 0)
     assert encoded(fast, ["some words"]) == oracle(["some words"])
     assert not hasattr(fast._of_thread, "encoder")
     assert encoded(fast, ["some more words"]) == oracle(["some more words"])
