@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from checkpoint import load_model
-from config.settings import PositiveInt, RunFailed, UserError, load_settings, note, run_script
+from config.settings import RunFailed, UserError, load_settings, note, run_script
 from data.batches import EvalBatches
 from data.token_files import open_data_set
 from model import IGNORED
@@ -45,8 +45,8 @@ class BenchConfig:
     """a checkout of nanoGPT, for its own train.py; without it, its recipe in ours is all there is of it"""
     seeds: str = "1337,1,2"
     """separated by commas; nanoGPT's own train.py runs with the first alone, its seed cannot be set"""
-    max_iters: PositiveInt | None = None
-    """updates, in place of the recipe's"""
+    changes: str = ""
+    """flags of all runs, in place of the recipe's settings: --changes="--max_iters=300 --batch_size=8\""""
     quick: str = (
         "--batch_size=24 --max_iters=205 --learning_rate=3e-2 --warmup_iters=4 --momentum=0.8 --beta2=0.95 "
         "--eval_interval=1000 --eval_iters=5 --sample_tokens=0"
@@ -54,6 +54,10 @@ class BenchConfig:
     """flags of a further run of ours that is meant to end just below nanoGPT's loss"""
     runs: str = "adamw,ours,short"
     """separated by commas: adamw is nanoGPT's recipe in our train.py, short the `quick` one"""
+    kept: str | None = None
+    """a JSON file: the runs in it are not run again, and each new one is added, so that a bench cut short goes on"""
+    update_ms: str = ""
+    """milliseconds of an update of each run, measured alone: then they make the seconds, for runs beside other work"""
     picture: str = "time_to_loss.png"
     """where the curves are drawn"""
 
@@ -101,39 +105,49 @@ def ours(config: TrainConfig, recipe: str, settings: list[str], folder: Path) ->
     whole = command(["train.py", recipe, f"--out_dir={out_dir}", *settings], ROOT, seen)
     records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     points = [(r["tokens"], seconds_at[r["step"]], r["val_loss"]) for r in records if "val_loss" in r]
-    return ended(points, whole, load_model(out_dir / "last")[0], config)
+    loss = whole_loss(load_model(out_dir / "last")[0], config)
+    return Run([*points[:-1], (points[-1][0], whole, loss)], whole, loss)
 
 
 def nanogpt(config: TrainConfig, checkout: str, folder: Path) -> Run:
-    """Its train.py, as its README runs it; the points but for the last are its own estimates, of 20 random batches."""
+    """Its train.py, as its README runs it; the points are measured afterwards, from what it saved at each of its own
+    evaluations (of 20 random batches of each split)."""
     theirs, data_dir = folder / "nanogpt", Path(config.data_dir) / config.dataset
     shutil.copytree(checkout, theirs, ignore=shutil.ignore_patterns(".git", "data"), dirs_exist_ok=True)
     shutil.copytree(data_dir, theirs / "data/set")
     vocab_size = open_data_set(data_dir).tokenizer.vocab_size
     (theirs / "data/set/meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
-    points = []
+    estimates, saved = [], theirs / "out-set/ckpt.pt"
 
     def seen(line: str, seconds: float) -> None:
         if found := re.match(r"step (\d+): train loss [\d.]+, val loss ([\d.]+)", line):
-            points.append((int(found[1]) * tokens_per_update(config), seconds, float(found[2])))
+            estimates.append((int(found[1]), seconds, float(found[2])))
+        elif line.startswith("iter ") and saved.exists():  # the first update after a save
+            saved.rename(saved.with_name(f"{estimates[-1][0]}.pt"))
 
     settings = THEIRS | {name: getattr(config, name) for name in SHAPE}
     settings |= dict(max_iters=config.max_iters, lr_decay_iters=config.max_iters, dataset="set", out_dir="out-set")
-    settings |= dict(eval_interval=min(config.eval_interval, config.max_iters), eval_iters=20, log_interval=100)
+    settings |= dict(eval_interval=min(config.eval_interval, config.max_iters), eval_iters=20)
+    settings |= dict(log_interval=settings["eval_interval"])
     settings |= dict(always_save_checkpoint=True)
     settings |= dict(device="cuda", compile=True) if torch.cuda.is_available() else dict(device="cpu", compile=False)
     whole = command(["train.py", *flags(settings)], theirs, seen)
     spec = importlib.util.spec_from_file_location("nanogpt_model", theirs / "model.py")
     its = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(its)
-    saved = torch.load(theirs / "out-set/ckpt.pt", map_location="cpu", weights_only=True)
-    model = its.GPT(its.GPTConfig(**saved["model_args"]))
-    model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in saved["model"].items()})
-    return ended(points, whole, model, config)
+
+    def loss_at(step: int) -> float:
+        checkpoint = torch.load(saved.with_name(f"{step}.pt"), map_location="cpu", weights_only=True)
+        model = its.GPT(its.GPTConfig(**checkpoint["model_args"]))
+        model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()})
+        return whole_loss(model, config)
+
+    points = [(step * tokens_per_update(config), at, loss_at(step) if step else own) for step, at, own in estimates]
+    return Run([*points[:-1], (points[-1][0], whole, points[-1][2])], whole, points[-1][2])
 
 
-def ended(points: list[tuple], seconds: float, model: torch.nn.Module, config: TrainConfig) -> Run:
-    """The run with its last loss measured outside of the clock: over the whole validation split, in float32."""
+def whole_loss(model: torch.nn.Module, config: TrainConfig) -> float:
+    """Outside of any clock: over the whole validation split, in float32."""
     val = EvalBatches(open_data_set(Path(config.data_dir) / config.dataset).val, config.block_size, 64, 0)
     total, count = 0.0, 0
     model.eval()
@@ -143,7 +157,7 @@ def ended(points: list[tuple], seconds: float, model: torch.nn.Module, config: T
         with torch.no_grad():
             total += model(inputs, targets)[1].item() * counted
         count += counted
-    return Run([*points[:-1], (points[-1][0], seconds, total / count)], seconds, total / count)
+    return total / count
 
 
 def tell(runs: dict[str, list[Run]], target: float) -> None:
@@ -160,12 +174,12 @@ def tell(runs: dict[str, list[Run]], target: float) -> None:
         )
 
 
-def draw(runs: dict[str, list[Run]], picture: str) -> None:
+def draw(runs: dict[str, list[Run]], picture: str, clock: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for side, (axes, label) in enumerate(zip(figure.subplots(1, 2, sharey=True), ("tokens", "seconds, whole command"))):
+    for side, (axes, label) in enumerate(zip(figure.subplots(1, 2, sharey=True), ("tokens", clock))):
         for i, (name, found) in enumerate(runs.items()):
             for run in found:
                 curve = [(point[side], point[2]) for point in run.points[1:]]
@@ -178,27 +192,39 @@ def draw(runs: dict[str, list[Run]], picture: str) -> None:
 
 def main() -> None:
     config, _ = load_settings(BenchConfig)
-    updates = [f"--max_iters={config.max_iters}"] if config.max_iters else []
-    recipe, _ = load_settings(TrainConfig, [config.recipe, *updates])
+    changes = config.changes.split()
+    recipe, _ = load_settings(TrainConfig, [config.recipe, *changes])
     variants = {
-        "adamw": ("nanoGPT's recipe, here", [*updates, *flags(THEIRS), "--optimizer=adamw", "--lr_schedule=cosine"]),
-        "ours": ("our recipe", updates),
-        "short": ("our recipe, cut short", config.quick.split()),
+        "adamw": ("nanoGPT's recipe, here", [*changes, *flags(THEIRS), "--optimizer=adamw", "--lr_schedule=cosine"]),
+        "ours": ("our recipe", changes),
+        "short": ("our recipe, cut short", [*changes, *config.quick.split()]),
     }
-    if unknown := set(config.runs.split(",")) - set(variants):
+    if unknown := set(config.runs.split(",")) - {"", *variants}:
         raise UserError(f"--runs: there is no {', '.join(unknown)}; there are {', '.join(variants)}")
-    runs: dict[str, list[Run]] = {}
+    kept, runs = Path(config.kept) if config.kept else None, {}
+    if kept and kept.exists():
+        runs = {name: [Run(**run) for run in found] for name, found in json.loads(kept.read_text()).items()}
+
+    def add(name: str, run: Run) -> None:
+        runs.setdefault(name, []).append(run)
+        note(f"{name}: {run.loss:.4f} in {run.seconds:.1f} s")
+        if kept:
+            kept.write_text(json.dumps({name: [vars(run) for run in found] for name, found in runs.items()}))
+
     with tempfile.TemporaryDirectory() as folder:
-        if config.nanogpt:
-            runs["nanoGPT"] = [nanogpt(recipe, config.nanogpt, Path(folder))]
-            note(f"nanoGPT: {runs['nanoGPT'][0].loss:.4f} in {runs['nanoGPT'][0].seconds:.1f} s")
-        for seed in config.seeds.split(","):
-            for name, settings in (variants[key] for key in config.runs.split(",")):
-                run = ours(recipe, config.recipe, [*settings, f"--seed={seed}"], Path(folder))
-                runs.setdefault(name, []).append(run)
-                note(f"{name}, seed {seed}: {run.loss:.4f} in {run.seconds:.1f} s")
+        if config.nanogpt and "nanoGPT" not in runs:
+            add("nanoGPT", nanogpt(recipe, config.nanogpt, Path(folder)))
+        for index, seed in enumerate(config.seeds.split(",")):
+            for name, settings in (variants[key] for key in config.runs.split(",") if key):
+                if len(runs.get(name, [])) == index:
+                    add(name, ours(recipe, config.recipe, [*settings, f"--seed={seed}"], Path(folder)))
+    if config.update_ms:
+        for found, ms in zip(runs.values(), config.update_ms.split(","), strict=True):
+            for run in found:
+                run.points = [(t, t / tokens_per_update(recipe) * float(ms) / 1000, loss) for t, _, loss in run.points]
+                run.seconds = run.points[-1][1]
     tell(runs, statistics.mean(run.loss for run in next(iter(runs.values()))))
-    draw(runs, config.picture)
+    draw(runs, config.picture, "seconds of the updates alone" if config.update_ms else "seconds, whole command")
 
 
 if __name__ == "__main__":
