@@ -36,7 +36,7 @@ FIELDS = {
     "step": NonNegativeInt, "seconds": NonNegative, "skipped": NonNegativeInt, "best_val_loss": float | None,
     "evaluations_since_best": NonNegativeInt, "settings": dict, "derived": list, "data": str, "scaler": dict,
 }  # fmt: skip
-NEW_RUN = {"step": 0, "seconds": 0.0, "skipped": 0, "best_val_loss": None, "evaluations_since_best": 0}
+NEW_RUN = {"step": 0, "seconds": 0.0, "skipped": 0, "best_val_loss": math.inf, "evaluations_since_best": 0}
 
 
 class Saver:
@@ -52,7 +52,7 @@ class Saver:
         optimizers: list,
         tokenizer: Tokenizer,
         dist: Distributed,
-        best_val_loss: float | None = None,
+        best_val_loss: float = math.inf,
         tell: Callable[[str], None] = note,
     ):
         self.out_dir, self.model, self.optimizers, self.tokenizer = out_dir, model, optimizers, tokenizer
@@ -90,15 +90,15 @@ class Saver:
         def state_files(new: Path) -> None:
             model_files(new)
             safetensors.torch.save_file(moments, new / "optimizer.safetensors")
-            content = {"format_version": FORMAT_VERSION} | training | {"best_val_loss": self.best_val_loss}
+            best = self.best_val_loss if self.best_val_loss < math.inf else None  # JSON has no infinity
+            content = {"format_version": FORMAT_VERSION} | training | {"best_val_loss": best}
             (new / "training.json").write_text(json.dumps(content, indent=2) + "\n")
 
         step, self._problem = training["step"], None
         bad = next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None)
         if bad:
             return self._failed(f"update {step} is not saved: {bad} has values that are not finite numbers")
-        lowest = math.inf if self.best_val_loss is None else self.best_val_loss
-        if val_loss is not None and val_loss < lowest and self._replace("best", model_files, step):
+        if val_loss is not None and val_loss < self.best_val_loss and self._replace("best", model_files, step):
             self.best_val_loss = val_loss
         self._replace("last", state_files, step)
         if keep:
@@ -136,7 +136,8 @@ def load_training(directory: Path) -> dict:
             raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
         for name, hint in FIELDS.items():
             check_value(name, training[name], hint, path)
-        return training | {"directory": found}
+        best = training["best_val_loss"]
+        return training | {"directory": found, "best_val_loss": math.inf if best is None else best}
 
 
 def load_optimizers(training: dict, model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler) -> None:

@@ -401,11 +401,13 @@ def test_a_run_goes_on_where_nothing_can_be_compiled(tmp_path, tiny_flags, tiny_
     assert records(tmp_path / "run") == records(tiny_run)
 
 
-def test_a_run_of_nothing_but_nans_ends_with_status_1(tmp_path, train):
-    changes = dict(max_iters=40, eval_interval=1000, learning_rate=1e30, warmup_iters=0, grad_clip=0)
+def test_a_run_of_nothing_but_nans_ends_with_status_1_and_is_not_saved(tmp_path, train):
+    """However rarely it logs, evaluates and saves."""
+    changes = dict(max_iters=60, eval_interval=40, log_interval=50, learning_rate=1e30, warmup_iters=0, grad_clip=0)
     ended = train(tmp_path / "run", status=1, **changes)
-    assert "not finite" in ended.err.splitlines()[-1]
-    assert max(line["step"] for line in records(tmp_path / "run")) < 40
+    assert "the gradients were not finite in 20 updates in a row" in ended.err.splitlines()[-1]
+    assert [line["step"] for line in records(tmp_path / "run")] == [0]
+    assert not (tmp_path / "run" / "last").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -564,6 +566,15 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
     assert load_training(tmp_path / "run" / "last")["step"] == len(losses)
     resume(tmp_path / "run", patience=0, max_iters=len(losses) + 1)
     assert load_training(tmp_path / "run" / "last")["step"] == len(losses) + 1
+
+
+def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=1)
+    path = tmp_path / "run" / "last" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"best_val_loss": 0.0, "evaluations_since_best": 2}))
+    (path.parent / "SHA256SUMS").unlink()
+    ended = resume(tmp_path / "run", max_iters=9, patience=3)
+    assert "ended early, after update 3: 3 evaluations in a row without a lower loss than 0.0000" in ended.err
 
 
 # what goes wrong
