@@ -1,5 +1,6 @@
 """A model on one process or many: replicated or sharded, its gradients averaged, its tensors whole again for a save."""
 
+import logging
 import os
 import warnings
 
@@ -89,11 +90,32 @@ def _compile(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds
-        reason = one_line(error).split(" Set TORCH")[0]  # advice on how to look inside torch
-        note(f"torch.compile does not work here, going on without it: {reason}")
+        note(f"torch.compile does not work here, going on without it: {_reason(error)}")
         return model
-    torch._dynamo.config.suppress_errors = True
+    _go_on_without()
     return torch.compile(model)
+
+
+def _go_on_without() -> None:
+    """What cannot be compiled in spite of the trial runs as it is too, and the first time one line tells so, in place
+    of torch's hundreds."""
+
+    def tell(record: logging.LogRecord) -> bool:
+        nonlocal told
+        if not record.exc_info:
+            return True
+        if not told:
+            note(f"torch.compile failed, going on without it where it does: {_reason(record.exc_info[1])}")
+        told = True
+        return False
+
+    told = False
+    torch._dynamo.config.suppress_errors = True
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(tell)
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(error).split(" Set TORCH")[0]  # advice on how to look inside torch
 
 
 def exchange_gradients(model: nn.Module, last: bool) -> None:

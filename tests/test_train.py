@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import os
 import shlex
@@ -399,6 +400,21 @@ def test_a_run_goes_on_where_nothing_can_be_compiled(tmp_path, tiny_flags, tiny_
     assert first.startswith("torch.compile does not work here, going on without it: ") and "C++" in first
     assert not [line for line in others if "compile" in line or line.startswith("Traceback")]
     assert records(tmp_path / "run") == records(tiny_run)
+
+
+def test_what_fails_to_compile_after_the_trial_is_told_in_one_line(capsys, monkeypatch):
+    import torch._dynamo
+    import torch._inductor.config
+
+    from parallel import _go_on_without
+
+    monkeypatch.setattr(logging.getLogger("torch._dynamo.convert_frame"), "filters", [])
+    with torch._dynamo.config.patch(suppress_errors=False), torch._inductor.config.patch({"cpp.cxx": ("/none",)}):
+        _go_on_without()
+        for function in (lambda x: x + 1, lambda x: x + 2):
+            assert torch.equal(torch.compile(function)(torch.ones(2)), function(torch.ones(2)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("torch.compile failed, going on without it where it does: InvalidCxxCompiler: ")
 
 
 def test_a_run_of_nothing_but_nans_ends_with_status_1_and_is_not_saved(tmp_path, train):
