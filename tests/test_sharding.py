@@ -166,8 +166,9 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 from distributed import connect
+from evaluate import whole_copy
 from model import GPT, GPTConfig
-from parallel import exchange_gradients, whole, wrap
+from parallel import exchange_gradients, gather, whole, wrap
 from optimizer import apply_gradients, make_optimizers
 
 def work(dist):
@@ -188,6 +189,12 @@ def work(dist):
         model(idx)
     assert sum(p.to_local().numel() for p in model.parameters()) == held  # also after a pass without gradients
     assert not whole(model.transformer.wte.weight)[65:].any()
+    copy, weights = whole_copy(model, dist), gather(model.weights(), dist)
+    if dist.is_main:  # a sample needs half the memory of a copy in float32, and is the same
+        assert {{p.dtype for p in copy.transformer.h.parameters() if p.dim() == 2}} == {{torch.bfloat16}}
+        with dist.autocast():
+            texts = [list(m.generate([1], 9, temperature=0)) for m in (copy, GPT.from_weights(model.config, weights))]
+        assert texts[0] == texts[1]
 
 def gradient(dist, how, micro_steps=1):
     torch.manual_seed(0)
