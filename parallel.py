@@ -54,10 +54,7 @@ def _replicate(model: nn.Module, dist: Distributed, reduce_in: torch.dtype) -> n
 
 def shards(dist: Distributed, sharding: str) -> int:
     """How many processes share a copy of the model."""
-    sizes = {"ddp": 1, "fsdp": dist.world_size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
-    if dist.world_size % sizes[sharding]:
-        raise UserError(f"--sharding={sharding}: {dist.world_size} processes are not as many on every node")
-    return sizes[sharding]
+    return {"ddp": 1, "fsdp": dist.world_size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}[sharding]
 
 
 def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.dtype) -> nn.Module:
@@ -68,6 +65,9 @@ def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     size = shards(dist, sharding)
+    fewest, most = dist.max(-size, size)
+    if -fewest != most:
+        raise UserError(f"--sharding=hybrid takes as many processes on every node: one has {-fewest}, another {most}")
     hybrid = sharding == "hybrid"
     shape, names = ((dist.world_size // size, size), ("nodes", "in_node")) if hybrid else ((size,), ("all",))
     mesh = init_device_mesh(dist.device.type, shape, mesh_dim_names=names)

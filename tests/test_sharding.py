@@ -165,6 +165,7 @@ HELD = """
 import os, sys
 sys.path.insert(0, {root!r})
 import torch
+from config.settings import UserError
 from distributed import connect
 from evaluate import whole_copy
 from model import GPT, GPTConfig
@@ -216,8 +217,18 @@ def exchanged(dist):
     one, many = (gradient(dist, ("hybrid", "bfloat16"), n) for n in (1, 300))
     assert (one - many).norm() < 0.02 * one.norm(), ((one - many).norm(), one.norm())  # summed in bfloat16: 0.07
 
+def uneven(dist):
+    os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.rank)
+    try:
+        wrap(GPT(GPTConfig(16, 65, 1, 2, 16)), dist, "hybrid")
+    except UserError as error:
+        assert "as many processes on every node: one has 1, another 2" in str(error)
+    else:
+        raise AssertionError("not refused")
+
 dist = connect("cpu", "bfloat16")
 work(dist)
+uneven(dist)
 exchanged(dist)
 dist.close()
 """
