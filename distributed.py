@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from config.settings import RunFailed, UserError
+from config.settings import RunFailed, UserError, one_line
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
@@ -146,7 +146,10 @@ def _meet(store: dist.Store, rank: int, world_size: int) -> str:
     drawn = secrets.token_hex(8)
     if rank:
         store.set(f"hello/{rank}", drawn)
-        name = store.get(f"answer/{drawn}").decode()  # waits for it
+        try:
+            name = store.get(f"answer/{drawn}").decode()
+        except dist.DistError as error:
+            raise RunFailed(f"process 0 did not answer within {store.timeout}: {one_line(error)}") from error
         store.add(f"have/{name}", 1)
         return name
     end = time.monotonic() + store.timeout.total_seconds()

@@ -2,13 +2,14 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
 from conftest import ROOT, child_environment
 
-from config.settings import UserError
-from distributed import StopSignal, connect
+from config.settings import RunFailed, UserError
+from distributed import StopSignal, _meet, connect
 from parallel import wrap
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -94,6 +95,15 @@ def test_a_signal_is_noted_and_a_second_interrupt_is_not_held_back():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_process_that_is_not_answered_says_so_in_one_line():
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(RunFailed, match=r"process 0 did not answer within 0:00:00.200000: "):
+        _meet(store, 1, 2)
+    with pytest.raises(RunFailed, match=r"only 1 of 2 processes came within 0:00:00.200000"):
+        _meet(store, 0, 2)
 
 
 def test_two_processes_sum_and_average_gradients(tmp_path):
