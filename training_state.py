@@ -11,8 +11,8 @@ import json
 import math
 import os
 import shlex
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class Saver:
         self.best_val_loss = best_val_loss  # of the model in `best`, if there is one
         self.tell = tell
         self._problem: str | None = None
-        self._thread: threading.Thread | None = None
+        self._threads = ThreadPoolExecutor(1)
+        self._job: Future | None = None
 
     def save(self, training: dict, val_loss: float | None = None, keep: bool = False) -> None:
         """Replace `last` by the state as it is now, and `best` too if `val_loss` is the lowest so far; with `keep`
@@ -70,13 +71,11 @@ class Saver:
         moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
         if not self.dist.is_main:
             return
-        self._thread = threading.Thread(target=self._write, args=(weights, moments, training, val_loss, keep))
-        self._thread.start()
+        self._job = self._threads.submit(self._write, weights, moments, training, val_loss, keep)
 
     def wait(self) -> str | None:
-        """Return when nothing is being written: what went wrong in the save before, or None."""
-        if self._thread:
-            self._thread.join()
+        """Return when nothing is being written: what went wrong in the save before, or None. All ranks."""
+        self.dist.wait(self._job)
         return self._problem
 
     def _write(self, weights: dict, moments: dict, training: dict, val_loss: float | None, keep: bool) -> None:
