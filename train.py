@@ -290,7 +290,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
         note(f"stopped by {signal.Signals(stopping).name} after update {step}, saved; go on with --init_from=resume")
         return 128 + stopping
     if step < config.max_iters:
-        note(f"ended early, after update {step}: {worse} evaluations in a row without a lower loss than {lowest:.4f}")
+        note(f"ended early, after update {step}: the lowest loss is still {lowest:.4f} (--patience={config.patience})")
     note(f"done: {out_dir}/best, {out_dir}/last, {out_dir}/loss.png; next: python sample.py --out_dir={out_dir}")
     return 0
 

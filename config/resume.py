@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from config.settings import UserError, check_value, note
+from config.settings import UserError, check_value, count, note
 
 # These belong to the place where the run goes on, not to the run.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout"}
@@ -58,8 +58,8 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
     done = training["step"]
     if config.max_iters < done:
         raise UserError(
-            f"max_iters={config.max_iters}, but the checkpoint in {training['directory']} has {done} updates"
+            f"max_iters={config.max_iters}, but the checkpoint in {training['directory']} has {count(done, 'update')}"
         )
     if config.max_iters == done:
-        note(f"the run has its {done:,} updates already: --max_iters=… for more, --init_from=scratch to start anew")
+        note(f"the run has {count(done, 'update')} already: --max_iters=… for more, --init_from=scratch to start anew")
     return config

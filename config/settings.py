@@ -130,6 +130,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _unknown(name: str, source: str, fields: typing.Iterable[str]) -> str:
     return f"{source}: there is no setting {name}{closest(name, fields) or '; --help lists them'}"
 
