@@ -202,14 +202,15 @@ PANELS = {
 }
 
 
-def draw(out_dirs: list[Path], picture: Path) -> None:
-    """The curves of one run or several, without a display; nothing if there is nothing to draw."""
+def draw(out_dirs: list[Path], picture: Path) -> bool:
+    """The curves of one run or several, without a display; False if there is nothing to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if figure := curves(out_dirs):
         new = picture.with_name(f"{picture.name}.new")
         FigureCanvasAgg(figure).print_png(str(new))
         new.replace(picture)  # whole at any moment: a save takes a copy
+    return figure is not None
 
 
 def curves(out_dirs: list[Path]):
@@ -246,14 +247,18 @@ def _line(axes, records: list[dict], key: str, label: str | None = None, **style
 
 
 def main() -> None:
-    out_dirs = [Path(argument) for argument in sys.argv[1:]]
+    out_dirs, picture = [Path(argument) for argument in sys.argv[1:]], Path("compare.png")
+    if not out_dirs or sys.argv[1].startswith("-"):
+        raise UserError("name the folders of one run or more: python metrics.py out-a out-b")
     for out_dir in out_dirs:
         if not (out_dir / "metrics.jsonl").exists():
             raise UserError(f"{out_dir} has no metrics.jsonl")
-    if not out_dirs:
-        raise UserError("name the folders of one run or more")
-    draw(out_dirs, Path("compare.png"))
-    note("drawn: compare.png")
+    try:
+        if not draw(out_dirs, picture):
+            raise UserError("there is no loss to draw yet")
+    except OSError as error:
+        raise UserError(f"{picture} cannot be written: {one_line(error)}") from error
+    note(f"drawn: {picture}")
 
 
 if __name__ == "__main__":

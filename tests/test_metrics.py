@@ -110,7 +110,17 @@ def test_the_script_compares_runs(tmp_path, monkeypatch):
 def test_the_script_names_a_folder_without_a_run(tmp_path):
     ended = run_main("metrics", tmp_path)
     assert (ended.status, ended.err) == (2, f"metrics.py: {tmp_path} has no metrics.jsonl\n")
-    assert run_main("metrics").status == 2
+    assert run_main("metrics").status == run_main("metrics", "--help").status == 2
+
+
+def test_the_script_does_not_say_that_it_drew_what_it_did_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert run_main("metrics", ".").err == "metrics.py: there is no loss to draw yet\n"
+    write_run(tmp_path / "run")
+    (tmp_path / "compare.png").mkdir()
+    ended = run_main("metrics", "run")
+    assert (ended.status, ended.err.count("\n")) == (2, 1) and "compare.png cannot be written" in ended.err
 
 
 def test_a_stopwatch_counts_only_while_it_goes():
