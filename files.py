@@ -110,7 +110,7 @@ def sha256(path: Path) -> str:
 
 
 def _sibling(path: Path, suffix: str) -> Path:
-    return path.with_name(f"{path.name}.{suffix}")
+    return Path(f"{path}.{suffix}")  # `with_name` has no answer for "."
 
 
 def _flush(path: Path) -> None:

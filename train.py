@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 import dataclasses
 import gc
 import itertools
+import shlex
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,7 +292,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
         return 128 + stopping
     if step < config.max_iters:
         note(f"ended early, after update {step}: the lowest loss is still {lowest:.4f} (--patience={config.patience})")
-    note(f"done: {out_dir}/best, {out_dir}/last, {out_dir}/loss.png; next: python sample.py --out_dir={out_dir}")
+    note(f"done: best, last, loss.png in {out_dir}; next: python sample.py --out_dir={shlex.quote(str(out_dir))}")
     return 0
 
 

@@ -293,6 +293,7 @@ def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
         ({"dataset": "nowhere"}, "no such data set"),
         ({"block_size": 5000}, "too few for one block of 5,000"),
         ({"init_from": "no/such/model"}, "no/such/model"),
+        ({"init_from": ""}, "config.json is missing"),
         ({"learning_rat": 1}, "did you mean learning_rate?"),
     ],
 )
