@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config.settings import UserError, note, one_line, run_script
+from files import claim, release
 
 SPIKE_WINDOW = 50  # logged losses that the next is compared with
 
@@ -33,6 +34,7 @@ class Metrics:
         kept = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
         self.losses.extend(record["train_loss"] for record in kept if "train_loss" in record)
         new = self.path.with_name("metrics.jsonl.new")
+        self.lock = claim(self.path.parent)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -112,6 +114,8 @@ class Metrics:
 
     def close(self) -> None:
         self._tell_wandb("finish")
+        if self.active:
+            release(self.lock)
 
     def _tell_wandb(self, method: str, *arguments) -> None:
         if not self.wandb:

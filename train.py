@@ -284,9 +284,9 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
         stopping, failing = dist.max(stop.number, int(heard))
 
     progress.close()
-    metrics.close()
     if problem := saver.wait():
         raise RunFailed(f"the last save failed: {problem}")
+    metrics.close()
     if stopping:
         note(f"stopped by {signal.Signals(stopping).name} after update {step}, saved; go on with --init_from=resume")
         return 128 + stopping

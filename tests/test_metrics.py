@@ -37,6 +37,7 @@ def test_a_new_record_starts_anew_and_a_resumed_one_keeps_the_lines_up_to_its_st
     write_run(tmp_path)
     resumed = Metrics(tmp_path, active=True, until_step=2)
     resumed.write(step=3, train_loss=9.0)
+    resumed.close()
     assert [record["train_loss"] for record in read_metrics(resumed.path)] == [3.0, 1.5, 9.0]
     assert read_metrics(Metrics(tmp_path, active=True).path) == []
 
@@ -76,6 +77,7 @@ def test_the_curves_are_the_records_and_a_resume_is_marked(tmp_path):
     metrics.write(step=2, val_loss=5.0)
     metrics.write(step=2, train_loss=4.0, lr=0.5, grad_norm=1.5, tokens_per_second=10.0)
     metrics.write(step=9, train_loss=1.0)  # lost: the run goes on from update 4
+    metrics.close()
     metrics = Metrics(tmp_path, active=True, until_step=4)
     metrics.write(step=6, train_loss=3.0, lr=0.25, grad_norm=1.25, tokens_per_second=20.0)
     metrics.write(step=8, train_loss=2.0)
@@ -180,6 +182,7 @@ def test_a_resumed_run_knows_the_losses_before(tmp_path):
     metrics = Metrics(tmp_path, active=True)
     for step in range(20):
         metrics.write(step=step, train_loss=3.0)
+    metrics.close()
     told = Metrics(tmp_path, active=True, until_step=15).spike(5.0)
     assert told == "loss spike: 5.0000, the running median is 3.0000"
     assert not Metrics(tmp_path, active=True).spike(5.0)
