@@ -163,7 +163,8 @@ class Progress:
 
     def tell(self, text: str, indent: str = "") -> None:
         if self.active:
-            self.bar.write(indent + text.replace("\n", "\n" + indent), file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal has gone, or who read: a run goes on, or has yet to save
+                self.bar.write(indent + text.replace("\n", "\n" + indent), file=sys.stderr)
 
     def show(self, record: dict, seconds_left: float) -> None:
         mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""

@@ -116,7 +116,8 @@ def run_script(main: Callable[[], int | None]) -> None:
 def note(message: str) -> None:
     """Tell the person at the terminal one line; under torchrun, only rank 0 speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody listens any more: no reason to end
+            print(message, file=sys.stderr)
 
 
 def closest(name: str, names: typing.Iterable[str]) -> str:

@@ -1,12 +1,14 @@
 import json
 import math
+import os
 import random
+import sys
 import time
 
 import pytest
 from conftest import run_main
 
-from config.settings import UserError
+from config.settings import UserError, note
 from metrics import Metrics, Progress, Stopwatch, curves, read_metrics
 
 PNG = b"\x89PNG"
@@ -160,6 +162,19 @@ def test_progress_of_other_processes_is_silent(capsys):
     progress.show(dict(step=4, train_loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_second=1234.5), 65)
     progress.close()
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_goes_on_when_nobody_listens_any_more(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = open(writer, "w", buffering=1)  # noqa: SIM115 (closing it fails too)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with pytest.raises(BrokenPipeError):
+        print("nobody hears it", file=sys.stderr)
+    note("nor this")
+    Progress(0, 10, active=True).tell("nor this")
+    with pytest.raises(BrokenPipeError):
+        stderr.close()
 
 
 def spikes(losses: list[float], metrics: Metrics) -> list[int]:
