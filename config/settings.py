@@ -97,20 +97,25 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main` as the process: UserError becomes one line on standard error and status 2, RunFailed status 1."""
+    """Run `main` as the process: UserError becomes one line on standard error and status 2; RunFailed, and want of
+    memory, status 1."""
     rank = os.environ.get("RANK", "0")
     try:
         status = main()
         gc.freeze()  # Python's last search for garbage among torch's 300,000 objects takes half a second
         sys.exit(status)
-    except (UserError, RunFailed) as error:
-        where = "" if rank == "0" else f" [rank {rank}]"
-        print(f"{os.path.basename(sys.argv[0])}{where}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `python sample.py | head`
         os._exit(141)
+    except Exception as error:
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # which is torch's
+        if not out_of_memory and not isinstance(error, (UserError, RunFailed)):
+            raise
+        what = f"out of memory: {one_line(error)}; a smaller --batch_size needs less" if out_of_memory else error
+        where = "" if rank == "0" else f" [rank {rank}]"
+        print(f"{os.path.basename(sys.argv[0])}{where}: {what}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def note(message: str) -> None:
