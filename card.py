@@ -49,10 +49,11 @@ def write_card(directory: Path, out_dir: Path, model: GPT, training: dict) -> No
     rows = data_rows(settings) | training_rows(settings, step, training["seconds"], records)
     recipe = [f"{name} = {value!r}\n" for name, value in settings.items() if name not in PRIVATE]
     table = "".join(f"| {name} | {text} |\n" for name, text in rows.items())
+    origin = settings.get("init_from", "scratch")
+    start = "" if origin in FRESH else f", from {public(shlex.quote(origin))}"
     parts = [
         f"{HEAD}\n# {out_dir.resolve().name}\n",
-        f"{describe(model.config, model.num_parameters())} Trained with plainGPT"
-        + (f", from {public(settings['init_from'])}." if settings.get("init_from", "scratch") not in FRESH else "."),
+        f"{describe(model.config, model.num_parameters())} Trained with plainGPT{start}.",
         f"\n| | |\n| --- | --- |\n{table}",
         "![losses, learning rate, gradient norm and speed](loss.png)\n" if picture.is_file() else "",
         USE,

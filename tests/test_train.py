@@ -347,6 +347,7 @@ def test_a_cropped_block_survives_a_resume(tmp_path, train, resume, tiny_run):
     resume(tmp_path / "halves", max_iters=6)
     assert same_run(tmp_path / "straight", tmp_path / "halves")
     assert load_model(tmp_path / "halves" / "last")[0].config.block_size == 8
+    assert "Trained with plainGPT, from last.\n" in (tmp_path / "halves" / "last" / "README.md").read_text("utf-8")
 
 
 def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tiny_run):
