@@ -130,22 +130,18 @@ class Metrics:
 class Stopwatch:
     """Seconds of training: evaluations and saves stop it."""
 
-    def __init__(self):
-        self._before, self._started = 0.0, None
+    def __init__(self, seconds: float):
+        self._before, self._started = seconds, None
 
     @property
     def seconds(self) -> float:
-        return self._before + (time.perf_counter() - self._started if self._started is not None else 0.0)
-
-    @seconds.setter
-    def seconds(self, value: float) -> None:
-        self._before, self._started = value, None
+        return self._before + (time.perf_counter() - self._started if self._started else 0.0)
 
     def go(self) -> None:
-        self._started = self._started if self._started is not None else time.perf_counter()
+        self._started = self._started or time.perf_counter()
 
     def pause(self) -> None:
-        self.seconds = self.seconds
+        self._before, self._started = self.seconds, None
 
 
 class Progress:

@@ -207,9 +207,8 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     if config.dry_run:
         rehearse(raw_model, config, dist, lambda c: train_step(model, optimizers, scaler, train_batches, 0, c, dist))
         return 0
-    out_dir, watch = Path(config.out_dir), Stopwatch()
-    before = training or NEW_RUN
-    start, watch.seconds = before["step"], before["seconds"]
+    out_dir, before = Path(config.out_dir), training or NEW_RUN
+    start, watch = before["step"], Stopwatch(before["seconds"])
     lowest, worse = before["best_val_loss"], before["evaluations_since_best"]
     earliest, latest = dist.max(-start, start)
     if -earliest != latest:

@@ -128,8 +128,7 @@ def test_the_script_does_not_say_that_it_drew_what_it_did_not(tmp_path, monkeypa
 
 
 def test_a_stopwatch_counts_only_while_it_goes():
-    watch = Stopwatch()
-    watch.seconds = 100.0
+    watch = Stopwatch(100.0)
     time.sleep(0.01)
     assert watch.seconds == 100.0
     watch.go()
