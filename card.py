@@ -9,7 +9,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from config.settings import count
+from config.settings import count, millions
 from metrics import read_metrics
 from model import GPT, GPTConfig
 
@@ -69,12 +69,11 @@ def public(words: str) -> str:
 
 
 def describe(config: GPTConfig, parameters: int) -> str:
-    millions = f"{parameters / 1e6:,.2f}" if parameters < 1e7 else f"{parameters / 1e6:,.0f}"
     biases = "with" if config.bias else "without"
     return (
-        f"A GPT-2 of {millions}M parameters: {count(config.n_layer, 'block')} of {config.n_embd:,} channels, "
-        f"{count(config.n_head, 'head')}, {count(config.block_size, 'position')}, {count(config.vocab_size, 'id')}, "
-        f"{biases} biases."
+        f"A GPT-2 of {millions(parameters)} parameters: {count(config.n_layer, 'block')} of "
+        f"{count(config.n_embd, 'channel')}, {count(config.n_head, 'head')}, {count(config.block_size, 'position')}, "
+        f"{count(config.vocab_size, 'id')}, {biases} biases."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from config.settings import count, note
+from config.settings import count, millions, note
 from distributed import PEAK_TFLOPS, Distributed
 from model import GPT
 from parallel import shards
@@ -59,11 +59,11 @@ def hours(model: GPT, config: Any, card: str, cards: int) -> float:
 def describe(model: GPT, config: Any, dist: Distributed, tokens: int) -> str:
     """One line on the run: `tokens` are those of an epoch."""
     precision, each = str(dist.dtype).removeprefix("torch."), tokens_per_update(config)
-    parameters, epochs = model.num_parameters(), config.max_iters * each / tokens
+    epochs = config.max_iters * each / tokens
     return (
-        f"{f'{parameters / 1e6:.2f}M' if parameters > 1e5 else f'{parameters:,}'} parameters, "
-        f"{dist.world_size} x {dist.device.type} in {precision}; {count(config.max_iters, 'update')} of "
-        f"{count(each, 'token')}, {epochs:{'.1f' if epochs > 1 else '.2g'}} epochs of {tokens:,}"
+        f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
+        f"{count(config.max_iters, 'update')} of {count(each, 'token')}, "
+        f"{epochs:{'.1f' if epochs > 1 else '.2g'}} epochs of {tokens:,}"
     )
 
 

@@ -140,6 +140,10 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def millions(number: int) -> str:
+    return f"{number:,}" if number < 1e5 else f"{number / 1e6:,.{2 if number < 1e7 else 0}f}M"
+
+
 def _unknown(name: str, source: str, fields: typing.Iterable[str]) -> str:
     return f"{source}: there is no setting {name}{closest(name, fields) or '; --help lists them'}"
 
