@@ -67,8 +67,9 @@ def claim(out_dir: Path) -> FileLock:
 
 
 def release(lock: FileLock) -> None:
+    with contextlib.suppress(OSError):  # on Windows a file that is open stays
+        Path(lock.lock_file).unlink()
     lock.release()
-    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def set_aside(out_dir: Path) -> None:
