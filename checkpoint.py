@@ -28,7 +28,7 @@ HUB_ERRORS = {  # what huggingface_hub says in many lines
     "RepositoryNotFoundError": "there is none of that name, or it is private; then log in: hf auth login",
     "GatedRepoError": "its owner wants to be asked for access, on its page there; then log in: hf auth login",
     "RevisionNotFoundError": "it has no such branch, tag or commit",
-    "LocalEntryNotFoundError": "no network, and no copy in the cache; a model can also be named as a directory",
+    "LocalEntryNotFoundError": "it does not answer, and no copy is in the cache; it can be named as a directory",
     "HFValidationError": "a name there is owner/name",
 }
 

@@ -63,7 +63,7 @@ def describe(model: GPT, config: Any, dist: Distributed, tokens: int) -> str:
     return (
         f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
         f"{count(config.max_iters, 'update')} of {count(each, 'token')}, "
-        f"{epochs:{'.1f' if epochs > 1 else '.2g'}} epochs of {tokens:,}"
+        f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {tokens:,}"
     )
 
 

@@ -156,5 +156,5 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(tmp_path, hub
     offline = client(hub, tmp_path, sys.executable, "-c", LOAD, *names, HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
     cached, missing = offline.stdout.splitlines()
     assert cached == first
-    assert missing.endswith("no network, and no copy in the cache; a model can also be named as a directory")
+    assert missing.endswith("it does not answer, and no copy is in the cache; it can be named as a directory")
     assert len(hub.asked) == asked
