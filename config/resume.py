@@ -60,6 +60,6 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
         raise UserError(
             f"max_iters={config.max_iters}, but the checkpoint in {training['directory']} has {count(done, 'update')}"
         )
-    if config.max_iters == done:
+    if config.max_iters == done and not config.eval_only:
         note(f"the run has {count(done, 'update')} already: --max_iters=… for more, --init_from=scratch to start anew")
     return config
