@@ -9,7 +9,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from config.settings import count, millions
+from config.settings import counted, millions
 from metrics import read_metrics
 from model import GPT, GPTConfig
 
@@ -30,7 +30,10 @@ print(pipeline("text-generation", model="OWNER/NAME")("The "))
 ```
 """
 FRESH = ("scratch", "auto", "resume")
-PRIVATE = ("out_dir", "data_dir", "init_from", "wandb_log", "wandb_project", "wandb_run_name", "eval_only", "dry_run")
+PRIVATE = (
+    "out_dir", "data_dir", "init_from", "eval_only", "dry_run",
+    "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log",
+)  # fmt: skip
 YOURS = """The license, the language and what the model is good for are yours to add; this file is written anew at the
 next save, and a model with an edited one still loads.
 """
@@ -71,9 +74,9 @@ def public(words: str) -> str:
 def describe(config: GPTConfig, parameters: int) -> str:
     biases = "with" if config.bias else "without"
     return (
-        f"A GPT-2 of {millions(parameters)} parameters: {count(config.n_layer, 'block')} of "
-        f"{count(config.n_embd, 'channel')}, {count(config.n_head, 'head')}, {count(config.block_size, 'position')}, "
-        f"{count(config.vocab_size, 'id')}, {biases} biases."
+        f"A GPT-2 of {millions(parameters)} parameters: {counted(config.n_layer, 'block')} of "
+        f"{counted(config.n_embd, 'channel')}, {counted(config.n_head, 'head')}, "
+        f"{counted(config.block_size, 'position')}, {counted(config.vocab_size, 'id')}, {biases} biases."
     )
 
 

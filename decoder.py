@@ -40,13 +40,16 @@ class Decoder:
             return product(weight, bias, dtype, int8, gelu)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            for b in t.h:
+            for layer, b in enumerate(t.h):
+                if layer == len(t.h) // 2:  # of GPT-2 the head takes one thread as long as the blocks that are left
+                    embeddings = self.wte[: self.config.vocab_size]  # no padded id is ever drawn
+                    head = threads.submit(product, embeddings, None, dtype, int8)
                 linears = (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)
                 c_attn, attn_c_proj, c_fc, mlp_c_proj = threads.map(ready, linears, (False, False, True, False))
                 self.blocks.append((b.ln_1, c_attn, attn_c_proj, b.ln_2, c_fc, mlp_c_proj))
                 if consume:
                     give_back_freed_memory()
-        self.head = product(self.wte[: self.config.vocab_size], None, dtype, int8)  # no padded id is ever drawn
+            self.head = head.result()
 
     def hidden(self, idx: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         """What the head reads: (B, T) ids at (B or 1, T) positions to (B, T, C).
@@ -143,15 +146,15 @@ def int8_product(weight: Tensor, bias: Tensor | None) -> Product:
     multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
     out, into = weight.shape
     offset = torch.zeros(()) if bias is None else bias.float()
+    ranges = torch.tensor([127.0, 127.0 * 254]).view(2, 1, 1)
 
     def apply(x: Tensor) -> Tensor:
         rows = x.reshape(-1, into)
-        step = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_(min=1e-30).div_(127)  # (M, 1)
-        halves = torch.empty(2, *rows.shape)
-        steps = rows / step  # from -127 to 127
-        torch.round(steps, out=halves[0])
-        torch.sub(steps, halves[0], out=halves[1]).mul_(254)  # half a step is the whole range of the second
+        largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_(min=1e-30)  # (M, 1)
+        halves = rows * (ranges / largest)  # (2, M, in)
+        coarse, fine = halves.unbind()
+        fine.sub_(coarse.round_(), alpha=254)  # half a step of the first is the whole range of the second
         coarse, fine = multiply(halves.view(-1, into), 1.0, 128, packed).view(2, -1, out).unbind()
-        return torch.addcmul(offset, coarse.add_(fine, alpha=1 / 254), step).view(*x.shape[:-1], out)
+        return torch.addcmul(offset, coarse.add_(fine, alpha=1 / 254), largest, value=1 / 127).view(*x.shape[:-1], out)
 
     return apply

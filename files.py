@@ -20,31 +20,38 @@ UNCHECKED = (".bin", ".md", ".png")  # token files, whose sums are in meta.json,
 def whole_directory(final: Path) -> Iterator[Path]:
     """Give a new directory to fill with files; when the block ends without an error it takes the place of `final`.
 
-    Until then, and if anything fails, `final` stays as it was. SHA256SUMS is added, and everything is
-    flushed to disk before it is renamed. A directory cannot be renamed over a full one, so for an
-    instant only `final.old` exists: `existing` looks there too.
+    Until then, and if anything fails, `final` stays as it was.
     """
-    final = Path(final).resolve()  # a link, to another disk say, stays a link
+    final = Path(final).resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _sibling(final, "new"), _sibling(final, "old")
+    temporary = _sibling(final, "new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        lines = [
-            f"{sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()) if path.suffix not in UNCHECKED
-        ]
-        (temporary / SUMS).write_text("".join(lines))
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)  # a leftover: `final` is there, so it is not needed
-            final.rename(old)
-        temporary.rename(final)
-        _flush(final.parent)
+        put_in_place(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def put_in_place(whole: Path, final: Path) -> None:
+    """Add SHA256SUMS to the directory `whole`, flush it to disk and let it take the place of `final`.
+
+    For an instant only `final.old` exists, since no directory is renamed over a full one: `existing` looks there too.
+    """
+    final = Path(final).resolve()  # a link, to another disk say, stays a link
+    old = _sibling(final, "old")
+    (whole / SUMS).unlink(missing_ok=True)  # of an attempt before
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(whole.iterdir()) if path.suffix not in UNCHECKED]
+    (whole / SUMS).write_text("".join(lines))
+    for path in [*whole.iterdir(), whole]:
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)  # a leftover: `final` is there, so it is not needed
+        final.rename(old)
+    whole.rename(final)
+    _flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -140,7 +147,7 @@ def _sibling(path: Path, suffix: str) -> Path:
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return  # Windows has no way to flush a directory
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write
     try:
         os.fsync(descriptor)
     finally:

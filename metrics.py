@@ -1,11 +1,10 @@
-"""What a run leaves to look at: metrics.jsonl, loss.png, and Weights & Biases when asked.
+"""What a run leaves to look at: metrics.jsonl and loss.png; other tools are told when asked.
 
 python metrics.py out-a out-b        # several runs in one picture, compare.png
 """
 
 import collections
 import contextlib
-import html
 import json
 import math
 import statistics
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from config.settings import UserError, note, one_line, run_script
 from files import claim, release
+from tracking import TensorBoard, WandB
 
 SPIKE_WINDOW = 50  # logged losses that the next is compared with
 
@@ -26,7 +26,7 @@ class Metrics:
 
     def __init__(self, out_dir: Path, active: bool, until_step: int | None = None):
         """Start anew, or with `until_step` go on after the lines of an interrupted run up to that step."""
-        self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
+        self.active, self.path, self.trackers = active, Path(out_dir) / "metrics.jsonl", []
         self.resumed_from = until_step  # until the first record after it says so
         self.losses = collections.deque(maxlen=SPIKE_WINDOW)
         if not active:
@@ -43,30 +43,13 @@ class Metrics:
             raise UserError(f"{self.path} cannot be written: {one_line(error)}") from error
 
     def track(self, settings: dict) -> None:
-        """Record in Weights & Biases too, where `wandb_log` asks for it, if it is there and lets us: tracking never
-        stops training. A resumed run goes on in the same run there."""
-        if not (self.active and settings["wandb_log"]):
-            return
-        path = self.path.with_name("wandb_run_id")
-        try:
-            import wandb
-
-            known = path.read_text().strip() if self.resumed_from is not None and path.is_file() else None
-            self.wandb = wandb.init(
-                project=settings["wandb_project"],
-                name=settings["wandb_run_name"],
-                config=settings,
-                dir=self.path.parent,
-                id=known,
-                resume="allow",
-                allow_val_change=True,  # what was changed on resume
-                settings=wandb.Settings(login_timeout=30),  # for an answer at the login prompt
-            )
-            # wandb drops a record that is older than its last, as after a resume: it is to count by our `step`
-            self.wandb.define_metric("*", step_metric="step")
-            path.write_text(self.wandb.id + "\n")
-        except Exception as error:  # missing, no login, no network: of many kinds
-            note(f"wandb is off: {one_line(error)} (WANDB_MODE=offline keeps the records here)")
+        """Tell Weights & Biases or TensorBoard too, where `wandb_log` or `tensorboard_log` asks for it."""
+        for asked, tracker in (("wandb_log", WandB), ("tensorboard_log", TensorBoard)):
+            if self.active and settings[asked]:
+                try:
+                    self.trackers.append(tracker(settings, self.path.parent, self.resumed_from))
+                except Exception as error:  # missing, no login, no network: of many kinds
+                    note(f"{tracker.name} is off: {one_line(error)} ({tracker.remedy})")
 
     def write(self, **record) -> None:
         if not self.active:
@@ -78,15 +61,11 @@ class Metrics:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:  # a full disk does not stop training
             note(f"{self.path}: {one_line(error)}")
-        self._tell_wandb("log", record)
+        self._tell_trackers("log", record)
 
     def sample(self, step: int, text: str) -> None:
-        """A text by the model as it is, for wandb: elsewhere it was told already."""
-        if self.wandb:
-            import wandb
-
-            page = f'<meta charset="utf-8"><pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
-            self._tell_wandb("log", {"step": step, "sample": wandb.Html(page)})
+        """A text by the model as it is, for the trackers: elsewhere it was told already."""
+        self._tell_trackers("sample", step, text)
 
     def spike(self, loss: float) -> str | None:
         """What to tell of a logged loss that stands far above those before it; None of an ordinary one.
@@ -113,18 +92,17 @@ class Metrics:
             note(f"loss.png: {one_line(error)}")
 
     def close(self) -> None:
-        self._tell_wandb("finish")
+        self._tell_trackers("close")
         if self.active:
             release(self.lock)
 
-    def _tell_wandb(self, method: str, *arguments) -> None:
-        if not self.wandb:
-            return
-        try:
-            getattr(self.wandb, method)(*arguments)
-        except Exception as error:  # the network, a full disk, wandb itself: of many kinds
-            note(f"wandb is off from here on: {one_line(error)}")
-            self.wandb = None
+    def _tell_trackers(self, method: str, *arguments) -> None:
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # the network, a full disk, the tool itself: of many kinds
+                note(f"{tracker.name} is off from here on: {one_line(error)}")
+                self.trackers.remove(tracker)
 
 
 class Stopwatch:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from config.settings import count, millions, note
+from config.settings import counted, millions, note
 from distributed import PEAK_TFLOPS, Distributed
 from model import GPT
 from parallel import shards
@@ -62,7 +62,7 @@ def describe(model: GPT, config: Any, dist: Distributed, tokens: int) -> str:
     epochs = config.max_iters * each / tokens
     return (
         f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
-        f"{count(config.max_iters, 'update')} of {count(each, 'token')}, "
+        f"{counted(config.max_iters, 'update')} of {counted(each, 'token')}, "
         f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {tokens:,}"
     )
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,12 +22,14 @@ from typing import Annotated, Literal
 
 from filelock import FileLock, Timeout
 
-from config.settings import PositiveInt, Range, UserError, load_settings, note, one_line, run_script
-from data.pipeline import MAX_UNITS, UNIT_BYTES, Encoder, Job, Merger, encode_units, make_units
+from config.settings import PositiveInt, Range, UserError, counted, load_settings, note, one_line, run_script
+from data.job import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, make_units, read_json
+from data.merger import Merger
+from data.pipeline import encode_units
 from data.sources import Source, find_source
-from data.token_files import READY, fetch_tokens, id_dtype, source_of, write_meta
+from data.token_files import READY, fetch_tokens, write_meta
 from data.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
-from files import whole_directory
+from files import put_in_place
 
 MANY_DOCUMENTS = 200  # from here on whole documents go to validation; below, the tail of each
 TRAINING_BYTES = 1 << 28  # of text that a BPE is learned from: more hardly changes it
@@ -89,7 +90,8 @@ def main() -> None:
     directory = Path(config.data_dir) / name
     if directory.exists() and not (directory / "meta.json").exists():
         raise UserError(f"{directory} is there and is not a data set of ours; choose another --name")
-    if config.name is None and directory.exists() and (held := source_of(directory)) != source.description:
+    held = (read_json(directory / "meta.json") or {}).get("source")
+    if config.name is None and directory.exists() and held != source.description:
         raise UserError(f"{directory} holds {held}: give --name=… (with --name={name} it is replaced)")
     part, parts = share(config.part)
     if parts > 1 and "-" in config.sources:
@@ -98,7 +100,8 @@ def main() -> None:
     try:
         meta = prepare(directory, source, config, part, parts)
     except OSError as error:
-        raise UserError(f"{directory} cannot be written: {one_line(error)}") from error
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or one_line(error)
+        raise UserError(f"{directory} cannot be made: {what}") from error
     except KeyboardInterrupt:
         note("stopped; the same command goes on from here")
         raise
@@ -114,39 +117,16 @@ def fetch(name: str, directory: Path) -> None:
 
 def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, parts: int) -> dict | None:
     """Do share `part` of `parts`; whoever finds everything done makes `directory` and gets what meta.json says."""
-    partial = directory.with_name(f"{directory.name}.partial")
+    place = directory.resolve() if directory.is_symlink() else directory  # a link leads to another disk, say
+    partial = place.with_name(f"{place.name}.partial")
     if partial.exists() and any(partial.iterdir()) and not any(partial.glob("*.lock")):
         raise UserError(f"{partial} is there and is no unfinished preparation; choose another --name")
     partial.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        lock = partial / f"part-{part}-of-{parts}.lock"
-        try:
-            stack.enter_context(FileLock(lock, timeout=1))  # others take it for an instant, to see whether it is held
-        except Timeout as error:
-            raise UserError(f"{directory} is being prepared by another process ({lock} is held)") from error
-        if held := next(held_locks(partial, "part-*.lock" if parts == 1 else "part-1-of-1.lock", but=lock), None):
-            raise UserError(f"{directory} is being prepared by another process ({held} is held)")
-        working(lock).unlink(missing_ok=True)
+    with hold_part(directory, partial, part, parts) as lock:
         try:
             with FileLock(partial / "plan.lock"):
-                plan = make_plan(partial, source, config, lock)
-            if parts > 1 and is_made(directory, plan):
-                note(f"{directory} is prepared already")
-                remove(partial)
-                return None
-            mine = range(part - 1, len(plan.units), parts)
-            if parts == 1 and not config.dedup:  # then the units can be merged while others are encoded
-                return finish(directory, plan, source, config, mine)
-            encode_units(plan.job, plan.units, mine, Encoder(plan.job, plan.tokenizer), threads_of(config))
-            with FileLock(partial / "plan.lock"):  # of several that end together one merges
-                left = sum(not plan.job.manifest(unit).exists() for unit in range(len(plan.units)))
-                if left and is_made(directory, plan):  # by another part: only this lock's folder is here again
-                    remove(partial)
-                    return None
-                if left:
-                    note(f"part {part} of {parts} is done; {left} of {len(plan.units)} units are left to the others")
-                    return None
-                return finish(directory, plan, source, config)
+                job = make_job(partial, source, config, lock)
+            meta = do_part(directory, source, job, part, parts, threads_of(config))
         except FileNotFoundError:
             if partial.exists():
                 raise
@@ -155,49 +135,80 @@ def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, p
             if parts == 1:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+    if is_made(directory, job):
+        remove(partial)
+    return meta
 
 
-@dataclass(frozen=True)
-class Plan:
-    job: Job
-    units: list
-    digest: str
-    kind: str
-    tokenizer: Tokenizer
+@contextlib.contextmanager
+def hold_part(directory: Path, partial: Path, part: int, parts: int) -> Iterator[Path]:
+    """Hold the lock of this part, which is given; UserError where another process is at the same."""
+    lock = partial / f"part-{part}-of-{parts}.lock"
+    try:
+        held = FileLock(lock).acquire(timeout=1)  # others take it for an instant, to see whether it is held
+    except Timeout as error:
+        raise UserError(f"{directory} is being prepared by another process ({lock} is held)") from error
+    with held:
+        if other := next(held_locks(partial, "part-*.lock" if parts == 1 else "part-1-of-1.lock", but=lock), None):
+            raise UserError(f"{directory} is being prepared by another process ({other} is held)")
+        working(lock).unlink(missing_ok=True)
+        yield lock
 
 
-def make_plan(partial: Path, source: Source, config: PrepareConfig, lock: Path) -> Plan:
-    """What is to be done. What an earlier run left of the same plan stays; of another it is removed.
+def do_part(directory: Path, source: Source, job: Job, part: int, parts: int, threads: int) -> dict | None:
+    put_in_place_before = job.progress.exists() and not job.merged.exists()
+    if (parts > 1 or put_in_place_before) and is_made(directory, job):
+        note(f"{directory} is prepared already")
+        return None
+    mine = range(part - 1, len(job.units), parts)
+    if parts == 1 and not job.dedup:  # then the units can be merged while others are encoded
+        return finish(directory, source, job, threads, mine)
+    encode_units(job, mine, threads)
+    with FileLock(job.partial / "plan.lock"):  # of several that end together one merges
+        if parts > 1 and is_made(directory, job):
+            return None
+        if left := len(job.left()):
+            note(f"part {part} of {parts} is done; left to the others: {left} of {counted(len(job.units), 'unit')}")
+            return None
+        return finish(directory, source, job, threads)
 
-    The plan depends on the source and the settings alone, so that processes on many machines come to the same.
+
+def make_job(partial: Path, source: Source, config: PrepareConfig, lock: Path) -> Job:
+    """What is to be done. What an earlier run left of the same job stays; of another it is removed.
+
+    The job depends on the source and the settings alone, so that processes on many machines come to the same.
     """
     source = source.fetched(partial)
-    kind, given = tokenizer_of(config.tokenizer or source.tokenizer)
+    kind, tokenizer = tokenizer_of(config.tokenizer or source.tokenizer)
     val_fraction = config.val_fraction or source.val_fraction
     source = dataclasses.replace(source, val_fraction=val_fraction)
-    if not source.has_documents(1):
+    documents = source.count_documents(MANY_DOCUMENTS)
+    if not documents:
         raise UserError(f"{' '.join(config.sources)}: there is no text in it")
+    by_content = documents == MANY_DOCUMENTS
     unit_bytes = max(UNIT_BYTES, source.size // MAX_UNITS)
-    by_content = source.has_documents(MANY_DOCUMENTS)
     units = make_units(source.items(unit_bytes, by_content, config.dedup), unit_bytes)
-    job = Job(partial, val_fraction, by_content, source.column, source.bad_files, config.dedup)
-    settings = (dataclasses.replace(job, partial=None), kind, config.vocab_size if kind == "bpe" else None)
-    digest = hashlib.sha256(repr((settings, units)).encode()).hexdigest()
+    settings = (val_fraction, by_content, source.column, source.bad_files, config.dedup, config.shard_tokens)
+    of_tokenizer = kind, config.vocab_size if kind == "bpe" else None
+    digest = hashlib.sha256(repr((UNIT_FORMAT, settings, of_tokenizer, units)).encode()).hexdigest()
     path = partial / "plan"
-    if not path.exists() or path.read_text() != digest:
+    if path.exists() and path.read_text() == digest:
+        tokenizer = Tokenizer.load(partial)
+    else:
         others = (other for other in held_locks(partial, "part-*.lock", but=lock) if working(other).exists())
-        if held := next(others, None):  # who holds a lock and does not work yet waits to make the same plan
+        if held := next(others, None):  # who holds a lock and does not work yet waits to make the same job
             raise UserError(f"{partial} is in use for other sources or settings ({held.name} is held)")
+        kept = {file.path for file in source.files}
         for old in partial.iterdir():
-            if old.suffix != ".lock" and str(old) not in {file.path for file in source.files}:
+            if old.is_dir():
+                shutil.rmtree(old)
+            elif old.suffix != ".lock" and str(old) not in kept:
                 old.unlink()
-        tokenizer = given or make_tokenizer(kind, _sample(source, kind), config.vocab_size)
+        tokenizer = tokenizer or make_tokenizer(kind, _sample(source, kind), config.vocab_size)
         tokenizer.save(partial)
         path.write_text(digest)
-    else:
-        tokenizer = Tokenizer.load(partial)
     working(lock).touch()
-    return Plan(job, units, digest, kind, tokenizer)
+    return Job(partial, digest, units, tokenizer, kind, *settings)
 
 
 def working(lock: Path) -> Path:
@@ -214,43 +225,38 @@ def held_locks(partial: Path, pattern: str, but: Path) -> Iterator[Path]:
             yield lock
 
 
-def finish(directory: Path, plan: Plan, source: Source, config: PrepareConfig, left: Sequence[int] = ()) -> dict:
+def finish(directory: Path, source: Source, job: Job, threads: int, left: Sequence[int] = ()) -> dict:
     """Merge the units into `directory`, which appears when it is whole; encode those that are `left` meanwhile."""
-    job, tokenizer = plan.job, plan.tokenizer
-    with whole_directory(directory) as new:
-        merger = Merger(job, len(plan.units), new, id_dtype(tokenizer.vocab_size), config.shard_tokens)
-        if left:
-            encode_units(job, plan.units, left, Encoder(job, tokenizer), threads_of(config), merger)
-        splits = merger.close()
-        for split, figures in splits.items():
-            if not figures["tokens"]:
-                raise UserError(
-                    f"too little text: nothing of it fell to the {split} split; give more, or --val_fraction"
-                )
-        tokenizer.save(new)
-        meta = write_meta(new, tokenizer, plan.kind, source.description, splits, plan.digest)
-    remove(job.partial)
+    merger = Merger(job)
+    if left:
+        encode_units(job, left, threads, merger)
+    splits = merger.close()
+    for split, figures in splits.items():
+        if not figures["tokens"]:
+            raise UserError(f"too little text: nothing of it fell to the {split} split; give more, or --val_fraction")
+    job.tokenizer.save(job.merged)
+    meta = write_meta(job.merged, job.tokenizer, job.kind, source.description, splits, job.digest)
+    put_in_place(job.merged, directory)
     return meta
 
 
 def remove(partial: Path) -> None:
-    """Remove it at once: others that wait for its locks never see a half of it."""
+    """Remove it at once, and no lock of ours in it is held any more: who waits for one never sees a half of it."""
     done = partial.with_name(f"{partial.name}.{os.getpid()}")
-    partial.rename(done)
-    shutil.rmtree(done)
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # another does it; on Windows: another is in it
+        partial.rename(done)
+        shutil.rmtree(done)
 
 
 def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:
     note = functools.partial(print, file=sys.stderr)  # under torchrun too whoever merges says so, not rank 0
     for split, figures in meta["splits"].items():
-        rate = figures["bytes"] / figures["tokens"]
+        tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
         files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
-        note(f"{split}: {figures['tokens']:,} tokens of {rate:.2f} bytes, {figures['documents']:,} documents{files}")
-    megabytes = sum(figures["bytes"] for figures in meta["splits"].values()) / 1e6
-    note(
-        f"{directory}: {megabytes:.1f} MB in {seconds:.1f} s, {megabytes / seconds:.1f} MB/s, "
-        f"vocabulary of {meta['vocab_size']:,}"
-    )
+        note(f"{split}: {tokens} of {figures['bytes'] / figures['tokens']:.2f} bytes, {documents}{files}")
+    size = sum(figures["bytes"] for figures in meta["splits"].values())
+    rate = f"{size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
+    note(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
     note(f"next: python train.py --dataset={directory.name} (README.md has recipes)")
 
 
@@ -274,11 +280,8 @@ def threads_of(config: PrepareConfig) -> int:
     return config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def is_made(directory: Path, plan: Plan) -> bool:
-    try:
-        return json.loads((directory / "meta.json").read_bytes()).get("plan") == plan.digest
-    except (OSError, ValueError):
-        return False
+def is_made(directory: Path, job: Job) -> bool:
+    return (read_json(directory / "meta.json") or {}).get("plan") == job.digest
 
 
 def _sample(source: Source, kind: str) -> Iterator[str]:

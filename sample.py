@@ -84,8 +84,14 @@ class SampleConfig:
     RETIRED: ClassVar = {"compile": "not needed"}
 
 
+WAYS = ("start", "prompts", "interactive", "score")  # of being told what to do: one at a time
+
+
 def main() -> None:
-    config, _ = load_settings(SampleConfig)
+    config, given = load_settings(SampleConfig)
+    ways = [f"--{name}" for name in WAYS if name in given and getattr(config, name) not in (None, False)]
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(ways)} exclude each other: give one of them")
     model, tokenizer = load_model(find_model(config))
     writer = Writer(make_decoder(model, config), tokenizer, config)
     if config.score:

@@ -74,6 +74,8 @@ class TrainConfig:
     """its project there"""
     wandb_run_name: str | None = None
     """its name there"""
+    tensorboard_log: bool = False
+    """also write TensorBoard's files, to out_dir/tensorboard"""
     dataset: str = "openwebtext"
     """name of a prepared data set, a folder of data_dir"""
     data_dir: str = "data"
@@ -230,7 +232,6 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     logged, logged_seconds = start, watch.seconds
     gc.disable()  # an update leaves nothing to collect; looking for it again and again costs pauses
     gc.freeze()  # and what is there stays: the collections below need not look through it
-
     for step in itertools.count(start):
         due = step == 0 or (step != start and (step == config.max_iters or step % config.eval_interval == 0))
         keep = step > start and config.keep_every > 0 and step % config.keep_every == 0

@@ -223,16 +223,16 @@ def kills(folder: Path, config: BenchConfig) -> None:
     duration = timed(command)
     expected = contents(made)
     shutil.rmtree(made)
-    count = ended = went_on = merging = 0
+    count = ended = went_on = waiting = 0
     while count < config.kills:
         child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        went_on += any(partial.glob("0*.json"))
+        went_on += (partial / "merged.json").exists()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(rng.uniform(0, duration))
         if child.poll() is None:
-            merging += Path(f"{made}.new").exists()
             child.send_signal(signal.SIGKILL)
             child.wait()
+            waiting += any(partial.glob("0*.json"))
             count += 1
         if child.returncode == 0:
             assert contents(made) == expected, "other bytes"
@@ -241,7 +241,7 @@ def kills(folder: Path, config: BenchConfig) -> None:
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     assert contents(made) == expected, "other bytes"
     print(
-        f"{count} kills ({merging} while merging), {went_on} starts went on with units of an earlier one, "
+        f"{count} kills ({waiting} with units that waited to be merged), {went_on} starts went on, "
         f"{ended + 1} runs ended, each with the bytes of the undisturbed run of {duration:.1f} s"
     )
 

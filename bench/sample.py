@@ -154,14 +154,15 @@ class Contestant:
         return self.process.submit(job, *arguments).result()
 
 
-def prepare(name: str, folder: str, checkout: str | None) -> None:
+def prepare(name: str, folder: str, checkout: str | None, sequences: int) -> None:
     global write
     torch.set_num_threads(os.cpu_count())
     kind, precision = name.split("-")
     more = [checkout] if kind == "nanogpt" else []
     make = {"ours": ours, "transformers": transformers, "nanogpt": nanogpt, "llama.cpp": llama}[kind]
     write = make(folder, precision, *more)
-    write(1, 4, lambda: None)
+    for texts in (1, sequences) if name.startswith(BATCHED) else (1,):
+        write(texts, 4, lambda: None)
 
 
 def measure(texts: int, tokens: int) -> SimpleNamespace:
@@ -224,7 +225,7 @@ def main() -> None:
     matrices = model.num_parameters() - model.config.block_size * model.config.n_embd
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), model, gpt2())
-        contestants = {name: Contestant(name, folder, config.nanogpt) for name in names}
+        contestants = {name: Contestant(name, folder, config.nanogpt, config.sequences) for name in names}
         single, batched, speeds = {name: [] for name in names}, {name: [] for name in names}, []
         for _ in range(config.rounds):
             speeds.append(memory_speed())

@@ -4,16 +4,17 @@ import dataclasses
 import typing
 from typing import Any
 
-from config.settings import UserError, check_value, count, note
+from config.settings import UserError, check_value, counted, note
 
 # These belong to the place where the run goes on, not to the run.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout"}
 # These may differ from the checkpoint's; any other setting decides what is trained.
 CHANGEABLE = LOCAL | {
     "data_dir", "dtype", "compile", "eval_interval", "eval_iters", "log_interval", "sample_tokens",
-    "wandb_log", "wandb_project", "wandb_run_name", "batch_size", "gradient_accumulation_steps", "learning_rate",
-    "max_iters", "patience", "keep_every", "decay_lr", "lr_schedule", "warmup_iters", "lr_decay_iters", "min_lr",
-    "weight_decay", "grad_clip", "dropout", "momentum", "sharding", "reduce_dtype", "recompute",
+    "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "batch_size",
+    "gradient_accumulation_steps", "learning_rate", "max_iters", "patience", "keep_every", "decay_lr", "lr_schedule",
+    "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip", "dropout", "momentum", "sharding",
+    "reduce_dtype", "recompute",
 }  # fmt: skip
 
 
@@ -58,8 +59,8 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
     done = training["step"]
     if config.max_iters < done:
         raise UserError(
-            f"max_iters={config.max_iters}, but the checkpoint in {training['directory']} has {count(done, 'update')}"
+            f"max_iters={config.max_iters}, but the checkpoint in {training['directory']} has {counted(done, 'update')}"
         )
     if config.max_iters == done and not config.eval_only:
-        note(f"the run has {count(done, 'update')} already: --max_iters=… for more, --init_from=scratch to start anew")
+        note(f"the run has {counted(done, 'update')} already: --max_iters=… for more, or --init_from=scratch")
     return config

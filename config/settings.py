@@ -100,6 +100,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     """Run `main` as the process: UserError becomes one line on standard error and status 2; RunFailed, and want of
     memory, status 1."""
     rank = os.environ.get("RANK", "0")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")  # whatever a pipe's code page is on this machine: Windows has many
     try:
         status = main()
         gc.freeze()  # Python's last search for garbage among torch's 300,000 objects takes half a second
@@ -136,8 +138,9 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(n: int, thing: str) -> str:
+    """How many of a thing there are, as in `1 document` and `2,000 documents`."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 def millions(number: int) -> str:

@@ -8,6 +8,7 @@ import codecs
 import gzip
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,21 +32,30 @@ WHOLE = 1 << 62  # the end of a file that cannot be entered in the middle
 class Document(NamedTuple):
     text: bytes
     split: str | None = None  # where that is settled already
-    ends: bool = True  # no: the next document goes on with it, and no end of text comes between
+    begins: bool = True  # no: it goes on with the document before, and no end of text comes between
+
+
+class File(NamedTuple):
+    path: str
+    size: int
+    modified: int  # in nanoseconds; with the size it tells another state of the file
+
+    @classmethod
+    def at(cls, path: str) -> "File":
+        status = os.stat(path)
+        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class TextFile:
     """A text file of at most LARGE bytes: one document."""
 
-    path: str
-    size: int
-    modified: int
+    file: File
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
-        with open_file(self.path) as file:
-            data = file.read()
-        if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.path, bad_files, binary=True):
+        with open_file(self.file.path) as opened:
+            data = opened.read()
+        if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.file.path, bad_files, binary=True):
             yield Document(text)
 
 
@@ -53,44 +63,40 @@ class TextFile:
 class TextPart:
     """A part of a large text file: its bytes from the safe border at or after `start` to that at or after `stop`."""
 
-    path: str
-    size: int
-    modified: int
+    file: File
     start: int
     stop: int
     split: str
-    last: bool  # of the file's parts in this split
+    first: bool  # of the file's parts in this split
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         if bad_files == "skip":
             bad_files = "stop"  # what was read of the file has been written: it cannot be left out any more
-        with open_file(self.path) as file:
-            position, stop = safe_border(file, self.start, self.size), safe_border(file, self.stop, self.size)
+        if self.first:  # which may have no safe border
+            yield Document(b"", self.split)
+        with open_file(self.file.path) as opened:
+            position, stop = (safe_border(opened, place, self.file.size) for place in (self.start, self.stop))
             while position < stop:
-                border = min(stop, safe_border(file, position + PIECE, self.size))
-                file.seek(position)
-                data = file.read(border - position)
+                border = min(stop, safe_border(opened, position + PIECE, self.file.size))
+                opened.seek(position)
+                data = opened.read(border - position)
                 if position == 0:
                     data = data.removeprefix(codecs.BOM_UTF8)
-                text = checked_text(data, self.path, bad_files, binary=True, position=position)
-                yield Document(text, self.split, ends=False)
+                text = checked_text(data, self.file.path, bad_files, binary=True, position=position)
+                yield Document(text, self.split, begins=False)
                 position = border
-        if self.last:
-            yield Document(b"", self.split)
 
 
 @dataclass(frozen=True)
 class Lines:
     """The lines of a JSON Lines file that begin in [start, stop)."""
 
-    path: str
-    size: int
-    modified: int
+    file: File
     start: int
     stop: int
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
-        with open_file(self.path) as raw, _decompressed(raw, self.path) as file:
+        with open_file(self.file.path) as raw, _decompressed(raw, self.file.path) as file:
             position = self.start
             if position:
                 file.seek(position - 1)
@@ -101,10 +107,10 @@ class Lines:
                         yield from self._document(line, position, column, bad_files)
                     position += len(line)
             except (EOFError, OSError) as error:  # gzip's, zstd's
-                raise UserError(f"{self.path} cannot be decompressed: {one_line(error)}") from error
+                raise UserError(f"{self.file.path} cannot be decompressed: {one_line(error)}") from error
 
     def _document(self, line: bytes, position: int, column: str, bad_files: str) -> Iterator[Document]:
-        where = f"{self.path}, the line at byte {position:,}"
+        where = f"{self.file.path}, the line at byte {position:,}"
         if (valid := checked_text(line, where, bad_files)) is None:
             return
         try:
@@ -127,23 +133,21 @@ class Lines:
 class Rows:
     """Row groups [start, stop) of a Parquet file."""
 
-    path: str
-    size: int
-    modified: int
+    file: File
     start: int
     stop: int
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         import pyarrow
 
-        with open_parquet(self.path) as file:
-            _check_column(self.path, file.schema_arrow, column)
+        with open_parquet(self.file.path) as file:
+            _check_column(self.file.path, file.schema_arrow, column)
             groups = list(range(self.start, self.stop))
             try:
                 for batch in file.iter_batches(256, groups, columns=[column], use_threads=False):
-                    yield from _arrow_texts(batch.column(0), f"{self.path}, rows of group {self.start}", bad_files)
+                    yield from _arrow_texts(batch.column(0), f"{self.file.path}, rows of group {self.start}", bad_files)
             except (OSError, pyarrow.ArrowException) as error:
-                raise UserError(f"{self.path} is damaged: {one_line(error)}") from error
+                raise UserError(f"{self.file.path} is damaged: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -157,10 +161,6 @@ class Shard:
 
     def __repr__(self) -> str:
         return f"Shard({self.name!r}, {self.index}, {self.shards})"
-
-    @property
-    def size(self) -> int:
-        return 0  # not known before it is read
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         shard = self.dataset.shard(num_shards=self.shards, index=self.index)
@@ -225,11 +225,9 @@ def split_of(digest: bytes, val_fraction: float) -> str:
 
 
 def open_parquet(path: str):
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install datasets") from error
+    import pyarrow
+    import pyarrow.parquet  # slow, and needed for such files alone
+
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -276,16 +274,16 @@ def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
     if path.endswith(".gz"):
         return gzip.open(file)
     if path.endswith(".zst"):
-        try:
-            import pyarrow
-        except ImportError as error:
-            raise UserError(f"{path}: reading zstd needs pyarrow: pip install datasets") from error
+        import pyarrow
+
         return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), PIECE)
     return file
 
 
 def size_of(item: Item) -> int:
-    """Bytes that reading the item takes, as far as that is known."""
+    """Bytes that reading the item takes, 0 where that is not known before."""
+    if isinstance(item, Shard):
+        return 0
     if isinstance(item, TextPart) or (isinstance(item, Lines) and item.stop < WHOLE):
         return item.stop - item.start
-    return item.size
+    return item.file.size

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config.settings import UserError, note
+from config.settings import UserError, counted, note
 from data.token_files import SPLITS, DataSet, Tokens, open_data_set
 from data.tokenizer import Tokenizer
 
@@ -43,10 +43,8 @@ def _measure(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarr
 def _tell(split: str, tokens: Tokens, tokenizer: Tokenizer, lengths: np.ndarray, counts: np.ndarray) -> None:
     n_bytes = int(counts @ tokenizer.byte_lengths())
     documents = lengths[lengths > 0]  # where end of text opens every document, an empty one comes before the first
-    note(
-        f"\n{split}: {len(documents):,} documents, {len(tokens):,} tokens, {n_bytes:,} bytes: "
-        f"{n_bytes / max(len(tokens), 1):.2f} bytes a token"
-    )
+    sizes = counted(len(documents), "document"), counted(len(tokens), "token"), counted(n_bytes, "byte")
+    note(f"\n{split}: {', '.join(sizes)}: {n_bytes / max(len(tokens), 1):.2f} bytes a token")
     used = np.count_nonzero(counts)
     note(f"  {used:,} of {len(counts):,} ids of the vocabulary occur ({used / len(counts):.1%})")
     if not len(documents):
@@ -60,7 +58,7 @@ def _tell(split: str, tokens: Tokens, tokenizer: Tokenizer, lengths: np.ndarray,
         ids = np.empty(min(int(lengths[i]), SAMPLE_TOKENS), np.int64)
         tokens.read(int(starts[i]), ids)
         text = repr(tokenizer.decode(ids.tolist()))
-        note(f"  {name}, {lengths[i]:,} tokens: {text}{' …' if len(ids) < lengths[i] else ' (ends here)'}")
+        note(f"  {name}, {counted(lengths[i], 'token')}: {text}{' …' if len(ids) < lengths[i] else ' (ends here)'}")
 
 
 def _draw(directory: Path, data: DataSet, lengths: dict, counts: dict) -> Path:

@@ -3,7 +3,6 @@
 import dataclasses
 import glob
 import hashlib
-import http.client
 import itertools
 import os
 import re
@@ -11,12 +10,10 @@ import shlex
 import shutil
 import sys
 import sysconfig
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,6 +24,7 @@ from data.readers import (
     LARGE,
     WHOLE,
     Document,
+    File,
     Item,
     Lines,
     Rows,
@@ -39,18 +37,13 @@ from data.readers import (
 )
 
 CACHE = Path(__file__).parent / ".downloads"
-NAMED = ("python", "shakespeare", "shakespeare_char", "tinystories", "openwebtext", "fineweb_edu", "fineweb10B-gpt2")
-
-
-class File(NamedTuple):
-    path: str
-    size: int
-    modified: int  # in nanoseconds; with the size it tells another state of the file
-
-    @classmethod
-    def at(cls, path: str) -> "File":
-        status = os.stat(path)
-        return cls(path, status.st_size, status.st_mtime_ns)
+HUB = {  # repository, share for validation, and what is pinned
+    "tinystories": ("roneneldan/TinyStories", 0.01, {}),
+    # the revision that has Parquet files in place of a script
+    "openwebtext": ("Skylion007/openwebtext", 0.0005, {"revision": "79d93d786212f7344586290adb811d4ae6a1762c"}),
+    "fineweb_edu": ("HuggingFaceFW/fineweb-edu", 0.0005, {"config": "sample-10BT"}),
+}
+NAMED = ("python", "shakespeare", "shakespeare_char", *HUB, "fineweb10B-gpt2")
 
 
 @dataclass(frozen=True)
@@ -88,17 +81,17 @@ class Source:
         for item in self.items(1 << 62):
             yield from item.documents(self.column, self.bad_files)
 
-    def has_documents(self, n: int) -> bool:
-        """Whether there are at least `n`; no text file is read for it."""
-
-        def marks() -> Iterator[None]:
-            for item in self.items(1 << 62, by_content=False):
-                if isinstance(item, TextFile | TextPart):
-                    yield from [None] * (isinstance(item, TextFile) or item.split == "train")
-                else:
-                    yield from (None for _ in item.documents(self.column, self.bad_files))
-
-        return next(itertools.islice(marks(), n - 1, None), self) is None
+    def count_documents(self, most: int) -> int:
+        """How many there are, up to `most`; no text file is read for it."""
+        found = 0
+        for item in self.items(1 << 62, by_content=False):
+            if isinstance(item, TextFile | TextPart):
+                found += isinstance(item, TextFile) or item.split == "train"
+            else:
+                found += sum(1 for _ in itertools.islice(item.documents(self.column, self.bad_files), most - found))
+            if found == most:
+                break
+        return found
 
     def fetched(self, directory: Path) -> "Source":
         """The same with its file at hand: downloaded, or standard input copied to `directory`."""
@@ -127,16 +120,10 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
         return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1, **reading)
-    if named == "openwebtext":  # the revision that has Parquet files in place of a script
-        revision = "79d93d786212f7344586290adb811d4ae6a1762c"
-        return _hub("Skylion007/openwebtext", named, 0.0005, options, reading, revision=revision)
-    if named == "fineweb_edu":
-        return _hub("HuggingFaceFW/fineweb-edu", named, 0.0005, options, reading, config="sample-10BT")
-    if named == "tinystories":
-        return _hub("roneneldan/TinyStories", named, 0.01, options, reading)
     if named:
-        repository = named.removeprefix("hf:").rstrip("/")
-        return _hub(repository, Path(repository).name, 0.01, options, reading)
+        repository, val_fraction, pinned = HUB.get(named) or (named.removeprefix("hf:").rstrip("/"), 0.01, {})
+        name = named if named in HUB else Path(repository).name
+        return _hub(repository, name, val_fraction, options, reading, pinned)
     paths = {os.path.normpath(path) for word in wanted for path in _files(word)}
     files = tuple(File.at(path) for path in sorted(paths, key=_parts))
     if not files:
@@ -144,13 +131,11 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
     return Source(Path(wanted[0]).stem.split(".")[0] or "text", shlex.join(wanted), files=files, **reading)
 
 
-def _hub(repository: str, name: str, val_fraction: float, options: Any, reading: dict, **pinned: str) -> Source:
+def _hub(repository: str, name: str, val_fraction: float, options: Any, reading: dict, pinned: dict) -> Source:
     """A data set of the Hugging Face hub, or a local folder of that form."""
-    try:
-        import datasets
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError(f"hf:{repository}: this needs a package more: pip install datasets") from error
+    import datasets
+    import huggingface_hub
+
     config, revision = (getattr(options, key) or pinned.get(key) for key in ("config", "revision"))
     try:
         pinned_down = re.fullmatch("[0-9a-f]{40}", revision or "") or Path(repository).is_dir()
@@ -178,10 +163,10 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
     if path.endswith(".parquet"):
         yield from _row_items(file, unit_bytes)
     elif path.endswith(COMPRESSED):
-        yield Lines(*file, 0, WHOLE)
+        yield Lines(file, 0, WHOLE)
     elif path.endswith(JSON_LINES):
         for start in range(0, size, unit_bytes):
-            yield Lines(*file, start, min(start + unit_bytes, size))
+            yield Lines(file, start, min(start + unit_bytes, size))
     elif size > LARGE:
         border = int(size * (1 - val_fraction))
         ranges = [("train", 0, border), ("val", border, size)]
@@ -196,10 +181,9 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
                 ranges = [(split_of(digest, val_fraction), 0, size)]
         for split, start, stop in ranges:
             for begin in range(start, stop, unit_bytes):
-                end = min(begin + unit_bytes, stop)
-                yield TextPart(*file, begin, end, split, last=end == stop)
+                yield TextPart(file, begin, min(begin + unit_bytes, stop), split, first=begin == start)
     elif size:
-        yield TextFile(*file)
+        yield TextFile(file)
 
 
 def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
@@ -208,19 +192,22 @@ def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
     start = 0
     for i, _ in enumerate(sizes, 1):
         if i == len(sizes) or sum(sizes[start:i]) >= unit_bytes:
-            yield Rows(*file, start, i)
+            yield Rows(file, start, i)
             start = i
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
-    return "".join(d.text.decode() for d in TextFile(str(path), 0, 0).documents(column="", bad_files="stop"))
+    return "".join(d.text.decode() for d in TextFile(File(str(path), 0, 0)).documents(column="", bad_files="stop"))
 
 
 def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:
     """`path`, downloaded if it is not there yet; kept only if size and checksum are right."""
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
+    import http.client
+    import urllib.request  # slow, and needed here alone
+
     instead = f"fetch it by other means and put it at {path}"
     data = bytearray()
     try:
@@ -236,13 +223,9 @@ def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) 
     if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{url} gave {len(data):,} bytes that are not the expected file; try again, or {instead}")
     partial = path.with_name(path.name + ".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(data)
+    return partial.replace(path)
 
 
 def _files(word: str) -> Iterator[str]:

@@ -4,7 +4,8 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,50 +25,66 @@ CHUNK = 1 << 22  # ids read at a time from a file that is read through
 
 
 class ShardWriter:
-    """Writes one split in one file or, where it has more than `shard_tokens` ids, in numbered files."""
+    """Writes one split in one file or, where it has more than `shard_tokens` ids, in numbered files.
 
-    def __init__(self, directory: Path, split: str, shard_tokens: int):
+    It goes on after `files`, which is what `state` gave; ValueError where they are not like that any more.
+    """
+
+    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int, files: Sequence[dict] = ()):
         self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
-        self._done = []
-        self._open()
+        self._single = directory / f"{split}.bin"
+        self._files = list(files)
+        if not files:
+            return self._open()
+        path = directory / files[-1]["name"]
+        if self._single.exists():  # closed already
+            self._single.rename(path)
+        if not path.exists():
+            raise ValueError(f"{path} is gone")
+        self._file = open(path, "r+b")  # noqa: SIM115 (closed when it is full)
+        self._file.truncate(files[-1]["tokens"] * dtype.itemsize)
+        self._digest = hashlib.file_digest(self._file, "sha256")
+        if self._digest.hexdigest() != files[-1]["sha256"]:
+            raise ValueError(f"{path} is not as it was written")
 
     def _open(self) -> None:
-        self._done.append({"name": f"{self._split}_{len(self._done):06}.bin", "tokens": 0, "sha256": None})
-        self._file = open(self._directory / self._done[-1]["name"], "wb")  # noqa: SIM115 (closed when it is full)
+        name = f"{self._split}_{len(self._files):06}.bin"
+        self._file = open(self._directory / name, "wb")  # noqa: SIM115 (closed when it is full)
         self._digest = hashlib.sha256()
+        self._files.append({"name": name, "tokens": 0, "sha256": self._digest.hexdigest()})
 
     def write(self, ids: np.ndarray) -> None:
         while len(ids):
-            if self._done[-1]["tokens"] == self._shard_tokens:
+            if self._files[-1]["tokens"] == self._shard_tokens:
                 self._close()
                 self._open()
-            room = self._shard_tokens - self._done[-1]["tokens"]
+            room = self._shard_tokens - self._files[-1]["tokens"]
             part, ids = ids[:room], ids[room:]
             self._file.write(part)
             self._digest.update(part)
-            self._done[-1]["tokens"] += len(part)
+            self._files[-1]["tokens"] += len(part)
 
     def _close(self) -> None:
+        self.state()
+        os.fsync(self._file.fileno())  # whoever goes on looks at the last file alone
         self._file.close()
-        self._done[-1]["sha256"] = self._digest.hexdigest()
+
+    def state(self) -> list[dict]:
+        """Name, tokens and SHA-256 of each file so far."""
+        self._file.flush()
+        self._files[-1]["sha256"] = self._digest.hexdigest()
+        return self._files
 
     def close(self) -> list[dict]:
-        """Name, tokens and SHA-256 of each file."""
         self._close()
-        if len(self._done) == 1:
-            numbered, self._done[0]["name"] = self._done[0]["name"], f"{self._split}.bin"
-            (self._directory / numbered).rename(self._directory / self._done[0]["name"])
-        return self._done
+        if len(self._files) == 1:
+            (self._directory / self._files[0]["name"]).rename(self._single)
+            self._files[0]["name"] = self._single.name
+        return self._files
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def source_of(directory: Path) -> str | None:
-    """What a data set was prepared from, as its meta.json says; None where that cannot be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return json.loads((directory / "meta.json").read_bytes())["source"]
 
 
 def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, splits: dict, plan: str = "") -> dict:

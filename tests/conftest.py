@@ -48,8 +48,8 @@ def run_main(name: str, *flags, stdin: str = "") -> Ended:
         except SystemExit as end:
             status = end.code or 0
         finally:
-            gc.enable()  # this process goes on
-            gc.unfreeze()
+            gc.unfreeze()  # this process goes on
+            gc.enable()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     texts = []

@@ -5,16 +5,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # the modules of data/ use one another, in this order
-    ["config.settings", "decoder"],
+    ["config.settings", "decoder", "tracking"],
     ["generate"],  # and so the model, which has it as a method, needs nothing of ours to compute
     ["model"],
     ["files", "config.resume"],
     ["data.tokenizer"],
     ["data.readers"],
     ["data.bulk", "data.sources"],
-    ["data.token_files"],
-    ["data.pipeline", "data.report"],
-    ["data.batches"],
+    ["data.token_files", "data.job"],
+    ["data.merger", "data.report"],
+    ["data.pipeline", "data.batches"],
     ["distributed", "metrics", "checkpoint"],
     ["parallel", "card"],
     ["optimizer", "evaluate"],

@@ -18,9 +18,10 @@ WORDS = [*"a 1!é字²ǅ👍\n\t\u00a0", "tree", "  ", "23", "'s", "'S", "<|endo
 
 
 def encoded(encoder: BulkEncoder, texts: list[str]) -> list[list[int]]:
-    ids, lengths = encoder.encode([text.encode() for text in texts])
-    assert len(lengths) == len(texts) and lengths.sum() == len(ids)
-    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+    ids = encoder.encode([text.encode() for text in texts])
+    parts = np.split(ids, np.flatnonzero(ids == encoder._end_of_text))[1:]
+    assert len(parts) == len(texts) and sum(map(len, parts)) == len(ids)
+    return [part[1:].tolist() for part in parts]
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +83,11 @@ def test_any_documents_have_tiktokens_ids(fast, oracle, texts):
 
 def test_ids_do_not_change_when_the_memory_of_words_is_given_up(fast, oracle, monkeypatch):
     assert encoded(fast, ["some words"]) == oracle(["some words"])
-    assert hasattr(fast._of_thread, "gigatoken")
-    monkeypatch.setattr("data.bulk.MEMORY", 0)
-    monkeypatch.setattr("data.bulk.REMEMBERED", 0)
+    assert hasattr(fast._of_thread, "encoder")
+    for name in ("MEMORY", "MEMORY_EACH", "REMEMBERED"):
+        monkeypatch.setattr(f"data.bulk.{name}", 0)
     assert encoded(fast, ["some words"]) == oracle(["some words"])
-    assert not hasattr(fast._of_thread, "gigatoken")
+    assert not hasattr(fast._of_thread, "encoder")
     assert encoded(fast, ["some more words"]) == oracle(["some more words"])
 
 

@@ -52,7 +52,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path):
     metrics = Metrics(tmp_path / "run", active=False)
-    metrics.track({"wandb_log": True})
+    metrics.track({"wandb_log": True, "tensorboard_log": True})
     metrics.write(step=1, train_loss=1.0)
     metrics.draw()
     metrics.close()

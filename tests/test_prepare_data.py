@@ -203,6 +203,14 @@ def test_a_bpe_is_trained_on_the_text_to_the_size_asked_for(prepare, folder):
     assert len(open_data_set(directory).train) < len(source.joinpath("a.txt").read_text()) / 1.5
 
 
+def test_a_link_to_another_place_stays_one(prepare, folder, tmp_path):
+    prepare(folder({"a.txt": "old " * 100}), name="elsewhere").rename(tmp_path / "far")
+    (tmp_path / "data" / "set").symlink_to(tmp_path / "far")
+    prepare(folder({"a.txt": "new " * 100}))
+    assert (tmp_path / "data" / "set").is_symlink() and split_texts(tmp_path / "far", "train") == ["new " * 95]
+    assert os.listdir(tmp_path / "data") == ["set"]
+
+
 # which files
 
 
@@ -272,6 +280,12 @@ def test_a_failure_is_one_line_and_leaves_an_existing_data_set_as_it_was(prepare
     assert failed([*arguments, "--name=set"], tmp_path).startswith(message)
     assert contents(tmp_path) == before
     assert os.listdir(directory.parent) == ["set"]
+
+
+def test_what_the_system_refuses_is_named_with_its_reason(folder, tmp_path):
+    folder({"a.txt": "text " * 100, "file": ""}, ".")
+    line = failed(["a.txt", "--name=set", "--data_dir=file"], tmp_path)
+    assert line == "prepare_data.py: file/set cannot be made: file/set.partial: Not a directory"
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", ".hidden", "with space", "-", "ends\n"])

@@ -196,7 +196,7 @@ def test_a_large_file_in_parts_has_the_text_and_the_tokens_of_the_whole(tmp_path
         assert len({part.split for part in parts}) == 1
         for tokenizer in (gpt2(), make_tokenizer("bpe", [text], 300)):
             assert [i for part in parts for i in tokenizer.encode(part.text.decode())] == tokenizer.encode(text)
-        assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
+        assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
 
 
 def test_of_few_documents_the_tail_of_a_large_one_goes_to_validation(tmp_path, monkeypatch):

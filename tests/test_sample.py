@@ -18,7 +18,9 @@ LINE = "\n---------------\n"
 
 
 def sample(out_dir, status=0, stdin="", **changes) -> str:
-    values = dict(out_dir=out_dir, start="the sea", max_new_tokens=20, device="cpu", dtype="float32")
+    values = dict(out_dir=out_dir, max_new_tokens=20, device="cpu", dtype="float32")
+    if not {"start", "prompts", "interactive", "score"} & set(changes):
+        values["start"] = "the sea"
     ended = run_main("sample", *flags(**(values | changes)), stdin=stdin)
     assert ended.status == status, ended.err
     return ended.err if status else ended.out
@@ -187,6 +189,14 @@ def test_a_line_of_a_file_of_prompts_or_typed_is_text_and_names_no_file(emoji, t
 def test_a_file_without_prompts_is_one_line_and_status_2(learned, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     assert "empty.txt has no prompt" in sample(learned, status=2, prompts=tmp_path / "empty.txt")
+
+
+def test_a_prompt_beside_prompts_or_a_score_is_refused_in_one_line(learned, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the sea\n")
+    error = sample(learned, status=2, start="", prompts=tmp_path / "prompts.txt")
+    assert error == "sample.py: --start and --prompts exclude each other: give one of them\n"
+    assert "--start and --score" in sample(learned, status=2, start="east", score=tmp_path / "prompts.txt")
+    assert sample(learned, start="east", interactive=False) == sample(learned, start="east")
 
 
 def test_a_text_ends_before_a_stop_string_that_spans_several_tokens(learned):

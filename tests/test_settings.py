@@ -325,6 +325,8 @@ def main():
         return len(bytearray(1 << 60))
     if sys.argv[1] == "failure":
         raise RunFailed("the oven went out")
+    if sys.argv[1] == "snow":
+        print("\u2603")
     return 7 if sys.argv[1] == "seven" else None
 run_script(main)
 """
@@ -332,13 +334,20 @@ run_script(main)
 
 def run(argument, **environment):
     env = {**os.environ, "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([sys.executable, "-c", SCRIPT, argument], env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, argument], env=env, capture_output=True, text=True, encoding="utf-8"
+    )
 
 
 def test_a_mistake_ends_the_process_with_status_2_and_one_line():
     ended = run("mistake")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "a note\n-c: bread.txt: there is no flour in it\n"
+
+
+def test_text_goes_out_as_utf8_whatever_the_machines_encoding_is():
+    ended = run("snow", PYTHONIOENCODING="cp1252")
+    assert (ended.returncode, ended.stdout) == (0, "☃\n")
 
 
 def test_without_a_mistake_the_process_ends_with_status_0():

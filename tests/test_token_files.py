@@ -26,7 +26,7 @@ def data_set(tmp_path):
         splits = {}
         for split, texts in (("train", TRAIN), ("val", VAL)):
             ids = np.array([i for text in texts for i in (*text.encode(), 256)][:-1], np.uint16)
-            writer = ShardWriter(new, split, shard_tokens=100)
+            writer = ShardWriter(new, split, np.dtype("<u2"), shard_tokens=100)
             writer.write(ids)
             figures = {"tokens": len(ids), "bytes": sum(len(t.encode()) for t in texts), "documents": len(texts)}
             splits[split] = figures | {"files": writer.close()}

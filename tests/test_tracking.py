@@ -86,6 +86,29 @@ def test_a_run_goes_on_without_a_login_to_wandb(tmp_path, train, monkeypatch):
     assert "wandb is off: " in ended.err and "WANDB_MODE=offline" in ended.err
 
 
+def test_tensorboard_has_the_metrics_and_samples_and_a_resumed_run_goes_on(tmp_path, train, resume):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out_dir = tmp_path / "run"
+    train(out_dir, max_iters=6, eval_interval=2, keep_every=4, tensorboard_log=True)
+    resume(out_dir, init_from="resume:step-000004")  # updates 5 and 6 are made, and told, once more
+    events = accumulator.EventAccumulator(str(out_dir / "tensorboard")).Reload()
+    records = read_metrics(out_dir / "metrics.jsonl")
+    names = {name for record in records for name in record} - {"step"}
+    assert set(events.Tags()["scalars"]) == names >= {"train_loss", "val_loss", "resumed_from"}
+    for name in names:
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        assert told == [(r["step"], pytest.approx(r[name])) for r in records if name in r], name
+    texts = {tag: events.Tensors(f"{tag}/text_summary") for tag in ("sample", "settings")}
+    assert [event.step for event in texts["sample"]] == [0, 2, 4, 6, 6]  # of texts it shows both
+    assert "    n_embd = 16" in texts["settings"][-1].tensor_proto.string_val[0].decode()
+
+
+def test_a_run_goes_on_where_tensorboard_is_not_installed(tmp_path, train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    ended = train(tmp_path / "run", max_iters=1, tensorboard_log=True)
+    assert "tensorboard is off: " in ended.err and "pip install tensorboard" in ended.err
+
+
 def test_a_wandb_that_fails_does_not_stop_a_run(tmp_path, train, monkeypatch):
     pytest.importorskip("wandb").teardown()  # so that it reads the environment anew
     monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
