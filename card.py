@@ -9,6 +9,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+from config.settings import counted, millions
 from metrics import read_metrics
 from model import GPT, GPTConfig
 
@@ -51,10 +52,11 @@ def write_card(directory: Path, out_dir: Path, model: GPT, training: dict) -> No
     rows = data_rows(settings) | training_rows(settings, step, training["seconds"], records)
     recipe = [f"{name} = {value!r}\n" for name, value in settings.items() if name not in PRIVATE]
     table = "".join(f"| {name} | {text} |\n" for name, text in rows.items())
+    origin = settings.get("init_from", "scratch")
+    start = "" if origin in FRESH else f", from {public(shlex.quote(origin))}"
     parts = [
         f"{HEAD}\n# {out_dir.resolve().name}\n",
-        f"{describe(model.config, model.num_parameters())} Trained with plainGPT"
-        + (f", from {public(settings['init_from'])}." if settings.get("init_from", "scratch") not in FRESH else "."),
+        f"{describe(model.config, model.num_parameters())} Trained with plainGPT{start}.",
         f"\n| | |\n| --- | --- |\n{table}",
         "![losses, learning rate, gradient norm and speed](loss.png)\n" if picture.is_file() else "",
         USE,
@@ -70,11 +72,11 @@ def public(words: str) -> str:
 
 
 def describe(config: GPTConfig, parameters: int) -> str:
-    millions = f"{parameters / 1e6:,.2f}" if parameters < 1e7 else f"{parameters / 1e6:,.0f}"
     biases = "with" if config.bias else "without"
     return (
-        f"A GPT-2 of {millions}M parameters: {config.n_layer} blocks of {config.n_embd} channels, "
-        f"{config.n_head} heads, {config.block_size:,} positions, {config.vocab_size:,} ids, {biases} biases."
+        f"A GPT-2 of {millions(parameters)} parameters: {counted(config.n_layer, 'block')} of "
+        f"{counted(config.n_embd, 'channel')}, {counted(config.n_head, 'head')}, "
+        f"{counted(config.block_size, 'position')}, {counted(config.vocab_size, 'id')}, {biases} biases."
     )
 
 

@@ -24,6 +24,13 @@ from files import check_sums, existing, inside
 from model import GPT, GPTConfig
 
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+HUB_ERRORS = {  # what huggingface_hub says in many lines
+    "RepositoryNotFoundError": "there is none of that name, or it is private; then log in: hf auth login",
+    "GatedRepoError": "its owner wants to be asked for access, on its page there; then log in: hf auth login",
+    "RevisionNotFoundError": "it has no such branch, tag or commit",
+    "LocalEntryNotFoundError": "it does not answer, and no copy is in the cache; it can be named as a directory",
+    "HFValidationError": "a name there is owner/name",
+}
 
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
 # Hugging Face's GPT-2 keeps these matrices as (in, out), nn.Linear as (out, in).
@@ -159,7 +166,7 @@ def _from_hub(name: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # of many kinds: no such name, no network, no permission, not in the cache
-        reason = one_line(error)
+        reason = HUB_ERRORS.get(type(error).__name__) or one_line(error)
         raise UserError(f"{name} is no directory here, and cannot be had from the hub: {reason}") from error
     if not any(found.glob("*.safetensors")):
         raise UserError(f"{name} has no weights in safetensors on the hub, or not in the cache; pickles are not read")

@@ -1,5 +1,6 @@
 """The machine as the training loop sees it: one frozen object for one process or many, on CPU, CUDA or MPS."""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import gc
@@ -9,6 +10,7 @@ import re
 import secrets
 import signal
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from config.settings import RunFailed, UserError
+from config.settings import RunFailed, UserError, one_line
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
@@ -71,6 +73,15 @@ class Distributed:
     def max(self, *numbers: int) -> list[int]:
         """The largest of each number over all ranks. All ranks, as `sum`."""
         return [int(number) for number in self._reduce(numbers, dist.ReduceOp.MAX)]
+
+    def wait(self, job: Future | None) -> None:
+        """Until the main process's `job` is done; raises what it did. All ranks, who ask one another every second:
+        so it may take longer than a process waits for another.
+        """
+        while self.max(bool(job and concurrent.futures.wait([job], timeout=1).not_done))[0]:
+            pass
+        if job:
+            job.result()
 
     def _reduce(self, numbers: tuple, operation) -> list:
         if self.world_size == 1:
@@ -146,7 +157,10 @@ def _meet(store: dist.Store, rank: int, world_size: int) -> str:
     drawn = secrets.token_hex(8)
     if rank:
         store.set(f"hello/{rank}", drawn)
-        name = store.get(f"answer/{drawn}").decode()  # waits for it
+        try:
+            name = store.get(f"answer/{drawn}").decode()
+        except dist.DistError as error:
+            raise RunFailed(f"process 0 did not answer within {store.timeout}: {one_line(error)}") from error
         store.add(f"have/{name}", 1)
         return name
     end = time.monotonic() + store.timeout.total_seconds()

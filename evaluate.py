@@ -42,13 +42,21 @@ def describe_loss(loss: float, data: DataSet) -> str:
     return f"val_loss {loss:.4f}{perplexity}" + (f", {bpb:.4f} bits per byte" if bpb else "")
 
 
+def whole_copy(model: GPT, dist: Distributed) -> GPT | None:
+    """A sharded model, whole, to sample from; none off main. All ranks. Its blocks' matrices are in the precision of
+    the products already: a card that needs sharding has no room for more, and the text is the same."""
+    weights = gather(model.weights(), dist)
+    if not dist.is_main:
+        return None
+    weights = {name: w.to(dist.dtype) if ".h." in name and w.dim() == 2 else w for name, w in weights.items()}
+    return GPT.from_weights(model.config, weights).to(dist.device)
+
+
 def write_sample(model: GPT, data: DataSet, length: int, dist: Distributed, seed: int) -> str:
     """A few words by the model as it is, going on from the first token of the validation split; none off main.
     All ranks: of a sharded model main gathers a copy.
     """
-    if any(map(is_shared, model.parameters())):
-        weights = gather(model.weights(), dist)
-        model = GPT.from_weights(model.config, weights).to(dist.device) if dist.is_main else model
+    model = whole_copy(model, dist) if any(map(is_shared, model.parameters())) else model
     if not dist.is_main:
         return ""
     prompt = [int(next(iter(data.val.all()))[0])]

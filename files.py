@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from config.settings import UserError, note, one_line
 
 SUMS = "SHA256SUMS"  # in the form of `sha256sum -c`
@@ -59,8 +61,30 @@ def existing(final: Path) -> Path | None:
     return next((path for path in (final, _sibling(final, "old")) if path.is_dir()), None)
 
 
+def claim(out_dir: Path) -> FileLock:
+    """The lock of a run's folder, held until `release` or the end of the process; UserError while a run has it."""
+    lock = FileLock(out_dir / "run.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"{out_dir} is another run's, which goes on; end it, or choose another --out_dir") from error
+    except (OSError, NotImplementedError):
+        pass  # a disk that knows no locks; if nothing can be written there, others tell so
+    return lock
+
+
+def release(lock: FileLock) -> None:
+    with contextlib.suppress(OSError):  # on Windows a file that is open stays
+        Path(lock.lock_file).unlink()
+    lock.release()
+
+
 def set_aside(out_dir: Path) -> None:
     """An earlier run in the same folder is kept under another name: a new run never destroys it."""
+    if (out_dir / SUMS).exists():
+        raise UserError(f"{out_dir} is a model or a data set, not the folder of a run; choose another --out_dir")
+    if out_dir.is_dir():
+        release(claim(out_dir))
     if existing(out_dir / "last") or existing(out_dir / "best") or next(out_dir.glob("step-*"), None):
         free = next(path for i in itertools.count(1) if not (path := Path(f"{out_dir}.{i}")).exists())
         try:
@@ -117,7 +141,7 @@ def sha256(path: Path) -> str:
 
 
 def _sibling(path: Path, suffix: str) -> Path:
-    return path.with_name(f"{path.name}.{suffix}")
+    return Path(f"{path}.{suffix}")  # `with_name` has no answer for "."
 
 
 def _flush(path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config.settings import UserError, note, one_line, run_script
+from files import claim, release
 from tracking import TensorBoard, WandB
 
 SPIKE_WINDOW = 50  # logged losses that the next is compared with
@@ -33,6 +34,7 @@ class Metrics:
         kept = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
         self.losses.extend(record["train_loss"] for record in kept if "train_loss" in record)
         new = self.path.with_name("metrics.jsonl.new")
+        self.lock = claim(self.path.parent)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -91,6 +93,8 @@ class Metrics:
 
     def close(self) -> None:
         self._tell_trackers("close")
+        if self.active:
+            release(self.lock)
 
     def _tell_trackers(self, method: str, *arguments) -> None:
         for tracker in list(self.trackers):
@@ -104,22 +108,18 @@ class Metrics:
 class Stopwatch:
     """Seconds of training: evaluations and saves stop it."""
 
-    def __init__(self):
-        self._before, self._started = 0.0, None
+    def __init__(self, seconds: float):
+        self._before, self._started = seconds, None
 
     @property
     def seconds(self) -> float:
-        return self._before + (time.perf_counter() - self._started if self._started is not None else 0.0)
-
-    @seconds.setter
-    def seconds(self, value: float) -> None:
-        self._before, self._started = value, None
+        return self._before + (time.perf_counter() - self._started if self._started else 0.0)
 
     def go(self) -> None:
-        self._started = self._started if self._started is not None else time.perf_counter()
+        self._started = self._started or time.perf_counter()
 
     def pause(self) -> None:
-        self.seconds = self.seconds
+        self._before, self._started = self.seconds, None
 
 
 class Progress:
@@ -137,7 +137,8 @@ class Progress:
 
     def tell(self, text: str, indent: str = "") -> None:
         if self.active:
-            self.bar.write(indent + text.replace("\n", "\n" + indent), file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal has gone, or who read: a run goes on, or has yet to save
+                self.bar.write(indent + text.replace("\n", "\n" + indent), file=sys.stderr)
 
     def show(self, record: dict, seconds_left: float) -> None:
         mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""
@@ -180,14 +181,15 @@ PANELS = {
 }
 
 
-def draw(out_dirs: list[Path], picture: Path) -> None:
-    """The curves of one run or several, without a display; nothing if there is nothing to draw."""
+def draw(out_dirs: list[Path], picture: Path) -> bool:
+    """The curves of one run or several, without a display; False if there is nothing to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if figure := curves(out_dirs):
         new = picture.with_name(f"{picture.name}.new")
         FigureCanvasAgg(figure).print_png(str(new))
         new.replace(picture)  # whole at any moment: a save takes a copy
+    return figure is not None
 
 
 def curves(out_dirs: list[Path]):
@@ -224,14 +226,18 @@ def _line(axes, records: list[dict], key: str, label: str | None = None, **style
 
 
 def main() -> None:
-    out_dirs = [Path(argument) for argument in sys.argv[1:]]
+    out_dirs, picture = [Path(argument) for argument in sys.argv[1:]], Path("compare.png")
+    if not out_dirs or sys.argv[1].startswith("-"):
+        raise UserError("name the folders of one run or more: python metrics.py out-a out-b")
     for out_dir in out_dirs:
         if not (out_dir / "metrics.jsonl").exists():
             raise UserError(f"{out_dir} has no metrics.jsonl")
-    if not out_dirs:
-        raise UserError("name the folders of one run or more")
-    draw(out_dirs, Path("compare.png"))
-    note("drawn: compare.png")
+    try:
+        if not draw(out_dirs, picture):
+            raise UserError("there is no loss to draw yet")
+    except OSError as error:
+        raise UserError(f"{picture} cannot be written: {one_line(error)}") from error
+    note(f"drawn: {picture}")
 
 
 if __name__ == "__main__":

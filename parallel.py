@@ -1,5 +1,6 @@
 """A model on one process or many: replicated or sharded, its gradients averaged, its tensors whole again for a save."""
 
+import logging
 import os
 import warnings
 
@@ -53,10 +54,7 @@ def _replicate(model: nn.Module, dist: Distributed, reduce_in: torch.dtype) -> n
 
 def shards(dist: Distributed, sharding: str) -> int:
     """How many processes share a copy of the model."""
-    sizes = {"ddp": 1, "fsdp": dist.world_size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}
-    if dist.world_size % sizes[sharding]:
-        raise UserError(f"--sharding={sharding}: {dist.world_size} processes are not as many on every node")
-    return sizes[sharding]
+    return {"ddp": 1, "fsdp": dist.world_size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}[sharding]
 
 
 def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.dtype) -> nn.Module:
@@ -67,6 +65,9 @@ def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     size = shards(dist, sharding)
+    fewest, most = dist.max(-size, size)
+    if -fewest != most:
+        raise UserError(f"--sharding=hybrid takes as many processes on every node: one has {-fewest}, another {most}")
     hybrid = sharding == "hybrid"
     shape, names = ((dist.world_size // size, size), ("nodes", "in_node")) if hybrid else ((size,), ("all",))
     mesh = init_device_mesh(dist.device.type, shape, mesh_dim_names=names)
@@ -89,11 +90,32 @@ def _compile(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds
-        reason = one_line(error).split(" Set TORCH")[0]  # advice on how to look inside torch
-        note(f"torch.compile does not work here, going on without it: {reason}")
+        note(f"torch.compile does not work here, going on without it: {_reason(error)}")
         return model
-    torch._dynamo.config.suppress_errors = True
+    _go_on_without()
     return torch.compile(model)
+
+
+def _go_on_without() -> None:
+    """What cannot be compiled in spite of the trial runs as it is too, and the first time one line tells so, in place
+    of torch's hundreds."""
+
+    def tell(record: logging.LogRecord) -> bool:
+        nonlocal told
+        if not record.exc_info:
+            return True
+        if not told:
+            note(f"torch.compile failed, going on without it where it does: {_reason(record.exc_info[1])}")
+        told = True
+        return False
+
+    told = False
+    torch._dynamo.config.suppress_errors = True
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(tell)
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(error).split(" Set TORCH")[0]  # advice on how to look inside torch
 
 
 def exchange_gradients(model: nn.Module, last: bool) -> None:

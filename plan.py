@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from config.settings import note
+from config.settings import counted, millions, note
 from distributed import PEAK_TFLOPS, Distributed
 from model import GPT
 from parallel import shards
@@ -59,9 +59,11 @@ def hours(model: GPT, config: Any, card: str, cards: int) -> float:
 def describe(model: GPT, config: Any, dist: Distributed, tokens: int) -> str:
     """One line on the run: `tokens` are those of an epoch."""
     precision, each = str(dist.dtype).removeprefix("torch."), tokens_per_update(config)
+    epochs = config.max_iters * each / tokens
     return (
-        f"{model.num_parameters() / 1e6:.2f}M parameters, {dist.world_size} x {dist.device.type} in {precision}; "
-        f"{config.max_iters:,} updates of {each:,} tokens, {config.max_iters * each / tokens:.1f} epochs of {tokens:,}"
+        f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
+        f"{counted(config.max_iters, 'update')} of {counted(each, 'token')}, "
+        f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {tokens:,}"
     )
 
 
@@ -105,4 +107,4 @@ def _peak_memory(dist: Distributed) -> int:
 
 
 def gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"

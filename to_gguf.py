@@ -106,15 +106,18 @@ def main() -> None:
     if config.dtype == "int8" and model.config.n_embd % 32:
         raise UserError(f"--dtype=int8 takes 32 numbers at a time, and n_embd={model.config.n_embd}: use float16")
     path = Path(config.out)
-    new = path.with_name(f"{path.name}.new")
+    new = Path(f"{path}.new")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--out={config.out}: that is no file")
     try:
         write_gguf(new, model, config.dtype, tokenizer)
         new.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {one_line(error)}") from error
     finally:
-        new.unlink(missing_ok=True)
-    note(f"{path}: {path.stat().st_size / 1e6:.1f} MB; next: llama-cli -m {path}")
+        if new.exists():
+            new.unlink()
+    note(f"{path}: {path.stat().st_size / 1e6:.2f} MB; next: llama-cli -m {path}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 import dataclasses
 import gc
 import itertools
-import math
+import shlex
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,9 +209,9 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     if config.dry_run:
         rehearse(raw_model, config, dist, lambda c: train_step(model, optimizers, scaler, train_batches, 0, c, dist))
         return 0
-    out_dir, watch = Path(config.out_dir), Stopwatch()
-    before = training or NEW_RUN
-    start, watch.seconds = before["step"], before["seconds"]
+    out_dir, before = Path(config.out_dir), training or NEW_RUN
+    start, watch = before["step"], Stopwatch(before["seconds"])
+    lowest, worse = before["best_val_loss"], before["evaluations_since_best"]
     earliest, latest = dist.max(-start, start)
     if -earliest != latest:
         raise UserError(f"the processes found different checkpoints in {out_dir}: it has to be on a disk they share")
@@ -224,11 +224,11 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     metrics = Metrics(out_dir, dist.is_main, start if training else None)
     metrics.track(of_the_run["settings"])
     progress = Progress(start, config.max_iters, dist.is_main)
-    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, dist, before["best_val_loss"], progress.tell)
-    lowest, worse = before["best_val_loss"] or math.inf, before["evaluations_since_best"]
-    stop, stopping = StopSignal(), 0
+    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, dist, lowest, progress.tell)
+    stop, stopping, failing = StopSignal(), 0, 0
     # Updates whose gradients were not finite, counted on the device: all of them, and those in a row
     skipped, in_a_row = torch.tensor([before["skipped"], 0], device=dist.device)
+    heard = torch.zeros((), dtype=torch.long, pin_memory=dist.device.type == "cuda")  # of the latter, on the host
     logged, logged_seconds = start, watch.seconds
     gc.disable()  # an update leaves nothing to collect; looking for it again and again costs pauses
     gc.freeze()  # and what is there stays: the collections below need not look through it
@@ -239,6 +239,12 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             dist.synchronize()
             watch.pause()
             gc.collect()
+            failing = int(heard)
+        if failing >= MAX_SKIPPED:
+            raise RunFailed(
+                f"the gradients were not finite in {failing} updates in a row, seen after update {step}; "
+                "no weights were touched: resume from the last save, or start anew, with a lower --learning_rate"
+            )
         if due:
             val_loss = evaluate(model, eval_batches, dist)
             metrics.write(step=step, tokens=step * each, val_loss=val_loss, val_bpb=bits_per_byte(val_loss, data.val))
@@ -262,11 +268,6 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
         done = step + 1
         if done % config.log_interval == 0 or done == config.max_iters:
             (loss_sum,) = dist.sum(loss.item())  # a CPU-GPU sync point: only here
-            if in_a_row >= MAX_SKIPPED:
-                raise RunFailed(
-                    f"the gradients were not finite in {int(in_a_row)} updates in a row, the last of them {done}; "
-                    "no weights were touched: resume from the last save, or start anew, with a lower --learning_rate"
-                )
             updates_per_second = (done - logged) / (watch.seconds - logged_seconds)
             logged, logged_seconds = done, watch.seconds
             line = dict(step=done, tokens=done * each, seconds=watch.seconds, lr=config.learning_rate_at(step))
@@ -279,18 +280,19 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             if spike := metrics.spike(line["train_loss"]):
                 progress.tell(f"step {done}: {spike}")
         progress.advance()
-        (stopping,) = dist.max(stop.number)
+        heard.copy_(in_a_row, non_blocking=True)  # it arrives when the device has come so far: nobody waits
+        stopping, failing = dist.max(stop.number, int(heard))
 
     progress.close()
-    metrics.close()
     if problem := saver.wait():
         raise RunFailed(f"the last save failed: {problem}")
+    metrics.close()
     if stopping:
         note(f"stopped by {signal.Signals(stopping).name} after update {step}, saved; go on with --init_from=resume")
         return 128 + stopping
     if step < config.max_iters:
-        note(f"ended early, after update {step}: {worse} evaluations in a row without a lower loss than {lowest:.4f}")
-    note(f"done: {out_dir}/best, {out_dir}/last, {out_dir}/loss.png; next: python sample.py --out_dir={out_dir}")
+        note(f"ended early, after update {step}: the lowest loss is still {lowest:.4f} (--patience={config.patience})")
+    note(f"done: best, last, loss.png in {out_dir}; next: python sample.py --out_dir={shlex.quote(str(out_dir))}")
     return 0
 
 

@@ -11,8 +11,8 @@ import json
 import math
 import os
 import shlex
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ FIELDS = {
     "step": NonNegativeInt, "seconds": NonNegative, "skipped": NonNegativeInt, "best_val_loss": float | None,
     "evaluations_since_best": NonNegativeInt, "settings": dict, "derived": list, "data": str, "scaler": dict,
 }  # fmt: skip
-NEW_RUN = {"step": 0, "seconds": 0.0, "skipped": 0, "best_val_loss": None, "evaluations_since_best": 0}
+NEW_RUN = {"step": 0, "seconds": 0.0, "skipped": 0, "best_val_loss": math.inf, "evaluations_since_best": 0}
 
 
 class Saver:
@@ -52,7 +52,7 @@ class Saver:
         optimizers: list,
         tokenizer: Tokenizer,
         dist: Distributed,
-        best_val_loss: float | None = None,
+        best_val_loss: float = math.inf,
         tell: Callable[[str], None] = note,
     ):
         self.out_dir, self.model, self.optimizers, self.tokenizer = out_dir, model, optimizers, tokenizer
@@ -60,7 +60,8 @@ class Saver:
         self.best_val_loss = best_val_loss  # of the model in `best`, if there is one
         self.tell = tell
         self._problem: str | None = None
-        self._thread: threading.Thread | None = None
+        self._threads = ThreadPoolExecutor(1)
+        self._job: Future | None = None
 
     def save(self, training: dict, val_loss: float | None = None, keep: bool = False) -> None:
         """Replace `last` by the state as it is now, and `best` too if `val_loss` is the lowest so far; with `keep`
@@ -70,13 +71,11 @@ class Saver:
         moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
         if not self.dist.is_main:
             return
-        self._thread = threading.Thread(target=self._write, args=(weights, moments, training, val_loss, keep))
-        self._thread.start()
+        self._job = self._threads.submit(self._write, weights, moments, training, val_loss, keep)
 
     def wait(self) -> str | None:
-        """Return when nothing is being written: what went wrong in the save before, or None."""
-        if self._thread:
-            self._thread.join()
+        """Return when nothing is being written: what went wrong in the save before, or None. All ranks."""
+        self.dist.wait(self._job)
         return self._problem
 
     def _write(self, weights: dict, moments: dict, training: dict, val_loss: float | None, keep: bool) -> None:
@@ -90,15 +89,15 @@ class Saver:
         def state_files(new: Path) -> None:
             model_files(new)
             safetensors.torch.save_file(moments, new / "optimizer.safetensors")
-            content = {"format_version": FORMAT_VERSION} | training | {"best_val_loss": self.best_val_loss}
+            best = self.best_val_loss if self.best_val_loss < math.inf else None  # JSON has no infinity
+            content = {"format_version": FORMAT_VERSION} | training | {"best_val_loss": best}
             (new / "training.json").write_text(json.dumps(content, indent=2) + "\n")
 
         step, self._problem = training["step"], None
         bad = next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None)
         if bad:
             return self._failed(f"update {step} is not saved: {bad} has values that are not finite numbers")
-        lowest = math.inf if self.best_val_loss is None else self.best_val_loss
-        if val_loss is not None and val_loss < lowest and self._replace("best", model_files, step):
+        if val_loss is not None and val_loss < self.best_val_loss and self._replace("best", model_files, step):
             self.best_val_loss = val_loss
         self._replace("last", state_files, step)
         if keep:
@@ -136,7 +135,8 @@ def load_training(directory: Path) -> dict:
             raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
         for name, hint in FIELDS.items():
             check_value(name, training[name], hint, path)
-        return training | {"directory": found}
+        best = training["best_val_loss"]
+        return training | {"directory": found, "best_val_loss": math.inf if best is None else best}
 
 
 def load_optimizers(training: dict, model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler) -> None:

@@ -281,7 +281,7 @@ def stall(folder: Path) -> None:
     for step in range(1, 5):
         started = time.perf_counter()
         stalls.append(timed(saver.save, COMPLETE | {"step": step}, val_loss=5.0 - step))
-        while saver._thread.is_alive():
+        while not saver._job.done():
             beside.append(timed(update, model, optimizers, 128))
         saver.wait()
         writes.append(time.perf_counter() - started)

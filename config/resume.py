@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from config.settings import UserError, check_value, note
+from config.settings import UserError, check_value, counted, note
 
 # These belong to the place where the run goes on, not to the run.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout"}
@@ -30,7 +30,8 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
     if missing := {"gradient_accumulation_steps", "batch_size"} - trained.keys():
         raise UserError(f"{where}: settings lack {', '.join(sorted(missing))}")
     differing = {name for name in given if name in trained and getattr(config, name) != trained[name]} - LOCAL
-    flags = {name for name in differing if given[name].startswith("--")}
+    of_flags = {name for name in given if given[name].startswith("--")}
+    flags = differing & of_flags
     for name in sorted(differing):
         asked = f"{given[name]}: {name}={getattr(config, name)}"
         if name not in flags:
@@ -43,11 +44,10 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
                 "leave it out, or start anew with --init_from=scratch"
             )
     fields = {field.name for field in dataclasses.fields(config)}
-    kept = {name: value for name, value in trained.items() if name in fields - flags - LOCAL}
-    optional = [field.name for field in dataclasses.fields(config) if field.default is None]
-    for name in (name for name in optional if name in training["derived"]):
-        if not given.get(name, "").startswith("--"):
-            kept[name] = None  # derived again, from what may have changed
+    kept = {name: value for name, value in trained.items() if name in fields - flags - LOCAL | {"init_from"}}
+    for field in dataclasses.fields(config):  # what was derived is derived again, from what may have changed
+        if field.default is None and field.name in training["derived"] and field.name not in of_flags:
+            kept[field.name] = None
     config = dataclasses.replace(config, **kept)
     before = trained["gradient_accumulation_steps"] * trained["batch_size"]
     now = config.gradient_accumulation_steps * config.batch_size
@@ -59,8 +59,8 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
     done = training["step"]
     if config.max_iters < done:
         raise UserError(
-            f"max_iters={config.max_iters}, but the checkpoint in {training['directory']} has {done} updates"
+            f"max_iters={config.max_iters}, but the checkpoint in {training['directory']} has {counted(done, 'update')}"
         )
-    if config.max_iters == done:
-        note(f"the run has its {done:,} updates already: --max_iters=… for more, --init_from=scratch to start anew")
+    if config.max_iters == done and not config.eval_only:
+        note(f"the run has {counted(done, 'update')} already: --max_iters=… for more, or --init_from=scratch")
     return config

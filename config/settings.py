@@ -97,7 +97,8 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main` as the process: UserError becomes one line on standard error and status 2, RunFailed status 1."""
+    """Run `main` as the process: UserError becomes one line on standard error and status 2; RunFailed, and want of
+    memory, status 1."""
     rank = os.environ.get("RANK", "0")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")  # whatever a pipe's code page is on this machine: Windows has many
@@ -105,20 +106,25 @@ def run_script(main: Callable[[], int | None]) -> None:
         status = main()
         gc.freeze()  # Python's last search for garbage among torch's 300,000 objects takes half a second
         sys.exit(status)
-    except (UserError, RunFailed) as error:
-        where = "" if rank == "0" else f" [rank {rank}]"
-        print(f"{os.path.basename(sys.argv[0])}{where}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `python sample.py | head`
         os._exit(141)
+    except Exception as error:
+        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # which is torch's
+        if not out_of_memory and not isinstance(error, (UserError, RunFailed)):
+            raise
+        what = f"out of memory: {one_line(error)}; a smaller --batch_size needs less" if out_of_memory else error
+        where = "" if rank == "0" else f" [rank {rank}]"
+        print(f"{os.path.basename(sys.argv[0])}{where}: {what}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def note(message: str) -> None:
     """Tell the person at the terminal one line; under torchrun, only rank 0 speaks."""
     if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody listens any more: no reason to end
+            print(message, file=sys.stderr)
 
 
 def closest(name: str, names: typing.Iterable[str]) -> str:
@@ -135,6 +141,10 @@ def one_line(error: BaseException) -> str:
 def counted(n: int, thing: str) -> str:
     """How many of a thing there are, as in `1 document` and `2,000 documents`."""
     return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def millions(number: int) -> str:
+    return f"{number:,}" if number < 1e5 else f"{number / 1e6:,.{2 if number < 1e7 else 0}f}M"
 
 
 def _unknown(name: str, source: str, fields: typing.Iterable[str]) -> str:

@@ -2,13 +2,14 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
 from conftest import ROOT, child_environment
 
-from config.settings import UserError
-from distributed import StopSignal, connect
+from config.settings import RunFailed, UserError
+from distributed import StopSignal, _meet, connect
 from parallel import wrap
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -96,10 +97,20 @@ def test_a_signal_is_noted_and_a_second_interrupt_is_not_held_back():
             signal.signal(number, handler)
 
 
-def test_two_processes_sum_and_average_gradients(tmp_path):
+def test_a_process_that_is_not_answered_says_so_in_one_line():
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(RunFailed, match=r"process 0 did not answer within 0:00:00.200000: "):
+        _meet(store, 1, 2)
+    with pytest.raises(RunFailed, match=r"only 1 of 2 processes came within 0:00:00.200000"):
+        _meet(store, 0, 2)
+
+
+def test_two_processes_sum_and_average_gradients_and_wait_for_the_work_of_one(tmp_path):
     script = tmp_path / "work.py"
     script.write_text(
-        "import torch\n"
+        "import os, time, torch\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
         "from distributed import connect\n"
         "from parallel import wrap\n"
         "def work(dist):\n"
@@ -108,6 +119,12 @@ def test_two_processes_sum_and_average_gradients(tmp_path):
         "    model(torch.tensor([[dist.rank + 1.0]])).backward()\n"
         "    gradient = model.module.weight.grad.item()\n"
         "    same = dist.sum(model.module.weight.item())[0] == 2 * model.module.weight.item()\n"
+        f"    saved = rf'{tmp_path}/saved'\n"
+        "    def save():\n"
+        "        time.sleep(2)\n"
+        "        open(saved, 'w').close()\n"
+        "    dist.wait(ThreadPoolExecutor(1).submit(save) if dist.is_main else None)\n"
+        "    assert os.path.exists(saved)\n"
         "    sums = dist.sum(dist.rank + 1.5, 1), dist.max(dist.rank)\n"
         "    line = (dist.rank, dist.is_main, dist.world_size, *sums, gradient, same)\n"
         f"    open(rf'{tmp_path}/{{dist.rank}}', 'w').write(repr(line))\n"

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
@@ -149,3 +150,8 @@ def test_a_link_to_another_disk_stays_a_link(tmp_path):
             (new / "file").write_text(content)
     assert (tmp_path / "name").is_symlink()
     assert (tmp_path / "big" / "file").read_text() == "two"
+
+
+def test_the_folder_here_and_one_without_a_name_have_siblings_too():
+    for name in ("", "."):
+        assert existing(Path(name)) == Path()

@@ -43,6 +43,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def commit(self, name: str, revision: str) -> tuple[str, dict]:
         commits = self.server.repositories.get(name)
+        if commits == "gated":
+            return self.answer(403, X_Error_Code="GatedRepo")
         if commits is None:
             return self.answer(404, X_Error_Code="RepoNotFound")
         commit = list(commits)[-1] if revision == "main" else self.server.tags.get(revision, revision)
@@ -133,17 +135,26 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(tmp_path, hub
     hub.repositories["some/pickle"] = {"2" * 40: without | {"pytorch_model.bin": b"code"}}
     hub.tags["first"] = commit
     hub.repositories["me/mine"]["3" * 40] = without  # a later one, without weights
+    hub.repositories["some/gated"] = "gated"
     names = ["me/mine@first", f"me/mine@{commit}", "me/mine", "me/mine@nowhere", "me/none", "some/llama", "some/pickle"]
+    names += ["some/gated", "a/b/c"]
     online = client(hub, tmp_path, sys.executable, "-c", LOAD, *names, PYTHONPATH=str(ROOT))
-    first, by_commit, later, nowhere, none, llama, pickled = online.stdout.splitlines()
+    first, by_commit, later, nowhere, none, llama, pickled, gated, no_name = online.stdout.splitlines()
     assert float(first) == pytest.approx(float(total), rel=1e-6) and by_commit == first, online.stderr
     assert "no weights in safetensors" in later and "no weights in safetensors" in pickled
-    assert "cannot be had from the hub" in nowhere and "cannot be had from the hub" in none
+    for name, told, reason in (
+        ("me/mine@nowhere", nowhere, "it has no such branch, tag or commit"),
+        ("me/none", none, "there is none of that name, or it is private; then log in: hf auth login"),
+        ("some/gated", gated, "its owner wants to be asked for access, on its page there; then log in: hf auth login"),
+        ("a/b/c", no_name, "a name there is owner/name"),
+    ):
+        assert told == f"{name} is no directory here, and cannot be had from the hub: {reason}"
     assert "a model of type llama, not a GPT-2" in llama
     assert not [path for path in hub.asked if path.endswith((".bin", "llama/resolve/main/model.safetensors"))]
     asked = len(hub.asked)
     names = ["me/mine@first", "me/other"]
     offline = client(hub, tmp_path, sys.executable, "-c", LOAD, *names, HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
     cached, missing = offline.stdout.splitlines()
-    assert cached == first and "cannot be had from the hub" in missing
+    assert cached == first
+    assert missing.endswith("it does not answer, and no copy is in the cache; it can be named as a directory")
     assert len(hub.asked) == asked

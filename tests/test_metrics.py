@@ -1,12 +1,14 @@
 import json
 import math
+import os
 import random
+import sys
 import time
 
 import pytest
 from conftest import run_main
 
-from config.settings import UserError
+from config.settings import UserError, note
 from metrics import Metrics, Progress, Stopwatch, curves, read_metrics
 
 PNG = b"\x89PNG"
@@ -37,6 +39,7 @@ def test_a_new_record_starts_anew_and_a_resumed_one_keeps_the_lines_up_to_its_st
     write_run(tmp_path)
     resumed = Metrics(tmp_path, active=True, until_step=2)
     resumed.write(step=3, train_loss=9.0)
+    resumed.close()
     assert [record["train_loss"] for record in read_metrics(resumed.path)] == [3.0, 1.5, 9.0]
     assert read_metrics(Metrics(tmp_path, active=True).path) == []
 
@@ -76,6 +79,7 @@ def test_the_curves_are_the_records_and_a_resume_is_marked(tmp_path):
     metrics.write(step=2, val_loss=5.0)
     metrics.write(step=2, train_loss=4.0, lr=0.5, grad_norm=1.5, tokens_per_second=10.0)
     metrics.write(step=9, train_loss=1.0)  # lost: the run goes on from update 4
+    metrics.close()
     metrics = Metrics(tmp_path, active=True, until_step=4)
     metrics.write(step=6, train_loss=3.0, lr=0.25, grad_norm=1.25, tokens_per_second=20.0)
     metrics.write(step=8, train_loss=2.0)
@@ -110,12 +114,21 @@ def test_the_script_compares_runs(tmp_path, monkeypatch):
 def test_the_script_names_a_folder_without_a_run(tmp_path):
     ended = run_main("metrics", tmp_path)
     assert (ended.status, ended.err) == (2, f"metrics.py: {tmp_path} has no metrics.jsonl\n")
-    assert run_main("metrics").status == 2
+    assert run_main("metrics").status == run_main("metrics", "--help").status == 2
+
+
+def test_the_script_does_not_say_that_it_drew_what_it_did_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert run_main("metrics", ".").err == "metrics.py: there is no loss to draw yet\n"
+    write_run(tmp_path / "run")
+    (tmp_path / "compare.png").mkdir()
+    ended = run_main("metrics", "run")
+    assert (ended.status, ended.err.count("\n")) == (2, 1) and "compare.png cannot be written" in ended.err
 
 
 def test_a_stopwatch_counts_only_while_it_goes():
-    watch = Stopwatch()
-    watch.seconds = 100.0
+    watch = Stopwatch(100.0)
     time.sleep(0.01)
     assert watch.seconds == 100.0
     watch.go()
@@ -150,6 +163,19 @@ def test_progress_of_other_processes_is_silent(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_goes_on_when_nobody_listens_any_more(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = open(writer, "w", buffering=1)  # noqa: SIM115 (closing it fails too)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with pytest.raises(BrokenPipeError):
+        print("nobody hears it", file=sys.stderr)
+    note("nor this")
+    Progress(0, 10, active=True).tell("nor this")
+    with pytest.raises(BrokenPipeError):
+        stderr.close()
+
+
 def spikes(losses: list[float], metrics: Metrics) -> list[int]:
     return [i for i, loss in enumerate(losses) if metrics.spike(loss)]
 
@@ -170,6 +196,7 @@ def test_a_resumed_run_knows_the_losses_before(tmp_path):
     metrics = Metrics(tmp_path, active=True)
     for step in range(20):
         metrics.write(step=step, train_loss=3.0)
+    metrics.close()
     told = Metrics(tmp_path, active=True, until_step=15).spike(5.0)
     assert told == "loss spike: 5.0000, the running median is 3.0000"
     assert not Metrics(tmp_path, active=True).spike(5.0)

@@ -47,5 +47,14 @@ def test_the_tables_of_the_documentation_are_those_that_the_code_computes():
 def test_a_dry_run_tells_and_writes_nothing(tmp_path, train):
     told = train(tmp_path / "run", dry_run=True, gradient_accumulation_steps=6, batch_size=2, max_iters=50).err
     assert not (tmp_path / "run").exists()
-    for words in ("50 updates of 192 tokens", "optimizer 0.00 GB", "at its peak", "tokens/s"):
+    for words in ("50 updates of 192 tokens", "2.7 epochs of 3,600", "optimizer 0.04 MB", "at its peak", "tokens/s"):
         assert words in told
+
+
+def test_numbers_of_one_and_next_to_nothing_are_told_as_such(train, tmp_path):
+    told = train(tmp_path / "run", max_iters=1, batch_size=1, block_size=1).err
+    assert "1 update of 1 token, 0.00028 epochs of 3,600" in told
+    assert (
+        "the run has 1 update already"
+        in train(tmp_path / "run", max_iters=1, init_from="auto", batch_size=1, block_size=1).err
+    )

@@ -321,6 +321,8 @@ def main():
     note("a note")
     if sys.argv[1] == "mistake":
         raise UserError("bread.txt: there is no flour in it")
+    if sys.argv[1] == "memory":
+        return len(bytearray(1 << 60))
     if sys.argv[1] == "failure":
         raise RunFailed("the oven went out")
     if sys.argv[1] == "snow":
@@ -356,6 +358,14 @@ def test_without_a_mistake_the_process_ends_with_status_0():
 def test_a_failure_that_is_nobodys_mistake_is_status_1_and_one_line():
     ended = run("failure")
     assert (ended.returncode, ended.stderr) == (1, "a note\n-c: the oven went out\n")
+
+
+def test_want_of_memory_is_status_1_and_one_line_with_the_remedy():
+    ended = run("memory")
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        "a note\n-c: out of memory: MemoryError; a smaller --batch_size needs less\n",
+    )
 
 
 def test_other_ranks_say_which_they_are_and_give_no_notes():

@@ -165,9 +165,11 @@ HELD = """
 import os, sys
 sys.path.insert(0, {root!r})
 import torch
+from config.settings import UserError
 from distributed import connect
+from evaluate import whole_copy
 from model import GPT, GPTConfig
-from parallel import exchange_gradients, whole, wrap
+from parallel import exchange_gradients, gather, whole, wrap
 from optimizer import apply_gradients, make_optimizers
 
 def work(dist):
@@ -188,6 +190,12 @@ def work(dist):
         model(idx)
     assert sum(p.to_local().numel() for p in model.parameters()) == held  # also after a pass without gradients
     assert not whole(model.transformer.wte.weight)[65:].any()
+    copy, weights = whole_copy(model, dist), gather(model.weights(), dist)
+    if dist.is_main:  # a sample needs half the memory of a copy in float32, and is the same
+        assert {{p.dtype for p in copy.transformer.h.parameters() if p.dim() == 2}} == {{torch.bfloat16}}
+        with dist.autocast():
+            texts = [list(m.generate([1], 9, temperature=0)) for m in (copy, GPT.from_weights(model.config, weights))]
+        assert texts[0] == texts[1]
 
 def gradient(dist, how, micro_steps=1):
     torch.manual_seed(0)
@@ -209,8 +217,18 @@ def exchanged(dist):
     one, many = (gradient(dist, ("hybrid", "bfloat16"), n) for n in (1, 300))
     assert (one - many).norm() < 0.02 * one.norm(), ((one - many).norm(), one.norm())  # summed in bfloat16: 0.07
 
+def uneven(dist):
+    os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.rank)
+    try:
+        wrap(GPT(GPTConfig(16, 65, 1, 2, 16)), dist, "hybrid")
+    except UserError as error:
+        assert "as many processes on every node: one has 1, another 2" in str(error)
+    else:
+        raise AssertionError("not refused")
+
 dist = connect("cpu", "bfloat16")
 work(dist)
+uneven(dist)
 exchanged(dist)
 dist.close()
 """

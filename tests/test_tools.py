@@ -4,6 +4,7 @@ pip install gguf llama-cpp-python lm_eval peft accelerate
 """
 
 import json
+import os
 
 import pytest
 import tokenizers
@@ -13,6 +14,15 @@ from test_checkpoint import TEXT, make_model, of_kind
 
 from checkpoint import load_model, save_model
 from model import GPT, GPTConfig
+
+
+def test_a_gguf_file_that_cannot_be_written_is_one_line(tmp_path, tiny_run):
+    pytest.importorskip("gguf")
+    os.mkfifo(tmp_path / "pipe")
+    for out in ("", tmp_path, tmp_path / "pipe", tmp_path / "none" / "model.gguf"):
+        ended = run_main("to_gguf", tiny_run / "best", f"--out={out}")
+        assert (ended.status, ended.err.count("\n")) == (2, 1), ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "char", "byte", "bpe"])

@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import os
 import shlex
@@ -267,7 +268,8 @@ def test_auto_starts_a_run_and_then_goes_on_with_it(tmp_path, train):
 def test_eval_only_tells_the_loss_and_writes_nothing(tmp_path, train, resume, tiny_run):
     val_loss = [line["val_loss"] for line in records(tiny_run) if "val_loss" in line][-1]
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
-    assert f"val_loss {val_loss:.4f}" in resume(tiny_run, eval_only=True).err
+    told = resume(tiny_run, eval_only=True).err
+    assert told.startswith(f"val_loss {val_loss:.4f}") and told.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
     train(tmp_path / "new", eval_only=True)
     assert not (tmp_path / "new").exists()
@@ -292,6 +294,7 @@ def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
         ({"dataset": "nowhere"}, "no such data set"),
         ({"block_size": 5000}, "too few for one block of 5,000"),
         ({"init_from": "no/such/model"}, "no/such/model"),
+        ({"init_from": ""}, "config.json is missing"),
         ({"learning_rat": 1}, "did you mean learning_rate?"),
     ],
 )
@@ -345,6 +348,7 @@ def test_a_cropped_block_survives_a_resume(tmp_path, train, resume, tiny_run):
     resume(tmp_path / "halves", max_iters=6)
     assert same_run(tmp_path / "straight", tmp_path / "halves")
     assert load_model(tmp_path / "halves" / "last")[0].config.block_size == 8
+    assert "Trained with plainGPT, from last.\n" in (tmp_path / "halves" / "last" / "README.md").read_text("utf-8")
 
 
 def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tiny_run):
@@ -401,11 +405,28 @@ def test_a_run_goes_on_where_nothing_can_be_compiled(tmp_path, tiny_flags, tiny_
     assert records(tmp_path / "run") == records(tiny_run)
 
 
-def test_a_run_of_nothing_but_nans_ends_with_status_1(tmp_path, train):
-    changes = dict(max_iters=40, eval_interval=1000, learning_rate=1e30, warmup_iters=0, grad_clip=0)
+def test_what_fails_to_compile_after_the_trial_is_told_in_one_line(capsys, monkeypatch):
+    import torch._dynamo
+    import torch._inductor.config
+
+    from parallel import _go_on_without
+
+    monkeypatch.setattr(logging.getLogger("torch._dynamo.convert_frame"), "filters", [])
+    with torch._dynamo.config.patch(suppress_errors=False), torch._inductor.config.patch({"cpp.cxx": ("/none",)}):
+        _go_on_without()
+        for function in (lambda x: x + 1, lambda x: x + 2):
+            assert torch.equal(torch.compile(function)(torch.ones(2)), function(torch.ones(2)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("torch.compile failed, going on without it where it does: InvalidCxxCompiler: ")
+
+
+def test_a_run_of_nothing_but_nans_ends_with_status_1_and_is_not_saved(tmp_path, train):
+    """However rarely it logs, evaluates and saves."""
+    changes = dict(max_iters=60, eval_interval=40, log_interval=50, learning_rate=1e30, warmup_iters=0, grad_clip=0)
     ended = train(tmp_path / "run", status=1, **changes)
-    assert "not finite" in ended.err.splitlines()[-1]
-    assert max(line["step"] for line in records(tmp_path / "run")) < 40
+    assert "the gradients were not finite in 20 updates in a row" in ended.err.splitlines()[-1]
+    assert [line["step"] for line in records(tmp_path / "run")] == [0]
+    assert not (tmp_path / "run" / "last").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -543,7 +564,7 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     before = (tmp_path / "run" / "last" / "training.json").read_bytes()
     told = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
     assert "max_iters=3, but the checkpoint in" in told and "has 4 updates" in told
-    assert "has its 3 updates already" in resume(tmp_path / "run", max_iters=3).err
+    assert "has 3 updates already" in resume(tmp_path / "run", max_iters=3).err
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
 
 
@@ -555,7 +576,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
     losses = [line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line][1:]
     best = min(range(len(losses)), key=losses.__getitem__)
     assert len(losses) == best + 1 + 3 < 30
-    assert f"ended early, after update {len(losses)}: 3 evaluations in a row" in ended.err
+    assert f"ended early, after update {len(losses)}: the lowest loss is still {min(losses):.4f}" in ended.err
     assert load_training(tmp_path / "run" / "last")["step"] == len(losses)
     train(tmp_path / "parts", patience=3, **GETS_WORSE | {"max_iters": best + 2})
     resume(tmp_path / "parts", max_iters=30)
@@ -564,6 +585,15 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
     assert load_training(tmp_path / "run" / "last")["step"] == len(losses)
     resume(tmp_path / "run", patience=0, max_iters=len(losses) + 1)
     assert load_training(tmp_path / "run" / "last")["step"] == len(losses) + 1
+
+
+def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=1)
+    path = tmp_path / "run" / "last" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"best_val_loss": 0.0, "evaluations_since_best": 2}))
+    (path.parent / "SHA256SUMS").unlink()
+    ended = resume(tmp_path / "run", max_iters=9, patience=3)
+    assert "ended early, after update 3: the lowest loss is still 0.0000 (--patience=3)" in ended.err
 
 
 # what goes wrong

@@ -12,7 +12,8 @@ from checkpoint import load_model
 from config.settings import UserError
 from data.tokenizer import Tokenizer
 from distributed import Distributed
-from files import UNCHECKED, set_aside
+from files import UNCHECKED, claim, release, set_aside
+from metrics import Metrics
 from model import GPT, GPTConfig
 from optimizer import apply_gradients, make_optimizers
 from training_state import NEW_RUN, Saver, load_optimizers, load_training
@@ -157,6 +158,21 @@ def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
     (tmp_path / "out" / "step-000010").mkdir(parents=True)
     set_aside(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.1"]
+
+
+def test_a_folder_where_a_run_goes_on_or_that_is_a_checkpoint_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "run" / "last", *trained(), of_kind("char"), {})
+    lock = claim(tmp_path / "run")
+    with pytest.raises(UserError, match="is another run's, which goes on; end it, or choose another --out_dir"):
+        set_aside(tmp_path / "run")
+    with pytest.raises(UserError, match="is another run's"):
+        Metrics(tmp_path / "run", active=True)
+    release(lock)
+    with pytest.raises(UserError, match="last is a model or a data set, not the folder of a run"):
+        set_aside(tmp_path / "run" / "last")
+    set_aside(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.1"]
+    assert [path.name for path in (tmp_path / "run.1").iterdir()] == ["last"]
 
 
 def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
