@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from checkpoint import save_model
 from data.tokenizer import make_tokenizer
 from distributed import Distributed
-from model import GPT, IGNORED, CrossEntropy, GPTConfig, attention
+from model import GPT, IGNORED, CrossEntropy, GPTConfig, attention, drop
 from optimizer import apply_gradients, make_optimizers
 from parallel import wrap
 
@@ -216,6 +216,26 @@ def test_one_batch_can_be_learned_by_heart():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.99999, 1.0])
+def test_dropout_drops_each_number_by_itself_and_scales_the_others(dtype, p):
+    torch.manual_seed(0)
+    x = torch.full((1001, 997), 3.0, dtype=dtype, requires_grad=True)
+    y = drop(x, p)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    kept = y != 0
+    assert torch.equal(kept, gradient != 0)
+    if p < 1:
+        wanted = torch.tensor(1 / (1 - p), dtype=dtype) if p != 0.99999 else gradient[kept][:1]
+        assert torch.allclose(gradient[kept], wanted, rtol=1e-2 if dtype == torch.bfloat16 else 2e-5)
+        assert torch.equal(y, x * gradient)
+    deviation = math.sqrt(p * (1 - p))
+    apart = kept.flatten().double() - (1 - p)
+    assert abs(apart.mean()) <= 4 * deviation / 1000 + 2**-16
+    for distance in (1, 2, 3, 4, 997):  # four of them come from one draw
+        assert abs((apart[distance:] * apart[:-distance]).mean()) <= 4 * deviation**2 / 1000 + 2**-16
 
 
 def test_dropout_acts_in_training_only():
