@@ -38,7 +38,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
 def put_in_place(whole: Path, final: Path) -> None:
     """Add SHA256SUMS to the directory `whole`, flush it to disk and let it take the place of `final`.
 
-    For an instant only `final.old` exists, since no directory is renamed over a full one: `existing` looks there too.
+    For an instant only `.final.old` exists, since no directory is renamed over a full one: `existing` looks there too.
     """
     final = Path(final).resolve()  # a link, to another disk say, stays a link
     old = _sibling(final, "old")
@@ -58,7 +58,7 @@ def put_in_place(whole: Path, final: Path) -> None:
 def existing(final: Path) -> Path | None:
     """`final`, or what an interrupted `whole_directory` left in its place, or None."""
     final = Path(final)
-    return next((path for path in (final, _sibling(final, "old")) if path.is_dir()), None)
+    return next((path for path in (final, _sibling(Path(os.path.realpath(final)), "old")) if path.is_dir()), None)
 
 
 def claim(out_dir: Path) -> FileLock:
@@ -141,7 +141,8 @@ def sha256(path: Path) -> str:
 
 
 def _sibling(path: Path, suffix: str) -> Path:
-    return Path(f"{path}.{suffix}")  # `with_name` has no answer for "."
+    """A hidden name, which is removed without asking: `books.old` may be somebody's copy."""
+    return path.parent / f".{path.name}.{suffix}"  # `with_name` has no answer for "/"
 
 
 def _flush(path: Path) -> None:

@@ -128,9 +128,9 @@ def kills(folder: Path, count: int) -> None:
         if i % 4 == 0:  # at any moment, start-up included
             time.sleep(rng.uniform(0, 1.5))
         else:  # at any moment of a save
-            wait_for(pid, ["best.new", "last.new"], 30)
+            wait_for(pid, [".best.new", ".last.new"], 30)
             time.sleep(rng.uniform(0, 0.4))
-            wait_for(pid, [rng.choice(["best.new", "last.new", "last.old"])], 1)
+            wait_for(pid, [rng.choice([".best.new", ".last.new", ".last.old"])], 1)
             time.sleep(rng.choice([0, rng.uniform(0, 0.02)]))
         os.kill(pid, signal.SIGKILL)
         assert wait(pid) == -signal.SIGKILL, (folder / "log").read_text()

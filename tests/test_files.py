@@ -59,7 +59,7 @@ def test_an_error_inside_leaves_nothing_where_nothing_was(tmp_path):
 def test_what_an_interrupted_writing_left_is_cleaned_away(tmp_path):
     final = tmp_path / "final"
     write(final, "old")
-    for leftover in ("final.new", "final.old"):
+    for leftover in (".final.new", ".final.old"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "stale.txt").write_text("stale")
     write(final, "new")
@@ -68,7 +68,7 @@ def test_what_an_interrupted_writing_left_is_cleaned_away(tmp_path):
 
 
 def test_when_only_the_old_directory_is_left_a_failure_keeps_it_and_a_success_replaces_it(tmp_path):
-    final, old = tmp_path / "final", tmp_path / "final.old"
+    final, old = tmp_path / "final", tmp_path / ".final.old"
     write(old, "old")
     with pytest.raises(ValueError), whole_directory(final):
         raise ValueError
@@ -78,8 +78,21 @@ def test_when_only_the_old_directory_is_left_a_failure_keeps_it_and_a_success_re
     assert os.listdir(tmp_path) == ["final"]
 
 
+def test_a_copy_that_somebody_keeps_beside_it_stays(tmp_path):
+    for name in ("final", "final.old", "final.new"):
+        write(tmp_path / name, "mine")
+    write(tmp_path / "final", "new")
+    assert contents(tmp_path / "final.old") == contents(tmp_path / "final.new") == {"a.txt": "mine"}
+
+
+def test_existing_looks_where_a_link_leads(tmp_path):
+    write(tmp_path / "far" / ".final.old", "old")
+    (tmp_path / "final").symlink_to(tmp_path / "far" / "final")
+    assert contents(existing(tmp_path / "final")) == {"a.txt": "old"}
+
+
 def test_existing_prefers_the_directory_itself_to_the_old_one(tmp_path):
-    final, old = tmp_path / "final", tmp_path / "final.old"
+    final, old = tmp_path / "final", tmp_path / ".final.old"
     assert existing(final) is None
     old.mkdir()
     assert existing(final) == old
@@ -88,7 +101,7 @@ def test_existing_prefers_the_directory_itself_to_the_old_one(tmp_path):
 
 
 def test_existing_does_not_take_a_half_written_directory_or_a_file(tmp_path):
-    (tmp_path / "final.new").mkdir()
+    (tmp_path / ".final.new").mkdir()
     (tmp_path / "final").write_text("a file")
     assert existing(tmp_path / "final") is None
 

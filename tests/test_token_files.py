@@ -99,7 +99,7 @@ def test_ids_are_little_endian_and_as_short_as_the_vocabulary_allows(data_set):
 
 
 def test_what_an_interrupted_preparation_left_is_opened(data_set):
-    data_set.rename(data_set.with_name("tiny.old"))
+    data_set.rename(data_set.with_name(".tiny.old"))
     assert len(open_data_set(data_set).train) == 24
 
 

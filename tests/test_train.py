@@ -197,7 +197,7 @@ def test_what_was_derived_from_max_iters_is_derived_again(tmp_path, train, resum
 
 def test_what_an_interrupted_save_left_is_resumed(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=2)
-    (tmp_path / "run" / "last").rename(tmp_path / "run" / "last.old")
+    (tmp_path / "run" / "last").rename(tmp_path / "run" / ".last.old")
     resume(tmp_path / "run", max_iters=4)
     assert load_training(tmp_path / "run" / "last")["step"] == 4
 

@@ -109,7 +109,7 @@ def test_no_checkpoint_is_a_user_error(tmp_path):
 def test_what_an_interrupted_save_left_is_used(tmp_path):
     model, optimizers = trained()
     save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 7})
-    (tmp_path / "last").rename(tmp_path / "last.old")
+    (tmp_path / "last").rename(tmp_path / ".last.old")
     assert load_training(tmp_path / "last")["step"] == 7
     assert torch.equal(logits(load_model(tmp_path / "last")[0]), logits(model.eval()))
     load(tmp_path / "last", model, optimizers)
