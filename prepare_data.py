@@ -127,12 +127,10 @@ def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, p
             with FileLock(partial / "plan.lock"):
                 job = make_job(partial, source, config, lock)
             meta = do_part(directory, source, job, part, parts, threads_of(config))
-        except FileNotFoundError:
-            if partial.exists():
-                raise
-            return None  # another part has merged
-        except UserError:
-            if parts == 1:
+        except (FileNotFoundError, UserError) as error:
+            if parts > 1 and not partial.exists() and (directory / "meta.json").exists():
+                return None  # another part has merged
+            if parts == 1 and isinstance(error, UserError):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     if is_made(directory, job):

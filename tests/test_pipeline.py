@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,17 @@ def test_no_lock_is_held_any_more_when_the_unfinished_work_is_removed(tmp_path, 
 
     os.waitpid(forked(work), 0)
     assert (tmp_path / "seen").exists() and not (tmp_path / "set.partial").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--part=1/2"]])
+def test_work_that_somebody_removes_under_way_is_no_success(tmp_path, text, units, flags):
+    def work() -> None:
+        at_each_change(tmp_path, lambda count: count != 20 or shutil.rmtree(tmp_path / "set.partial"))
+        prepare(text, tmp_path, *flags, status=2)
+        (tmp_path / "refused").touch()
+
+    os.waitpid(forked(work), 0)
+    assert (tmp_path / "refused").exists() and not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize(
