@@ -262,15 +262,17 @@ def share(given: str | None) -> tuple[int, int]:
     """Which part of how many this process does, counted from 1: as given, of a Slurm array, under torchrun, or all."""
     env = os.environ
     if given is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", given)
+        what, match = f"--part={given}", re.fullmatch(r"(\d+)/(\d+)", given)
         part, parts = map(int, match.groups()) if match else (0, 0)
-        if not 1 <= part <= parts:
-            raise UserError(f"--part={given}: write --part=3/16 for the third of 16 parts")
-        return part, parts
-    if "SLURM_ARRAY_TASK_COUNT" in env:
-        first, step = int(env["SLURM_ARRAY_TASK_MIN"]), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-        return (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step + 1, int(env["SLURM_ARRAY_TASK_COUNT"])
-    return int(env.get("RANK", 0)) + 1, int(env.get("WORLD_SIZE", 1))
+    elif "SLURM_ARRAY_TASK_COUNT" in env:
+        what, first = "a Slurm array with gaps", int(env["SLURM_ARRAY_TASK_MIN"])
+        part = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // int(env.get("SLURM_ARRAY_TASK_STEP", 1)) + 1
+        parts = int(env["SLURM_ARRAY_TASK_COUNT"])
+    else:
+        return int(env.get("RANK", 0)) + 1, int(env.get("WORLD_SIZE", 1))
+    if not 1 <= part <= parts:
+        raise UserError(f"{what}: write --part=3/16 for the third of 16 parts")
+    return part, parts
 
 
 def threads_of(config: PrepareConfig) -> int:

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 import data.pipeline
 import prepare_data
+from config.settings import UserError
 from data.token_files import open_data_set
 
 DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260)]
@@ -345,6 +346,13 @@ def test_which_share_a_process_does(monkeypatch, environment, flag, expected):
 @pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b", "1/2/3", "-1/2"])
 def test_a_part_that_is_none_is_refused(tmp_path, text, part):
     assert "write --part=3/16" in prepare(text, tmp_path, f"--part={part}", status=2).err
+
+
+def test_a_slurm_array_with_gaps_is_refused(monkeypatch):
+    for name, value in {"ID": 5, "MIN": 1, "MAX": 7, "STEP": 1, "COUNT": 3}.items():  # --array=1,5,7
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(UserError, match="a Slurm array with gaps: write --part=3/16"):
+        prepare_data.share(None)
 
 
 # what is made
