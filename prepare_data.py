@@ -178,15 +178,14 @@ def make_job(partial: Path, source: Source, config: PrepareConfig, lock: Path) -
     """
     source = source.fetched(partial)
     kind, tokenizer = tokenizer_of(config.tokenizer or source.tokenizer)
-    val_fraction = config.val_fraction or source.val_fraction
-    source = dataclasses.replace(source, val_fraction=val_fraction)
+    source = dataclasses.replace(source, val_fraction=config.val_fraction or source.val_fraction)
     documents = source.count_documents(MANY_DOCUMENTS)
     if not documents:
         raise UserError(f"{' '.join(config.sources)}: there is no text in it")
     by_content = documents == MANY_DOCUMENTS
     unit_bytes = max(UNIT_BYTES, source.size // MAX_UNITS)
     units = make_units(source.items(unit_bytes, by_content, config.dedup), unit_bytes)
-    settings = (val_fraction, by_content, source.column, source.bad_files, config.dedup, config.shard_tokens)
+    settings = (source.val_fraction, by_content, source.column, source.bad_files, config.dedup, config.shard_tokens)
     of_tokenizer = kind, config.vocab_size if kind == "bpe" else None
     digest = hashlib.sha256(repr((UNIT_FORMAT, settings, of_tokenizer, units)).encode()).hexdigest()
     path = partial / "plan"
@@ -196,11 +195,13 @@ def make_job(partial: Path, source: Source, config: PrepareConfig, lock: Path) -
         others = (other for other in held_locks(partial, "part-*.lock", but=lock) if working(other).exists())
         if held := next(others, None):  # who holds a lock and does not work yet waits to make the same job
             raise UserError(f"{partial} is in use for other sources or settings ({held.name} is held)")
-        kept = {file.path for file in source.files}
+        if path.exists():
+            note(f"{partial} has unfinished work of another text or other settings: it is removed")
+            path.unlink()  # first: of that work a half is no use
         for old in partial.iterdir():
             if old.is_dir():
                 shutil.rmtree(old)
-            elif old.suffix != ".lock" and str(old) not in kept:
+            elif old.suffix != ".lock" and old.stem != "stdin":
                 old.unlink()
         tokenizer = tokenizer or make_tokenizer(kind, _sample(source, kind), config.vocab_size)
         tokenizer.save(partial)

@@ -149,9 +149,24 @@ def test_other_settings_or_another_text_begin_anew(tmp_path, text, units):
     assert "going on after" in prepare(text, tmp_path, *part).err
     assert "going on after" not in prepare(text, tmp_path, *part, "--tokenizer=gpt2").err
     write(text, DOCUMENTS[::-1])
-    assert "going on after" not in prepare(text, tmp_path, *part, "--tokenizer=gpt2").err
+    told = prepare(text, tmp_path, *part, "--tokenizer=gpt2").err
+    assert "going on after" not in told and "unfinished work of another text or other settings: it is removed" in told
     prepare(text, tmp_path, "--part=2/2", "--tokenizer=gpt2")
     assert len(open_data_set(tmp_path / "set").train) > 1000
+
+
+@pytest.mark.parametrize("at", range(3, 15, 2))
+def test_killed_while_other_work_is_removed_that_work_can_be_done_after_all(tmp_path, text, units, at):
+    prepare(text, tmp_path / "whole")
+    prepare(text, tmp_path, "--part=1/2")
+
+    def work() -> None:
+        at_each_change(tmp_path, lambda count: count < at or os.kill(os.getpid(), signal.SIGKILL))
+        prepare(text, tmp_path, "--part=1/2", "--tokenizer=gpt2")
+
+    os.waitpid(forked(work), 0)
+    prepare(text, tmp_path)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole" / "set")
 
 
 def test_a_folder_of_the_user_in_the_place_of_unfinished_work_is_left_alone(tmp_path, text):
