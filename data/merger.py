@@ -3,6 +3,7 @@
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -75,6 +76,8 @@ class Merger:
         if self.firsts:
             records, first = np.fromfile(self.job.records(unit, split), RECORD), self.firsts[split][unit]
             stays = np.repeat(first, records["tokens"].astype(np.int64))
+            if len(stays) != figures["tokens"]:
+                raise self._damaged(unit, self.job.records(unit, split))
             figures["bytes"] -= int(records["bytes"][~first].sum())
             figures["documents"] -= int((~first).sum())
         with open(path, "rb") as file:
@@ -85,8 +88,11 @@ class Merger:
                     ids, stays = ids[stays[:n]], stays[n:]
                 yield ids
         if checksum != figures["crc32"]:
-            self.job.manifest(unit).unlink()
-            raise RunFailed(f"{path} is not as it was written; run again: this part is made anew")
+            raise self._damaged(unit, path)
+
+    def _damaged(self, unit: int, path: Path) -> RunFailed:
+        self.job.manifest(unit).unlink()
+        return RunFailed(f"{path} is not as it was written; run again: this part is made anew")
 
     def close(self) -> dict[str, dict]:
         """Add what is left; return what meta.json says of each split."""

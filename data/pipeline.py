@@ -155,6 +155,9 @@ class UnitWriter:
         self.write()
         self.file.close()
         if self.records_path:
-            np.concatenate(self.records).tofile(self.records_path)
+            with open(self.records_path, "wb") as file:
+                file.write(np.concatenate(self.records))
+                file.flush()
+                os.fsync(file.fileno())  # what stays of any unit hangs on it, and no checksum of it is kept
         self.new.replace(self.path)
         return self.figures

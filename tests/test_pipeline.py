@@ -177,13 +177,21 @@ def test_a_folder_of_the_user_in_the_place_of_unfinished_work_is_left_alone(tmp_
     assert contents(tmp_path) == before
 
 
-def test_a_unit_that_was_damaged_is_found_and_made_anew(tmp_path, text, units):
-    prepare(text, tmp_path / "whole")
-    prepare(text, tmp_path, "--part=1/2")
-    unit = next(path for path in (tmp_path / "set.partial").glob("*.train.bin"))
-    unit.write_bytes(unit.read_bytes()[::-1])
-    assert "is not as it was written; run again" in prepare(text, tmp_path, "--part=2/2", status=1).err
-    prepare(text, tmp_path)
+@pytest.mark.parametrize(
+    ("file", "damaged", "flags"),
+    [
+        ("*.train.bin", lambda data: data[::-1], []),
+        ("*.train.documents", lambda _: b"", ["--dedup=True"]),
+        ("*.train.documents", lambda data: bytes(len(data)), ["--dedup=True"]),
+    ],
+)
+def test_a_unit_that_was_damaged_is_found_and_made_anew(tmp_path, text, units, file, damaged, flags):
+    prepare(text, tmp_path / "whole", *flags)
+    prepare(text, tmp_path, "--part=1/2", *flags)
+    unit = next(path for path in (tmp_path / "set.partial").glob(file))
+    unit.write_bytes(damaged(unit.read_bytes()))
+    assert f"{unit} is not as it was written; run again" in prepare(text, tmp_path, "--part=2/2", *flags, status=1).err
+    prepare(text, tmp_path, *flags)
     assert contents(tmp_path / "set") == contents(tmp_path / "whole" / "set")
 
 
