@@ -131,11 +131,12 @@ class Lines:
 
 @dataclass(frozen=True)
 class Rows:
-    """Row groups [start, stop) of a Parquet file."""
+    """Row groups [start, stop) of a Parquet file, which have `size` bytes when they are decompressed."""
 
     file: File
     start: int
     stop: int
+    size: int
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         import pyarrow
@@ -284,6 +285,8 @@ def size_of(item: Item) -> int:
     """Bytes that reading the item takes, 0 where that is not known before."""
     if isinstance(item, Shard):
         return 0
+    if isinstance(item, Rows):
+        return item.size
     if isinstance(item, TextPart) or (isinstance(item, Lines) and item.stop < WHOLE):
         return item.stop - item.start
     return item.file.size

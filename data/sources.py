@@ -189,11 +189,12 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
 def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
     with open_parquet(file.path) as parquet:
         sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
-    start = 0
-    for i, _ in enumerate(sizes, 1):
-        if i == len(sizes) or sum(sizes[start:i]) >= unit_bytes:
-            yield Rows(file, start, i)
-            start = i
+    start = size = 0
+    for i, of_group in enumerate(sizes, 1):
+        size += of_group
+        if i == len(sizes) or size >= unit_bytes:
+            yield Rows(file, start, i, size)
+            start, size = i, 0
 
 
 def read_text(path: Path) -> str:

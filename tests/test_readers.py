@@ -137,6 +137,14 @@ def test_a_file_without_the_column_or_without_text_in_it_is_refused(tmp_path):
     assert read(path, column="content") == ["one"]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_the_parts_of_a_file_are_together_as_large_as_it(tmp_path, suffix):
+    path = tmp_path / f"texts.{suffix}"
+    path.write_bytes(json_lines(TEXTS)) if suffix == "jsonl" else write_parquet(path, TEXTS)
+    few, many = ([readers.size_of(item) for item in source(path).items(size)] for size in (1 << 62, 200))
+    assert sum(few) == sum(many) and len(few) == 1 and len(many) > 5
+
+
 def test_a_damaged_parquet_file_is_refused(tmp_path):
     path = write_parquet(tmp_path / "texts.parquet", TEXTS)
     whole = path.read_bytes()
