@@ -53,7 +53,7 @@ class TextFile:
     file: File
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
-        with open_file(self.file.path) as opened:
+        with open(self.file.path, "rb") as opened:
             data = opened.read()
         if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.file.path, bad_files, binary=True):
             yield Document(text)
@@ -74,7 +74,7 @@ class TextPart:
             bad_files = "stop"  # what was read of the file has been written: it cannot be left out any more
         if self.first:  # which may have no safe border
             yield Document(b"", self.split)
-        with open_file(self.file.path) as opened:
+        with open(self.file.path, "rb") as opened:
             position, stop = (safe_border(opened, place, self.file.size) for place in (self.start, self.stop))
             while position < stop:
                 border = min(stop, safe_border(opened, position + PIECE, self.file.size))
@@ -96,7 +96,7 @@ class Lines:
     stop: int
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
-        with open_file(self.file.path) as raw, _decompressed(raw, self.file.path) as file:
+        with open(self.file.path, "rb") as raw, _decompressed(raw, self.file.path) as file:
             position = self.start
             if position:
                 file.seek(position - 1)
@@ -262,13 +262,6 @@ def _arrow_texts(column, where: str, bad_files: str) -> Iterator[Document]:
     for data in column.to_pylist():
         if data and (text := data if valid else checked_text(data, where, bad_files)):
             yield Document(text)
-
-
-def open_file(path: str) -> IO[bytes]:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
 
 
 def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:

@@ -31,7 +31,6 @@ from data.readers import (
     Shard,
     TextFile,
     TextPart,
-    open_file,
     open_parquet,
     split_of,
 )
@@ -171,7 +170,7 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
         border = int(size * (1 - val_fraction))
         ranges = [("train", 0, border), ("val", border, size)]
         if by_content or seen is not None:
-            with open_file(path) as opened:
+            with open(path, "rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").digest()
             if seen is not None and digest in seen:
                 return
@@ -199,7 +198,10 @@ def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
-    return "".join(d.text.decode() for d in TextFile(File(str(path), 0, 0)).documents(column="", bad_files="stop"))
+    try:
+        return "".join(d.text.decode() for d in TextFile(File(str(path), 0, 0)).documents(column="", bad_files="stop"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
 
 
 def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:

@@ -333,6 +333,22 @@ def test_a_mistake_in_a_thread_is_one_line_and_leaves_nothing(tmp_path, units):
     assert "has no 'text'" in ended.err and contents(tmp_path / "made") == {}
 
 
+def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, units):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"text {i} " * 300)
+    prepare(tmp_path / "*.txt", tmp_path / "whole", "--val_fraction=0.5")
+
+    def work() -> None:
+        at_each_change(tmp_path, lambda count: count != 20 or (tmp_path / "9.txt").rename(tmp_path / "away"))
+        told = prepare(tmp_path / "*.txt", tmp_path, "--val_fraction=0.5", status=2).err
+        assert told.endswith(f"{tmp_path}/set cannot be made: {tmp_path}/9.txt: No such file or directory\n")
+        (tmp_path / "away").rename(tmp_path / "9.txt")
+
+    os.waitpid(forked(work), 0)
+    assert "going on after" in prepare(tmp_path / "*.txt", tmp_path, "--val_fraction=0.5").err
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole" / "set")
+
+
 def test_torchrun_shares_the_work_out(tmp_path):
     source = write(tmp_path / "text.jsonl", DOCUMENTS)
     prepare(source, tmp_path / "one")
