@@ -71,7 +71,7 @@ class TextPart:
 
     def documents(self, column: str, bad_files: str) -> Iterator[Document]:
         if bad_files == "skip":
-            bad_files = "stop"  # what was read of the file has been written: it cannot be left out any more
+            bad_files = "stop"  # it was text when the parts were made
         if self.first:  # which may have no safe border
             yield Document(b"", self.split)
         with open(self.file.path, "rb") as opened:

@@ -1,6 +1,7 @@
 """Where documents come from: named sources, Hugging Face data sets, standard input, and any files of text."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import itertools
@@ -17,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config.settings import UserError, closest, one_line
+from config.settings import UserError, closest, note, one_line
 from data.readers import (
     COMPRESSED,
     JSON_LINES,
@@ -73,7 +74,8 @@ class Source:
             yield from (Shard(self.description, index, shards, self.dataset) for index in range(shards))
         seen = set() if dedup else None
         for file in self.files:
-            yield from file_items(file, unit_bytes, self.val_fraction, by_content, seen)
+            if file.size <= LARGE or self.bad_files != "skip" or _is_text(file):
+                yield from file_items(file, unit_bytes, self.val_fraction, by_content, seen)
 
     def documents(self) -> Iterator[Document]:
         """All of the text, for a look at it. A large file comes in pieces."""
@@ -183,6 +185,20 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
                 yield TextPart(file, begin, min(begin + unit_bytes, stop), split, first=begin == start)
     elif size:
         yield TextFile(file)
+
+
+@functools.cache
+def _is_text(file: File) -> bool:
+    """Whether a large file can be read; a note where not. Its parts, once they are written, cannot be left out."""
+    if file.path.endswith((".parquet", *COMPRESSED, *JSON_LINES)):
+        return True
+    try:
+        for _ in TextPart(file, 0, file.size, "train", first=False).documents("", "stop"):
+            pass
+    except UserError as error:
+        note(f"skipped: {str(error).partition('; leave it out')[0]}")
+        return False
+    return True
 
 
 def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:

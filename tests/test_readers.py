@@ -236,6 +236,15 @@ def test_bytes_that_are_no_text_in_a_large_file_are_named_by_their_place(tmp_pat
     assert "".join(read(path, unit_bytes=300, bad_files="replace")).count("\ufffd") == 1
 
 
+def test_a_large_file_that_is_no_text_is_skipped_whole_with_one_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "LARGE", 100)
+    (tmp_path / "a.txt").write_bytes(b"some words " * 100 + b"\xff" + b" more words" * 100)
+    (tmp_path / "b.txt").write_text("good " * 100)
+    for _ in range(2):
+        assert "".join(read(tmp_path, unit_bytes=300, bad_files="skip")) == "good " * 100
+    assert capsys.readouterr().err == f"skipped: {tmp_path}/a.txt is not UTF-8 text (byte 0xff at 1,100)\n"
+
+
 # Hugging Face data sets: a folder here has the form of a repository there
 
 
