@@ -144,7 +144,7 @@ def hold_part(directory: Path, partial: Path, part: int, parts: int) -> Iterator
     lock = partial / f"part-{part}-of-{parts}.lock"
     try:
         held = FileLock(lock).acquire(timeout=1)  # others take it for an instant, to see whether it is held
-    except Timeout as error:
+    except (Timeout, FileNotFoundError) as error:  # not found: the other has just ended
         raise UserError(f"{directory} is being prepared by another process ({lock} is held)") from error
     with held:
         if other := next(held_locks(partial, "part-*.lock" if parts == 1 else "part-1-of-1.lock", but=lock), None):

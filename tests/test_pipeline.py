@@ -288,6 +288,20 @@ def test_two_at_once_on_one_data_set_are_refused(tmp_path, text, units, running,
     assert len(documents(tmp_path, "train")) > 200
 
 
+def test_who_waits_while_the_other_ends_is_refused_in_the_same_words(tmp_path, text):
+    partial = tmp_path / "set.partial"
+    partial.mkdir()
+
+    def work() -> None:
+        at_each_change(tmp_path, lambda count: count != 3 or shutil.rmtree(partial))
+        assert "is being prepared by another process" in prepare(text, tmp_path, status=2).err
+        (tmp_path / "refused").touch()
+
+    with FileLock(partial / "part-1-of-1.lock"):
+        os.waitpid(forked(work), 0)
+    assert (tmp_path / "refused").exists()
+
+
 # shared out
 
 
