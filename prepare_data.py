@@ -241,10 +241,8 @@ def finish(directory: Path, source: Source, job: Job, threads: int, left: Sequen
 
 def remove(partial: Path) -> None:
     """Remove it at once, and no lock of ours in it is held any more: who waits for one never sees a half of it."""
-    done = partial.with_name(f"{partial.name}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError, PermissionError):  # another does it; on Windows: another is in it
-        partial.rename(done)
-        shutil.rmtree(done)
+    with contextlib.suppress(OSError):  # another does it, or is in it (Windows, NFS): that is no failure any more
+        shutil.rmtree(partial.rename(f"{partial}.{os.getpid()}"), ignore_errors=True)
 
 
 def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:

@@ -248,6 +248,12 @@ def test_work_that_somebody_removes_under_way_is_no_success(tmp_path, text, unit
     assert (tmp_path / "refused").exists() and not (tmp_path / "set").exists()
 
 
+def test_unfinished_work_that_cannot_be_removed_is_no_failure(tmp_path, text):
+    (tmp_path / f"set.partial.{os.getpid()}" / "of a process of the same number elsewhere").mkdir(parents=True)
+    assert "next: python train.py" in prepare(text, tmp_path).err
+    assert "is prepared already" in prepare(text, tmp_path).err
+
+
 @pytest.mark.parametrize(
     ("running", "refused"),
     [
