@@ -139,11 +139,14 @@ def _hub(repository: str, name: str, val_fraction: float, options: Any, reading:
 
     config, revision = (getattr(options, key) or pinned.get(key) for key in ("config", "revision"))
     try:
-        pinned_down = re.fullmatch("[0-9a-f]{40}", revision or "") or Path(repository).is_dir()
-        if not pinned_down:  # every process and machine reads the same state of it
+        local = Path(repository).is_dir()
+        if local:  # a name for its state: work that was begun with another is not gone on with
+            files = [File.at(path) for path in sorted(_below(repository))]
+            revision = hashlib.sha256(repr(files).encode()).hexdigest()[:40]
+        elif not re.fullmatch("[0-9a-f]{40}", revision or ""):  # every process and machine reads the same state of it
             revision = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
         dataset = datasets.load_dataset(
-            repository, config, split=options.split, revision=revision, streaming=options.streaming
+            repository, config, split=options.split, revision=None if local else revision, streaming=options.streaming
         )
         if options.column in (dataset.column_names or ()):
             dataset = dataset.select_columns([options.column])

@@ -279,6 +279,16 @@ def test_what_a_data_set_does_not_have_is_refused(repository):
         read(f"hf:{repository}", config="french")
 
 
+def test_another_state_of_a_folder_is_another_source(repository):
+    def described() -> str:
+        return repr(list(source(f"hf:{repository}").items(1)))
+
+    before = described()
+    assert described() == before
+    write_parquet(next(repository.glob("data/train-00001*")), ["other texts"] * len(WHOLE[1::3]))
+    assert described() != before
+
+
 def test_a_data_set_that_breaks_off_is_a_failure_to_be_tried_again(repository):
     found = source(f"hf:{repository}")
     next(repository.glob("data/train-00001*")).unlink()
