@@ -46,12 +46,12 @@ def put_in_place(whole: Path, final: Path) -> None:
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(whole.iterdir()) if path.suffix not in UNCHECKED]
     (whole / SUMS).write_text("".join(lines))
     for path in [*whole.iterdir(), whole]:
-        _flush(path)
+        flush(path)
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)  # a leftover: `final` is there, so it is not needed
         final.rename(old)
     whole.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -145,7 +145,8 @@ def _sibling(path: Path, suffix: str) -> Path:
     return path.parent / f".{path.name}.{suffix}"  # `with_name` has no answer for "/"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the file or directory on the disk itself, for what is written later to rely on it after a loss of power."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no way to flush a directory
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write

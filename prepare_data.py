@@ -29,7 +29,7 @@ from data.pipeline import encode_units
 from data.sources import Source, find_source
 from data.token_files import READY, fetch_tokens, write_meta
 from data.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
-from files import put_in_place
+from files import flush, put_in_place
 
 MANY_DOCUMENTS = 200  # from here on whole documents go to validation; below, the tail of each
 TRAINING_BYTES = 1 << 28  # of text that a BPE is learned from: more hardly changes it
@@ -103,7 +103,7 @@ def main() -> None:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or one_line(error)
         raise UserError(f"{directory} cannot be made: {what}") from error
     except KeyboardInterrupt:
-        note("stopped; the same command goes on from here")
+        note("stopped" if "-" in config.sources else "stopped; the same command goes on from here")
         raise
     if meta:
         say_what_was_made(directory, meta, time.perf_counter() - started)
@@ -205,6 +205,7 @@ def make_job(partial: Path, source: Source, config: PrepareConfig, lock: Path) -
                 old.unlink()
         tokenizer = tokenizer or make_tokenizer(kind, _sample(source, kind), config.vocab_size)
         tokenizer.save(partial)
+        flush(partial / "tokenizer.json")  # before the plan, which tells that it is there
         path.write_text(digest)
     working(lock).touch()
     return Job(partial, digest, units, tokenizer, kind, *settings)

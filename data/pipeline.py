@@ -17,6 +17,7 @@ from data.job import RECORD, Job, write_json
 from data.merger import Merger
 from data.readers import Document, size_of, split_of
 from data.token_files import SPLITS, id_dtype
+from files import flush
 
 BATCH_BYTES = 1 << 20  # of text encoded at a time
 HELD_TOKENS = 1 << 23  # of a unit that stay in memory until its turn comes to be merged; of a larger one none do
@@ -155,9 +156,7 @@ class UnitWriter:
         self.write()
         self.file.close()
         if self.records_path:
-            with open(self.records_path, "wb") as file:
-                file.write(np.concatenate(self.records))
-                file.flush()
-                os.fsync(file.fileno())  # what stays of any unit hangs on it, and no checksum of it is kept
+            np.concatenate(self.records).tofile(self.records_path)
+            flush(self.records_path)  # what stays of any unit hangs on it, and no checksum of it is kept
         self.new.replace(self.path)
         return self.figures

@@ -472,6 +472,17 @@ def test_standard_input_is_a_document_or_with_a_column_json_lines(tmp_path):
     assert list((tmp_path / "lines").iterdir()) == [tmp_path / "lines" / "set"]
 
 
+def test_who_stops_it_hears_whether_the_same_command_goes_on(tmp_path, text, units):
+    def work() -> None:
+        at_each_change(tmp_path, lambda count: count % 20 or os.kill(os.getpid(), signal.SIGINT))
+        told = [prepare(given, tmp_path, status=130, stdin="some text " * 1000).err for given in (text, "-")]
+        assert [line.splitlines()[-1] for line in told] == ["stopped; the same command goes on from here", "stopped"]
+        (tmp_path / "told").touch()
+
+    os.waitpid(forked(work), 0)
+    assert (tmp_path / "told").exists()
+
+
 def test_standard_input_cannot_be_shared_out_and_must_not_be_empty(tmp_path):
     assert "save it to a file" in prepare("-", tmp_path, "--part=1/2", status=2, stdin="text").err
     assert "there is no text in it" in prepare("-", tmp_path, status=2).err
