@@ -15,7 +15,7 @@ from config.settings import counted, note
 from data.bulk import BulkEncoder
 from data.job import RECORD, Job, write_json
 from data.merger import Merger
-from data.readers import Document, size_of, split_of
+from data.readers import Document, check_state, size_of, split_of
 from data.token_files import SPLITS, id_dtype
 from files import flush
 
@@ -71,6 +71,7 @@ class Encoder:
                         return unit
                     for split, text, digest in self.split(document):
                         writers[split].add(text, digest, document.begins)
+                check_state(item)
             for writer in writers.values():
                 writer.flush()
             in_memory = {split: (writer.figures, writer.held) for split, writer in writers.items() if not writer.file}

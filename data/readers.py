@@ -179,6 +179,12 @@ class Shard:
 Item = TextFile | TextPart | Lines | Rows | Shard
 
 
+def check_state(item: Item) -> None:
+    """RunFailed where the file is not as it was when its items were made: they would not fit together."""
+    if not isinstance(item, Shard) and File.at(item.file.path) != item.file:
+        raise RunFailed(f"{item.file.path} was changed while it was read; run again: it is read anew")
+
+
 def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, position: int = 0) -> bytes | None:
     """`data` if it is UTF-8 (with `binary`: without NUL), else by `bad_files`: replaced, None and a note, UserError."""
     bad = data.find(b"\0") if binary else -1

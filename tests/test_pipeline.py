@@ -369,6 +369,18 @@ def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, units):
     assert contents(tmp_path / "set") == contents(tmp_path / "whole" / "set")
 
 
+def test_a_file_that_changes_while_it_is_read_is_no_mixture_of_both(tmp_path, text, units):
+    def work() -> None:
+        at_each_change(tmp_path / "set.partial", lambda n: n != 20 or write(text, DOCUMENTS[:100]))
+        assert f"{text} was changed while it was read; run again" in prepare(text, tmp_path, status=1).err
+        (tmp_path / "refused").touch()
+
+    os.waitpid(forked(work), 0)
+    assert (tmp_path / "refused").exists() and not (tmp_path / "set").exists()
+    assert "unfinished work of another text" in prepare(text, tmp_path).err
+    assert len(documents(tmp_path, "train") + documents(tmp_path, "val")) == 200  # the tail of each
+
+
 def test_torchrun_shares_the_work_out(tmp_path):
     source = write(tmp_path / "text.jsonl", DOCUMENTS)
     prepare(source, tmp_path / "one")
