@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +69,7 @@ def write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor], 
         | {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"}
         | ends,
     )
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # its own is the owner's alone
     _write_json(directory / "generation_config.json", ends | {"max_new_tokens": 100, "do_sample": True})
 
 
@@ -112,7 +114,10 @@ def load_model(
 
 def model_directory(path_or_name: str | Path) -> Path:
     """The directory of that name or, of a model on the hub, the copy of it in the cache."""
-    return existing(Path(path_or_name)) or _from_hub(str(path_or_name))
+    found = existing(Path(path_or_name))
+    if found and (found / "best").is_dir() and not (found / "config.json").exists():
+        raise UserError(f"{found} is the folder of a run: name the model in it, {found / 'best'}")
+    return found or _from_hub(str(path_or_name))
 
 
 def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:

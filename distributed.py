@@ -117,6 +117,9 @@ class StopSignal:
 
     def _asked(self, number: int, frame) -> None:
         self.number = number
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # the terminal may have gone; and print may be what was interrupted
+                os.write(2, b"\nending after this update; Ctrl-C leaves at once\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, even out of a collective that hangs
 
 

@@ -67,7 +67,7 @@ def claim(out_dir: Path) -> FileLock:
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise UserError(f"{out_dir} is another run's, which goes on; end it, or choose another --out_dir") from error
+        raise UserError(f"another run is still going on in {out_dir}; end it, or choose another --out_dir") from error
     except (OSError, NotImplementedError):
         pass  # a disk that knows no locks; if nothing can be written there, others tell so
     return lock

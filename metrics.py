@@ -10,11 +10,12 @@ import math
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from config.settings import UserError, note, one_line, run_script
+from config.settings import UserError, load_settings, note, one_line, run_script
 from files import claim, release
 from tracking import TensorBoard, WandB
 
@@ -225,9 +226,16 @@ def _line(axes, records: list[dict], key: str, label: str | None = None, **style
         axes.plot(*zip(*points), label=label and f"{label} {points[-1][1]:.3f}", **style)
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    out_dirs: tuple = ()
+    """folders of runs"""
+
+
 def main() -> None:
-    out_dirs, picture = [Path(argument) for argument in sys.argv[1:]], Path("compare.png")
-    if not out_dirs or sys.argv[1].startswith("-"):
+    config, _ = load_settings(CompareConfig, positional="out_dirs")
+    out_dirs, picture = [Path(name) for name in config.out_dirs], Path("compare.png")
+    if not out_dirs:
         raise UserError("name the folders of one run or more: python metrics.py out-a out-b")
     for out_dir in out_dirs:
         if not (out_dir / "metrics.jsonl").exists():

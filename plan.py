@@ -79,7 +79,8 @@ def rehearse(model: GPT, config: Any, dist: Distributed, update: Callable[[Any],
         return
     parts = memory(model, config, shards(dist, config.sharding))
     note(f"memory of a process, by count: {', '.join(f'{name} {gb(size)}' for name, size in parts.items())}")
-    note(f"in all {gb(sum(parts.values()))}; this process had {gb(_peak_memory(dist))} at its peak")
+    peak = _peak_memory(dist)
+    note(f"in all {gb(sum(parts.values()))}" + (f"; this process had {gb(peak)} at its peak" if peak else ""))
     speed, span = tokens_per_update(config) / seconds, tqdm.format_interval
     note(f"here {seconds:.3g} s an update, {speed:,.0f} tokens/s: {span(seconds * config.max_iters)} in all")
     if hours(model, config, "A100", 1) > 0.1:  # less says nothing: small models do not fill a card
@@ -98,11 +99,13 @@ def _median_seconds(dist: Distributed, run: Callable[[], object]) -> float:
     return statistics.median(times[1:])  # the first one compiles and allocates
 
 
-def _peak_memory(dist: Distributed) -> int:
+def _peak_memory(dist: Distributed) -> int | None:
     if dist.device.type == "cuda":
         return torch.cuda.max_memory_allocated(dist.device)
-    import resource  # Windows has none
-
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

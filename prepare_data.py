@@ -8,12 +8,10 @@ python prepare_data.py --inspect=books
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +60,7 @@ class PrepareConfig:
     revision: str | None = None
     """the revision of a Hugging Face data set (by default the newest)"""
     streaming: bool = True
-    """read a Hugging Face data set as it comes; no: keep a copy in Hugging Face's cache first"""
+    """read a Hugging Face data set as it comes; False: keep a copy in Hugging Face's cache first"""
     site_packages: bool = False
     """with `python`: also every installed package"""
     shard_tokens: PositiveInt = 1 << 28
@@ -70,7 +68,7 @@ class PrepareConfig:
     part: str | None = None
     """such as 3/16: do the third of 16 shares; torchrun and Slurm arrays give it themselves. The last to end merges"""
     threads: PositiveInt | None = None
-    """that encode (by default one a core)"""
+    """threads that encode (by default one a core)"""
     data_dir: str = "data"
     """the folder of the data sets"""
 
@@ -91,7 +89,7 @@ def main() -> None:
     if directory.exists() and not (directory / "meta.json").exists():
         raise UserError(f"{directory} is there and is not a data set of ours; choose another --name")
     held = (read_json(directory / "meta.json") or {}).get("source")
-    if config.name is None and directory.exists() and held != source.description:
+    if config.name is None and directory.exists() and (held != source.description or "-" in config.sources):
         raise UserError(f"{directory} holds {held}: give --name=… (with --name={name} it is replaced)")
     part, parts = share(config.part)
     if parts > 1 and "-" in config.sources:
@@ -106,13 +104,15 @@ def main() -> None:
         note("stopped" if "-" in config.sources else "stopped; the same command goes on from here")
         raise
     if meta:
+        from data.report import say_what_was_made
+
         say_what_was_made(directory, meta, time.perf_counter() - started)
 
 
 def fetch(name: str, directory: Path) -> None:
     if not directory.exists():
         fetch_tokens(name, directory)
-    note(f"{directory}: tokens, read as they are; next: python train.py --dataset={directory.name}")
+    note(f"{directory}: GPT-2's tokens; next: python train.py config/train_gpt2.py --dataset={directory.name}")
 
 
 def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, parts: int) -> dict | None:
@@ -244,18 +244,6 @@ def remove(partial: Path) -> None:
     """Remove it at once, and no lock of ours in it is held any more: who waits for one never sees a half of it."""
     with contextlib.suppress(OSError):  # another does it, or is in it (Windows, NFS): that is no failure any more
         shutil.rmtree(partial.rename(f"{partial}.{os.getpid()}"), ignore_errors=True)
-
-
-def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:
-    note = functools.partial(print, file=sys.stderr)  # under torchrun too whoever merges says so, not rank 0
-    for split, figures in meta["splits"].items():
-        tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
-        files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
-        note(f"{split}: {tokens} of {figures['bytes'] / figures['tokens']:.2f} bytes, {documents}{files}")
-    size = sum(figures["bytes"] for figures in meta["splits"].values())
-    rate = f"{size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
-    note(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
-    note(f"next: python train.py --dataset={directory.name} (README.md has recipes)")
 
 
 def share(given: str | None) -> tuple[int, int]:

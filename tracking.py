@@ -1,6 +1,7 @@
 """A run's metrics for other tools as well. Their packages are optional, and whatever they raise never stops a run."""
 
 import html
+import os
 import textwrap
 from pathlib import Path
 
@@ -13,6 +14,9 @@ class WandB:
     def __init__(self, settings: dict, out_dir: Path, resumed_from: int | None):
         import wandb
 
+        # At a terminal `init` would wait for an answer for ever
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(timeout=30):
+            raise RuntimeError("no login")
         known = out_dir / "wandb_run_id"
         self.run = wandb.init(
             project=settings["wandb_project"],
@@ -22,7 +26,6 @@ class WandB:
             id=known.read_text().strip() if resumed_from is not None and known.is_file() else None,
             resume="allow",
             allow_val_change=True,  # what was changed on resume
-            settings=wandb.Settings(login_timeout=30),  # for an answer at the login prompt
         )
         # wandb drops a record that is older than its last, as after a resume: it is to count by our `step`
         self.run.define_metric("*", step_metric="step")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -92,6 +93,7 @@ class Saver:
             best = self.best_val_loss if self.best_val_loss < math.inf else None  # JSON has no infinity
             content = {"format_version": FORMAT_VERSION} | training | {"best_val_loss": best}
             (new / "training.json").write_text(json.dumps(content, indent=2) + "\n")
+            shutil.copymode(new / "training.json", new / "optimizer.safetensors")  # its own is the owner's alone
 
         step, self._problem = training["step"], None
         bad = next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None)
@@ -197,24 +199,25 @@ def initial_model(config: Any, given: dict[str, str], data: DataSet, training: d
                 f"{given[name]}: {name}={getattr(config, name)}, but {source} has {getattr(model.config, name)}"
             )
     if not tokenizer.same_as(data.tokenizer):
-        raise UserError(
-            f"the data set {config.dataset} was prepared with another tokenizer than {source}; prepare it again: "
-            + prepare_command(config, source, tokenizer)
-        )
+        told = f"the data set {config.dataset} was prepared with another tokenizer than {source}"
+        if training:
+            again = prepare_command(config, config.dataset, source, tokenizer)
+            raise UserError(f"{told}; choose another --out_dir for a new run, or prepare it as it was: {again}")
+        name = f"{config.dataset}-again"
+        again = prepare_command(config, name, source, tokenizer)
+        raise UserError(f"{told}; prepare it again: {again}, then train with --dataset={name}")
     return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in shape})
 
 
-def prepare_command(config: Any, source: str | Path, tokenizer: Tokenizer) -> str:
-    """The command that prepares the text of `config.dataset` with the tokenizer of a model, beside what there is."""
+def prepare_command(config: Any, name: str, source: str | Path, tokenizer: Tokenizer) -> str:
+    """The command that prepares the text of `config.dataset` as data set `name` with the tokenizer of a model."""
     meta = Path(config.data_dir) / config.dataset / "meta.json"
     text = json.loads(meta.read_bytes())["source"] if meta.is_file() else "FILES"
     if text == "standard input":
         text = "-"
     wanted = "gpt2" if tokenizer.same_as(gpt2()) else model_directory(source)
-    name = f"{config.dataset}-{'gpt2' if wanted == 'gpt2' else 'again'}"
     folder = "" if config.data_dir == "data" else f" --data_dir={config.data_dir}"
-    prepare = f"python prepare_data.py {text} --name={name} --tokenizer={shlex.quote(str(wanted))}{folder}"
-    return f"{prepare}, then train with --dataset={name}"
+    return f"python prepare_data.py {text} --name={name} --tokenizer={shlex.quote(str(wanted))}{folder}"
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def resumed_settings(config: Any, given: dict[str, str], training: dict) -> Any:
         else:
             raise UserError(
                 f"{asked}, but the checkpoint was trained with {trained[name]}; "
-                "leave it out, or start anew with --init_from=scratch"
+                "leave it out, choose another --out_dir, or start anew with --init_from=scratch"
             )
     fields = {field.name for field in dataclasses.fields(config)}
     kept = {name: value for name, value in trained.items() if name in fields - flags - LOCAL | {"init_from"}}

@@ -196,7 +196,7 @@ def _parser(cls: type, positional: str) -> argparse.ArgumentParser:
 def _read_recipe(path: str) -> dict[str, Any]:
     """The plain values that a recipe assigns. A recipe is the user's own code, and is run."""
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such recipe file")
+        raise UserError(f"{path}: no such recipe file; settings are written --name=value")
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as error:

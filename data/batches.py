@@ -120,5 +120,5 @@ def check_length(tokens: Tokens, block_size: int, split: str) -> None:
     if len(tokens) <= block_size:
         raise UserError(
             f"the {split} split has {len(tokens):,} tokens, too few for one block of {block_size:,}: "
-            f"prepare more text, or set --block_size={max(len(tokens) // 4, 1)}"
+            "prepare more text" + (f", or set --block_size={max(len(tokens) // 4, 1)}" if len(tokens) > 1 else "")
         )

@@ -1,6 +1,8 @@
-"""A look at a prepared data set: its figures, its documents, its checksums, and a picture."""
+"""What a preparation made; and a look at it later: its figures, documents, checksums, and a picture."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +84,20 @@ def _draw(directory: Path, data: DataSet, lengths: dict, counts: dict) -> Path:
     except OSError as error:  # another user's data set, say
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return path
+
+
+def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:
+    """A preparation's last lines; under torchrun too whoever merged says them, not rank 0."""
+    lines = []
+    for split, figures in meta["splits"].items():
+        tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
+        files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
+        lines.append(f"{split}: {tokens} of {figures['bytes'] / figures['tokens']:.2f} bytes, {documents}{files}")
+    size = sum(figures["bytes"] for figures in meta["splits"].values())
+    rate = f"{size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
+    lines.append(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
+    recipe = "train_gpt2" if meta["splits"]["train"]["tokens"] > 1e8 else "quickstart"
+    place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
+    name = directory.name
+    lines.append(f"next: python train.py config/{recipe}.py --dataset={name}{place} --out_dir=out-{name}")
+    print("\n".join(lines), file=sys.stderr)

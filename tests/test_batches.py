@@ -198,7 +198,8 @@ def test_evaluation_batches_are_the_same_each_time():
 @pytest.mark.parametrize("length", [0, 1, BLOCK - 1, BLOCK])
 def test_a_split_that_is_too_short_for_one_block_is_refused_with_split_sizes_and_remedy(length):
     tokens = ring(length)
-    with pytest.raises(UserError, match=rf"^the train split has {length} tokens, .* block of 8: .*--block_size=\d"):
+    remedy = r"prepare more text, or set --block_size=\d" if length > 1 else "prepare more text"
+    with pytest.raises(UserError, match=rf"^the train split has {length} tokens, .* block of 8: {remedy}$"):
         TrainBatches(tokens, BLOCK, 1, seed=1)
     with pytest.raises(UserError, match=rf"^the val split has {length} tokens"):
         EvalBatches(tokens, BLOCK, 1, limit=0)

@@ -243,6 +243,15 @@ def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
         load_model(tmp_path / "nowhere" / "at" / "all")
 
 
+def test_the_folder_of_a_run_is_not_taken_for_a_model(tiny_run):
+    with pytest.raises(UserError, match=r"is the folder of a run: name the model in it, .*best$"):
+        load_model(tiny_run)
+
+
+def test_everybody_may_read_a_model_whose_other_files_they_may_read(tiny_run):
+    assert len({path.stat().st_mode for folder in ("best", "last") for path in (tiny_run / folder).iterdir()}) == 1
+
+
 def test_weights_that_are_not_numbers_are_refused(tmp_path):
     model = make_model(of_kind("char"))
     with torch.no_grad():

@@ -388,7 +388,7 @@ def test_torchrun_shares_the_work_out(tmp_path):
     flags = [source, f"--data_dir={tmp_path}/two", "--name=set", "--tokenizer=byte"]
     environment = child_environment()
     ended = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0 and "next: python train.py --dataset=set" in ended.stderr, ended.stderr
+    assert ended.returncode == 0 and "config/quickstart.py --dataset=set " in ended.stderr, ended.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
@@ -481,6 +481,13 @@ def test_standard_input_is_a_document_or_with_a_column_json_lines(tmp_path):
     lines = "\n".join(json.dumps({"story": text}) for text in DOCUMENTS)
     prepare("-", tmp_path / "lines", "--column=story", stdin=lines)
     assert len(documents(tmp_path / "lines", "train") + documents(tmp_path / "lines", "val")) == len(DOCUMENTS)
+
+
+def test_another_text_on_standard_input_replaces_no_data_set_unasked(tmp_path):
+    flags = ["-", f"--data_dir={tmp_path}", "--tokenizer=byte"]
+    assert run_main("prepare_data", *flags, stdin="a text " * 10).status == 0
+    ended = run_main("prepare_data", *flags, stdin="another text " * 10)
+    assert ended.status == 2 and "holds standard input: give --name=… (with --name=stdin it is replaced)" in ended.err
     assert list((tmp_path / "lines").iterdir()) == [tmp_path / "lines" / "set"]
 
 

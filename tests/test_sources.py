@@ -306,6 +306,8 @@ def test_shards_are_downloaded_and_appear_when_they_are_all_there(tmp_path):
         server.broken = []
         made = fetch()
         server.shutdown()
-    assert made.returncode == 0 and "next: python train.py --dataset=fineweb10B-gpt2" in made.stderr, made.stderr
+    assert (
+        made.returncode == 0 and "next: python train.py config/train_gpt2.py --dataset=fineweb10B-gpt2" in made.stderr
+    ), made.stderr
     found = {path.name: path.read_bytes() for path in (tmp_path / "fineweb10B-gpt2").glob("*.bin")}
     assert found == SHARDS
