@@ -481,6 +481,7 @@ def test_standard_input_is_a_document_or_with_a_column_json_lines(tmp_path):
     lines = "\n".join(json.dumps({"story": text}) for text in DOCUMENTS)
     prepare("-", tmp_path / "lines", "--column=story", stdin=lines)
     assert len(documents(tmp_path / "lines", "train") + documents(tmp_path / "lines", "val")) == len(DOCUMENTS)
+    assert list((tmp_path / "lines").iterdir()) == [tmp_path / "lines" / "set"]
 
 
 def test_another_text_on_standard_input_replaces_no_data_set_unasked(tmp_path):
@@ -488,7 +489,6 @@ def test_another_text_on_standard_input_replaces_no_data_set_unasked(tmp_path):
     assert run_main("prepare_data", *flags, stdin="a text " * 10).status == 0
     ended = run_main("prepare_data", *flags, stdin="another text " * 10)
     assert ended.status == 2 and "holds standard input: give --name=… (with --name=stdin it is replaced)" in ended.err
-    assert list((tmp_path / "lines").iterdir()) == [tmp_path / "lines" / "set"]
 
 
 def test_who_stops_it_hears_whether_the_same_command_goes_on(tmp_path, text, units):
