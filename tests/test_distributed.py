@@ -84,13 +84,14 @@ def test_a_card_that_is_not_there_is_a_user_error():
         connect("cuda:99")
 
 
-def test_a_signal_is_noted_and_a_second_interrupt_is_not_held_back():
+def test_a_signal_is_noted_and_told_and_a_second_interrupt_is_not_held_back(capfd):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         stop = StopSignal()
         assert stop.number == 0
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.number == signal.SIGUSR1
+        assert capfd.readouterr().err == "\nending after this update; Ctrl-C leaves at once\n"
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # ends the process, whatever it waits for
     finally:
         for number, handler in before.items():

@@ -367,6 +367,21 @@ def test_the_command_that_is_named_prepares_the_data_with_the_models_tokenizer(t
     assert data.tokenizer.same_as(load_model(tiny_run / "last")[1]) and len(data.train) + len(data.val) >= 15
 
 
+def test_a_run_whose_data_were_prepared_in_another_way_goes_on_after_the_command_that_is_named(tmp_path, train, resume):
+    text, place = tmp_path / "text.txt", dict(data_dir=tmp_path, dataset="text")
+    text.write_text("a road, the sea and rain " * 80)
+    prepare = [text, "--val_fraction=0.2", f"--data_dir={tmp_path}", "--name=text"]
+    assert run_main("prepare_data", *prepare, "--tokenizer=char").status == 0
+    train(tmp_path / "run", **place, max_iters=2)
+    assert run_main("prepare_data", *prepare, "--tokenizer=byte").status == 0
+    told = resume(tmp_path / "run", status=2, data_dir=tmp_path, max_iters=4).err
+    assert "choose another --out_dir for a new run, or prepare it as it was: " in told
+    command = shlex.split(told.split("python prepare_data.py ")[1])
+    assert run_main("prepare_data", *command, "--val_fraction=0.2").status == 0
+    resume(tmp_path / "run", data_dir=tmp_path, max_iters=4)
+    assert load_training(tmp_path / "run" / "last")["step"] == 4
+
+
 def test_finetuning_with_another_shape_is_refused(tmp_path, train, tiny_run):
     ended = train(tmp_path / "run", status=2, init_from=tiny_run / "last", n_layer=3)
     assert "--n_layer: n_layer=3" in ended.err
