@@ -275,8 +275,7 @@ def is_made(directory: Path, job: Job) -> bool:
 def _sample(source: Source, kind: str) -> Iterator[str]:
     """What the tokenizer is learned from: for a BPE a bounded part; every character has to be seen."""
     size = 0
-    for document in source.documents():
-        text = document.text.decode()
+    for text in map(bytes.decode, source.texts()):
         yield text[: TRAINING_BYTES - size] if kind == "bpe" else text
         size += len(text)
         if kind == "bpe" and size >= TRAINING_BYTES:

@@ -28,7 +28,7 @@ ASCII = bytes(range(128))
 # gigatoken remembers every word that it has seen. Where the process has become larger than MEMORY and as much as
 # MEMORY_EACH for each thread, an encoder starts anew, at a quarter of a second, if it has encoded REMEMBERED bytes
 # since it last did.
-MEMORY, MEMORY_EACH, REMEMBERED = 300_000_000, 150_000_000, 1 << 26
+MEMORY, MEMORY_EACH, REMEMBERED = 400_000_000, 150_000_000, 1 << 26
 
 
 class BulkEncoder:

@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 
 UNIT_BYTES = 1 << 23  # of a source: what a thread encodes before it reports
 MAX_UNITS = 4096  # of a very large source the units are larger
-UNIT_FORMAT = 2  # of what is left under .partial: what another version of this file left there begins anew
+UNIT_FORMAT = 3  # of what is left under .partial: what another version of this file left there begins anew
 RECORD = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("bytes", "<u8")])  # what removing a document takes to know
 
 

@@ -13,6 +13,7 @@ from data.job import RECORD, Job, read_json, write_json
 from data.token_files import SPLITS, ShardWriter, id_dtype
 
 BUFFER_TOKENS = 1 << 20
+WAITING_TOKENS = 1 << 25  # of units that are kept in memory until their turn comes; others wait on disk
 Unit = dict[str, tuple[dict, Iterable[np.ndarray]]]  # of each split the figures, and the ids in parts
 
 
@@ -24,7 +25,9 @@ class Merger:
 
     def __init__(self, job: Job):
         self.job, self.dtype = job, id_dtype(job.tokenizer.vocab_size)
-        self.lock, self.buffer = threading.Lock(), np.empty(BUFFER_TOKENS, self.dtype)
+        self.buffer = np.empty(BUFFER_TOKENS, self.dtype)
+        self.lock, self.waiting, self.waiting_tokens = threading.Lock(), {}, 0
+        self.whole = True  # no unit is there in part, as after a full disk or Ctrl-C
         self.firsts = {split: _firsts(job, split) for split in SPLITS} if job.dedup else None
         nothing = {split: {"tokens": 0, "bytes": 0, "documents": 0, "files": []} for split in SPLITS}
         self.progress = read_json(job.progress) or nothing | {"units": 0}
@@ -38,27 +41,39 @@ class Merger:
             job.progress.unlink()
             raise RunFailed(f"{error}; run again: it is made anew") from error
 
-    def take(self, number: int, unit: Unit) -> bool:
-        """Add the unit if it is the next; whether it was. In any thread."""
+    def keep(self, number: int, unit: Unit) -> bool:
+        """Hold the unit until its turn comes; False where too much waits already. In any thread."""
+        tokens = sum(figures["tokens"] for figures, _ in unit.values())
         with self.lock:
-            if number != self.progress["units"]:
+            if self.waiting_tokens + tokens > WAITING_TOKENS and number != self.progress["units"]:
                 return False
-            self._add(unit)
+            self.waiting[number] = unit
+            self.waiting_tokens += tokens
             return True
 
+    def add_units(self) -> None:
+        """Add the units that are there, from memory or disk, up to the first that is not."""
+        while self.whole and self.add_unit():
+            pass
+
     def add_unit(self) -> bool:
-        """Add the next unit from disk, if it is there; whether it was."""
-        job = self.job
-        with self.lock:
-            unit = self.progress["units"]
-            if (figures := read_json(job.manifest(unit))) is None:
-                return False
-            self._add({split: (figures[split], self._read(unit, split, figures[split])) for split in SPLITS})
-        for path in (job.manifest(unit), *(job.tokens(unit, split) for split in SPLITS)):
+        """Add the next unit if it is there; whether it was."""
+        job, number = self.job, self.progress["units"]
+        if unit := self.waiting.get(number):
+            self._add(unit)
+            with self.lock:
+                del self.waiting[number]
+                self.waiting_tokens -= sum(figures["tokens"] for figures, _ in unit.values())
+            return True
+        if (figures := read_json(job.manifest(number))) is None:
+            return False
+        self._add({split: (figures[split], self._read(number, split, figures[split])) for split in SPLITS})
+        for path in (job.manifest(number), *(job.tokens(number, split) for split in SPLITS)):
             path.unlink()
         return True
 
     def _add(self, unit: Unit) -> None:
+        self.whole = False
         for split, (figures, parts) in unit.items():
             total = self.progress[split]
             for ids in parts:  # end of text stands between documents, not before the first one
@@ -69,6 +84,7 @@ class Merger:
             total["files"] = self.writers[split].state()
         self.progress["units"] += 1
         write_json(self.job.progress, self.progress)
+        self.whole = True
 
     def _read(self, unit: int, split: str, figures: dict) -> Iterator[np.ndarray]:
         """The unit's ids in parts, without copies of documents; `figures` is made to tell of these."""

@@ -2,25 +2,25 @@
 
 import concurrent.futures
 import contextlib
-import hashlib
 import os
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import xxhash
 from tqdm import tqdm
 
 from config.settings import counted, note
 from data.bulk import BulkEncoder
 from data.job import RECORD, Job, write_json
 from data.merger import Merger
-from data.readers import Document, check_state, size_of, split_of
+from data.readers import Documents, check_state, size_of, split_of
 from data.token_files import SPLITS, id_dtype
 from files import flush
 
 BATCH_BYTES = 1 << 20  # of text encoded at a time
-HELD_TOKENS = 1 << 23  # of a unit that stay in memory until its turn comes to be merged; of a larger one none do
+HELD_TOKENS = 1 << 24  # of a unit that stay in memory until it is merged; of a larger one none do
 
 
 def encode_units(job: Job, mine: Sequence[int], threads: int, merger: Merger | None = None) -> None:
@@ -46,11 +46,13 @@ def encode_units(job: Job, mine: Sequence[int], threads: int, merger: Merger | N
         with bar:
             for ended in concurrent.futures.as_completed([pool.submit(encoder.encode, unit) for unit in todo]):
                 bar.update(sizes[ended.result()])
-                while merger and merger.add_unit():
-                    pass
+                if merger:
+                    merger.add_units()
     finally:
         encoder.stop.set()  # after a failure or Ctrl-C the others leave what they are at
         pool.shutdown(cancel_futures=True)
+        if merger:
+            merger.add_units()  # what is done is not done again
 
 
 class Encoder:
@@ -66,35 +68,37 @@ class Encoder:
         with contextlib.ExitStack() as stack:
             writers = {split: stack.enter_context(UnitWriter(job, self.bulk, unit, split)) for split in SPLITS}
             for item in job.units[unit]:
-                for document in item.documents(job.column, job.bad_files):
+                for documents in item.documents(job.column, job.bad_files):
                     if self.stop.is_set():
                         return unit
-                    for split, text, digest in self.split(document):
-                        writers[split].add(text, digest, document.begins)
+                    for split, text, digest in self.shares(documents):
+                        writers[split].add(text, digest, documents.begins)
                 check_state(item)
             for writer in writers.values():
                 writer.flush()
             in_memory = {split: (writer.figures, writer.held) for split, writer in writers.items() if not writer.file}
-            if self.merger and len(in_memory) == len(writers) and self.merger.take(unit, in_memory):
+            if self.merger and len(in_memory) == len(writers) and self.merger.keep(unit, in_memory):
                 return unit
             figures = {split: writer.close() for split, writer in writers.items()}
         write_json(job.manifest(unit), figures)
         return unit
 
-    def split(self, document: Document) -> Iterator[tuple[str, bytes, bytes]]:
-        """The document's share in each split: (split, text, digest)."""
-        if document.split:
-            yield document.split, document.text, os.urandom(8)
+    def shares(self, documents: Documents) -> Iterator[tuple[str, bytes, int]]:
+        """What of the documents goes to which split: (split, text, digest)."""
+        if documents.split:
+            for text in documents.texts:
+                yield documents.split, text, int.from_bytes(os.urandom(8))
             return
-        digest = hashlib.sha256(document.text).digest()
-        if self.job.by_content:
-            yield split_of(digest, self.job.val_fraction), document.text, digest
-            return
-        text = document.text.decode()
-        border = int(len(text) * (1 - self.job.val_fraction))
-        for split, part in (("train", text[:border]), ("val", text[border:])):
-            if part:
-                yield split, part.encode(), digest
+        for text in documents.texts:
+            digest = xxhash.xxh3_64_intdigest(text)
+            if self.job.by_content:
+                yield split_of(digest, self.job.val_fraction), text, digest
+            else:
+                characters = text.decode()
+                border = int(len(characters) * (1 - self.job.val_fraction))
+                for split, part in (("train", characters[:border]), ("val", characters[border:])):
+                    if part:
+                        yield split, part.encode(), digest
 
 
 class UnitWriter:
@@ -118,12 +122,12 @@ class UnitWriter:
             self.file.close()
             self.new.unlink(missing_ok=True)  # still there after a failure only
 
-    def add(self, text: bytes, digest: bytes, begins: bool) -> None:
+    def add(self, text: bytes, digest: int, begins: bool) -> None:
         if self.waiting >= BATCH_BYTES or not begins:
             self.flush()
             self.begins = begins
         self.texts.append(text)
-        self.digests.append(digest[:8])
+        self.digests.append(digest)
         self.waiting += len(text)
 
     def flush(self) -> None:
@@ -133,7 +137,7 @@ class UnitWriter:
         ids = self.bulk.encode(self.texts).astype(self.dtype)
         if self.records_path:
             records = np.empty(len(self.texts), RECORD)
-            records["digest"] = np.frombuffer(b"".join(self.digests), "<u8")
+            records["digest"] = self.digests
             records["tokens"] = np.diff(np.flatnonzero(ids == self.end_of_text), append=len(ids))
             records["tokens"][0] -= not self.begins
             records["bytes"] = [len(text) for text in self.texts]

@@ -17,8 +17,9 @@ from typing import IO, Any, NamedTuple
 from config.settings import RunFailed, UserError, closest, note, one_line
 
 LARGE = 1 << 24  # bytes: a text file above it is read, split and encoded in parts
-PIECE = 1 << 22  # bytes of a large file that are held at a time
+PIECE = 1 << 20  # bytes of a large file that are held at a time
 WINDOW = 1 << 20  # bytes in which a safe border is looked for
+LARGE_TEXT = 1 << 18  # bytes from which on another check of UTF-8 is the faster one
 # Across these GPT-2's pattern never has a token, nor has any tokenizer here: before a space between two characters that
 # are none, and after a line's end between such. Python's white space includes that of the tokenizers; the surrogates
 # stand for bytes of a character that the window cuts.
@@ -29,10 +30,12 @@ COMPRESSED = (".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl.zst", ".ndjson.zst"
 WHOLE = 1 << 62  # the end of a file that cannot be entered in the middle
 
 
-class Document(NamedTuple):
-    text: bytes
+class Documents(NamedTuple):
+    """Some at a time, which costs less than one by one where they are small."""
+
+    texts: list[bytes]
     split: str | None = None  # where that is settled already
-    begins: bool = True  # no: it goes on with the document before, and no end of text comes between
+    begins: bool = True  # no: the one text goes on with the document before, and no end of text comes between
 
 
 class File(NamedTuple):
@@ -52,11 +55,11 @@ class TextFile:
 
     file: File
 
-    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+    def documents(self, column: str, bad_files: str) -> Iterator[Documents]:
         with open(self.file.path, "rb") as opened:
             data = opened.read()
         if text := checked_text(data.removeprefix(codecs.BOM_UTF8), self.file.path, bad_files, binary=True):
-            yield Document(text)
+            yield Documents([text])
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ class TextPart:
     split: str
     first: bool  # of the file's parts in this split
 
-    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+    def documents(self, column: str, bad_files: str) -> Iterator[Documents]:
         if bad_files == "skip":
             bad_files = "stop"  # it was text when the parts were made
         if self.first:  # which may have no safe border
-            yield Document(b"", self.split)
+            yield Documents([b""], self.split)
         with open(self.file.path, "rb") as opened:
             position, stop = (safe_border(opened, place, self.file.size) for place in (self.start, self.stop))
             while position < stop:
@@ -83,7 +86,7 @@ class TextPart:
                 if position == 0:
                     data = data.removeprefix(codecs.BOM_UTF8)
                 text = checked_text(data, self.file.path, bad_files, binary=True, position=position)
-                yield Document(text, self.split, begins=False)
+                yield Documents([text], self.split, begins=False)
                 position = border
 
 
@@ -95,21 +98,34 @@ class Lines:
     start: int
     stop: int
 
-    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+    def documents(self, column: str, bad_files: str) -> Iterator[Documents]:
+        from data import arrow
+
         with open(self.file.path, "rb") as raw, _decompressed(raw, self.file.path) as file:
             position = self.start
             if position:
                 file.seek(position - 1)
                 position += len(file.readline()) - 1
             try:
-                while position < self.stop and (line := file.readline()):
-                    if line.strip():
-                        yield from self._document(line, position, column, bad_files)
-                    position += len(line)
+                while position < self.stop:  # a line is read where its last byte before the block's end is
+                    block = file.read(min(PIECE, self.stop - position) - 1) + file.readline()
+                    if not block:
+                        break
+                    if (texts := arrow.json_texts(block, column)) is not None:
+                        yield Documents([text for text in texts if text])
+                    else:
+                        yield from self._one_by_one(block, position, column, bad_files)
+                    position += len(block)
             except (EOFError, OSError) as error:  # gzip's, zstd's
                 raise UserError(f"{self.file.path} cannot be decompressed: {one_line(error)}") from error
 
-    def _document(self, line: bytes, position: int, column: str, bad_files: str) -> Iterator[Document]:
+    def _one_by_one(self, block: bytes, position: int, column: str, bad_files: str) -> Iterator[Documents]:
+        for line in io.BytesIO(block):
+            if line.strip():
+                yield from self._document(line, position, column, bad_files)
+            position += len(line)
+
+    def _document(self, line: bytes, position: int, column: str, bad_files: str) -> Iterator[Documents]:
         where = f"{self.file.path}, the line at byte {position:,}"
         if (valid := checked_text(line, where, bad_files)) is None:
             return
@@ -126,7 +142,7 @@ class Lines:
         if not isinstance(text, str):
             raise UserError(f"{where}: {column!r} is no text; name the --column")
         if valid := checked_text(text.encode("utf-8", "surrogatepass"), where, bad_files):
-            yield Document(valid)
+            yield Documents([valid])
 
 
 @dataclass(frozen=True)
@@ -138,15 +154,17 @@ class Rows:
     stop: int
     size: int
 
-    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+    def documents(self, column: str, bad_files: str) -> Iterator[Documents]:
         import pyarrow
 
-        with open_parquet(self.file.path) as file:
-            _check_column(self.file.path, file.schema_arrow, column)
+        from data import arrow
+
+        with arrow.open_parquet(self.file.path) as file:
+            arrow.check_column(self.file.path, file.schema_arrow, column)
             groups = list(range(self.start, self.stop))
             try:
                 for batch in file.iter_batches(256, groups, columns=[column], use_threads=False):
-                    yield from _arrow_texts(batch.column(0), f"{self.file.path}, rows of group {self.start}", bad_files)
+                    yield _documents(batch.column(0), f"{self.file.path}, rows of group {self.start}", bad_files)
             except (OSError, pyarrow.ArrowException) as error:
                 raise UserError(f"{self.file.path} is damaged: {one_line(error)}") from error
 
@@ -163,13 +181,15 @@ class Shard:
     def __repr__(self) -> str:
         return f"Shard({self.name!r}, {self.index}, {self.shards})"
 
-    def documents(self, column: str, bad_files: str) -> Iterator[Document]:
+    def documents(self, column: str, bad_files: str) -> Iterator[Documents]:
+        from data import arrow
+
         shard = self.dataset.shard(num_shards=self.shards, index=self.index)
         where = f"{self.name}, shard {self.index}"
         try:
             for table in shard.with_format("arrow").iter(batch_size=256):
-                _check_column(self.name, table.schema, column)
-                yield from _arrow_texts(table.column(column), where, bad_files)
+                arrow.check_column(self.name, table.schema, column)
+                yield _documents(table.column(column), where, bad_files)
         except UserError:
             raise
         except Exception as error:  # of any library below: network, server, file format
@@ -189,7 +209,7 @@ def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, 
     """`data` if it is UTF-8 (with `binary`: without NUL), else by `bad_files`: replaced, None and a note, UserError."""
     bad = data.find(b"\0") if binary else -1
     try:
-        if not data.isascii():
+        if not data.isascii() and not (len(data) > LARGE_TEXT and _is_utf8(data)):
             data.decode()
     except UnicodeDecodeError as error:
         bad = error.start if bad == -1 else min(bad, error.start)
@@ -204,6 +224,22 @@ def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, 
     return None
 
 
+def _is_utf8(data: bytes) -> bool:
+    from data import arrow
+
+    return arrow.is_utf8(data)
+
+
+def _documents(column: Any, where: str, bad_files: str) -> Documents:
+    """Those of a column of Arrow."""
+    from data import arrow
+
+    texts, valid = arrow.column_texts(column)
+    if not valid:
+        texts = [text and checked_text(text, where, bad_files) for text in texts]
+    return Documents([text for text in texts if text])
+
+
 def safe_border(file: IO[bytes], position: int, size: int) -> int:
     """The first byte at or after `position` where a text may be cut without changing its tokens.
 
@@ -212,71 +248,33 @@ def safe_border(file: IO[bytes], position: int, size: int) -> int:
     if position <= 0 or position >= size:
         return max(0, min(position, size))
     before = min(position, 4)
-    file.seek(position - before)
-    data = file.read(WINDOW)
-    window = data.decode("utf-8", "surrogateescape")
-    for border in SAFE_BORDER.finditer(window):
-        offset = len(window[: border.start()].encode("utf-8", "surrogateescape"))
-        if offset >= before:
-            return position - before + offset
-    if len(data) < WINDOW:
-        return size  # the rest has none
+    for window_size in (1 << 10, WINDOW):  # mostly one is near
+        file.seek(position - before)
+        data = file.read(window_size)
+        window = data.decode("utf-8", "surrogateescape")
+        for border in SAFE_BORDER.finditer(window):
+            offset = len(window[: border.start()].encode("utf-8", "surrogateescape"))
+            if offset >= before:
+                return position - before + offset
+        if len(data) < window_size:
+            return size  # the rest has none
     while before < len(data) and data[before] & 0xC0 == 0x80:
         before, position = before + 1, position + 1
     return position
 
 
-def split_of(digest: bytes, val_fraction: float) -> str:
-    """The split of a document, by the SHA-256 of its text: order and growth of the source change nothing."""
-    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
-
-
-def open_parquet(path: str):
-    import pyarrow
-    import pyarrow.parquet  # slow, and needed for such files alone
-
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path} is no Parquet file, or a damaged one: {one_line(error)}") from error
-
-
-def _check_column(where: str, schema, column: str) -> None:
-    import pyarrow.types as types
-
-    if column not in schema.names:
-        names = ", ".join(schema.names)
-        raise UserError(f"{where} has no column {column!r}{closest(column, schema.names)}; name the --column: {names}")
-    kind = schema.field(column).type
-    values = kind.value_type if types.is_dictionary(kind) else kind
-    forms = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
-    if not any(is_text(values) for is_text in forms):
-        raise UserError(f"{where}: column {column!r} is {kind}, no text; name the --column")
-
-
-def _arrow_texts(column, where: str, bad_files: str) -> Iterator[Document]:
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    column = column.cast("large_binary")
-    try:
-        column.cast("large_string")  # all at once, ten times as fast as one by one
-        valid = True
-    except pyarrow.ArrowInvalid:
-        valid = False
-    for data in column.to_pylist():
-        if data and (text := data if valid else checked_text(data, where, bad_files)):
-            yield Document(text)
+def split_of(digest: int, val_fraction: float) -> str:
+    """The split of a document, by the XXH3 (64 bits) of its text: order and growth of the source change nothing."""
+    return "val" if digest < val_fraction * 2**64 else "train"
 
 
 def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
     if path.endswith(".gz"):
         return gzip.open(file)
     if path.endswith(".zst"):
-        import pyarrow
+        from data import arrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), PIECE)
+        return io.BufferedReader(arrow.zstd_stream(file), PIECE)
     return file
 
 

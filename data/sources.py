@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import itertools
 import os
 import re
 import shlex
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from tqdm import tqdm
 
 from config.settings import UserError, closest, note, one_line
@@ -24,7 +24,6 @@ from data.readers import (
     JSON_LINES,
     LARGE,
     WHOLE,
-    Document,
     File,
     Item,
     Lines,
@@ -32,7 +31,6 @@ from data.readers import (
     Shard,
     TextFile,
     TextPart,
-    open_parquet,
     split_of,
 )
 
@@ -77,10 +75,11 @@ class Source:
             if file.size <= LARGE or self.bad_files != "skip" or _is_text(file):
                 yield from file_items(file, unit_bytes, self.val_fraction, by_content, seen)
 
-    def documents(self) -> Iterator[Document]:
-        """All of the text, for a look at it. A large file comes in pieces."""
+    def texts(self) -> Iterator[bytes]:
+        """The documents, for a look at them. A large file comes in pieces."""
         for item in self.items(1 << 62):
-            yield from item.documents(self.column, self.bad_files)
+            for documents in item.documents(self.column, self.bad_files):
+                yield from documents.texts
 
     def count_documents(self, most: int) -> int:
         """How many there are, up to `most`; no text file is read for it."""
@@ -89,9 +88,12 @@ class Source:
             if isinstance(item, TextFile | TextPart):
                 found += isinstance(item, TextFile) or item.split == "train"
             else:
-                found += sum(1 for _ in itertools.islice(item.documents(self.column, self.bad_files), most - found))
-            if found == most:
-                break
+                for documents in item.documents(self.column, self.bad_files):
+                    found += len(documents.texts)
+                    if found >= most:
+                        break
+            if found >= most:
+                return most
         return found
 
     def fetched(self, directory: Path) -> "Source":
@@ -176,7 +178,7 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
         ranges = [("train", 0, border), ("val", border, size)]
         if by_content or seen is not None:
             with open(path, "rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256").digest()
+                digest = hashlib.file_digest(opened, xxhash.xxh3_64).intdigest()
             if seen is not None and digest in seen:
                 return
             if seen is not None:
@@ -205,7 +207,9 @@ def _is_text(file: File) -> bool:
 
 
 def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
-    with open_parquet(file.path) as parquet:
+    from data import arrow
+
+    with arrow.open_parquet(file.path) as parquet:
         sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
     start = size = 0
     for i, of_group in enumerate(sizes, 1):
@@ -218,7 +222,8 @@ def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
     try:
-        return "".join(d.text.decode() for d in TextFile(File(str(path), 0, 0)).documents(column="", bad_files="stop"))
+        found = TextFile(File(str(path), 0, 0)).documents(column="", bad_files="stop")
+        return "".join(text.decode() for documents in found for text in documents.texts)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 

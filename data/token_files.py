@@ -22,6 +22,7 @@ STAMP = ".checked"  # the end of the name of a file that says in which state ano
 LLM_C_HEADER, LLM_C_MAGIC = 1024, 20240520  # bytes before the ids, and the first of their 256 int32
 READY = {"fineweb10B-gpt2": "kjj0/fineweb10B-gpt2"}  # repositories of the hub with such shards
 CHUNK = 1 << 22  # ids read at a time from a file that is read through
+FLUSHED = 1 << 25  # ids after which what is written goes to the disk itself, so that the end has not to wait for all
 
 
 class ShardWriter:
@@ -63,6 +64,8 @@ class ShardWriter:
             self._file.write(part)
             self._digest.update(part)
             self._files[-1]["tokens"] += len(part)
+            if self._files[-1]["tokens"] // FLUSHED > (self._files[-1]["tokens"] - len(part)) // FLUSHED:
+                os.fsync(self._file.fileno())
 
     def _close(self) -> None:
         self.state()

@@ -9,7 +9,7 @@ LAYERS = [  # the modules of data/ use one another, in this order
     ["generate"],  # and so the model, which has it as a method, needs nothing of ours to compute
     ["model"],
     ["files", "config.resume"],
-    ["data.tokenizer"],
+    ["data.tokenizer", "data.arrow"],
     ["data.readers"],
     ["data.bulk", "data.sources"],
     ["data.token_files", "data.job"],

@@ -1,6 +1,5 @@
 """Preparing in units: killed anywhere, shared out in any way, the result is that of one undisturbed process."""
 
-import hashlib
 import json
 import os
 import random
@@ -8,17 +7,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from conftest import ROOT, Ended, child_environment, run_main
 from filelock import FileLock
 
+import data.merger
 import data.pipeline
 import prepare_data
 from config.settings import UserError
+from data.pipeline import Encoder
 from data.token_files import open_data_set
 
 DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260)]
@@ -122,6 +125,27 @@ def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_sam
         went_on += "going on after" in ended.err
         assert contents(folder) == expected, f"killed before change {n}"
     assert n > 40 and went_on > 4
+
+
+@pytest.mark.parametrize("waiting", [0, 300, 1 << 25], ids=["on disk", "on disk and in memory", "in memory"])
+def test_units_that_wait_for_their_turn_make_the_same_bytes(tmp_path, text, units, monkeypatch, waiting):
+    """Of four threads the one with the first unit is the last to end."""
+    prepare(text, tmp_path / "expected")
+    monkeypatch.setattr(data.merger, "WAITING_TOKENS", waiting)
+    encode, started, kept = Encoder.encode, threading.Barrier(4), []
+
+    def late(self, unit: int) -> int:
+        if unit < 4:
+            started.wait(10)
+        while unit == 0 and len(kept) < 3:
+            time.sleep(0.01)
+        ended = encode(self, unit)
+        kept.append(unit)
+        return ended
+
+    monkeypatch.setattr(Encoder, "encode", late)
+    prepare(text, tmp_path / "found", "--threads=4")
+    assert contents(tmp_path / "found") == contents(tmp_path / "expected") and 0 not in kept[:3]
 
 
 def test_an_earlier_data_set_stays_whole_until_the_new_one_is(tmp_path, text, units):
@@ -359,7 +383,11 @@ def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, units):
     prepare(tmp_path / "*.txt", tmp_path / "whole", "--val_fraction=0.5")
 
     def work() -> None:
-        at_each_change(tmp_path, lambda count: count != 20 or (tmp_path / "9.txt").rename(tmp_path / "away"))
+        def hook(event: str, arguments: tuple) -> None:
+            if event == "open" and str(arguments[0]).endswith("/2.txt") and (tmp_path / "9.txt").exists():
+                (tmp_path / "9.txt").rename(tmp_path / "away")
+
+        sys.addaudithook(hook)
         told = prepare(tmp_path / "*.txt", tmp_path, "--val_fraction=0.5", status=2).err
         assert told.endswith(f"{tmp_path}/set cannot be made: {tmp_path}/9.txt: No such file or directory\n")
         (tmp_path / "away").rename(tmp_path / "9.txt")
@@ -466,7 +494,7 @@ def test_the_split_is_the_same_in_another_form_order_and_size_of_the_source(tmp_
     assert first == val("backward", DOCUMENTS[::-1])
     grown = val("grown", [f"before {i}" for i in range(50)] + DOCUMENTS)
     assert grown & set(DOCUMENTS) == first
-    chosen = {t for t in DOCUMENTS if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") < 0.05 * 2**64}
+    chosen = {t for t in DOCUMENTS if xxhash.xxh3_64_intdigest(t.encode()) < 0.05 * 2**64}
     assert first == chosen
 
 

@@ -12,9 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tokenizer import ANY_TEXT
 
 from config.settings import RunFailed, UserError
-from data import readers, sources
+from data import arrow, readers, sources
 from data.sources import find_source
 from data.tokenizer import gpt2, make_tokenizer
 from prepare_data import PrepareConfig
@@ -31,7 +34,7 @@ def source(*wanted, **options):
 def read(*wanted, unit_bytes: int = 1 << 62, **options) -> list[str]:
     found = source(*wanted, **options)
     documents = [d for item in found.items(unit_bytes) for d in item.documents(found.column, found.bad_files)]
-    return [d.text.decode() for d in documents]
+    return [text.decode() for d in documents for text in d.texts]
 
 
 def json_lines(texts: list[str], column: str = "text") -> bytes:
@@ -91,6 +94,21 @@ def test_a_line_that_is_no_document_is_refused_with_its_place(tmp_path, line, me
     assert str(caught.value).startswith(str(path))
 
 
+@given(st.lists(st.tuples(ANY_TEXT, st.booleans(), st.none() | st.integers() | st.floats() | ANY_TEXT)), st.data())
+def test_lines_read_at_once_are_those_read_one_by_one(tmp_path_factory, rows, data):
+    lines = [json.dumps({"other": [other], "text": text}, ensure_ascii=ascii) for text, ascii, other in rows]
+    path = compressed(tmp_path_factory.mktemp("lines"), "jsonl", "\n".join(lines).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "PIECE", data.draw(st.integers(2, 200)))
+        assert read(path, unit_bytes=data.draw(st.integers(1, 300))) == [text for text, _, _ in rows if text]
+
+
+def test_a_line_that_has_to_be_looked_at_alone_changes_nothing_in_those_around(tmp_path):
+    lines = ['{{"text": "line {}"}}', '{{"text": "no", "text": "line {}"}}', '{{"text": null, "number": {}}}']
+    path = compressed(tmp_path, "jsonl", "\n".join(lines[i % 3].format(i) for i in range(30)).encode())
+    assert read(path, unit_bytes=100) == [f"line {i}" for i in range(30) if i % 3 < 2]
+
+
 def test_null_is_no_document(tmp_path):
     assert read(compressed(tmp_path, "jsonl", b'{"text": null}\n{"text": "two"}')) == ["two"]
 
@@ -108,6 +126,15 @@ def test_a_compressed_file_that_is_cut_or_damaged_is_refused(tmp_path, suffix):
 
 
 # Parquet
+
+
+@given(st.binary() | ANY_TEXT.map(str.encode))
+def test_text_is_found_to_be_utf8_without_making_a_string(data):
+    try:
+        data.decode()
+        assert arrow.is_utf8(data)
+    except UnicodeDecodeError:
+        assert not arrow.is_utf8(data)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +227,11 @@ def test_a_large_file_in_parts_has_the_text_and_the_tokens_of_the_whole(tmp_path
     found = source(path, val_fraction=None)
     for unit_bytes in (40, 150, 1 << 62):
         parts = [d for i in found.items(unit_bytes) for d in i.documents("text", "stop")]
-        assert "".join(part.text.decode() for part in parts) == text
+        texts = [text.decode() for part in parts for text in part.texts]
+        assert len(texts) == len(parts) and "".join(texts) == text
         assert len({part.split for part in parts}) == 1
         for tokenizer in (gpt2(), make_tokenizer("bpe", [text], 300)):
-            assert [i for part in parts for i in tokenizer.encode(part.text.decode())] == tokenizer.encode(text)
+            assert [i for part in texts for i in tokenizer.encode(part)] == tokenizer.encode(text)
         assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
 
 
@@ -213,7 +241,7 @@ def test_of_few_documents_the_tail_of_a_large_one_goes_to_validation(tmp_path, m
     path.write_text("some words " * 100)
     found = source(path)
     parts = [d for i in found.items(300, by_content=False) for d in i.documents("text", "stop")]
-    texts = {split: "".join(d.text.decode() for d in parts if d.split == split) for split in ("train", "val")}
+    texts = {split: b"".join(d.texts[0] for d in parts if d.split == split).decode() for split in ("train", "val")}
     assert texts["train"] + texts["val"] == "some words " * 100
     assert len(texts["val"]) == pytest.approx(0.05 * 1100, abs=12)
 

@@ -35,7 +35,7 @@ def source(*wanted, **options) -> Source:
 
 
 def documents(*wanted, **options) -> list[str]:
-    return [d.text.decode().removeprefix("text of ") for d in source(*wanted, **options).documents()]
+    return [text.decode().removeprefix("text of ") for text in source(*wanted, **options).texts()]
 
 
 # files, folders and globs
@@ -67,7 +67,7 @@ def test_a_file_named_twice_is_read_once_and_the_order_of_words_does_not_matter(
 
 def test_documents_can_be_read_again(here):
     b = source("b")
-    assert list(b.documents()) == list(b.documents()) != []
+    assert list(b.texts()) == list(b.texts()) != []
 
 
 def test_empty_files_are_no_documents(here):
