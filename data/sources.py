@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from tqdm import tqdm
 
 from config.settings import UserError, closest, note, one_line
@@ -86,14 +85,13 @@ class Source:
         found = 0
         for item in self.items(1 << 62, by_content=False):
             if isinstance(item, TextFile | TextPart):
-                found += isinstance(item, TextFile) or item.split == "train"
+                counts = [isinstance(item, TextFile) or item.split == "train"]
             else:
-                for documents in item.documents(self.column, self.bad_files):
-                    found += len(documents.texts)
-                    if found >= most:
-                        break
-            if found >= most:
-                return most
+                counts = (len(documents.texts) for documents in item.documents(self.column, self.bad_files))
+            for count in counts:
+                found += count
+                if found >= most:
+                    return most
         return found
 
     def fetched(self, directory: Path) -> "Source":
@@ -177,6 +175,8 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
         border = int(size * (1 - val_fraction))
         ranges = [("train", 0, border), ("val", border, size)]
         if by_content or seen is not None:
+            import xxhash  # train.py, which imports this module, does without
+
             with open(path, "rb") as opened:
                 digest = hashlib.file_digest(opened, xxhash.xxh3_64).intdigest()
             if seen is not None and digest in seen:
