@@ -1,6 +1,11 @@
 """Tokenizers: every kind gives back the text it was given, and GPT-2's ids are GPT-2's."""
 
+import argparse
+import inspect
 import json
+import sys
+import typing
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -136,6 +141,25 @@ def test_bpe_learns_what_is_frequent():
 def test_bpe_of_the_same_text_is_the_same():
     first, second = (make_tokenizer("bpe", list(TEXTS.values()), vocab_size=350) for _ in range(2))
     assert first.same_as(second) and first.encode(TEXTS["code"]) == second.encode(TEXTS["code"])
+
+
+def learned_slowly(texts: list[str], vocab_size: int) -> Tokenizer:
+    """By tokenizers alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "gigatoken", None)
+        return make_tokenizer("bpe", texts, vocab_size)
+
+
+def test_bpe_learns_the_merges_of_tokenizers_and_nothing_is_printed(capfd):
+    texts = [Path(module.__file__).read_text("utf-8") for module in (argparse, inspect, typing)] + list(TEXTS.values())
+    for vocab_size in (300, 2000, 5000):  # of which the last is more than there are words
+        assert make_tokenizer("bpe", texts, vocab_size).to_json() == learned_slowly(texts, vocab_size).to_json()
+    assert capfd.readouterr() == ("", "")
+
+
+@given(st.lists(st.text("ab é1\n", min_size=50), max_size=3), st.integers(257, 400))
+def test_bpe_learns_the_merges_of_tokenizers_from_any_text(texts, vocab_size):
+    assert make_tokenizer("bpe", texts, vocab_size).to_json() == learned_slowly(texts, vocab_size).to_json()
 
 
 def test_bpe_can_be_as_small_as_bytes_and_end_of_text_and_no_smaller():
