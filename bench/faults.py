@@ -10,6 +10,7 @@ Runs are real runs of train.py in processes of their own, forked from one that h
 
 import contextlib
 import io
+import math
 import os
 import random
 import shutil
@@ -236,7 +237,7 @@ def disk(folder: Path) -> None:
         saver = Saver(place / "out", model, optimizers, tokenizer, HERE)
         for kind in ("pages", "files"):
             for room in range(1000):
-                saver.best_val_loss = None
+                saver.best_val_loss = math.inf
                 saver.save(COMPLETE | {"step": 1}, val_loss=3.0)
                 assert saver.wait() is None
                 free = os.statvfs(place)
