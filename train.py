@@ -39,7 +39,7 @@ from files import existing, set_aside
 from metrics import Metrics, Progress, Stopwatch
 from optimizer import SkippedUpdates, apply_gradients, make_optimizers, scheduled_learning_rate
 from parallel import exchange_gradients, wrap
-from plan import describe, rehearse, tokens_per_update
+from plan import announce, rehearse, tokens_per_update
 from training_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
 
 MAX_SKIPPED = 20  # updates in a row whose gradients were not finite: then the run ends
@@ -205,7 +205,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     decays = ((config.beta1, config.beta2), config.momentum, dist.dtype)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, *decays)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    note(describe(raw_model, config, dist, len(data.train)))
+    announce(raw_model, config, dist, len(data.train))
     if config.dry_run:
         rehearse(raw_model, config, dist, lambda c: train_step(model, optimizers, scaler, train_batches, 0, c, dist))
         return 0
