@@ -141,6 +141,11 @@ def note(message: str) -> None:
             print(message, file=sys.stderr)
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def closest(name: str, names: typing.Iterable[str]) -> str:
     """A clause that names the nearest of `names`, or nothing where none is near."""
     near = difflib.get_close_matches(name, names, n=1)
