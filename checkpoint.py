@@ -53,11 +53,10 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
 
 
 def write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    tensors = {}
-    for name, weight in weights.items():
-        tensors[name] = (weight.T if name.endswith(TRANSPOSED) else weight).contiguous().cpu()
-        if not config.bias and name.endswith(".weight") and "wte" not in name and "wpe" not in name:
-            tensors[name.removesuffix("weight") + "bias"] = weight.new_zeros(len(weight)).cpu()
+    tensors = {
+        name: (weight.T if name.endswith(TRANSPOSED) else weight).contiguous().cpu()
+        for name, weight in with_biases(weights).items()
+    }
     safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(directory)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
@@ -71,6 +70,13 @@ def write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor], 
     )
     shutil.copymode(directory / "config.json", directory / "model.safetensors")  # its own is the owner's alone
     _write_json(directory / "generation_config.json", ends | {"max_new_tokens": 100, "do_sample": True})
+
+
+def with_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights`, and zeros for the biases of a model that has none: to other tools every GPT-2 has them."""
+    layers = [name for name in weights if name.endswith(".weight") and name not in (WTE, WPE)]
+    zeros = {name.removesuffix("weight") + "bias": weights[name].new_zeros(len(weights[name])) for name in layers}
+    return weights | {name: zero for name, zero in zeros.items() if name not in weights}
 
 
 def load_model(

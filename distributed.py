@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from config.settings import RunFailed, UserError, one_line
+from config.settings import RunFailed, UserError, cores, one_line
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
@@ -137,7 +137,7 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
     if chosen.type == "cpu":
         _keep_freed_memory()
     if chosen.type == "cpu" and world_size > 1:  # torchrun allows each one thread; the cores are there to be shared out
-        torch.set_num_threads(max(1, _cores() // local_world_size))
+        torch.set_num_threads(max(1, cores() // local_world_size))
         # It warns on every rank that gloo's all-to-all (Muon's, sharded) is an all-gather of which a part is kept.
         logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     if world_size > 1:
@@ -218,7 +218,3 @@ def _keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         mallopt(M_TRIM_THRESHOLD, -1)  # never
         mallopt(M_MMAP_MAX, 0)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -193,3 +193,27 @@ def apply_gradients(
     scaler.update()
     model.zero_grad(set_to_none=True)
     return norm
+
+
+class SkippedUpdates:
+    """Counts the updates whose gradients were not finite, on the device: the host never waits for one."""
+
+    def __init__(self, before: int, device: torch.device):
+        self._all, self._in_a_row = torch.tensor([before, 0], device=device)
+        self._heard = torch.zeros((), dtype=torch.long, pin_memory=device.type == "cuda")  # `_in_a_row` on the host
+
+    def count(self, norm: Tensor) -> None:
+        """After each update, with the norm that its gradients had."""
+        bad = ~norm.isfinite()
+        self._all, self._in_a_row = self._all + bad, (self._in_a_row + 1) * bad
+        self._heard.copy_(self._in_a_row, non_blocking=True)  # it arrives when the device has come so far
+
+    @property
+    def all(self) -> int:
+        """How many; a CPU-GPU sync point."""
+        return int(self._all)
+
+    @property
+    def in_a_row(self) -> int:
+        """How many after the last one that was not skipped, as far as the device has come: without waiting for it."""
+        return int(self._heard)

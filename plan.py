@@ -56,15 +56,25 @@ def hours(model: GPT, config: Any, card: str, cards: int) -> float:
     return flop / (PEAK_TFLOPS[card] * 1e12 * MFU[card] * cards) / 3600
 
 
-def describe(model: GPT, config: Any, dist: Distributed, tokens: int) -> str:
-    """One line on the run: `tokens` are those of an epoch."""
+def announce(model: GPT, config: Any, dist: Distributed, tokens: int) -> None:
+    """Tell what the run is, in one line, and of its learning rate what is hardly meant; `tokens` are an epoch's."""
     precision, each = str(dist.dtype).removeprefix("torch."), tokens_per_update(config)
     epochs = config.max_iters * each / tokens
-    return (
+    note(
         f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
         f"{counted(config.max_iters, 'update')} of {counted(each, 'token')}, "
         f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {tokens:,}"
     )
+    if config.warmup_iters >= config.max_iters:
+        note(
+            f"warmup_iters={config.warmup_iters} is not below max_iters={config.max_iters}: the whole run is warm-up, "
+            f"and the learning rate stays below {config.learning_rate:g}; give a lower --warmup_iters"
+        )
+    if config.decay_lr and config.min_lr > config.learning_rate:
+        note(
+            f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: after the warm-up "
+            "the learning rate rises to it; give a lower --min_lr, or --decay_lr=False to keep it constant"
+        )
 
 
 def rehearse(model: GPT, config: Any, dist: Distributed, update: Callable[[Any], object]) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 from filelock import FileLock, Timeout
 
-from config.settings import PositiveInt, Range, UserError, counted, load_settings, note, one_line, run_script
+from config.settings import PositiveInt, Range, UserError, cores, counted, load_settings, note, one_line, run_script
 from data.job import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, make_units, read_json
 from data.merger import Merger
 from data.pipeline import encode_units
@@ -264,8 +264,7 @@ def share(given: str | None) -> tuple[int, int]:
 
 
 def threads_of(config: PrepareConfig) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return config.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def is_made(directory: Path, job: Job) -> bool:

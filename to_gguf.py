@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from checkpoint import load_model
+from checkpoint import load_model, with_biases
 from config.settings import UserError, load_settings, note, one_line, run_script
 from data.bulk import of_our_form
 from data.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
@@ -51,10 +51,7 @@ def write_gguf(path: Path, model: GPT, dtype: str, tokenizer: Tokenizer | None =
         add_tokenizer(writer, tokenizer)
     else:
         writer.add_tokenizer_model("no_vocab")
-    weights = model.weights()
-    for name in [name for name in weights if name.endswith(".weight") and "wte" not in name and "wpe" not in name]:
-        weights.setdefault(name.removesuffix("weight") + "bias", weights[name].new_zeros(len(weights[name])))
-    for name, weight in weights.items():
+    for name, weight in with_biases(model.weights()).items():
         its = kind if weight.dim() == 2 and "wpe" not in name else gguf.GGMLQuantizationType.F32
         for old, new in NAMES.items():
             name = name.replace(old, new)

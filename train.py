@@ -37,9 +37,9 @@ from distributed import Distributed, StopSignal, connect
 from evaluate import bits_per_byte, describe_loss, evaluate, write_sample
 from files import existing, set_aside
 from metrics import Metrics, Progress, Stopwatch
-from optimizer import apply_gradients, make_optimizers, scheduled_learning_rate
+from optimizer import SkippedUpdates, apply_gradients, make_optimizers, scheduled_learning_rate
 from parallel import exchange_gradients, wrap
-from plan import describe, rehearse, tokens_per_update
+from plan import announce, rehearse, tokens_per_update
 from training_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
 
 MAX_SKIPPED = 20  # updates in a row whose gradients were not finite: then the run ends
@@ -194,8 +194,8 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     if training and training["data"] != data.digest:
         note(f"the data set {config.dataset} is not the one that {training['directory']} was trained on")
     raw_model, config = initial_model(config, given, data, training)
-    each = tokens_per_update(config)
-    train_batches = TrainBatches(data.train, config.block_size, each // config.block_size, config.seed)
+    update_tokens = tokens_per_update(config)
+    train_batches = TrainBatches(data.train, config.block_size, update_tokens // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, config.eval_iters)
     model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, config.compile)
     if config.eval_only:
@@ -205,13 +205,15 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     decays = ((config.beta1, config.beta2), config.momentum, dist.dtype)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, *decays)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    note(describe(raw_model, config, dist, len(data.train)))
+    announce(raw_model, config, dist, len(data.train))
     if config.dry_run:
         rehearse(raw_model, config, dist, lambda c: train_step(model, optimizers, scaler, train_batches, 0, c, dist))
         return 0
-    out_dir, before = Path(config.out_dir), training or NEW_RUN
-    start, watch = before["step"], Stopwatch(before["seconds"])
-    lowest, worse = before["best_val_loss"], before["evaluations_since_best"]
+
+    out_dir, saved = Path(config.out_dir), training or NEW_RUN
+    start, watch = saved["step"], Stopwatch(saved["seconds"])
+    lowest, since_lowest = saved["best_val_loss"], saved["evaluations_since_best"]
+    skipped = SkippedUpdates(saved["skipped"], dist.device)
     earliest, latest = dist.max(-start, start)
     if -earliest != latest:
         raise UserError(f"the processes found different checkpoints in {out_dir}: it has to be on a disk they share")
@@ -219,60 +221,59 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
         load_optimizers(training, raw_model, optimizers, scaler)
     elif dist.is_main:
         set_aside(out_dir)
-    derived = [name for name in DERIVED if name not in given and name in before.get("derived", DERIVED)]
+    derived = [name for name in DERIVED if name not in given and name in saved.get("derived", DERIVED)]
     of_the_run = dict(settings=dataclasses.asdict(config), derived=derived, data=data.digest)
     metrics = Metrics(out_dir, dist.is_main, start if training else None)
     metrics.track(of_the_run["settings"])
     progress = Progress(start, config.max_iters, dist.is_main)
     saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, dist, lowest, progress.tell)
     stop, stopping, failing = StopSignal(), 0, 0
-    # Updates whose gradients were not finite, counted on the device: all of them, and those in a row
-    skipped, in_a_row = torch.tensor([before["skipped"], 0], device=dist.device)
-    heard = torch.zeros((), dtype=torch.long, pin_memory=dist.device.type == "cuda")  # of the latter, on the host
     logged, logged_seconds = start, watch.seconds
     gc.disable()  # an update leaves nothing to collect; looking for it again and again costs pauses
     gc.freeze()  # and what is there stays: the collections below need not look through it
     for step in itertools.count(start):
-        due = step == 0 or (step != start and (step == config.max_iters or step % config.eval_interval == 0))
-        keep = step > start and config.keep_every > 0 and step % config.keep_every == 0
-        if due or keep or stopping:
+        evaluating = step == 0 or (step > start and (step == config.max_iters or step % config.eval_interval == 0))
+        keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
+        pausing = evaluating or keeping or stopping
+        if pausing:
             dist.synchronize()
             watch.pause()
             gc.collect()
-            failing = int(heard)
+            failing = skipped.in_a_row
         if failing >= MAX_SKIPPED:
             raise RunFailed(
                 f"the gradients were not finite in {failing} updates in a row, seen after update {step}; "
                 "no weights were touched: resume from the last save, or start anew, with a lower --learning_rate"
             )
-        if due:
+        if evaluating:
             val_loss = evaluate(model, eval_batches, dist)
-            metrics.write(step=step, tokens=step * each, val_loss=val_loss, val_bpb=bits_per_byte(val_loss, data.val))
+            val_bpb = bits_per_byte(val_loss, data.val)
+            metrics.write(step=step, tokens=step * update_tokens, val_loss=val_loss, val_bpb=val_bpb)
             progress.tell(f"step {step}: {describe_loss(val_loss, data)}")
             if step:
-                lowest, worse = (val_loss, 0) if val_loss < lowest else (lowest, worse + 1)
-        if (due or keep or stopping) and step > start:
-            so_far = dict(step=step, seconds=watch.seconds, skipped=int(skipped), evaluations_since_best=worse)
+                lowest, since_lowest = (val_loss, 0) if val_loss < lowest else (lowest, since_lowest + 1)
+        if pausing and step > start:
+            so_far = dict(step=step, seconds=watch.seconds, skipped=skipped.all, evaluations_since_best=since_lowest)
             metrics.draw()
-            saver.save(so_far | of_the_run | {"scaler": scaler.state_dict()}, val_loss if due else None, keep)
-        if due and config.sample_tokens:
+            saver.save(so_far | of_the_run | {"scaler": scaler.state_dict()}, val_loss if evaluating else None, keeping)
+        if evaluating and config.sample_tokens:
             text = write_sample(raw_model, data, config.sample_tokens, dist, seed=step)
             progress.tell(text, indent="  ")
             metrics.sample(step, text)
-        if step >= config.max_iters or stopping or 0 < config.patience <= worse:
+        if step >= config.max_iters or stopping or 0 < config.patience <= since_lowest:
             break
 
         watch.go()
         loss, norm = train_step(model, optimizers, scaler, train_batches, step, config, dist)
-        skipped, in_a_row = skipped + ~norm.isfinite(), (in_a_row + 1) * ~norm.isfinite()
+        skipped.count(norm)
         done = step + 1
         if done % config.log_interval == 0 or done == config.max_iters:
             (loss_sum,) = dist.sum(loss.item())  # a CPU-GPU sync point: only here
             updates_per_second = (done - logged) / (watch.seconds - logged_seconds)
             logged, logged_seconds = done, watch.seconds
-            line = dict(step=done, tokens=done * each, seconds=watch.seconds, lr=config.learning_rate_at(step))
-            line |= dict(train_loss=loss_sum / dist.world_size, grad_norm=norm.item(), skipped=int(skipped) or None)
-            line["tokens_per_second"] = updates_per_second * each
+            line = dict(step=done, tokens=done * update_tokens, seconds=watch.seconds, lr=config.learning_rate_at(step))
+            line |= dict(train_loss=loss_sum / dist.world_size, grad_norm=norm.item(), skipped=skipped.all or None)
+            line["tokens_per_second"] = updates_per_second * update_tokens
             if dist.peak_flops:
                 line["mfu"] = line["tokens_per_second"] * raw_model.flop_per_token() / dist.peak_flops
             metrics.write(**line)
@@ -280,8 +281,7 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
             if spike := metrics.spike(line["train_loss"]):
                 progress.tell(f"step {done}: {spike}")
         progress.advance()
-        heard.copy_(in_a_row, non_blocking=True)  # it arrives when the device has come so far: nobody waits
-        stopping, failing = dist.max(stop.number, int(heard))
+        stopping, failing = dist.max(stop.number, skipped.in_a_row)
 
     progress.close()
     if problem := saver.wait():

@@ -11,11 +11,13 @@ import difflib
 import gc
 import inspect
 import itertools
+import json
 import os
 import re
 import runpy
 import sys
 import textwrap
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -116,8 +118,20 @@ def run_script(main: Callable[[], int | None]) -> None:
             raise
         what = f"out of memory: {one_line(error)}; a smaller --batch_size needs less" if out_of_memory else error
         where = "" if rank == "0" else f" [rank {rank}]"
-        print(f"{os.path.basename(sys.argv[0])}{where}: {what}", file=sys.stderr)
+        line = f"{os.path.basename(sys.argv[0])}{where}: {what}"
+        print(line, file=sys.stderr)
+        _tell_torchrun(line)
         sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _tell_torchrun(line: str) -> None:
+    """Have torchrun's last lines repeat `line`, and not the traceback that torch's `record` left there for it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):
+            with open(f"{path}.new", "w") as file:
+                json.dump(told, file)
+            os.replace(file.name, path)  # torchrun ends us when another process failed, and chokes on half a file
 
 
 def note(message: str) -> None:
@@ -125,6 +139,11 @@ def note(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # nobody listens any more: no reason to end
             print(message, file=sys.stderr)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def closest(name: str, names: typing.Iterable[str]) -> str:

@@ -234,6 +234,9 @@ def _open_foreign(directory: Path, check: bool) -> DataSet:
             f"{directory}/meta.pkl is a pickle, which can run code: it is not read; "
             f"prepare the text again: python prepare_data.py FILES --tokenizer=char --name={directory.name}"
         )
+    if any(directory.glob("tokenizer*.json")):  # ours: as GPT-2's its ids would mean something else
+        again = how_to_get(directory.name)
+        raise UserError(f"{directory} has lost its meta.json: remove the folder and prepare the text again: {again}")
     paths = {split: [directory / f"{split}.bin"] for split in SPLITS}
     header = 0
     if not any(path.exists() for (path,) in paths.values()):

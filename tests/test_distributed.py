@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,3 +140,14 @@ def test_two_processes_sum_and_average_gradients_and_wait_for_the_work_of_one(tm
         # gradients 1 and 2 average to 1.5; the weights are rank 0's on both
         expected = (rank, rank == 0, 2, [4.0, 2.0], [1], 1.5, True)
         assert (tmp_path / str(rank)).read_text() == repr(expected)
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare_data.py"])
+def test_a_mistake_is_what_the_last_lines_of_torchrun_say(script):
+    command = [*TORCHRUN, ROOT / script, "--data_di=here"]
+    ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True)
+    summary = ended.stderr.partition(f"{script} FAILED")[2]
+    assert "Traceback" not in summary
+    *_, cause, border = summary.strip().splitlines()
+    told = r": --data_di: there is no setting data_di; did you mean data_dir\?"
+    assert re.fullmatch(rf"  traceback : {re.escape(script)}( \[rank 1\])?{told}", cause) and set(border) == {"="}

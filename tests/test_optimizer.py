@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizer import QUINTICS, SAFETY, apply_gradients, make_optimizers, orthogonalize, scheduled_learning_rate
+from optimizer import (
+    QUINTICS,
+    SAFETY,
+    SkippedUpdates,
+    apply_gradients,
+    make_optimizers,
+    orthogonalize,
+    scheduled_learning_rate,
+)
 
 CONFIG = GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=32, bias=True)
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -208,6 +216,15 @@ def test_a_first_gradient_that_is_not_finite_leaves_no_trace(kind):
         set_gradients(m, 1)
         apply_gradients(m, o, NO_SCALER, 0.02, 0.0)
     assert equal(snapshot(model, optimizers), snapshot(fresh, fresh_optimizers))
+
+
+def test_skipped_updates_are_counted_all_together_and_in_a_row():
+    skipped = SkippedUpdates(5, torch.device("cpu"))
+    counts = []
+    for norm in (1.0, math.nan, math.inf, 0.0, math.nan):
+        skipped.count(torch.tensor(norm))
+        counts.append((skipped.all, skipped.in_a_row))
+    assert counts == [(5, 0), (6, 1), (7, 2), (7, 0), (8, 1)]
 
 
 def loss_scaler() -> torch.amp.GradScaler:

@@ -230,6 +230,15 @@ def test_a_tokenizer_that_does_not_fit_or_is_missing_is_refused(data_set):
     assert refusal(data_set) == f"{data_set} has no tokenizer.json"
 
 
+def test_a_data_set_without_its_meta_json_is_not_taken_for_gpt2_tokens(data_set):
+    (data_set / "meta.json").unlink()
+    command = f"python prepare_data.py FILES --name={data_set.name}"
+    told = f"{data_set} has lost its meta.json: remove the folder and prepare the text again: {command}"
+    assert refusal(data_set) == told
+    (data_set / "tokenizer.json").unlink()  # the other file of the tokenizer is enough
+    assert refusal(data_set) == told
+
+
 # nanoGPT's folders
 
 
@@ -248,6 +257,9 @@ def test_a_folder_of_nanogpt_is_read_as_gpt2_tokens(nanogpt):
     assert data.tokenizer.decode(ids(data.train)) == "Hello, world!<|endoftext|>"
     assert data.tokenizer.decode(ids(data.val)) == "The end"
     assert data.train.n_bytes is None
+    for name in ("prepare.py", "readme.md", "input.txt"):  # which it has beside them
+        (nanogpt / name).touch()
+    assert ids(open_data_set(nanogpt).train) == ids(data.train)
 
 
 def test_a_pickle_is_refused_unread_with_the_command_that_replaces_it(nanogpt, tmp_path):

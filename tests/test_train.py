@@ -98,6 +98,19 @@ def test_the_last_learning_rate_is_nanogpts_under_its_schedule_and_0_under_ours(
     assert TrainConfig(learning_rate=1e-2, lr_schedule="cosine").min_lr == pytest.approx(1e-3)
 
 
+def test_a_learning_rate_that_is_hardly_meant_is_told_in_one_line(tmp_path, train):
+    def told(**changes) -> list[str]:
+        lines = train(tmp_path / "run", dry_run=True, **changes).err.splitlines()
+        return [line for line in lines if "learning rate" in line]
+
+    (line,) = told(max_iters=10, warmup_iters=10)
+    assert line.startswith("warmup_iters=10 is not below max_iters=10: the whole run is warm-up, and the learning rate")
+    (line,) = told(learning_rate=3e-5, min_lr=6e-5)
+    assert line.startswith("min_lr=6e-05 is above learning_rate=3e-05: after the warm-up the learning rate rises to it")
+    assert told(learning_rate=3e-5, min_lr=6e-5, decay_lr=False) == []  # nanoGPT's finetune_shakespeare.py
+    assert told(max_iters=10, warmup_iters=9, min_lr=1e-2) == []
+
+
 def test_max_iters_is_exact_and_the_last_update_is_evaluated_and_saved(tmp_path, train):
     train(tmp_path / "run", max_iters=5)
     lines = records(tmp_path / "run")
