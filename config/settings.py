@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import glob
 import inspect
 import itertools
 import os
@@ -195,8 +196,13 @@ def _parser(cls: type, positional: str) -> argparse.ArgumentParser:
 
 def _read_recipe(path: str) -> dict[str, Any]:
     """The plain values that a recipe assigns. A recipe is the user's own code, and is run."""
+    if os.path.isdir(path):
+        raise UserError(f"{path}: a folder, no recipe; settings are written --name=value")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such recipe file; settings are written --name=value")
+        folder = os.path.dirname(path) or "config"
+        near = difflib.get_close_matches(os.path.basename(path), glob.glob("*.py", root_dir=folder), n=1)
+        remedy = f"did you mean {folder}/{near[0]}?" if near else "settings are written --name=value"
+        raise UserError(f"{path}: no such recipe file; {remedy}")
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as error:

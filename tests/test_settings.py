@@ -260,6 +260,9 @@ def test_an_impossible_value_in_a_file_is_refused_with_file_setting_and_value(re
 
 def test_a_recipe_that_does_not_exist_is_refused():
     assert refusal("config/nowhere.py") == "config/nowhere.py: no such recipe file; settings are written --name=value"
+    for path in ("config/quikstart.py", "config/quickstart", "quickstart"):
+        assert refusal(path) == f"{path}: no such recipe file; did you mean config/quickstart.py?"
+    assert refusal("docs") == "docs: a folder, no recipe; settings are written --name=value"
 
 
 @pytest.mark.parametrize(
