@@ -136,7 +136,8 @@ class Lines:
             raise UserError(f"{where}, is not JSON: {one_line(error)}") from error
         except (KeyError, TypeError) as error:
             columns = row if isinstance(row, dict) else {}
-            raise UserError(f"{where}, has no {column!r}{closest(column, columns)}; name the --column") from error
+            remedy = f"name the --column: {', '.join(columns)[:300]}" if columns else "a line has to be a JSON object"
+            raise UserError(f"{where}, has no {column!r}{closest(column, columns)}; {remedy}") from error
         if text is None:
             return
         if not isinstance(text, str):
