@@ -98,8 +98,8 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main` as the process: UserError becomes one line on standard error and status 2; RunFailed, and want of
-    memory, status 1."""
+    """Run `main` as the process: UserError, or a file that may not be read or written, becomes one line on
+    standard error and status 2; RunFailed, and want of memory, status 1."""
     rank = os.environ.get("RANK", "0")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")  # whatever a pipe's code page is on this machine: Windows has many
@@ -112,6 +112,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as in `python sample.py | head`
         os._exit(141)
     except Exception as error:
+        if isinstance(error, PermissionError):
+            error = UserError(one_line(error))
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # which is torch's
         if not out_of_memory and not isinstance(error, (UserError, RunFailed)):
             raise
@@ -136,7 +138,10 @@ def closest(name: str, names: typing.Iterable[str]) -> str:
 
 def one_line(error: BaseException) -> str:
     """What an exception says, on one line of bounded length; its class where it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without the number
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(said.split())[:300] or type(error).__name__
 
 
 def counted(n: int, thing: str) -> str:

@@ -272,10 +272,10 @@ def _parts(path: str) -> list[str]:
 
 def _below(folder: str, left_out: frozenset[str] = frozenset()) -> Iterator[str]:
     """The files in a folder and its folders, but for hidden ones and those below a folder named in `left_out`."""
-    for directory, folders, names in os.walk(folder):
-        folders[:] = (name for name in folders if not name.startswith(".") and name not in left_out)
-        paths = (os.path.join(directory, name) for name in names if not name.startswith("."))
-        yield from (path for path in paths if os.path.isfile(path))
+    for entry in os.scandir(folder):  # not os.walk: it passes over a folder that may not be read
+        if not entry.name.startswith(".") and entry.name not in left_out:
+            deeper = entry.is_dir(follow_symlinks=False)
+            yield from _below(entry.path, left_out) if deeper else filter(os.path.isfile, [entry.path])
 
 
 def _python_files(site_packages: bool) -> tuple[File, ...]:

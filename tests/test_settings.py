@@ -326,6 +326,8 @@ def main():
         raise UserError("bread.txt: there is no flour in it")
     if sys.argv[1] == "memory":
         return len(bytearray(1 << 60))
+    if sys.argv[1] == "permission":
+        raise PermissionError(13, "Permission denied", "bread.txt")
     if sys.argv[1] == "failure":
         raise RunFailed("the oven went out")
     if sys.argv[1] == "snow":
@@ -346,6 +348,11 @@ def test_a_mistake_ends_the_process_with_status_2_and_one_line():
     ended = run("mistake")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "a note\n-c: bread.txt: there is no flour in it\n"
+
+
+def test_a_file_that_may_not_be_read_is_status_2_and_one_line():
+    ended = run("permission")
+    assert (ended.returncode, ended.stderr) == (2, "a note\n-c: bread.txt: Permission denied\n")
 
 
 def test_text_goes_out_as_utf8_whatever_the_machines_encoding_is():

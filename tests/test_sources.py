@@ -142,6 +142,10 @@ def test_an_unreadable_file_is_refused(here):
     (here / "a.txt").chmod(0)
     with pytest.raises(PermissionError, match=r"a\.txt"):  # as what the system refuses prepare_data.py tells it
         documents("a.txt")
+    (here / "b/deep").chmod(0)
+    with pytest.raises(PermissionError, match="deep"):
+        source("b")
+    (here / "b/deep").chmod(0o700)
 
 
 # the named source that needs no download
