@@ -12,6 +12,7 @@ import gc
 import glob
 import inspect
 import itertools
+import math
 import os
 import re
 import runpy
@@ -153,6 +154,11 @@ def millions(number: int) -> str:
     return f"{number:,}" if number < 1e5 else f"{number / 1e6:,.{2 if number < 1e7 else 0}f}M"
 
 
+def perplexity(loss: float) -> str:
+    value = math.exp(min(loss, 700))  # a float has no more
+    return f"{value:.2f}" if value < 1e6 else f"{value:.1e}"
+
+
 def _unknown(name: str, source: str, fields: typing.Iterable[str]) -> str:
     return f"{source}: there is no setting {name}{closest(name, fields) or '; --help lists them'}"
 
@@ -191,7 +197,8 @@ def _parser(cls: type, positional: str) -> argparse.ArgumentParser:
     parser.add_argument(positional, nargs="*", help=docs.get(positional, "Python files of plain assignments"))
     for field in dataclasses.fields(cls):
         if field.name != positional:
-            default = "" if field.default is None else f" [{field.default}]"
+            shown = repr(field.default)[1:-1] if isinstance(field.default, str) else field.default  # a line break as \n
+            default = "" if field.default in (None, "") else f" [{shown}]"
             text = (docs[field.name] + default).replace("%", "%%")
             parser.add_argument(f"--{field.name}", metavar=_type_name(_fields(cls)[field.name]), help=text)
     for name in getattr(cls, "RETIRED", {}):

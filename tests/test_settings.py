@@ -17,6 +17,7 @@ from config.settings import (
     Range,
     UserError,
     load_settings,
+    perplexity,
 )
 from train import TrainConfig
 
@@ -312,7 +313,11 @@ def test_train_settings_have_a_short_description_each(capsys):
 def test_help_shows_a_percent_sign_as_it_is(capsys):
     with pytest.raises(SystemExit):
         load("--help")
-    assert "100% free text" in capsys.readouterr().out
+    assert "100% free text\n" in capsys.readouterr().out
+
+
+def test_a_perplexity_without_bound_is_told_in_few_signs():
+    assert [perplexity(loss) for loss in (0.0, 3.38, 191.299, 1e9)] == ["1.00", "29.37", "1.2e+83", "1.0e+304"]
 
 
 # the process
