@@ -219,10 +219,11 @@ def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, 
     if bad_files == "replace":
         return data.decode(errors="replace").encode()
     problem = f"{where} is not UTF-8 text (byte 0x{data[bad]:02x} at {position + bad:,})"
-    if bad_files == "stop":
-        raise UserError(f"{problem}; leave it out: --bad_files=skip, or write U+FFFD for it: --bad_files=replace")
-    note(f"skipped: {problem}")
-    return None
+    if bad_files == "skip":
+        note(f"skipped: {problem}")
+        return None
+    remedy = "; leave it out: --bad_files=skip, or write U+FFFD for it: --bad_files=replace"
+    raise UserError(problem + (remedy if bad_files == "stop" else ""))
 
 
 def _is_utf8(data: bytes) -> bool:

@@ -222,7 +222,7 @@ def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
     try:
-        found = TextFile(File(str(path), 0, 0)).documents(column="", bad_files="stop")
+        found = TextFile(File(str(path), 0, 0)).documents(column="", bad_files="refuse")
         return "".join(text.decode() for documents in found for text in documents.texts)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
