@@ -4,12 +4,11 @@ hf upload OWNER/NAME out/best
 """
 
 import json
-import math
 import shlex
 import shutil
 from pathlib import Path
 
-from config.settings import counted, millions
+from config.settings import counted, millions, perplexity
 from metrics import read_metrics
 from model import GPT, GPTConfig
 
@@ -103,9 +102,7 @@ def training_rows(settings: dict, step: int, seconds: float, records: list[dict]
         rows |= {"tokens": f"{last['tokens']:,}", "seconds of training": f"{seconds:,.0f}"}
     if "val_loss" in last:
         bits = f", {last['val_bpb']:.4f} bits per byte" if "val_bpb" in last else ""
-        rows["validation loss"] = (
-            f"{last['val_loss']:.4f} (perplexity {math.exp(min(last['val_loss'], 700)):.2f}{bits})"
-        )
+        rows["validation loss"] = f"{last['val_loss']:.4f} (perplexity {perplexity(last['val_loss'])}{bits})"
     if "train_loss" in last:
         rows["training loss"] = f"{last['train_loss']:.4f}"
     if settings.get("eval_iters") and "validation loss" in rows:

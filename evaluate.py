@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from config.settings import perplexity
 from data.batches import EvalBatches
 from data.token_files import DataSet, Tokens
 from distributed import Distributed
@@ -38,8 +39,7 @@ def bits_per_byte(loss: float, tokens: Tokens) -> float | None:
 
 def describe_loss(loss: float, data: DataSet) -> str:
     bpb = bits_per_byte(loss, data.val)
-    perplexity = f", perplexity {math.exp(min(loss, 700)):.2f}"
-    return f"val_loss {loss:.4f}{perplexity}" + (f", {bpb:.4f} bits per byte" if bpb else "")
+    return f"val_loss {loss:.4f}, perplexity {perplexity(loss)}" + (f", {bpb:.4f} bits per byte" if bpb else "")
 
 
 def whole_copy(model: GPT, dist: Distributed) -> GPT | None:

@@ -98,8 +98,7 @@ def main() -> None:
     try:
         meta = prepare(directory, source, config, part, parts)
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or one_line(error)
-        raise UserError(f"{directory} cannot be made: {what}") from error
+        raise UserError(f"{directory} cannot be made: {one_line(error)}") from error
     except KeyboardInterrupt:
         note("stopped" if "-" in config.sources else "stopped; the same command goes on from here")
         raise

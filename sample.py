@@ -27,6 +27,7 @@ from config.settings import (
     UserError,
     load_settings,
     note,
+    perplexity,
     run_script,
 )
 from data.batches import mix
@@ -237,9 +238,8 @@ def score(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
     total = -found.double().sum().item()
     n_bytes = len(tokenizer.decode(ids[1:]).encode())
     loss = total / len(found)
-    perplexity = math.exp(min(loss, 700))
     bits = total / math.log(2) / n_bytes
-    print(f"loss {loss:.4f}, perplexity {perplexity:.2f}, {bits:.4f} bits per byte; {len(found):,} tokens")
+    print(f"loss {loss:.4f}, perplexity {perplexity(loss)}, {bits:.4f} bits per byte; {len(found):,} tokens")
 
 
 def find_model(config: SampleConfig) -> str | Path:

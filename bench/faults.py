@@ -8,6 +8,7 @@ python bench/faults.py stall          # 124M parameters: what the training loop 
 Runs are real runs of train.py in processes of their own, forked from one that has imported everything.
 """
 
+import argparse
 import contextlib
 import io
 import math
@@ -35,7 +36,7 @@ from safetensors.torch import load_file
 import prepare_data
 import train
 from checkpoint import load_model
-from config.settings import UserError, run_script
+from config.settings import run_script
 from data.tokenizer import make_tokenizer
 from distributed import Distributed
 from files import existing
@@ -300,13 +301,14 @@ def stall(folder: Path) -> None:
 
 
 def main() -> None:
-    what, *count = sys.argv[1:] or [""]
+    work = {"kills": kills, "damage": damaged, "disk": disk, "stall": stall}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=work)
+    parser.add_argument("count", type=int, nargs="*", help="of kills and damage: how many")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    work = {"kills": kills, "damage": damaged, "disk": disk, "stall": stall}.get(what)
-    if not work:
-        raise UserError("name one of kills, damage, disk, stall")
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:
-        work(Path(folder), *map(int, count))
+        work[arguments.work](Path(folder), *arguments.count)
 
 
 if __name__ == "__main__":

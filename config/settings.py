@@ -9,9 +9,11 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import glob
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import runpy
@@ -99,8 +101,8 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main` as the process: UserError becomes one line on standard error and status 2; RunFailed, and want of
-    memory, status 1."""
+    """Run `main` as the process: UserError, or a file that may not be read or written, becomes one line on
+    standard error and status 2; RunFailed, and want of memory, status 1."""
     rank = os.environ.get("RANK", "0")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")  # whatever a pipe's code page is on this machine: Windows has many
@@ -113,6 +115,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as in `python sample.py | head`
         os._exit(141)
     except Exception as error:
+        if isinstance(error, PermissionError):
+            error = UserError(one_line(error))
         out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # which is torch's
         if not out_of_memory and not isinstance(error, (UserError, RunFailed)):
             raise
@@ -154,7 +158,10 @@ def closest(name: str, names: typing.Iterable[str]) -> str:
 
 def one_line(error: BaseException) -> str:
     """What an exception says, on one line of bounded length; its class where it says nothing."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without the number
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(said.split())[:300] or type(error).__name__
 
 
 def counted(n: int, thing: str) -> str:
@@ -164,6 +171,11 @@ def counted(n: int, thing: str) -> str:
 
 def millions(number: int) -> str:
     return f"{number:,}" if number < 1e5 else f"{number / 1e6:,.{2 if number < 1e7 else 0}f}M"
+
+
+def perplexity(loss: float) -> str:
+    value = math.exp(min(loss, 700))  # a float has no more
+    return f"{value:.2f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _unknown(name: str, source: str, fields: typing.Iterable[str]) -> str:
@@ -204,7 +216,8 @@ def _parser(cls: type, positional: str) -> argparse.ArgumentParser:
     parser.add_argument(positional, nargs="*", help=docs.get(positional, "Python files of plain assignments"))
     for field in dataclasses.fields(cls):
         if field.name != positional:
-            default = "" if field.default is None else f" [{field.default}]"
+            shown = repr(field.default)[1:-1] if isinstance(field.default, str) else field.default  # a line break as \n
+            default = "" if field.default in (None, "") else f" [{shown}]"
             text = (docs[field.name] + default).replace("%", "%%")
             parser.add_argument(f"--{field.name}", metavar=_type_name(_fields(cls)[field.name]), help=text)
     for name in getattr(cls, "RETIRED", {}):
@@ -214,8 +227,13 @@ def _parser(cls: type, positional: str) -> argparse.ArgumentParser:
 
 def _read_recipe(path: str) -> dict[str, Any]:
     """The plain values that a recipe assigns. A recipe is the user's own code, and is run."""
+    if os.path.isdir(path):
+        raise UserError(f"{path}: a folder, no recipe; settings are written --name=value")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such recipe file; settings are written --name=value")
+        folder = os.path.dirname(path) or "config"
+        near = difflib.get_close_matches(os.path.basename(path), glob.glob("*.py", root_dir=folder), n=1)
+        remedy = f"did you mean {folder}/{near[0]}?" if near else "settings are written --name=value"
+        raise UserError(f"{path}: no such recipe file; {remedy}")
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as error:

@@ -136,7 +136,8 @@ class Lines:
             raise UserError(f"{where}, is not JSON: {one_line(error)}") from error
         except (KeyError, TypeError) as error:
             columns = row if isinstance(row, dict) else {}
-            raise UserError(f"{where}, has no {column!r}{closest(column, columns)}; name the --column") from error
+            remedy = f"name the --column: {', '.join(columns)[:300]}" if columns else "a line has to be a JSON object"
+            raise UserError(f"{where}, has no {column!r}{closest(column, columns)}; {remedy}") from error
         if text is None:
             return
         if not isinstance(text, str):
@@ -218,10 +219,11 @@ def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, 
     if bad_files == "replace":
         return data.decode(errors="replace").encode()
     problem = f"{where} is not UTF-8 text (byte 0x{data[bad]:02x} at {position + bad:,})"
-    if bad_files == "stop":
-        raise UserError(f"{problem}; leave it out: --bad_files=skip, or write U+FFFD for it: --bad_files=replace")
-    note(f"skipped: {problem}")
-    return None
+    if bad_files == "skip":
+        note(f"skipped: {problem}")
+        return None
+    remedy = "; leave it out: --bad_files=skip, or write U+FFFD for it: --bad_files=replace"
+    raise UserError(problem + (remedy if bad_files == "stop" else ""))
 
 
 def _is_utf8(data: bytes) -> bool:

@@ -86,6 +86,9 @@ def _draw(directory: Path, data: DataSet, lengths: dict, counts: dict) -> Path:
     return path
 
 
+RECIPES = {"python": "quickstart", "shakespeare_char": "train_shakespeare_cpu"}  # which name the data set themselves
+
+
 def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:
     """A preparation's last lines; under torchrun too whoever merged says them, not rank 0."""
     lines = []
@@ -99,5 +102,8 @@ def say_what_was_made(directory: Path, meta: dict, seconds: float) -> None:
     recipe = "train_gpt2" if meta["splits"]["train"]["tokens"] > 1e8 else "quickstart"
     place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
     name = directory.name
-    lines.append(f"next: python train.py config/{recipe}.py --dataset={name}{place} --out_dir=out-{name}")
+    if name in RECIPES and not place:
+        lines.append(f"next: python train.py config/{RECIPES[name]}.py")
+    else:
+        lines.append(f"next: python train.py config/{recipe}.py --dataset={name}{place} --out_dir=out-{name}")
     print("\n".join(lines), file=sys.stderr)

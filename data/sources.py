@@ -222,7 +222,7 @@ def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
     try:
-        found = TextFile(File(str(path), 0, 0)).documents(column="", bad_files="stop")
+        found = TextFile(File(str(path), 0, 0)).documents(column="", bad_files="refuse")
         return "".join(text.decode() for documents in found for text in documents.texts)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
@@ -272,10 +272,10 @@ def _parts(path: str) -> list[str]:
 
 def _below(folder: str, left_out: frozenset[str] = frozenset()) -> Iterator[str]:
     """The files in a folder and its folders, but for hidden ones and those below a folder named in `left_out`."""
-    for directory, folders, names in os.walk(folder):
-        folders[:] = (name for name in folders if not name.startswith(".") and name not in left_out)
-        paths = (os.path.join(directory, name) for name in names if not name.startswith("."))
-        yield from (path for path in paths if os.path.isfile(path))
+    for entry in os.scandir(folder):  # not os.walk: it passes over a folder that may not be read
+        if not entry.name.startswith(".") and entry.name not in left_out:
+            deeper = entry.is_dir(follow_symlinks=False)
+            yield from _below(entry.path, left_out) if deeper else filter(os.path.isfile, [entry.path])
 
 
 def _python_files(site_packages: bool) -> tuple[File, ...]:

@@ -16,6 +16,7 @@ import prepare_data
 from config.settings import UserError
 from data import pipeline
 from data.readers import split_of
+from data.report import RECIPES
 from data.token_files import open_data_set
 from data.tokenizer import END_OF_TEXT, KINDS
 
@@ -231,6 +232,13 @@ def test_the_source_gives_the_name_and_data_dir_the_place(prepare, folder, monke
     assert (
         "config/quickstart.py --dataset=my_books --data_dir=elsewhere --out_dir=out-my_books" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_set_that_has_a_recipe_of_its_own_is_trained_by_it(prepare, folder, capsys, name):
+    prepare(folder({"a.txt": "text " * 100}), "--tokenizer=byte", name=name)
+    assert capsys.readouterr().err.endswith(f"\nnext: python train.py config/{RECIPES[name]}.py\n")
+    assert f'\ndataset = "{name}"\n' in (ROOT / "config" / f"{RECIPES[name]}.py").read_text("utf-8")
 
 
 def test_a_new_preparation_replaces_the_old_one_wholly(prepare, folder):

@@ -74,13 +74,15 @@ def test_the_column_is_named_and_a_missing_one_refused_with_the_nearest(tmp_path
     assert read(path, column="content") == ["one"]
     with pytest.raises(UserError, match=r"the line at byte 0, has no 'contents'; did you mean content\?.*--column"):
         read(path, column="contents")
+    with pytest.raises(UserError, match=r"the line at byte 0, has no 'text'; name the --column: id, content$"):
+        read(path)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (b'{"text": "one"', "the line at byte 16, is not JSON"),
-        (b'["one"]', "has no 'text'"),
+        (b'["one"]', "has no 'text'; a line has to be a JSON object"),
         (b'{"text": 1}', "'text' is no text"),
         (b'{"text": "\xff"}', "is not UTF-8 text (byte 0xff at 10)"),
         (b'{"text": "\\ud800"}', "is not UTF-8 text (byte 0xed at 0)"),

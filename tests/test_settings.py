@@ -17,6 +17,7 @@ from config.settings import (
     Range,
     UserError,
     load_settings,
+    perplexity,
 )
 from train import TrainConfig
 
@@ -260,6 +261,9 @@ def test_an_impossible_value_in_a_file_is_refused_with_file_setting_and_value(re
 
 def test_a_recipe_that_does_not_exist_is_refused():
     assert refusal("config/nowhere.py") == "config/nowhere.py: no such recipe file; settings are written --name=value"
+    for path in ("config/quikstart.py", "config/quickstart", "quickstart"):
+        assert refusal(path) == f"{path}: no such recipe file; did you mean config/quickstart.py?"
+    assert refusal("docs") == "docs: a folder, no recipe; settings are written --name=value"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +313,11 @@ def test_train_settings_have_a_short_description_each(capsys):
 def test_help_shows_a_percent_sign_as_it_is(capsys):
     with pytest.raises(SystemExit):
         load("--help")
-    assert "100% free text" in capsys.readouterr().out
+    assert "100% free text\n" in capsys.readouterr().out
+
+
+def test_a_perplexity_without_bound_is_told_in_few_signs():
+    assert [perplexity(loss) for loss in (0.0, 3.38, 191.299, 1e9)] == ["1.00", "29.37", "1.2e+83", "1.0e+304"]
 
 
 # the process
@@ -323,6 +331,8 @@ def main():
         raise UserError("bread.txt: there is no flour in it")
     if sys.argv[1] == "memory":
         return len(bytearray(1 << 60))
+    if sys.argv[1] == "permission":
+        raise PermissionError(13, "Permission denied", "bread.txt")
     if sys.argv[1] == "failure":
         raise RunFailed("the oven went out")
     if sys.argv[1] == "snow":
@@ -343,6 +353,11 @@ def test_a_mistake_ends_the_process_with_status_2_and_one_line():
     ended = run("mistake")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "a note\n-c: bread.txt: there is no flour in it\n"
+
+
+def test_a_file_that_may_not_be_read_is_status_2_and_one_line():
+    ended = run("permission")
+    assert (ended.returncode, ended.stderr) == (2, "a note\n-c: bread.txt: Permission denied\n")
 
 
 def test_text_goes_out_as_utf8_whatever_the_machines_encoding_is():

@@ -142,6 +142,10 @@ def test_an_unreadable_file_is_refused(here):
     (here / "a.txt").chmod(0)
     with pytest.raises(PermissionError, match=r"a\.txt"):  # as what the system refuses prepare_data.py tells it
         documents("a.txt")
+    (here / "b/deep").chmod(0)
+    with pytest.raises(PermissionError, match="deep"):
+        source("b")
+    (here / "b/deep").chmod(0o700)
 
 
 # the named source that needs no download
@@ -167,6 +171,9 @@ def test_read_text_is_the_text_of_one_file_or_a_refusal(here):
     assert read_text(here / "a.txt") == "text of a.txt"
     with pytest.raises(UserError, match=r"c\.txt: No such file"):
         read_text(here / "c.txt")
+    (here / "d.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"d\.txt is not UTF-8 text \(byte 0xff at 0\)$"):  # no flag leaves out a prompt
+        read_text(here / "d.txt")
 
 
 def test_a_file_of_that_name_comes_before_a_named_source(here):
