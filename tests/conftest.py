@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from config.settings import run_script
+
+settings.register_profile("no deadline", deadline=None)  # speed belongs in bench/: a machine may be busy
+settings.load_profile("no deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -118,7 +118,7 @@ def test_the_data_order_of_a_seed_stays_what_it_is():
 # the permutation
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(n=st.integers(1, 700), key=st.integers(0, 2**63 - 1))
 def test_permute_is_a_permutation(n, key):
     assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
@@ -129,7 +129,7 @@ def test_permute_is_a_permutation_around_powers_of_four_and_above(n):
     assert np.array_equal(np.sort(permute(np.arange(n), n, key=7)), np.arange(n))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(n=st.integers(2, 2**40), key=st.integers(0, 2**63 - 1), data=st.data())
 def test_permute_of_one_index_does_not_depend_on_the_others(n, key, data):
     index = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=5, unique=True)))

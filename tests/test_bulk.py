@@ -74,7 +74,7 @@ def test_what_is_near_a_young_letter_and_what_is_far_from_it_has_tiktokens_ids(f
     assert encoded(fast, texts) == oracle(texts)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.one_of(ANY_TEXT, st.lists(st.sampled_from(WORDS), max_size=30).map("".join)), max_size=5))
 def test_any_documents_have_tiktokens_ids(fast, oracle, texts):
     if texts:

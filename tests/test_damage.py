@@ -16,9 +16,7 @@ from test_train import records
 from checkpoint import load_model
 from config.settings import UserError
 
-examples = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+examples = settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def refused(ended) -> bool:

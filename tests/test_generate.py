@@ -60,7 +60,7 @@ def test_the_window_of_the_reference_is_the_sliding_one_up_to_the_block_and_half
 ragged = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(ragged, st.sampled_from([(12, True), (1, True), (2, False), (9, False)]), st.integers(0, 9))
 def test_cached_logits_equal_uncached_ones(lengths, shape, seed):
     """Prompts of 1 to beyond the block, unequal lengths and ends in one batch, across the window's moves."""

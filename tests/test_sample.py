@@ -216,7 +216,7 @@ def test_a_stop_string_in_the_prompt_does_not_count(learned):
     assert sample(learned, stop="the sea").startswith("the sea")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.text("ab\n", max_size=4)), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_are_found_across_pieces_and_nothing_else_is_held_back(pieces, stops):
     text = "".join(pieces)

@@ -202,14 +202,14 @@ def test_gpt2_end_of_text_is_50256():
     assert gpt2().encode("<|endoftext|>", special=True) == [50256]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(ANY_TEXT)
 def test_gpt2_ids_of_any_text_are_tiktokens(text):
     assert one_at_a_time(text) == in_bulk(text)
     assert gpt2().decode(in_bulk(text)) == text
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(text=ANY_TEXT)
 def test_bytes_of_any_text_give_it_back(made, text):
     ids = made["byte"].encode(text)
