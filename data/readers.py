@@ -10,11 +10,13 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
 from config.settings import RunFailed, UserError, closest, note, one_line
+from data import arrow
 
 LARGE = 1 << 24  # bytes: a text file above it is read, split and encoded in parts
 PIECE = 1 << 20  # bytes of a large file that are held at a time
@@ -99,8 +101,6 @@ class Lines:
     stop: int
 
     def documents(self, column: str, bad_files: str) -> Iterator[Documents]:
-        from data import arrow
-
         with open(self.file.path, "rb") as raw, _decompressed(raw, self.file.path) as file:
             position = self.start
             if position:
@@ -116,7 +116,9 @@ class Lines:
                     else:
                         yield from self._one_by_one(block, position, column, bad_files)
                     position += len(block)
-            except (EOFError, OSError) as error:  # gzip's, zstd's
+            except (EOFError, OSError, zlib.error) as error:  # gzip's, zstd's
+                if getattr(error, "errno", None):  # the system's, and no fault of the file
+                    raise
                 raise UserError(f"{self.file.path} cannot be decompressed: {one_line(error)}") from error
 
     def _one_by_one(self, block: bytes, position: int, column: str, bad_files: str) -> Iterator[Documents]:
@@ -156,18 +158,11 @@ class Rows:
     size: int
 
     def documents(self, column: str, bad_files: str) -> Iterator[Documents]:
-        import pyarrow
-
-        from data import arrow
-
         with arrow.open_parquet(self.file.path) as file:
             arrow.check_column(self.file.path, file.schema_arrow, column)
-            groups = list(range(self.start, self.stop))
-            try:
-                for batch in file.iter_batches(256, groups, columns=[column], use_threads=False):
-                    yield _documents(batch.column(0), f"{self.file.path}, rows of group {self.start}", bad_files)
-            except (OSError, pyarrow.ArrowException) as error:
-                raise UserError(f"{self.file.path} is damaged: {one_line(error)}") from error
+            groups = range(self.start, self.stop)
+            for batch in file.iter_batches(256, groups, columns=[column], use_threads=False):
+                yield _documents(batch.column(0), f"{self.file.path}, rows of group {self.start}", bad_files)
 
 
 @dataclass(frozen=True)
@@ -183,8 +178,6 @@ class Shard:
         return f"Shard({self.name!r}, {self.index}, {self.shards})"
 
     def documents(self, column: str, bad_files: str) -> Iterator[Documents]:
-        from data import arrow
-
         shard = self.dataset.shard(num_shards=self.shards, index=self.index)
         where = f"{self.name}, shard {self.index}"
         try:
@@ -210,7 +203,7 @@ def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, 
     """`data` if it is UTF-8 (with `binary`: without NUL), else by `bad_files`: replaced, None and a note, UserError."""
     bad = data.find(b"\0") if binary else -1
     try:
-        if not data.isascii() and not (len(data) > LARGE_TEXT and _is_utf8(data)):
+        if not data.isascii() and not (len(data) > LARGE_TEXT and arrow.is_utf8(data)):
             data.decode()
     except UnicodeDecodeError as error:
         bad = error.start if bad == -1 else min(bad, error.start)
@@ -226,16 +219,8 @@ def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, 
     raise UserError(problem + (remedy if bad_files == "stop" else ""))
 
 
-def _is_utf8(data: bytes) -> bool:
-    from data import arrow
-
-    return arrow.is_utf8(data)
-
-
 def _documents(column: Any, where: str, bad_files: str) -> Documents:
     """Those of a column of Arrow."""
-    from data import arrow
-
     texts, valid = arrow.column_texts(column)
     if not valid:
         texts = [text and checked_text(text, where, bad_files) for text in texts]
@@ -274,8 +259,6 @@ def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
     if path.endswith(".gz"):
         return gzip.open(file)
     if path.endswith(".zst"):
-        from data import arrow
-
         return io.BufferedReader(arrow.zstd_stream(file), PIECE)
     return file
 

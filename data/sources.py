@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from config.settings import UserError, closest, note, one_line
+from data import arrow
 from data.readers import (
     COMPRESSED,
     JSON_LINES,
@@ -207,8 +208,6 @@ def _is_text(file: File) -> bool:
 
 
 def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
-    from data import arrow
-
     with arrow.open_parquet(file.path) as parquet:
         sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
     start = size = 0

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 from conftest import ROOT, Ended, child_environment, run_main
@@ -377,23 +380,30 @@ def test_a_mistake_in_a_thread_is_one_line_and_leaves_nothing(tmp_path, units):
     assert "has no 'text'" in ended.err and contents(tmp_path / "made") == {}
 
 
-def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, units):
-    for i in range(12):
-        (tmp_path / f"{i}.txt").write_text(f"text {i} " * 300)
-    prepare(tmp_path / "*.txt", tmp_path / "whole", "--val_fraction=0.5")
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, units, suffix):
+    texts, nine = [f"text {i} " * 300 for i in range(12)], tmp_path / f"9.{suffix}"
+    for i, text in enumerate(texts):
+        path = tmp_path / f"{i}.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.table({"text": [text]}), path)
+        else:
+            path.write_text(text if suffix == "txt" else json.dumps({"text": text}))
+    flags = [tmp_path / f"*.{suffix}", tmp_path, "--val_fraction=0.5"]
+    prepare(flags[0], tmp_path / "whole", flags[2])
+
+    def away(_: int) -> None:
+        if (tmp_path / "set.partial" / "merged").exists() and nine.exists():  # the plan is made
+            nine.rename(tmp_path / "away")
 
     def work() -> None:
-        def hook(event: str, arguments: tuple) -> None:
-            if event == "open" and str(arguments[0]).endswith("/2.txt") and (tmp_path / "9.txt").exists():
-                (tmp_path / "9.txt").rename(tmp_path / "away")
-
-        sys.addaudithook(hook)
-        told = prepare(tmp_path / "*.txt", tmp_path, "--val_fraction=0.5", status=2).err
-        assert told.endswith(f"{tmp_path}/set cannot be made: {tmp_path}/9.txt: No such file or directory\n")
-        (tmp_path / "away").rename(tmp_path / "9.txt")
+        at_each_change(tmp_path / "set.partial", away)
+        told = prepare(*flags, status=2).err
+        assert re.search(rf"{tmp_path}/set cannot be made: .*{nine}.*No such file or directory\n$", told), told
+        (tmp_path / "away").rename(nine)
 
     os.waitpid(forked(work), 0)
-    assert "going on after" in prepare(tmp_path / "*.txt", tmp_path, "--val_fraction=0.5").err
+    assert "going on after" in prepare(*flags).err
     assert contents(tmp_path / "set") == contents(tmp_path / "whole" / "set")
 
 

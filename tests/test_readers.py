@@ -111,6 +111,26 @@ def test_a_line_that_has_to_be_looked_at_alone_changes_nothing_in_those_around(t
     assert read(path, unit_bytes=100) == [f"line {i}" for i in range(30) if i % 3 < 2]
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b'{"text": "one"}{"text": "two"}', "the line at byte 0, is not JSON: Extra data"),
+        (b'{"text": "one"}\r{"text": "two"}\r', "the line at byte 0, is not JSON: Extra data"),
+        (b'{\n"text":\n"one"\n}\n{"text": "two"}', "the line at byte 0, is not JSON"),
+        (b'{"other": "\xff", "text": "one"}\n{"text": "two"}', "is not UTF-8 text (byte 0xff at 11)"),
+    ],
+)
+def test_what_is_refused_does_not_hang_on_the_lines_around(tmp_path, lines, message):
+    for around in (b"", b'\n{"text": null}'):  # which has all of them looked at one by one
+        with pytest.raises(UserError, match=re.escape(message)):
+            read(compressed(tmp_path, "jsonl", lines + around))
+
+
+def test_a_column_that_cannot_be_a_name_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"has no '\\udcff'"):
+        read(compressed(tmp_path, "jsonl", b'{"text": "one"}'), column="\udcff")
+
+
 def test_null_is_no_document(tmp_path):
     assert read(compressed(tmp_path, "jsonl", b'{"text": null}\n{"text": "two"}')) == ["two"]
 
@@ -122,9 +142,12 @@ def test_a_compressed_file_that_is_cut_or_damaged_is_refused(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"texts\.{suffix}.* (cannot be decompressed|is not JSON)"):
         read(path)
-    path.write_bytes(b"nothing of that kind")
-    with pytest.raises(UserError, match="cannot be decompressed"):
-        read(path)
+    whole = bytearray(compressed(tmp_path, suffix, data).read_bytes())
+    whole[10:] = b"\xff" * len(whole[10:])  # after gzip's header
+    for damaged in (whole, b"nothing of that kind"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be decompressed"):
+            read(path)
 
 
 # Parquet
@@ -181,7 +204,7 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"texts\.parquet is no Parquet file, or a damaged one"):
         read(path)
     path.write_bytes(b"\xff" * 200 + whole[200:])
-    with pytest.raises(UserError, match=r"texts\.parquet is damaged"):
+    with pytest.raises(UserError, match=r"texts\.parquet is no Parquet file, or a damaged one"):
         read(path)
 
 
