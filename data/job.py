@@ -3,7 +3,8 @@
 Under data/<name>.partial/ merged/ has the units that are put together. A unit whose turn has not come yet leaves its
 tokens on disk and, last, a small manifest. Whoever goes on later, or works beside, does the others. So a stop at any
 moment loses the units that were at work, mostly some seconds each (a compressed file or a shard of the hub is one),
-and how many processes or machines took part changes nothing in the result.
+or that waited in memory for the one before (data/merger.py), and how many processes or machines took part changes
+nothing in the result.
 """
 
 import json

@@ -76,9 +76,10 @@ class Encoder:
                 check_state(item)
             for writer in writers.values():
                 writer.flush()
-            in_memory = {split: (writer.figures, writer.held) for split, writer in writers.items() if not writer.file}
-            if self.merger and len(in_memory) == len(writers) and self.merger.keep(unit, in_memory):
-                return unit
+            if self.merger and not any(writer.file for writer in writers.values()):
+                held = {split: (writer.figures, writer.held) for split, writer in writers.items()}
+                if self.merger.keep(unit, held):
+                    return unit
             figures = {split: writer.close() for split, writer in writers.items()}
         write_json(job.manifest(unit), figures)
         return unit

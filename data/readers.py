@@ -111,41 +111,21 @@ class Lines:
                     block = file.read(min(PIECE, self.stop - position) - 1) + file.readline()
                     if not block:
                         break
-                    if (texts := arrow.json_texts(block, column)) is not None:
-                        yield Documents([text for text in texts if text])
-                    else:
-                        yield from self._one_by_one(block, position, column, bad_files)
+                    if (texts := arrow.json_texts(block, column)) is None:
+                        texts = self._one_by_one(block, position, column, bad_files)
+                    yield Documents([text for text in texts if text])
                     position += len(block)
             except (EOFError, OSError, zlib.error) as error:  # gzip's, zstd's
                 if getattr(error, "errno", None):  # the system's, and no fault of the file
                     raise
                 raise UserError(f"{self.file.path} cannot be decompressed: {one_line(error)}") from error
 
-    def _one_by_one(self, block: bytes, position: int, column: str, bad_files: str) -> Iterator[Documents]:
+    def _one_by_one(self, block: bytes, position: int, column: str, bad_files: str) -> Iterator[bytes | None]:
         for line in io.BytesIO(block):
-            if line.strip():
-                yield from self._document(line, position, column, bad_files)
+            where = f"{self.file.path}, the line at byte {position:,}"
             position += len(line)
-
-    def _document(self, line: bytes, position: int, column: str, bad_files: str) -> Iterator[Documents]:
-        where = f"{self.file.path}, the line at byte {position:,}"
-        if (valid := checked_text(line, where, bad_files)) is None:
-            return
-        try:
-            row = json.loads(valid)
-            text = row[column]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}, is not JSON: {one_line(error)}") from error
-        except (KeyError, TypeError) as error:
-            columns = row if isinstance(row, dict) else {}
-            remedy = f"name the --column: {', '.join(columns)[:300]}" if columns else "a line has to be a JSON object"
-            raise UserError(f"{where}, has no {column!r}{closest(column, columns)}; {remedy}") from error
-        if text is None:
-            return
-        if not isinstance(text, str):
-            raise UserError(f"{where}: {column!r} is no text; name the --column")
-        if valid := checked_text(text.encode("utf-8", "surrogatepass"), where, bad_files):
-            yield Documents([valid])
+            if line.strip() and (valid := checked_text(line, where, bad_files)):
+                yield _json_text(valid, where, column, bad_files)
 
 
 @dataclass(frozen=True)
@@ -217,6 +197,23 @@ def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, 
         return None
     remedy = "; leave it out: --bad_files=skip, or write U+FFFD for it: --bad_files=replace"
     raise UserError(problem + (remedy if bad_files == "stop" else ""))
+
+
+def _json_text(line: bytes, where: str, column: str, bad_files: str) -> bytes | None:
+    try:
+        row = json.loads(line)
+        text = row[column]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}, is not JSON: {one_line(error)}") from error
+    except (KeyError, TypeError) as error:
+        columns = row if isinstance(row, dict) else {}
+        remedy = f"name the --column: {', '.join(columns)[:300]}" if columns else "a line has to be a JSON object"
+        raise UserError(f"{where}, has no {column!r}{closest(column, columns)}; {remedy}") from error
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {column!r} is no text; name the --column")
+    return checked_text(text.encode("utf-8", "surrogatepass"), where, bad_files)
 
 
 def _documents(column: Any, where: str, bad_files: str) -> Documents:
