@@ -105,7 +105,8 @@ def run_script(main: Callable[[], int | None]) -> None:
     standard error and status 2; RunFailed, and want of memory, status 1."""
     rank = os.environ.get("RANK", "0")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8")  # whatever a pipe's code page is on this machine: Windows has many
+        # whatever a pipe's code page is on this machine, Windows has many, and a name of a file that is no UTF-8
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         status = main()
         gc.freeze()  # Python's last search for garbage among torch's 300,000 objects takes half a second

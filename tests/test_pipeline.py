@@ -380,6 +380,13 @@ def test_a_mistake_in_a_thread_is_one_line_and_leaves_nothing(tmp_path, units):
     assert "has no 'text'" in ended.err and contents(tmp_path / "made") == {}
 
 
+def test_a_name_that_is_no_utf8_is_told_all_the_same(tmp_path):
+    """Of a column here, which any system has; names of files may be such on Linux."""
+    (tmp_path / "text.jsonl").write_text('{"\\udce9": "text"}')
+    told = prepare(tmp_path / "text.jsonl", tmp_path, status=2).err
+    assert told.endswith("has no 'text'; name the --column: \\udce9\n")
+
+
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
 def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, units, suffix):
     texts, nine = [f"text {i} " * 300 for i in range(12)], tmp_path / f"9.{suffix}"
