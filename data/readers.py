@@ -180,7 +180,8 @@ def check_state(item: Item) -> None:
 
 
 def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, position: int = 0) -> bytes | None:
-    """`data` if it is UTF-8 (with `binary`: without NUL), else by `bad_files`: replaced, None and a note, UserError."""
+    """`data` if it is UTF-8 (with `binary`: without NUL), else by `bad_files`: replaced, None and a note, or UserError,
+    which of "stop" names the flags of prepare_data.py and of "refuse" does not."""
     bad = data.find(b"\0") if binary else -1
     try:
         if not data.isascii() and not (len(data) > LARGE_TEXT and arrow.is_utf8(data)):

@@ -1,5 +1,6 @@
 """Where documents come from: named sources, Hugging Face data sets, standard input, and any files of text."""
 
+import codecs
 import dataclasses
 import functools
 import glob
@@ -31,6 +32,7 @@ from data.readers import (
     Shard,
     TextFile,
     TextPart,
+    checked_text,
     split_of,
 )
 
@@ -90,8 +92,7 @@ class Source:
             else:
                 counts = (len(documents.texts) for documents in item.documents(self.column, self.bad_files))
             for count in counts:
-                found += count
-                if found >= most:
+                if (found := found + count) >= most:
                     return most
         return found
 
@@ -180,9 +181,9 @@ def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: boo
 
             with open(path, "rb") as opened:
                 digest = hashlib.file_digest(opened, xxhash.xxh3_64).intdigest()
-            if seen is not None and digest in seen:
-                return
             if seen is not None:
+                if digest in seen:
+                    return
                 seen.add(digest)
             if by_content:
                 ranges = [(split_of(digest, val_fraction), 0, size)]
@@ -221,10 +222,10 @@ def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
     try:
-        found = TextFile(File(str(path), 0, 0)).documents(column="", bad_files="refuse")
-        return "".join(text.decode() for documents in found for text in documents.texts)
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        return checked_text(data, str(path), bad_files="refuse", binary=True).decode()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+        raise UserError(one_line(error)) from error
 
 
 def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:

@@ -130,12 +130,12 @@ def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_sam
     assert n > 40 and went_on > 4
 
 
-@pytest.mark.parametrize("waiting", [0, 300, 1 << 25], ids=["on disk", "on disk and in memory", "in memory"])
+@pytest.mark.parametrize("waiting", [0, 2500, 1 << 25], ids=["on disk", "on disk and in memory", "in memory"])
 def test_units_that_wait_for_their_turn_make_the_same_bytes(tmp_path, text, units, monkeypatch, waiting):
     """Of four threads the one with the first unit is the last to end."""
     prepare(text, tmp_path / "expected")
     monkeypatch.setattr(data.merger, "WAITING_TOKENS", waiting)
-    encode, started, kept = Encoder.encode, threading.Barrier(4), []
+    encode, started, kept, on_disk = Encoder.encode, threading.Barrier(4), [], {}
 
     def late(self, unit: int) -> int:
         if unit < 4:
@@ -143,12 +143,15 @@ def test_units_that_wait_for_their_turn_make_the_same_bytes(tmp_path, text, unit
         while unit == 0 and len(kept) < 3:
             time.sleep(0.01)
         ended = encode(self, unit)
+        on_disk[unit] = self.job.manifest(unit).exists()
         kept.append(unit)
         return ended
 
     monkeypatch.setattr(Encoder, "encode", late)
     prepare(text, tmp_path / "found", "--threads=4")
     assert contents(tmp_path / "found") == contents(tmp_path / "expected") and 0 not in kept[:3]
+    waited = {on_disk[unit] for unit in (1, 2, 3)}
+    assert waited == {0: {True}, 2500: {True, False}, 1 << 25: {False}}[waiting]
 
 
 def test_an_earlier_data_set_stays_whole_until_the_new_one_is(tmp_path, text, units):

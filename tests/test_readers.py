@@ -105,6 +105,14 @@ def test_lines_read_at_once_are_those_read_one_by_one(tmp_path_factory, rows, da
         assert read(path, unit_bytes=data.draw(st.integers(1, 300))) == [text for text, _, _ in rows if text]
 
 
+def test_lines_are_read_at_once_where_each_has_a_text_and_none_is_very_long(monkeypatch):
+    lines = b'{"text": "one", "more": [1]}\n{"text": ""}\n{"text": "\\u00e9"}'
+    assert arrow.json_texts(lines, "text") == [b"one", b"", "é".encode()]
+    assert arrow.json_texts(lines + b'\n{"text": null}', "text") is None
+    monkeypatch.setattr(arrow, "LONG_LINE", len(lines) - 1)
+    assert arrow.json_texts(lines, "text") is None
+
+
 def test_a_line_that_has_to_be_looked_at_alone_changes_nothing_in_those_around(tmp_path):
     lines = ['{{"text": "line {}"}}', '{{"text": "no", "text": "line {}"}}', '{{"text": null, "number": {}}}']
     path = compressed(tmp_path, "jsonl", "\n".join(lines[i % 3].format(i) for i in range(30)).encode())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from config.settings import UserError
 from data.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer
+from data.tokenizer import _learn_fast as learn_fast
 
 TEXTS = {
     "english": "It's the King's; they'll say 'twas 1599, won't they?  Two  spaces.\n\n\tA tab.\r\n",
@@ -154,6 +155,8 @@ def test_bpe_learns_the_merges_of_tokenizers_and_nothing_is_printed(capfd):
     texts = [Path(module.__file__).read_text("utf-8") for module in (argparse, inspect, typing)] + list(TEXTS.values())
     for vocab_size in (300, 2000, 5000):  # of which the last is more than there are words
         assert make_tokenizer("bpe", texts, vocab_size).to_json() == learned_slowly(texts, vocab_size).to_json()
+        merges = learn_fast("".join(texts).encode(), b"no border", vocab_size - 1)
+        assert (merges is None) == (vocab_size == 5000) and (merges is None or len(merges) == vocab_size - 257)
     assert capfd.readouterr() == ("", "")
 
 
