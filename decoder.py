@@ -39,7 +39,9 @@ class Decoder:
                 linear.weight = None
             return product(weight, bias, dtype, int8, gelu)
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        # Each with one OpenMP thread: more than there are cores would slow all of them down.
+        count = torch.get_num_threads()
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
             for layer, b in enumerate(t.h):
                 if layer == len(t.h) // 2:  # of GPT-2 the head takes one thread as long as the blocks that are left
                     embeddings = self.wte[: self.config.vocab_size]  # no padded id is ever drawn

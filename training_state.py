@@ -61,7 +61,9 @@ class Saver:
         self.best_val_loss = best_val_loss  # of the model in `best`, if there is one
         self.tell = tell
         self._problem: str | None = None
-        self._threads = ThreadPoolExecutor(1)
+        # One OpenMP thread: a second team beside the training thread's would outnumber the cores, and libgomp would
+        # then put every thread to sleep between parallel regions, which halves the speed of training.
+        self._threads = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self._job: Future | None = None
 
     def save(self, training: dict, val_loss: float | None = None, keep: bool = False) -> None:

@@ -1,10 +1,13 @@
 """Saving a run and finding it again."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, child_environment
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_json, logits, of_kind
 
@@ -275,3 +278,34 @@ def test_values_of_another_type_in_training_json_are_a_user_error(tmp_path, chan
     (tmp_path / "last" / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=next(iter(changes))):
         load_training(tmp_path / "last")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by /proc")
+def test_background_threads_start_no_openmp_team_of_their_own(tmp_path):
+    """More OpenMP threads than cores halve the speed of training from the first save to the end."""
+    code = f"""
+import os, torch
+from pathlib import Path
+from checkpoint import load_model
+from decoder import Decoder
+from distributed import Distributed
+from model import GPT, GPTConfig
+from training_state import NEW_RUN, Saver
+from data.tokenizer import make_tokenizer
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(4)
+model = GPT(GPTConfig(vocab_size=257, n_layer=1, n_head=2, n_embd=256))
+torch.ones(1 << 20).sin_()  # starts the training thread's own team
+before = threads()
+dist = Distributed(torch.device("cpu"), torch.float32)
+saver = Saver(Path({str(tmp_path)!r}), model, [], make_tokenizer("byte", [], 0), dist)
+saver.save(NEW_RUN | dict(settings={{}}, derived=[], data="", scaler={{}}), 1.0)
+assert saver.wait() is None
+assert threads() == before + 1, "the saver's own thread, and no other"
+Decoder(model, torch.float32)
+assert threads() == before + 1, f"{{threads()}} threads, {{before}} before"
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=child_environment(), check=True)
