@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from generate import generate
+from plaingpt.generate import generate
 
 IGNORED = -1  # a target with this id does not count in the loss
 

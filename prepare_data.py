@@ -20,14 +20,14 @@ from typing import Annotated, Literal
 
 from filelock import FileLock, Timeout
 
-from config.settings import PositiveInt, Range, UserError, cores, counted, load_settings, note, one_line, run_script
-from data.job import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, make_units, read_json
-from data.merger import Merger
-from data.pipeline import encode_units
-from data.sources import Source, find_source
-from data.token_files import READY, fetch_tokens, write_meta
-from data.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
-from files import flush, put_in_place
+from plaingpt.files import flush, put_in_place
+from plaingpt.settings import PositiveInt, Range, UserError, cores, counted, load_settings, note, one_line, run_script
+from plaingpt.text.job import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, make_units, read_json
+from plaingpt.text.merger import Merger
+from plaingpt.text.pipeline import encode_units
+from plaingpt.text.sources import Source, find_source
+from plaingpt.token_files import READY, fetch_tokens, write_meta
+from plaingpt.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
 
 MANY_DOCUMENTS = 200  # from here on whole documents go to validation; below, the tail of each
 TRAINING_BYTES = 1 << 28  # of text that a BPE is learned from: more hardly changes it
@@ -76,7 +76,7 @@ class PrepareConfig:
 def main() -> None:
     config, given = load_settings(PrepareConfig, positional="sources")
     if config.inspect:
-        from data.report import inspect_data_set
+        from plaingpt.text.report import inspect_data_set
 
         return inspect_data_set(Path(config.data_dir) / config.inspect)
     if len(config.sources) == 1 and config.sources[0] in READY and not Path(config.sources[0]).exists():
@@ -103,7 +103,7 @@ def main() -> None:
         note("stopped" if "-" in config.sources else "stopped; the same command goes on from here")
         raise
     if meta:
-        from data.report import say_what_was_made
+        from plaingpt.text.report import say_what_was_made
 
         say_what_was_made(directory, meta, time.perf_counter() - started)
 

@@ -17,8 +17,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from checkpoint import load_model
-from config.settings import (
+from plaingpt.batches import mix
+from plaingpt.checkpoint import load_model
+from plaingpt.decoder import FBGEMM, Decoder
+from plaingpt.distributed import connect
+from plaingpt.files import existing
+from plaingpt.generate import Batch, Sampling
+from plaingpt.settings import (
     Fraction,
     NonNegative,
     NonNegativeInt,
@@ -30,13 +35,8 @@ from config.settings import (
     perplexity,
     run_script,
 )
-from data.batches import mix
-from data.sources import read_text
-from data.tokenizer import Tokenizer
-from decoder import FBGEMM, Decoder
-from distributed import connect
-from files import existing
-from generate import Batch, Sampling
+from plaingpt.text.sources import read_text
+from plaingpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from config.resume import resumed_settings
-from config.settings import (
+from plaingpt.batches import EvalBatches, TrainBatches, mix
+from plaingpt.distributed import Distributed, StopSignal, connect
+from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, write_sample
+from plaingpt.files import existing, set_aside
+from plaingpt.metrics import Metrics, Progress, Stopwatch
+from plaingpt.optimizer import SkippedUpdates, apply_gradients, make_optimizers, scheduled_learning_rate
+from plaingpt.parallel import exchange_gradients, wrap
+from plaingpt.plan import announce, rehearse, tokens_per_update
+from plaingpt.resume import resumed_settings
+from plaingpt.run_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
+from plaingpt.settings import (
     Decay,
     Fraction,
     NonNegative,
@@ -31,16 +40,7 @@ from config.settings import (
     note,
     run_script,
 )
-from data.batches import EvalBatches, TrainBatches, mix
-from data.token_files import open_data_set
-from distributed import Distributed, StopSignal, connect
-from evaluate import bits_per_byte, describe_loss, evaluate, write_sample
-from files import existing, set_aside
-from metrics import Metrics, Progress, Stopwatch
-from optimizer import SkippedUpdates, apply_gradients, make_optimizers, scheduled_learning_rate
-from parallel import exchange_gradients, wrap
-from plan import announce, rehearse, tokens_per_update
-from training_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
+from plaingpt.token_files import open_data_set
 
 MAX_SKIPPED = 20  # updates in a row whose gradients were not finite: then the run ends
 DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that follow from others where they are not given

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.token_files import open_data_set
-from metrics import read_metrics
+from plaingpt.metrics import read_metrics
+from plaingpt.token_files import open_data_set
 
 
 def main() -> None:

@@ -35,15 +35,15 @@ from safetensors.torch import load_file
 
 import prepare_data
 import train
-from checkpoint import load_model
-from config.settings import run_script
-from data.tokenizer import make_tokenizer
-from distributed import Distributed
-from files import existing
-from metrics import Metrics
 from model import GPT, GPTConfig
-from optimizer import apply_gradients, make_optimizers
-from training_state import NEW_RUN, Saver, load_training
+from plaingpt.checkpoint import load_model
+from plaingpt.distributed import Distributed
+from plaingpt.files import existing
+from plaingpt.metrics import Metrics
+from plaingpt.optimizer import apply_gradients, make_optimizers
+from plaingpt.run_state import NEW_RUN, Saver, load_training
+from plaingpt.settings import run_script
+from plaingpt.tokenizer import make_tokenizer
 
 TINY = dict(
     n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4, gradient_accumulation_steps=2, dropout=0.1,

@@ -26,10 +26,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 from safetensors import safe_open
 
-from checkpoint import load_model, save_model
-from config.settings import PositiveInt, UserError, load_settings, note, run_script
-from data.tokenizer import gpt2
 from model import GPT, GPTConfig
+from plaingpt.checkpoint import load_model, save_model
+from plaingpt.settings import PositiveInt, UserError, load_settings, note, run_script
+from plaingpt.tokenizer import gpt2
 
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 

@@ -29,11 +29,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from config.settings import PositiveInt, UserError, load_settings, run_script
-from data.readers import split_of
-from data.sources import find_source
-from data.token_files import open_data_set
-from data.tokenizer import gpt2_by_tiktoken
+from plaingpt.settings import PositiveInt, UserError, load_settings, run_script
+from plaingpt.text.readers import split_of
+from plaingpt.text.sources import find_source
+from plaingpt.token_files import open_data_set
+from plaingpt.tokenizer import gpt2_by_tiktoken
 from prepare_data import PrepareConfig
 
 CORES = len(os.sched_getaffinity(0))
@@ -276,7 +276,7 @@ def batches(folder: Path, config: BenchConfig) -> None:
     """Tokens a second, from the page cache, against nanoGPT's way: random starts, two copies a sequence, stacked."""
     import torch
 
-    from data.batches import TrainBatches
+    from plaingpt.batches import TrainBatches
 
     torch.set_num_threads(1)
     path = folder / "made" / "200"
@@ -330,7 +330,7 @@ def quality(folder: Path, config: BenchConfig) -> None:
 def train_way() -> None:
     """train.py in this process; with `with`, its windows begin anywhere, independently of one another."""
     import train
-    from data.batches import TrainBatches
+    from plaingpt.batches import TrainBatches
 
     def random_starts(self, step: int, first: int = 0, count: int | None = None) -> np.ndarray:
         rng = np.random.default_rng([self.seed, step])

@@ -31,14 +31,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from checkpoint import load_model, save_model
-from config.settings import PositiveInt, load_settings, note, run_script
-from data.tokenizer import gpt2
-from decoder import Decoder
-from distributed import connect
-from generate import Batch, Sampling
 from model import GPT, GPTConfig
-from to_gguf import write_gguf
+from plaingpt.checkpoint import load_model, save_model
+from plaingpt.decoder import Decoder
+from plaingpt.distributed import connect
+from plaingpt.generate import Batch, Sampling
+from plaingpt.settings import PositiveInt, load_settings, note, run_script
+from plaingpt.tokenizer import gpt2
+from tools.to_gguf import write_gguf
 
 PROMPT = list(range(1000, 1016))
 PRECISIONS = {  # (dtype, int8), bytes of a weight

@@ -33,14 +33,14 @@ import numpy as np
 import torch
 import torch.distributed
 
-from config.settings import Positive, PositiveInt, UserError, load_settings, run_script
-from data.batches import TrainBatches
-from data.token_files import Tokens
-from distributed import PEAK_TFLOPS, connect
 from model import GPT, GPTConfig
-from optimizer import QUINTICS, make_optimizers
-from parallel import wrap
-from plan import MFU
+from plaingpt.batches import TrainBatches
+from plaingpt.distributed import PEAK_TFLOPS, connect
+from plaingpt.optimizer import QUINTICS, make_optimizers
+from plaingpt.parallel import wrap
+from plaingpt.plan import MFU
+from plaingpt.settings import Positive, PositiveInt, UserError, load_settings, run_script
+from plaingpt.token_files import Tokens
 from train import TrainConfig, train_step
 
 # Predicted

@@ -24,12 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from checkpoint import load_model
-from config.settings import RunFailed, UserError, load_settings, note, run_script
-from data.batches import EvalBatches
-from data.token_files import open_data_set
 from model import IGNORED
-from plan import tokens_per_update
+from plaingpt.batches import EvalBatches
+from plaingpt.checkpoint import load_model
+from plaingpt.plan import tokens_per_update
+from plaingpt.settings import RunFailed, UserError, load_settings, note, run_script
+from plaingpt.token_files import open_data_set
 from train import TrainConfig
 
 # nanoGPT's hyper-parameters for Tiny Shakespeare (its config/train_shakespeare_char.py); the schedule ends with the run

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from config.settings import Positive, PositiveInt, UserError, load_settings, run_script
-from data.batches import TrainBatches
-from data.token_files import Tokens
-from distributed import Distributed, connect
 from model import GPT, GPTConfig
-from optimizer import make_optimizers
+from plaingpt.batches import TrainBatches
+from plaingpt.distributed import Distributed, connect
+from plaingpt.optimizer import make_optimizers
+from plaingpt.settings import Positive, PositiveInt, UserError, load_settings, run_script
+from plaingpt.token_files import Tokens
 from train import TrainConfig, train_step
 
 SIZES = {  # layers, heads, width, T, sequences, vocabulary

@@ -13,7 +13,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from checkpoint import load_model
+from plaingpt.checkpoint import load_model
 
 
 def cosine(rows: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from bench.scale import FAST, SLOW, Model, efficiency
-from config.settings import load_settings
 from model import GPT, GPTConfig
-from plan import CARDS, hours, memory, tokens_per_update
+from plaingpt.plan import CARDS, hours, memory, tokens_per_update
+from plaingpt.settings import load_settings
 from train import TrainConfig
 
 RECIPES = ("train_gpt2", "train_gpt2_medium", "train_gpt2_large", "train_gpt2_xl")

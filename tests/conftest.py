@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from config.settings import run_script
+from plaingpt.settings import run_script
 
 settings.register_profile("no deadline", deadline=None)  # speed belongs in bench/: a machine may be busy
 settings.load_profile("no deadline")
@@ -44,7 +44,7 @@ def run_main(name: str, *flags, stdin: str = "") -> Ended:
     stops = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
     handlers = {number: signal.getsignal(number) for number in stops}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        patch.setattr(sys, "argv", [f"{name.split('.')[-1]}.py", *map(str, flags)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         torch.seed()  # a new process would not know this one's random state either
         try:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import save_model
-from files import SUMS, sha256
+from plaingpt.checkpoint import save_model
+from plaingpt.files import SUMS, sha256
 
 CHECKPOINT = [
     "config.json", "generation_config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json",

@@ -4,22 +4,22 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LAYERS = [  # the modules of data/ use one another, in this order
-    ["config.settings", "decoder", "tracking"],
-    ["generate"],  # and so the model, which has it as a method, needs nothing of ours to compute
+LAYERS = [
+    ["plaingpt.settings", "plaingpt.decoder", "plaingpt.tracking"],
+    ["plaingpt.generate"],  # and so the model, which has it as a method, needs nothing of ours to compute
     ["model"],
-    ["files", "config.resume"],
-    ["data.tokenizer", "data.arrow"],
-    ["data.readers"],
-    ["data.bulk", "data.sources"],
-    ["data.token_files", "data.job"],
-    ["data.merger", "data.report"],
-    ["data.pipeline", "data.batches"],
-    ["distributed", "metrics", "checkpoint"],
-    ["parallel", "card"],
-    ["optimizer", "evaluate"],
-    ["training_state", "plan"],
-    ["train", "sample", "prepare_data", "to_gguf"],
+    ["plaingpt.files", "plaingpt.resume"],
+    ["plaingpt.tokenizer", "plaingpt.text.arrow"],
+    ["plaingpt.text.readers"],
+    ["plaingpt.text.bulk", "plaingpt.text.sources"],
+    ["plaingpt.token_files", "plaingpt.text.job"],
+    ["plaingpt.text.merger", "plaingpt.text.report"],
+    ["plaingpt.text.pipeline", "plaingpt.batches"],
+    ["plaingpt.distributed", "plaingpt.metrics", "plaingpt.checkpoint"],
+    ["plaingpt.parallel", "plaingpt.card"],
+    ["plaingpt.optimizer", "plaingpt.evaluate"],
+    ["plaingpt.run_state", "plaingpt.plan"],
+    ["train", "sample", "prepare_data", "tools.to_gguf", "tools.compare_runs"],
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 
@@ -36,9 +36,10 @@ def imports(module: str) -> set[str]:
 
 
 def test_every_module_has_a_layer():
-    paths = [path.relative_to(ROOT) for folder in (ROOT, ROOT / "data") for path in folder.glob("*.py")]
+    folders = [ROOT, ROOT / "plaingpt", ROOT / "plaingpt" / "text", ROOT / "tools"]
+    paths = [path.relative_to(ROOT) for folder in folders for path in folder.glob("*.py")]
     modules = {".".join(path.with_suffix("").parts) for path in paths if path.name != "__init__.py"}
-    assert modules == {module for module in LEVEL if not module.startswith("config.")}
+    assert modules == set(LEVEL)
 
 
 def test_no_module_imports_one_of_its_own_layer_or_of_a_later_one():
@@ -46,8 +47,14 @@ def test_no_module_imports_one_of_its_own_layer_or_of_a_later_one():
 
 
 def test_imports_are_seen():
-    assert {"config.settings", "data.batches", "files", "plan", "training_state"} <= imports("train")
-    assert imports("model") == {"generate"}  # its method that writes text; it computes with nothing of ours
+    assert {
+        "plaingpt.settings",
+        "plaingpt.batches",
+        "plaingpt.files",
+        "plaingpt.plan",
+        "plaingpt.run_state",
+    } <= imports("train")
+    assert imports("model") == {"plaingpt.generate"}  # its method that writes text; it computes with nothing of ours
 
 
 def test_nothing_that_is_read_is_run():
@@ -64,4 +71,4 @@ def test_nothing_that_is_read_is_run():
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "")]
                 found += [(module, name) for name in names if name in ("pickle", "dill", "marshal", "shelve", "joblib")]
-    assert found == [("config.settings", "runpy.run_path")]
+    assert found == [("plaingpt.settings", "runpy.run_path")]

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config.settings import UserError
-from data.batches import EvalBatches, TrainBatches, mix, permute
-from data.token_files import Tokens
 from model import IGNORED
+from plaingpt.batches import EvalBatches, TrainBatches, mix, permute
+from plaingpt.settings import UserError
+from plaingpt.token_files import Tokens
 
 BLOCK = 8
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import ANY_TEXT, TEXTS
 
-from data.bulk import BulkEncoder
-from data.tokenizer import END_OF_TEXT, KINDS, Tokenizer, gpt2, make_tokenizer
+from plaingpt.text.bulk import BulkEncoder
+from plaingpt.tokenizer import END_OF_TEXT, KINDS, Tokenizer, gpt2, make_tokenizer
 
 WORDS = [*"a 1!é字²ǅ👍\n\t\u00a0", "tree", "  ", "23", "'s", "'S", "<|endoftext|>"]
 
@@ -85,7 +85,7 @@ def test_ids_do_not_change_when_the_memory_of_words_is_given_up(fast, oracle, mo
     assert encoded(fast, ["some words"]) == oracle(["some words"])
     assert hasattr(fast._of_thread, "encoder")
     for name in ("MEMORY", "MEMORY_EACH", "REMEMBERED"):
-        monkeypatch.setattr(f"data.bulk.{name}", 0)
+        monkeypatch.setattr(f"plaingpt.text.bulk.{name}", 0)
     assert encoded(fast, ["some words"]) == oracle(["some words"])
     assert not hasattr(fast._of_thread, "encoder")
     assert encoded(fast, ["some more words"]) == oracle(["some more words"])

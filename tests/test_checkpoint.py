@@ -8,10 +8,10 @@ import torch
 from conftest import made_text
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_model, save_model
-from config.settings import UserError
-from data.tokenizer import Tokenizer, make_tokenizer
 from model import GPT, GPTConfig
+from plaingpt.checkpoint import load_model, save_model
+from plaingpt.settings import UserError
+from plaingpt.tokenizer import Tokenizer, make_tokenizer
 
 TEXT = "The road, and the sea: 3 stones, ein Baum.\n\n  naïve 🙂 don't" + made_text(300)
 

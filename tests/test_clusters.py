@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
-from config.settings import load_settings
+from plaingpt.settings import load_settings
 from train import TrainConfig
 
 SLURM = ROOT / "docs" / "slurm.sh"

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_train import records
 
-from checkpoint import load_model
-from config.settings import UserError
+from plaingpt.checkpoint import load_model
+from plaingpt.settings import UserError
 
 examples = settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

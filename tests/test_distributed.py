@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, child_environment
 
-from config.settings import RunFailed, UserError
-from distributed import StopSignal, _meet, connect
-from parallel import wrap
+from plaingpt.distributed import StopSignal, _meet, connect
+from plaingpt.parallel import wrap
+from plaingpt.settings import RunFailed, UserError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -113,8 +113,8 @@ def test_two_processes_sum_and_average_gradients_and_wait_for_the_work_of_one(tm
     script.write_text(
         "import os, time, torch\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
-        "from distributed import connect\n"
-        "from parallel import wrap\n"
+        "from plaingpt.distributed import connect\n"
+        "from plaingpt.parallel import wrap\n"
         "def work(dist):\n"
         "    torch.manual_seed(dist.rank)\n"
         "    model = wrap(torch.nn.Linear(1, 1, bias=False), dist)\n"

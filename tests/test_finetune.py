@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, Ended, flags, made_text, run_main
 from test_checkpoint import nanogpt_checkpoint, transformers_model
 
-from card import public
-from data.token_files import open_data_set
+from plaingpt.card import public
+from plaingpt.token_files import open_data_set
 
 BLOCK = 24
 SMALL = {

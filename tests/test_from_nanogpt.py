@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config.settings import UserError, load_settings
+from plaingpt.settings import UserError, load_settings
 from sample import SampleConfig
 from train import TrainConfig
 

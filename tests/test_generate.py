@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from test_model import SMALL, random_ids, random_model
 from torch.nn import functional as F
 
-from decoder import FBGEMM, Decoder, product
-from generate import Batch, Sampling, candidates, draw
 from model import GPT, GPTConfig
+from plaingpt.decoder import FBGEMM, Decoder, product
+from plaingpt.generate import Batch, Sampling, candidates, draw
 
 GREEDY = Sampling(temperature=0)
 BLOCK = SMALL.block_size

@@ -9,7 +9,7 @@ from conftest import ROOT
 from hosts import Host, hosts, why_not
 from test_train import TWO, largest_difference, records, same_run, weights
 
-from training_state import load_training
+from plaingpt.run_state import load_training
 
 REASON = why_not()
 PATIENCE = 75  # seconds: five times what a run takes on a machine with nothing else to do

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 LOAD = """
 import sys, torch
-from checkpoint import load_model
-from config.settings import UserError
+from plaingpt.checkpoint import load_model
+from plaingpt.settings import UserError
 for name in sys.argv[1:]:
     try:
         print(float(sum(p.double().abs().sum() for p in load_model(name)[0].parameters())))

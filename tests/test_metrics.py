@@ -8,8 +8,8 @@ import time
 import pytest
 from conftest import run_main
 
-from config.settings import UserError, note
-from metrics import Metrics, Progress, Stopwatch, curves, read_metrics
+from plaingpt.metrics import Metrics, Progress, Stopwatch, curves, read_metrics
+from plaingpt.settings import UserError, note
 
 PNG = b"\x89PNG"
 
@@ -107,24 +107,24 @@ def test_the_script_compares_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
-    assert run_main("metrics", "a", "b").status == 0
+    assert run_main("tools.compare_runs", "a", "b").status == 0
     assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
 
 
 def test_the_script_names_a_folder_without_a_run(tmp_path):
-    ended = run_main("metrics", tmp_path)
-    assert (ended.status, ended.err) == (2, f"metrics.py: {tmp_path} has no metrics.jsonl\n")
-    assert run_main("metrics").status == 2
-    assert (helped := run_main("metrics", "--help")).status == 0 and "folders of runs" in helped.out
+    ended = run_main("tools.compare_runs", tmp_path)
+    assert (ended.status, ended.err) == (2, f"compare_runs.py: {tmp_path} has no metrics.jsonl\n")
+    assert run_main("tools.compare_runs").status == 2
+    assert (helped := run_main("tools.compare_runs", "--help")).status == 0 and "folders of runs" in helped.out
 
 
 def test_the_script_does_not_say_that_it_drew_what_it_did_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
-    assert run_main("metrics", ".").err == "metrics.py: there is no loss to draw yet\n"
+    assert run_main("tools.compare_runs", ".").err == "compare_runs.py: there is no loss to draw yet\n"
     write_run(tmp_path / "run")
     (tmp_path / "compare.png").mkdir()
-    ended = run_main("metrics", "run")
+    ended = run_main("tools.compare_runs", "run")
     assert (ended.status, ended.err.count("\n")) == (2, 1) and "compare.png cannot be written" in ended.err
 
 

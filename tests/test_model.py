@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from checkpoint import save_model
-from data.tokenizer import make_tokenizer
-from distributed import Distributed
 from model import GPT, IGNORED, CrossEntropy, GPTConfig, attention, drop
-from optimizer import apply_gradients, make_optimizers
-from parallel import wrap
+from plaingpt.checkpoint import save_model
+from plaingpt.distributed import Distributed
+from plaingpt.optimizer import apply_gradients, make_optimizers
+from plaingpt.parallel import wrap
+from plaingpt.tokenizer import make_tokenizer
 
 SMALL = GPTConfig(block_size=12, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
 

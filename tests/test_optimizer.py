@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizer import (
+from plaingpt.optimizer import (
     QUINTICS,
     SAFETY,
     SkippedUpdates,

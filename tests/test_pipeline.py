@@ -20,12 +20,12 @@ import xxhash
 from conftest import ROOT, Ended, child_environment, run_main
 from filelock import FileLock
 
-import data.merger
-import data.pipeline
+import plaingpt.text.merger
+import plaingpt.text.pipeline
 import prepare_data
-from config.settings import UserError
-from data.pipeline import Encoder
-from data.token_files import open_data_set
+from plaingpt.settings import UserError
+from plaingpt.text.pipeline import Encoder
+from plaingpt.token_files import open_data_set
 
 DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260)]
 
@@ -34,7 +34,7 @@ DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260
 def units(monkeypatch):
     """Small units of work, so that a little text has a dozen of them."""
     monkeypatch.setattr(prepare_data, "UNIT_BYTES", 1500)
-    monkeypatch.setattr(data.pipeline, "BATCH_BYTES", 400)
+    monkeypatch.setattr(plaingpt.text.pipeline, "BATCH_BYTES", 400)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def at_each_change(folder: Path, act) -> None:
 def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_same_bytes(
     tmp_path, text, units, monkeypatch, flags, held, step
 ):
-    monkeypatch.setattr(data.pipeline, "HELD_TOKENS", held)
+    monkeypatch.setattr(plaingpt.text.pipeline, "HELD_TOKENS", held)
     prepare(text, tmp_path / "whole", *flags)
     expected, n, went_on = contents(tmp_path / "whole"), 0, 0
     assert set(expected) >= {
@@ -134,7 +134,7 @@ def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_sam
 def test_units_that_wait_for_their_turn_make_the_same_bytes(tmp_path, text, units, monkeypatch, waiting):
     """Of four threads the one with the first unit is the last to end."""
     prepare(text, tmp_path / "expected")
-    monkeypatch.setattr(data.merger, "WAITING_TOKENS", waiting)
+    monkeypatch.setattr(plaingpt.text.merger, "WAITING_TOKENS", waiting)
     encode, started, kept, on_disk = Encoder.encode, threading.Barrier(4), [], {}
 
     def late(self, unit: int) -> int:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optimizer import make_optimizers
-from plan import hours, memory, tokens_per_update
+from plaingpt.optimizer import make_optimizers
+from plaingpt.plan import hours, memory, tokens_per_update
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent

@@ -13,12 +13,12 @@ import pytest
 import xxhash
 
 import prepare_data
-from config.settings import UserError
-from data import pipeline
-from data.readers import split_of
-from data.report import RECIPES
-from data.token_files import open_data_set
-from data.tokenizer import END_OF_TEXT, KINDS
+from plaingpt.settings import UserError
+from plaingpt.text import pipeline
+from plaingpt.text.readers import split_of
+from plaingpt.text.report import RECIPES
+from plaingpt.token_files import open_data_set
+from plaingpt.tokenizer import END_OF_TEXT, KINDS
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = (

@@ -10,8 +10,8 @@ from conftest import ROOT, child_environment, flags, made_text, run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import load_model
-from decoder import FBGEMM
+from plaingpt.checkpoint import load_model
+from plaingpt.decoder import FBGEMM
 from sample import until
 
 LINE = "\n---------------\n"

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from config.settings import (
+from plaingpt.settings import (
     Fraction,
     NonNegativeInt,
     Positive,
@@ -22,8 +22,7 @@ from config.settings import (
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-MODULES = {"__init__.py", "settings.py", "resume.py"}  # of config/; everything else in it is a recipe
-RECIPES = sorted(path for path in (ROOT / "config").glob("*.py") if path.name not in MODULES)
+RECIPES = sorted((ROOT / "config").glob("*.py"))
 
 
 @dataclass
@@ -324,7 +323,7 @@ def test_a_perplexity_without_bound_is_told_in_few_signs():
 
 SCRIPT = """
 import sys
-from config.settings import RunFailed, UserError, note, run_script
+from plaingpt.settings import RunFailed, UserError, note, run_script
 def main():
     note("a note")
     if sys.argv[1] == "mistake":

@@ -10,8 +10,8 @@ from conftest import ROOT, child_environment
 from safetensors.torch import load_file
 from test_distributed import TORCHRUN
 
-from checkpoint import load_model
-from metrics import read_metrics
+from plaingpt.checkpoint import load_model
+from plaingpt.metrics import read_metrics
 
 # Neither the 3 blocks nor the 45, 15 and 60 rows of their matrices can be shared out evenly.
 SHAPE = dict(n_layer=3, n_head=3, n_embd=15, gradient_accumulation_steps=4, batch_size=2, eval_iters=3)
@@ -30,7 +30,7 @@ import json, os, shutil, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import train
-from config.settings import run_script
+from plaingpt.settings import run_script
 from torch.distributed.elastic.multiprocessing.errors import record
 
 def work():
@@ -165,12 +165,12 @@ HELD = """
 import os, sys
 sys.path.insert(0, {root!r})
 import torch
-from config.settings import UserError
-from distributed import connect
-from evaluate import whole_copy
+from plaingpt.settings import UserError
+from plaingpt.distributed import connect
+from plaingpt.evaluate import whole_copy
 from model import GPT, GPTConfig
-from parallel import exchange_gradients, gather, whole, wrap
-from optimizer import apply_gradients, make_optimizers
+from plaingpt.parallel import exchange_gradients, gather, whole, wrap
+from plaingpt.optimizer import apply_gradients, make_optimizers
 
 def work(dist):
     model = GPT(GPTConfig(16, 65, 2, 2, 16))

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, child_environment
 
-from config.settings import UserError
-from data.sources import Source, download, find_source, read_text
+from plaingpt.settings import UserError
+from plaingpt.text.sources import Source, download, find_source, read_text
 from prepare_data import PrepareConfig
 
 

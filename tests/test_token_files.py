@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config.settings import UserError
-from data.token_files import ShardWriter, Tokens, id_dtype, open_data_set, write_meta
-from data.tokenizer import make_tokenizer
-from files import whole_directory
+from plaingpt.files import whole_directory
+from plaingpt.settings import UserError
+from plaingpt.token_files import ShardWriter, Tokens, id_dtype, open_data_set, write_meta
+from plaingpt.tokenizer import make_tokenizer
 
 TRAIN, VAL = ["one document", "another: é"], ["the last"]
 

@@ -12,9 +12,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config.settings import UserError
-from data.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer
-from data.tokenizer import _learn_fast as learn_fast
+from plaingpt.settings import UserError
+from plaingpt.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer
+from plaingpt.tokenizer import _learn_fast as learn_fast
 
 TEXTS = {
     "english": "It's the King's; they'll say 'twas 1599, won't they?  Two  spaces.\n\n\tA tab.\r\n",

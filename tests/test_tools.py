@@ -12,15 +12,15 @@ import torch
 from conftest import run_main
 from test_checkpoint import TEXT, make_model, of_kind
 
-from checkpoint import load_model, save_model
 from model import GPT, GPTConfig
+from plaingpt.checkpoint import load_model, save_model
 
 
 def test_a_gguf_file_that_cannot_be_written_is_one_line(tmp_path, tiny_run):
     pytest.importorskip("gguf")
     os.mkfifo(tmp_path / "pipe")
     for out in ("", tmp_path, tmp_path / "pipe", tmp_path / "none" / "model.gguf"):
-        ended = run_main("to_gguf", tiny_run / "best", f"--out={out}")
+        ended = run_main("tools.to_gguf", tiny_run / "best", f"--out={out}")
         assert (ended.status, ended.err.count("\n")) == (2, 1), ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
 
@@ -32,7 +32,7 @@ def test_llama_cpp_writes_the_same_greedy_text_and_ids(tmp_path, kind):
     text = TEXT
     if kind == "char":  # of llama.cpp's tokenizers none is of characters; ASCII's are bytes
         text = TEXT.encode("ascii", "ignore").decode()
-        from data.tokenizer import make_tokenizer
+        from plaingpt.tokenizer import make_tokenizer
 
         tokenizer = make_tokenizer("char", [text], 0)
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def test_llama_cpp_writes_the_same_greedy_text_and_ids(tmp_path, kind):
         model.transformer.wte.weight[tokenizer.vocab_size :] = 0
     (tmp_path / "model").mkdir()
     save_model(tmp_path / "model", model, tokenizer)
-    ended = run_main("to_gguf", tmp_path / "model", f"--out={tmp_path}/m.gguf", "--dtype=float32")
+    ended = run_main("tools.to_gguf", tmp_path / "model", f"--out={tmp_path}/m.gguf", "--dtype=float32")
     assert ended.status == 0, ended.err
     theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1, verbose=False)
     assert theirs.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
@@ -61,7 +61,7 @@ def test_llama_cpp_writes_the_same_greedy_text_and_ids(tmp_path, kind):
 def test_a_tokenizer_of_other_characters_is_refused_for_llama_cpp(tmp_path):
     pytest.importorskip("gguf")
     save_model(tmp_path, make_model(of_kind("char")), of_kind("char"))
-    ended = run_main("to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
+    ended = run_main("tools.to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
     assert ended.status == 2 and "llama.cpp has no tokenizer of characters" in ended.err
     assert not list(tmp_path.glob("m.gguf*"))
 
@@ -73,7 +73,7 @@ def test_a_tokenizer_that_parts_texts_in_its_own_way_is_refused_for_llama_cpp(tm
     backend.normalizer = tokenizers.normalizers.Lowercase()
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "SHA256SUMS").unlink(missing_ok=True)
-    ended = run_main("to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
+    ended = run_main("tools.to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
     assert ended.status == 2 and "neither GPT-2's nor one of ours" in ended.err
     assert not list(tmp_path.glob("m.gguf*"))
 
@@ -82,7 +82,7 @@ def test_a_tokenizer_that_parts_texts_in_its_own_way_is_refused_for_llama_cpp(tm
 def test_what_gguf_cannot_be_made_is_a_user_error(tmp_path, flag, words):
     pytest.importorskip("gguf")
     save_model(tmp_path, make_model(of_kind("byte")), of_kind("byte"))
-    ended = run_main("to_gguf", tmp_path, f"--out={tmp_path}/m.gguf", flag)
+    ended = run_main("tools.to_gguf", tmp_path, f"--out={tmp_path}/m.gguf", flag)
     assert ended.status == 2 and words in ended.err
     assert not list(tmp_path.glob("m.gguf*"))
 

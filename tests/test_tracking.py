@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from metrics import read_metrics
-from training_state import load_training
+from plaingpt.metrics import read_metrics
+from plaingpt.run_state import load_training
 
 
 def wandb_records(folder: Path) -> list:

@@ -17,16 +17,16 @@ from conftest import ROOT, TINY, child_environment, run_main
 from safetensors.torch import load_file
 from test_distributed import TORCHRUN
 
-from checkpoint import load_model
-from config.settings import UserError
-from data.batches import TrainBatches
-from data.token_files import Tokens, open_data_set
-from distributed import Distributed
-from metrics import read_metrics
 from model import GPT, GPTConfig
-from optimizer import make_optimizers, scheduled_learning_rate
+from plaingpt.batches import TrainBatches
+from plaingpt.checkpoint import load_model
+from plaingpt.distributed import Distributed
+from plaingpt.metrics import read_metrics
+from plaingpt.optimizer import make_optimizers, scheduled_learning_rate
+from plaingpt.run_state import load_training
+from plaingpt.settings import UserError
+from plaingpt.token_files import Tokens, open_data_set
 from train import TrainConfig, train_step
-from training_state import load_training
 
 TIMES = {"seconds", "tokens_per_second", "mfu", "resumed_from"}
 PLAN = {"lr_decay_iters": 6, "warmup_iters": 2, "min_lr": 1e-3}  # given, so that a shorter run has the same one
@@ -437,7 +437,7 @@ def test_what_fails_to_compile_after_the_trial_is_told_in_one_line(capsys, monke
     import torch._dynamo
     import torch._inductor.config
 
-    from parallel import _go_on_without
+    from plaingpt.parallel import _go_on_without
 
     monkeypatch.setattr(logging.getLogger("torch._dynamo.convert_frame"), "filters", [])
     with torch._dynamo.config.patch(suppress_errors=False), torch._inductor.config.patch({"cpp.cxx": ("/none",)}):

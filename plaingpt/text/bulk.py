@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.readers import SAFE_BORDER
-from data.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
+from plaingpt.text.readers import SAFE_BORDER
+from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
 
 # gigatoken 0.10 knows the letters of Unicode 17, tiktoken and tokenizers those of Unicode 16. Documents that have
 # a letter or digit that came after Unicode 14, or a neighbour of one, go to the slow encoder. Emoji are no letters.
@@ -112,7 +112,7 @@ class BulkEncoder:
 
 
 def of_our_form(description: dict) -> bool:
-    """Whether a tokenizer.json is put together as data/tokenizer.py does it; a model may come with another."""
+    """Whether a tokenizer.json is put together as plaingpt/tokenizer.py does it; a model may come with another."""
     model, before = description["model"], description["pre_tokenizer"] or {}
     if description["normalizer"] or [token["content"] for token in description["added_tokens"]] != [END_OF_TEXT]:
         return False

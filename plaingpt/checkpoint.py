@@ -19,10 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from config.settings import UserError, note, one_line
-from data.tokenizer import Tokenizer, gpt2
-from files import check_sums, existing, inside
 from model import GPT, GPTConfig
+from plaingpt.files import check_sums, existing, inside
+from plaingpt.settings import UserError, note, one_line
+from plaingpt.tokenizer import Tokenizer, gpt2
 
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
 HUB_ERRORS = {  # what huggingface_hub says in many lines

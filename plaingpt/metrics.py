@@ -1,7 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl and loss.png; other tools are told when asked.
-
-python metrics.py out-a out-b        # several runs in one picture, compare.png
-"""
+"""What a run leaves to look at: metrics.jsonl and loss.png; other tools are told when asked."""
 
 import collections
 import contextlib
@@ -10,14 +7,13 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from config.settings import UserError, load_settings, note, one_line, run_script
-from files import claim, release
-from tracking import TensorBoard, WandB
+from plaingpt.files import claim, release
+from plaingpt.settings import UserError, note, one_line
+from plaingpt.tracking import TensorBoard, WandB
 
 SPIKE_WINDOW = 50  # logged losses that the next is compared with
 
@@ -224,29 +220,3 @@ def _line(axes, records: list[dict], key: str, label: str | None = None, **style
     points = [(record["step"], record[key]) for record in records if key in record]
     if points:
         axes.plot(*zip(*points), label=label and f"{label} {points[-1][1]:.3f}", **style)
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    out_dirs: tuple = ()
-    """folders of runs"""
-
-
-def main() -> None:
-    config, _ = load_settings(CompareConfig, positional="out_dirs")
-    out_dirs, picture = [Path(name) for name in config.out_dirs], Path("compare.png")
-    if not out_dirs:
-        raise UserError("name the folders of one run or more: python metrics.py out-a out-b")
-    for out_dir in out_dirs:
-        if not (out_dir / "metrics.jsonl").exists():
-            raise UserError(f"{out_dir} has no metrics.jsonl")
-    try:
-        if not draw(out_dirs, picture):
-            raise UserError("there is no loss to draw yet")
-    except OSError as error:
-        raise UserError(f"{picture} cannot be written: {one_line(error)}") from error
-    note(f"drawn: {picture}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from config.settings import RunFailed, UserError, one_line
-from data.sources import NAMED
-from data.tokenizer import Tokenizer, gpt2
-from files import check_sums, existing
+from plaingpt.files import check_sums, existing
+from plaingpt.settings import RunFailed, UserError, one_line
+from plaingpt.text.sources import NAMED
+from plaingpt.tokenizer import Tokenizer, gpt2
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from config.settings import RunFailed, UserError, closest, note, one_line
-from data import arrow
+from plaingpt.settings import RunFailed, UserError, closest, note, one_line
+from plaingpt.text import arrow
 
 LARGE = 1 << 24  # bytes: a text file above it is read, split and encoded in parts
 PIECE = 1 << 20  # bytes of a large file that are held at a time

@@ -21,15 +21,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from card import write_card
-from checkpoint import load_model, model_directory, read_json, read_tensors, write_model
-from config.settings import NonNegative, NonNegativeInt, UserError, check_value, note, one_line
-from data.token_files import DataSet
-from data.tokenizer import Tokenizer, gpt2
-from distributed import Distributed
-from files import SUMS, check_sums, existing, whole_directory
 from model import GPT, GPTConfig
-from parallel import fill, gather
+from plaingpt.card import write_card
+from plaingpt.checkpoint import load_model, model_directory, read_json, read_tensors, write_model
+from plaingpt.distributed import Distributed
+from plaingpt.files import SUMS, check_sums, existing, whole_directory
+from plaingpt.parallel import fill, gather
+from plaingpt.settings import NonNegative, NonNegativeInt, UserError, check_value, note, one_line
+from plaingpt.token_files import DataSet
+from plaingpt.tokenizer import Tokenizer, gpt2
 
 FORMAT_VERSION = 1
 # What training.json says of a run

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import nn
 
-from config.settings import perplexity
-from data.batches import EvalBatches
-from data.token_files import DataSet, Tokens
-from distributed import Distributed
 from model import GPT, IGNORED
-from parallel import gather, is_shared
+from plaingpt.batches import EvalBatches
+from plaingpt.distributed import Distributed
+from plaingpt.parallel import gather, is_shared
+from plaingpt.settings import perplexity
+from plaingpt.token_files import DataSet, Tokens
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 Under data/<name>.partial/ merged/ has the units that are put together. A unit whose turn has not come yet leaves its
 tokens on disk and, last, a small manifest. Whoever goes on later, or works beside, does the others. So a stop at any
 moment loses the units that were at work, mostly some seconds each (a compressed file or a shard of the hub is one),
-or that waited in memory for the one before (data/merger.py), and how many processes or machines took part changes
+or that waited in memory for the one before (merger.py), and how many processes or machines took part changes
 nothing in the result.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.readers import Item, size_of
-from data.tokenizer import Tokenizer
+from plaingpt.text.readers import Item, size_of
+from plaingpt.tokenizer import Tokenizer
 
 UNIT_BYTES = 1 << 23  # of a source: what a thread encodes before it reports
 MAX_UNITS = 4096  # of a very large source the units are larger

@@ -8,9 +8,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-from config.settings import counted, millions, perplexity
-from metrics import read_metrics
 from model import GPT, GPTConfig
+from plaingpt.metrics import read_metrics
+from plaingpt.settings import counted, millions, perplexity
 
 HEAD = """---
 library_name: transformers

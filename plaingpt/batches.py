@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config.settings import UserError
-from data.token_files import Tokens
 from model import IGNORED
+from plaingpt.settings import UserError
+from plaingpt.token_files import Tokens
 
 # Sequences whose place is computed at once: some milliseconds, and the first thousand take the most of one
 AHEAD = 1 << 15

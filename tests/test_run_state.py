@@ -11,15 +11,15 @@ from conftest import ROOT, child_environment
 from safetensors.torch import load_file, save_file
 from test_checkpoint import edit_json, logits, of_kind
 
-from checkpoint import load_model
-from config.settings import UserError
-from data.tokenizer import Tokenizer
-from distributed import Distributed
-from files import UNCHECKED, claim, release, set_aside
-from metrics import Metrics
 from model import GPT, GPTConfig
-from optimizer import apply_gradients, make_optimizers
-from training_state import NEW_RUN, Saver, load_optimizers, load_training
+from plaingpt.checkpoint import load_model
+from plaingpt.distributed import Distributed
+from plaingpt.files import UNCHECKED, claim, release, set_aside
+from plaingpt.metrics import Metrics
+from plaingpt.optimizer import apply_gradients, make_optimizers
+from plaingpt.run_state import NEW_RUN, Saver, load_optimizers, load_training
+from plaingpt.settings import UserError
+from plaingpt.tokenizer import Tokenizer
 
 HERE = Distributed(torch.device("cpu"), torch.float32)
 COMPLETE = NEW_RUN | dict(settings={}, derived=[], data="", scaler={})
@@ -286,12 +286,12 @@ def test_background_threads_start_no_openmp_team_of_their_own(tmp_path):
     code = f"""
 import os, torch
 from pathlib import Path
-from checkpoint import load_model
-from decoder import Decoder
-from distributed import Distributed
+from plaingpt.checkpoint import load_model
+from plaingpt.decoder import Decoder
+from plaingpt.distributed import Distributed
 from model import GPT, GPTConfig
-from training_state import NEW_RUN, Saver
-from data.tokenizer import make_tokenizer
+from plaingpt.run_state import NEW_RUN, Saver
+from plaingpt.tokenizer import make_tokenizer
 
 def threads():
     return len(os.listdir("/proc/self/task"))

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config.settings import RunFailed
-from data.job import RECORD, Job, read_json, write_json
-from data.token_files import SPLITS, ShardWriter, id_dtype
+from plaingpt.settings import RunFailed
+from plaingpt.text.job import RECORD, Job, read_json, write_json
+from plaingpt.token_files import SPLITS, ShardWriter, id_dtype
 
 BUFFER_TOKENS = 1 << 20
 WAITING_TOKENS = 1 << 25  # of units that are kept in memory until their turn comes; others wait on disk

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from parallel import is_shared, whole
+from plaingpt.parallel import is_shared, whole
 
 
 def make_optimizers(

@@ -18,9 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config.settings import UserError, closest, note, one_line
-from data import arrow
-from data.readers import (
+from plaingpt.settings import UserError, closest, note, one_line
+from plaingpt.text import arrow
+from plaingpt.text.readers import (
     COMPRESSED,
     JSON_LINES,
     LARGE,
@@ -36,7 +36,7 @@ from data.readers import (
     split_of,
 )
 
-CACHE = Path(__file__).parent / ".downloads"
+CACHE = Path(__file__).parents[2] / "data" / ".downloads"
 HUB = {  # repository, share for validation, and what is pinned
     "tinystories": ("roneneldan/TinyStories", 0.01, {}),
     # the revision that has Parquet files in place of a script

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decoder import Decoder
+from plaingpt.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from config.settings import counted, note
-from data.bulk import BulkEncoder
-from data.job import RECORD, Job, write_json
-from data.merger import Merger
-from data.readers import Documents, check_state, size_of, split_of
-from data.token_files import SPLITS, id_dtype
-from files import flush
+from plaingpt.files import flush
+from plaingpt.settings import counted, note
+from plaingpt.text.bulk import BulkEncoder
+from plaingpt.text.job import RECORD, Job, write_json
+from plaingpt.text.merger import Merger
+from plaingpt.text.readers import Documents, check_state, size_of, split_of
+from plaingpt.token_files import SPLITS, id_dtype
 
 BATCH_BYTES = 1 << 20  # of text encoded at a time
 HELD_TOKENS = 1 << 24  # of a unit that stay in memory until it is merged; of a larger one none do

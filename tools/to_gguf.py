@@ -1,20 +1,22 @@
 """A model as one GGUF file, for llama.cpp, Ollama and LM Studio. Needs a package more: pip install gguf.
 
-python to_gguf.py out-quickstart/best --out=model.gguf
+python tools/to_gguf.py out-quickstart/best --out=model.gguf
 
 llama.cpp's own converter does the same for GPT-2's tokenizer, and refuses any that was made from a text of yours.
 """
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from checkpoint import load_model, with_biases
-from config.settings import UserError, load_settings, note, one_line, run_script
-from data.bulk import of_our_form
-from data.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import GPT
+from plaingpt.checkpoint import load_model, with_biases
+from plaingpt.settings import UserError, load_settings, note, one_line, run_script
+from plaingpt.text.bulk import of_our_form
+from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
 
 NAMES = {
     "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
@@ -94,7 +96,7 @@ def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
 def main() -> None:
     config, _ = load_settings(ExportConfig, positional="models")
     if len(config.models) != 1:
-        raise UserError("name one model: python to_gguf.py out/best --out=model.gguf")
+        raise UserError("name one model: python tools/to_gguf.py out/best --out=model.gguf")
     try:
         import gguf  # noqa: F401
     except ImportError as error:

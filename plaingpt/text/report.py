@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config.settings import UserError, counted, note
-from data.token_files import SPLITS, DataSet, Tokens, open_data_set
-from data.tokenizer import Tokenizer
+from plaingpt.settings import UserError, counted, note
+from plaingpt.token_files import SPLITS, DataSet, Tokens, open_data_set
+from plaingpt.tokenizer import Tokenizer
 
 SAMPLES = 3
 SAMPLE_TOKENS = 60

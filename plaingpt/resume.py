@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from config.settings import UserError, check_value, counted, note
+from plaingpt.settings import UserError, check_value, counted, note
 
 # These belong to the place where the run goes on, not to the run.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout"}

@@ -1,1 +1,0 @@
-"""Recipes (one a file: plain assignments) and `settings.py`, which loads them."""

@@ -1,0 +1,1 @@
+"""Text in, token ids out: what only preparation needs."""

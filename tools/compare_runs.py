@@ -1,0 +1,38 @@
+"""The curves of several runs in one picture, compare.png.
+
+python tools/compare_runs.py out-a out-b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plaingpt.metrics import draw
+from plaingpt.settings import UserError, load_settings, note, one_line, run_script
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    out_dirs: tuple = ()
+    """folders of runs"""
+
+
+def main() -> None:
+    config, _ = load_settings(CompareConfig, positional="out_dirs")
+    out_dirs, picture = [Path(name) for name in config.out_dirs], Path("compare.png")
+    if not out_dirs:
+        raise UserError("name the folders of one run or more: python tools/compare_runs.py out-a out-b")
+    for out_dir in out_dirs:
+        if not (out_dir / "metrics.jsonl").exists():
+            raise UserError(f"{out_dir} has no metrics.jsonl")
+    try:
+        if not draw(out_dirs, picture):
+            raise UserError("there is no loss to draw yet")
+    except OSError as error:
+        raise UserError(f"{picture} cannot be written: {one_line(error)}") from error
+    note(f"drawn: {picture}")
+
+
+if __name__ == "__main__":
+    run_script(main)
