@@ -20,8 +20,9 @@ from typing import Annotated, Literal
 
 from filelock import FileLock, Timeout
 
+from plaingpt.console import UserError, cores, counted, note, one_line, run_script
 from plaingpt.files import flush, put_in_place
-from plaingpt.settings import PositiveInt, Range, UserError, cores, counted, load_settings, note, one_line, run_script
+from plaingpt.settings import PositiveInt, Range, load_settings
 from plaingpt.text.job import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, make_units, read_json
 from plaingpt.text.merger import Merger
 from plaingpt.text.pipeline import encode_units

@@ -19,22 +19,12 @@ import torch
 
 from plaingpt.batches import mix
 from plaingpt.checkpoint import load_model
+from plaingpt.console import UserError, note, perplexity, run_script
 from plaingpt.decoder import FBGEMM, Decoder
 from plaingpt.distributed import connect
 from plaingpt.files import existing
 from plaingpt.generate import Batch, Sampling
-from plaingpt.settings import (
-    Fraction,
-    NonNegative,
-    NonNegativeInt,
-    Positive,
-    PositiveInt,
-    UserError,
-    load_settings,
-    note,
-    perplexity,
-    run_script,
-)
+from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, load_settings
 from plaingpt.text.sources import read_text
 from plaingpt.tokenizer import Tokenizer
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from plaingpt.batches import EvalBatches, TrainBatches, mix
+from plaingpt.console import RunFailed, UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, write_sample
 from plaingpt.files import existing, set_aside
@@ -27,19 +28,7 @@ from plaingpt.parallel import exchange_gradients, wrap
 from plaingpt.plan import announce, rehearse, tokens_per_update
 from plaingpt.resume import resumed_settings
 from plaingpt.run_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
-from plaingpt.settings import (
-    Decay,
-    Fraction,
-    NonNegative,
-    NonNegativeInt,
-    Positive,
-    PositiveInt,
-    RunFailed,
-    UserError,
-    load_settings,
-    note,
-    run_script,
-)
+from plaingpt.settings import Decay, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, load_settings
 from plaingpt.token_files import open_data_set
 
 MAX_SKIPPED = 20  # updates in a row whose gradients were not finite: then the run ends

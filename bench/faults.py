@@ -37,12 +37,12 @@ import prepare_data
 import train
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
+from plaingpt.console import run_script
 from plaingpt.distributed import Distributed
 from plaingpt.files import existing
 from plaingpt.metrics import Metrics
 from plaingpt.optimizer import apply_gradients, make_optimizers
 from plaingpt.run_state import NEW_RUN, Saver, load_training
-from plaingpt.settings import run_script
 from plaingpt.tokenizer import make_tokenizer
 
 TINY = dict(

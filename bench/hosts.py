@@ -25,7 +25,8 @@ from hosts import Host, hosts, why_not
 from test_hosts import REPLACEABLE, RUN
 from test_train import same_run
 
-from plaingpt.settings import PositiveInt, UserError, load_settings, run_script
+from plaingpt.console import UserError, run_script
+from plaingpt.settings import PositiveInt, load_settings
 
 TIMEOUT = 10  # seconds that a process waits for another
 CUT = 1.0

@@ -28,7 +28,8 @@ from safetensors import safe_open
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, save_model
-from plaingpt.settings import PositiveInt, UserError, load_settings, note, run_script
+from plaingpt.console import UserError, note, run_script
+from plaingpt.settings import PositiveInt, load_settings
 from plaingpt.tokenizer import gpt2
 
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}

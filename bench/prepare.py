@@ -29,7 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from plaingpt.settings import PositiveInt, UserError, load_settings, run_script
+from plaingpt.console import UserError, run_script
+from plaingpt.settings import PositiveInt, load_settings
 from plaingpt.text.readers import split_of
 from plaingpt.text.sources import find_source
 from plaingpt.token_files import open_data_set

@@ -33,10 +33,11 @@ import torch
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, save_model
+from plaingpt.console import note, run_script
 from plaingpt.decoder import Decoder
 from plaingpt.distributed import connect
 from plaingpt.generate import Batch, Sampling
-from plaingpt.settings import PositiveInt, load_settings, note, run_script
+from plaingpt.settings import PositiveInt, load_settings
 from plaingpt.tokenizer import gpt2
 from tools.to_gguf import write_gguf
 

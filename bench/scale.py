@@ -35,11 +35,12 @@ import torch.distributed
 
 from model import GPT, GPTConfig
 from plaingpt.batches import TrainBatches
+from plaingpt.console import UserError, run_script
 from plaingpt.distributed import PEAK_TFLOPS, connect
 from plaingpt.optimizer import QUINTICS, make_optimizers
 from plaingpt.parallel import wrap
 from plaingpt.plan import MFU
-from plaingpt.settings import Positive, PositiveInt, UserError, load_settings, run_script
+from plaingpt.settings import Positive, PositiveInt, load_settings
 from plaingpt.token_files import Tokens
 from train import TrainConfig, train_step
 

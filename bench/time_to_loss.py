@@ -27,8 +27,9 @@ import torch
 from model import IGNORED
 from plaingpt.batches import EvalBatches
 from plaingpt.checkpoint import load_model
+from plaingpt.console import RunFailed, UserError, note, run_script
 from plaingpt.plan import tokens_per_update
-from plaingpt.settings import RunFailed, UserError, load_settings, note, run_script
+from plaingpt.settings import load_settings
 from plaingpt.token_files import open_data_set
 from train import TrainConfig
 

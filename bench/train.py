@@ -28,9 +28,10 @@ import torch
 
 from model import GPT, GPTConfig
 from plaingpt.batches import TrainBatches
+from plaingpt.console import UserError, run_script
 from plaingpt.distributed import Distributed, connect
 from plaingpt.optimizer import make_optimizers
-from plaingpt.settings import Positive, PositiveInt, UserError, load_settings, run_script
+from plaingpt.settings import Positive, PositiveInt, load_settings
 from plaingpt.token_files import Tokens
 from train import TrainConfig, train_step
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model import IGNORED
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 from plaingpt.token_files import Tokens
 
 # Sequences whose place is computed at once: some milliseconds, and the first thousand take the most of one

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from model import GPT, GPTConfig
+from plaingpt.console import counted, millions, perplexity
 from plaingpt.metrics import read_metrics
-from plaingpt.settings import counted, millions, perplexity
 
 HEAD = """---
 library_name: transformers

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from plaingpt.console import UserError, note, one_line
 from plaingpt.files import check_sums, existing, inside
-from plaingpt.settings import UserError, note, one_line
 from plaingpt.tokenizer import Tokenizer, gpt2
 
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from plaingpt.settings import RunFailed, UserError, cores, one_line
+from plaingpt.console import RunFailed, UserError, cores, one_line
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {

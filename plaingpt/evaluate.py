@@ -7,9 +7,9 @@ from torch import nn
 
 from model import GPT, IGNORED
 from plaingpt.batches import EvalBatches
+from plaingpt.console import perplexity
 from plaingpt.distributed import Distributed
 from plaingpt.parallel import gather, is_shared
-from plaingpt.settings import perplexity
 from plaingpt.token_files import DataSet, Tokens
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from plaingpt.settings import UserError, note, one_line
+from plaingpt.console import UserError, note, one_line
 
 SUMS = "SHA256SUMS"  # in the form of `sha256sum -c`
 UNCHECKED = (".bin", ".md", ".png")  # token files, whose sums are in meta.json, and what people read and may change

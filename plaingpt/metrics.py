@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from plaingpt.console import UserError, note, one_line
 from plaingpt.files import claim, release
-from plaingpt.settings import UserError, note, one_line
 from plaingpt.tracking import TensorBoard, WandB
 
 SPIKE_WINDOW = 50  # logged losses that the next is compared with

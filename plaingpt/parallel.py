@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from plaingpt.console import UserError, note, one_line
 from plaingpt.distributed import Distributed
-from plaingpt.settings import UserError, note, one_line
 
 
 def wrap(

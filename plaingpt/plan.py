@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from model import GPT
+from plaingpt.console import counted, millions, note
 from plaingpt.distributed import PEAK_TFLOPS, Distributed
 from plaingpt.parallel import shards
-from plaingpt.settings import counted, millions, note
 
 # Share of a card's half-precision limit at which GPT-2 124M has been trained, as published; to be replaced by our own.
 # A100: nanoGPT, compiled, 0.85M tokens/s on eight. H100: llm.c, 468k tokens/s on one; H200: the same card for this.

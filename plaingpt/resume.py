@@ -4,7 +4,8 @@ import dataclasses
 import typing
 from typing import Any
 
-from plaingpt.settings import UserError, check_value, counted, note
+from plaingpt.console import UserError, counted, note
+from plaingpt.settings import check_value
 
 # These belong to the place where the run goes on, not to the run.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout"}

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from model import GPT, GPTConfig
 from plaingpt.card import write_card
 from plaingpt.checkpoint import load_model, model_directory, read_json, read_tensors, write_model
+from plaingpt.console import UserError, note, one_line
 from plaingpt.distributed import Distributed
 from plaingpt.files import SUMS, check_sums, existing, whole_directory
 from plaingpt.parallel import fill, gather
-from plaingpt.settings import NonNegative, NonNegativeInt, UserError, check_value, note, one_line
+from plaingpt.settings import NonNegative, NonNegativeInt, check_value
 from plaingpt.token_files import DataSet
 from plaingpt.tokenizer import Tokenizer, gpt2
 

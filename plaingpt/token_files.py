@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from plaingpt.console import RunFailed, UserError, one_line
 from plaingpt.files import check_sums, existing
-from plaingpt.settings import RunFailed, UserError, one_line
 from plaingpt.text.sources import NAMED
 from plaingpt.tokenizer import Tokenizer, gpt2
 

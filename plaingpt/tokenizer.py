@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 KINDS = ("gpt2", "char", "byte", "bpe")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from plaingpt.settings import run_script
+from plaingpt.console import run_script
 
 settings.register_profile("no deadline", deadline=None)  # speed belongs in bench/: a machine may be busy
 settings.load_profile("no deadline")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["plaingpt.settings", "plaingpt.decoder", "plaingpt.tracking"],
+    ["plaingpt.console", "plaingpt.decoder", "plaingpt.tracking"],
+    ["plaingpt.settings"],
     ["plaingpt.generate"],  # and so the model, which has it as a method, needs nothing of ours to compute
     ["model"],
     ["plaingpt.files", "plaingpt.resume"],

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from model import IGNORED
 from plaingpt.batches import EvalBatches, TrainBatches, mix, permute
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 from plaingpt.token_files import Tokens
 
 BLOCK = 8

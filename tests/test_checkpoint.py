@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, save_model
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 
 TEXT = "The road, and the sea: 3 stones, ein Baum.\n\n  naïve 🙂 don't" + made_text(300)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_train import records
 
 from plaingpt.checkpoint import load_model
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 
 examples = settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, child_environment
 
+from plaingpt.console import RunFailed, UserError
 from plaingpt.distributed import StopSignal, _meet, connect
 from plaingpt.parallel import wrap
-from plaingpt.settings import RunFailed, UserError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from plaingpt.console import UserError
 from plaingpt.files import SUMS, check_sums, existing, sha256, whole_directory
-from plaingpt.settings import UserError
 
 
 def contents(directory):

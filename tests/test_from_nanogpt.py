@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from plaingpt.settings import UserError, load_settings
+from plaingpt.console import UserError
+from plaingpt.settings import load_settings
 from sample import SampleConfig
 from train import TrainConfig
 

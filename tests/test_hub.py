@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 LOAD = """
 import sys, torch
 from plaingpt.checkpoint import load_model
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 for name in sys.argv[1:]:
     try:
         print(float(sum(p.double().abs().sum() for p in load_model(name)[0].parameters())))

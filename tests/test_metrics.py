@@ -8,8 +8,8 @@ import time
 import pytest
 from conftest import run_main
 
+from plaingpt.console import UserError, note
 from plaingpt.metrics import Metrics, Progress, Stopwatch, curves, read_metrics
-from plaingpt.settings import UserError, note
 
 PNG = b"\x89PNG"
 

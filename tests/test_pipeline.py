@@ -23,7 +23,7 @@ from filelock import FileLock
 import plaingpt.text.merger
 import plaingpt.text.pipeline
 import prepare_data
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 from plaingpt.text.pipeline import Encoder
 from plaingpt.token_files import open_data_set
 

@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 import prepare_data
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 from plaingpt.text import pipeline
 from plaingpt.text.readers import split_of
 from plaingpt.text.report import RECIPES

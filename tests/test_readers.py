@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_tokenizer import ANY_TEXT
 
-from plaingpt.settings import RunFailed, UserError
+from plaingpt.console import RunFailed, UserError
 from plaingpt.text import arrow, readers, sources
 from plaingpt.text.sources import find_source
 from plaingpt.tokenizer import gpt2, make_tokenizer
@@ -381,7 +381,7 @@ def test_named_sources_ask_the_hub_for_these(monkeypatch, name, repository, expe
 
 
 def test_without_the_network_the_hub_is_one_line(tmp_path):
-    code = "import sys, prepare_data; from plaingpt.settings import run_script; run_script(prepare_data.main)"
+    code = "import sys, prepare_data; from plaingpt.console import run_script; run_script(prepare_data.main)"
     ended = subprocess.run(
         [sys.executable, "-c", code, "hf:owner/name"],
         env={"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent), "HF_HOME": str(tmp_path)},

@@ -13,12 +13,12 @@ from test_checkpoint import edit_json, logits, of_kind
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
+from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
 from plaingpt.files import UNCHECKED, claim, release, set_aside
 from plaingpt.metrics import Metrics
 from plaingpt.optimizer import apply_gradients, make_optimizers
 from plaingpt.run_state import NEW_RUN, Saver, load_optimizers, load_training
-from plaingpt.settings import UserError
 from plaingpt.tokenizer import Tokenizer
 
 HERE = Distributed(torch.device("cpu"), torch.float32)

@@ -9,16 +9,8 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from plaingpt.settings import (
-    Fraction,
-    NonNegativeInt,
-    Positive,
-    PositiveInt,
-    Range,
-    UserError,
-    load_settings,
-    perplexity,
-)
+from plaingpt.console import UserError, perplexity
+from plaingpt.settings import Fraction, NonNegativeInt, Positive, PositiveInt, Range, load_settings
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -323,7 +315,7 @@ def test_a_perplexity_without_bound_is_told_in_few_signs():
 
 SCRIPT = """
 import sys
-from plaingpt.settings import RunFailed, UserError, note, run_script
+from plaingpt.console import RunFailed, UserError, note, run_script
 def main():
     note("a note")
     if sys.argv[1] == "mistake":

@@ -30,7 +30,7 @@ import json, os, shutil, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import train
-from plaingpt.settings import run_script
+from plaingpt.console import run_script
 from torch.distributed.elastic.multiprocessing.errors import record
 
 def work():
@@ -165,7 +165,7 @@ HELD = """
 import os, sys
 sys.path.insert(0, {root!r})
 import torch
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 from plaingpt.distributed import connect
 from plaingpt.evaluate import whole_copy
 from model import GPT, GPTConfig

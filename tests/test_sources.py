@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, child_environment
 
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 from plaingpt.text.sources import Source, download, find_source, read_text
 from prepare_data import PrepareConfig
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plaingpt.console import UserError
 from plaingpt.files import whole_directory
-from plaingpt.settings import UserError
 from plaingpt.token_files import ShardWriter, Tokens, id_dtype, open_data_set, write_meta
 from plaingpt.tokenizer import make_tokenizer
 

@@ -12,7 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plaingpt.settings import UserError
+from plaingpt.console import UserError
 from plaingpt.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer
 from plaingpt.tokenizer import _learn_fast as learn_fast
 

@@ -20,11 +20,11 @@ from test_distributed import TORCHRUN
 from model import GPT, GPTConfig
 from plaingpt.batches import TrainBatches
 from plaingpt.checkpoint import load_model
+from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
 from plaingpt.metrics import read_metrics
 from plaingpt.optimizer import make_optimizers, scheduled_learning_rate
 from plaingpt.run_state import load_training
-from plaingpt.settings import UserError
 from plaingpt.token_files import Tokens, open_data_set
 from train import TrainConfig, train_step
 

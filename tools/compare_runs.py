@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plaingpt.console import UserError, note, one_line, run_script
 from plaingpt.metrics import draw
-from plaingpt.settings import UserError, load_settings, note, one_line, run_script
+from plaingpt.settings import load_settings
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import GPT
 from plaingpt.checkpoint import load_model, with_biases
-from plaingpt.settings import UserError, load_settings, note, one_line, run_script
+from plaingpt.console import UserError, note, one_line, run_script
+from plaingpt.settings import load_settings
 from plaingpt.text.bulk import of_our_form
 from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
 

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import IO, Any
 
-from plaingpt.settings import UserError, closest, one_line
+from plaingpt.console import UserError, closest, one_line
 
 LONG_LINE = 1 << 24  # bytes, of which Arrow's JSON reader makes two copies more than Python's
 

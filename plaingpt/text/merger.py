@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plaingpt.settings import RunFailed
+from plaingpt.console import RunFailed
 from plaingpt.text.job import RECORD, Job, read_json, write_json
 from plaingpt.token_files import SPLITS, ShardWriter, id_dtype
 

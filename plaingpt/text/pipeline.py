@@ -11,8 +11,8 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
+from plaingpt.console import counted, note
 from plaingpt.files import flush
-from plaingpt.settings import counted, note
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.job import RECORD, Job, write_json
 from plaingpt.text.merger import Merger

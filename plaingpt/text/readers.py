@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from plaingpt.settings import RunFailed, UserError, closest, note, one_line
+from plaingpt.console import RunFailed, UserError, closest, note, one_line
 from plaingpt.text import arrow
 
 LARGE = 1 << 24  # bytes: a text file above it is read, split and encoded in parts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plaingpt.settings import UserError, counted, note
+from plaingpt.console import UserError, counted, note
 from plaingpt.token_files import SPLITS, DataSet, Tokens, open_data_set
 from plaingpt.tokenizer import Tokenizer
 

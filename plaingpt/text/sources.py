@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from plaingpt.settings import UserError, closest, note, one_line
+from plaingpt.console import UserError, closest, note, one_line
 from plaingpt.text import arrow
 from plaingpt.text.readers import (
     COMPRESSED,
