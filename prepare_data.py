@@ -26,8 +26,8 @@ from plaingpt.settings import PositiveInt, Range, load_settings
 from plaingpt.text.job import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, make_units, read_json
 from plaingpt.text.merger import Merger
 from plaingpt.text.pipeline import encode_units
+from plaingpt.text.shards import READY, fetch_tokens, write_meta
 from plaingpt.text.sources import Source, find_source
-from plaingpt.token_files import READY, fetch_tokens, write_meta
 from plaingpt.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
 
 MANY_DOCUMENTS = 200  # from here on whole documents go to validation; below, the tail of each

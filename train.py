@@ -29,7 +29,7 @@ from plaingpt.plan import announce, rehearse, tokens_per_update
 from plaingpt.resume import resumed_settings
 from plaingpt.run_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
 from plaingpt.settings import Decay, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, load_settings
-from plaingpt.token_files import open_data_set
+from plaingpt.tokens import open_data_set
 
 MAX_SKIPPED = 20  # updates in a row whose gradients were not finite: then the run ends
 DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that follow from others where they are not given

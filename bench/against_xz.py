@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plaingpt.metrics import read_metrics
-from plaingpt.token_files import open_data_set
+from plaingpt.tokens import open_data_set
 
 
 def main() -> None:

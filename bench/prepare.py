@@ -33,8 +33,8 @@ from plaingpt.console import UserError, run_script
 from plaingpt.settings import PositiveInt, load_settings
 from plaingpt.text.readers import split_of
 from plaingpt.text.sources import find_source
-from plaingpt.token_files import open_data_set
 from plaingpt.tokenizer import gpt2_by_tiktoken
+from plaingpt.tokens import open_data_set
 from prepare_data import PrepareConfig
 
 CORES = len(os.sched_getaffinity(0))

@@ -41,7 +41,7 @@ from plaingpt.optimizer import QUINTICS, make_optimizers
 from plaingpt.parallel import wrap
 from plaingpt.plan import MFU
 from plaingpt.settings import Positive, PositiveInt, load_settings
-from plaingpt.token_files import Tokens
+from plaingpt.tokens import Tokens
 from train import TrainConfig, train_step
 
 # Predicted

@@ -30,7 +30,7 @@ from plaingpt.checkpoint import load_model
 from plaingpt.console import RunFailed, UserError, note, run_script
 from plaingpt.plan import tokens_per_update
 from plaingpt.settings import load_settings
-from plaingpt.token_files import open_data_set
+from plaingpt.tokens import open_data_set
 from train import TrainConfig
 
 # nanoGPT's hyper-parameters for Tiny Shakespeare (its config/train_shakespeare_char.py); the schedule ends with the run

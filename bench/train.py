@@ -32,7 +32,7 @@ from plaingpt.console import UserError, run_script
 from plaingpt.distributed import Distributed, connect
 from plaingpt.optimizer import make_optimizers
 from plaingpt.settings import Positive, PositiveInt, load_settings
-from plaingpt.token_files import Tokens
+from plaingpt.tokens import Tokens
 from train import TrainConfig, train_step
 
 SIZES = {  # layers, heads, width, T, sequences, vocabulary

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model import IGNORED
 from plaingpt.console import UserError
-from plaingpt.token_files import Tokens
+from plaingpt.tokens import Tokens
 
 # Sequences whose place is computed at once: some milliseconds, and the first thousand take the most of one
 AHEAD = 1 << 15

@@ -10,7 +10,7 @@ from plaingpt.batches import EvalBatches
 from plaingpt.console import perplexity
 from plaingpt.distributed import Distributed
 from plaingpt.parallel import gather, is_shared
-from plaingpt.token_files import DataSet, Tokens
+from plaingpt.tokens import DataSet, Tokens
 
 
 @torch.no_grad()

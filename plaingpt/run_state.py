@@ -29,8 +29,8 @@ from plaingpt.distributed import Distributed
 from plaingpt.files import SUMS, check_sums, existing, whole_directory
 from plaingpt.parallel import fill, gather
 from plaingpt.settings import NonNegative, NonNegativeInt, check_value
-from plaingpt.token_files import DataSet
 from plaingpt.tokenizer import Tokenizer, gpt2
+from plaingpt.tokens import DataSet
 
 FORMAT_VERSION = 1
 # What training.json says of a run

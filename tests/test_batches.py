@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from model import IGNORED
 from plaingpt.batches import EvalBatches, TrainBatches, mix, permute
 from plaingpt.console import UserError
-from plaingpt.token_files import Tokens
+from plaingpt.tokens import Tokens
 
 BLOCK = 8
 

@@ -11,7 +11,7 @@ from conftest import ROOT, Ended, flags, made_text, run_main
 from test_checkpoint import nanogpt_checkpoint, transformers_model
 
 from plaingpt.card import public
-from plaingpt.token_files import open_data_set
+from plaingpt.tokens import open_data_set
 
 BLOCK = 24
 SMALL = {

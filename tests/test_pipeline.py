@@ -25,7 +25,7 @@ import plaingpt.text.pipeline
 import prepare_data
 from plaingpt.console import UserError
 from plaingpt.text.pipeline import Encoder
-from plaingpt.token_files import open_data_set
+from plaingpt.tokens import open_data_set
 
 DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260)]
 

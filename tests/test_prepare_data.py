@@ -17,8 +17,8 @@ from plaingpt.console import UserError
 from plaingpt.text import pipeline
 from plaingpt.text.readers import split_of
 from plaingpt.text.report import RECIPES
-from plaingpt.token_files import open_data_set
 from plaingpt.tokenizer import END_OF_TEXT, KINDS
+from plaingpt.tokens import open_data_set
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = (

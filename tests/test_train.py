@@ -25,7 +25,7 @@ from plaingpt.distributed import Distributed
 from plaingpt.metrics import read_metrics
 from plaingpt.optimizer import make_optimizers, scheduled_learning_rate
 from plaingpt.run_state import load_training
-from plaingpt.token_files import Tokens, open_data_set
+from plaingpt.tokens import Tokens, open_data_set
 from train import TrainConfig, train_step
 
 TIMES = {"seconds", "tokens_per_second", "mfu", "resumed_from"}

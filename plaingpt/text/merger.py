@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from plaingpt.console import RunFailed
 from plaingpt.text.job import RECORD, Job, read_json, write_json
-from plaingpt.token_files import SPLITS, ShardWriter, id_dtype
+from plaingpt.text.shards import ShardWriter
+from plaingpt.tokens import SPLITS, id_dtype
 
 BUFFER_TOKENS = 1 << 20
 WAITING_TOKENS = 1 << 25  # of units that are kept in memory until their turn comes; others wait on disk

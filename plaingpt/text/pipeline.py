@@ -17,7 +17,7 @@ from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.job import RECORD, Job, write_json
 from plaingpt.text.merger import Merger
 from plaingpt.text.readers import Documents, check_state, size_of, split_of
-from plaingpt.token_files import SPLITS, id_dtype
+from plaingpt.tokens import SPLITS, id_dtype
 
 BATCH_BYTES = 1 << 20  # of text encoded at a time
 HELD_TOKENS = 1 << 24  # of a unit that stay in memory until it is merged; of a larger one none do

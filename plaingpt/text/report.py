@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from plaingpt.console import UserError, counted, note
-from plaingpt.token_files import SPLITS, DataSet, Tokens, open_data_set
 from plaingpt.tokenizer import Tokenizer
+from plaingpt.tokens import SPLITS, DataSet, Tokens, open_data_set
 
 SAMPLES = 3
 SAMPLE_TOKENS = 60

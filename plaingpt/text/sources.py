@@ -35,6 +35,7 @@ from plaingpt.text.readers import (
     checked_text,
     split_of,
 )
+from plaingpt.tokens import NAMED
 
 CACHE = Path(__file__).parents[2] / "data" / ".downloads"
 HUB = {  # repository, share for validation, and what is pinned
@@ -43,7 +44,6 @@ HUB = {  # repository, share for validation, and what is pinned
     "openwebtext": ("Skylion007/openwebtext", 0.0005, {"revision": "79d93d786212f7344586290adb811d4ae6a1762c"}),
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", 0.0005, {"config": "sample-10BT"}),
 }
-NAMED = ("python", "shakespeare", "shakespeare_char", *HUB, "fineweb10B-gpt2")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import pytest
 
 from plaingpt.console import UserError
 from plaingpt.files import whole_directory
-from plaingpt.token_files import ShardWriter, Tokens, id_dtype, open_data_set, write_meta
+from plaingpt.text.shards import ShardWriter, write_meta
 from plaingpt.tokenizer import make_tokenizer
+from plaingpt.tokens import Tokens, id_dtype, open_data_set
 
 TRAIN, VAL = ["one document", "another: é"], ["the last"]
 
