@@ -1,10 +1,14 @@
-"""GPT-2 (Radford et al. 2019), exactly: token ids in, logits and loss out.
+"""GPT-2 (Radford et al. 2019): token ids in, logits and loss out.
+
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, vocab_size=256, block_size=64))
+    logits, loss = model(idx, targets)
 
 Shapes: B batch, T time (positions), C channels (n_embd), H heads, D head width (C / H), V vocabulary.
-Parameter names are those of nanoGPT and Hugging Face; docs/model.md walks through the computation.
+Parameters have nanoGPT's and Hugging Face's names. docs/model.md explains the computation step by step.
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +17,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from plaingpt.generate import generate
+IGNORED = -1  # targets with this id do not count in the loss
 
-IGNORED = -1  # a target with this id does not count in the loss
+# Attention over queries, keys and values, (B, H, T, D) each, to (B, H, T, D)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,24 +35,8 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of `wte`: matrix products are fastest in multiples of 64. Outside the model nobody sees the padding."""
+        """Rows of `wte`: matrix products are fastest in multiples of 64. The padding never leaves the model."""
         return math.ceil(self.vocab_size / 64) * 64
-
-
-def drop(x: Tensor, p: float) -> Tensor:
-    """F.dropout. torch's on a CPU draws one number after the other, a quarter of the time of a step; here one draw
-    serves four, each with 16 bits, so that p is rounded down to a multiple of 2**-16."""
-    if x.device.type != "cpu" or p in (0, 1) or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
-    dropped = int(p * 2**16)
-    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-
-
-class Dropout(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p) if self.training else x
 
 
 class CausalSelfAttention(nn.Module):
@@ -56,30 +45,17 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+    def forward(self, x: Tensor, attention: Attention | None = None) -> Tensor:  # (B, T, C)
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
-        y = attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = (attention or self.attention)(q, k, v)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
-
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal scaled dot-product attention of (B, H, T, D) queries, keys and values."""
-    if q.device.type != "cpu" or q.dtype == torch.float32:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    # torch's fused attention for CPUs computes bf16 products at the speed of fp32 and goes backward slower still: plain
-    # products take half its time. Of long sequences, a part that no query of a chunk may see is left out.
-    B, H, T, D = q.shape
-    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    unseen = torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)
-    parts, chunk = [], 512
-    for start in range(0, T, chunk):
-        end = min(start + chunk, T)
-        scores = torch.baddbmm(unseen[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=D**-0.5)
-        parts.append(drop(scores.softmax(dim=-1), dropout) @ v[:, :end])
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(B, H, T, D)
 
 
 class MLP(nn.Module):
@@ -87,39 +63,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # tanh: OpenAI's form
-
-
-class CrossEntropy(torch.autograd.Function):
-    """F.cross_entropy of logits (N, V) that nobody needs afterwards: they become their own gradient, some rows at a
-    time. Of the four (N, V) matrices of the usual way, three of them in fp32, one is left.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        rows = max(
-            1, 2 ** (22 if logits.device.type == "cpu" else 28) // logits.size(1)
-        )  # 16 MB fit into a CPU's cache
-        total = torch.zeros((), device=logits.device)
-        for x, target in zip(logits.split(rows), targets.split(rows)):
-            log_p = x.float().log_softmax(dim=1)
-            total += F.nll_loss(log_p, target, ignore_index=IGNORED, reduction="sum")
-            if ctx.needs_input_grad[0]:
-                gradient = log_p.exp_()
-                gradient[torch.arange(len(x), device=x.device), target.clamp(min=0)] -= 1
-                x.copy_(gradient.mul_((target != IGNORED)[:, None]))
-        count = (targets != IGNORED).sum()
-        ctx.save_for_backward(count)
-        ctx.gradient = logits
-        return total / count
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (count,) = ctx.saved_tensors
-        return ctx.gradient.mul_(grad / count), None
 
 
 class Block(nn.Module):
@@ -130,8 +77,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, attention: Attention | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attention)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -143,8 +90,8 @@ class NoDraws(TorchFunctionMode):
 
 
 class GPT(nn.Module):
-    generate = generate  # model.generate(prompt, max_new_tokens, …) yields token ids
     recompute = False  # activation checkpointing: the backward pass computes each block again
+    cross_entropy = staticmethod(F.cross_entropy)
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -154,7 +101,7 @@ class GPT(nn.Module):
             dict(
                 wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=Dropout(config.dropout),
+                drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
@@ -177,8 +124,8 @@ class GPT(nn.Module):
         self.init_padding()
 
     def init_padding(self) -> None:
-        """Set what is added to the logits: a padded id has probability exactly 0, so that its row of wte
-        gets no gradient and stays 0."""
+        """Set the bias of the logits: a padded id has probability exactly 0, so its row of `wte` gets no gradient
+        and stays 0."""
         self.padding.zero_()[self.config.vocab_size :] = -torch.inf
 
     @classmethod
@@ -207,29 +154,75 @@ class GPT(nn.Module):
         """Return (logits, loss) for token ids.
 
         idx: (B, T) int64, T at most block_size. targets: (B, T), the next id of each position, or IGNORED.
-        logits: (B, T, vocab_size), in the precision of the matrix products; None if not needed, which
-        saves memory. loss: the mean cross-entropy in nats over the targets that count, or None without targets.
+        logits: (B, T, V), in the precision of the matrix products; None without `need_logits`, which saves memory.
+        loss: the mean cross-entropy in nats over the targets that count; None without targets.
         """
         logits, loss = self.logits(self.hidden(idx)), None
-        if targets is not None and (need_logits or torch.compiler.is_compiling()):  # compiled, it is fused anyway
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        elif targets is not None:
-            loss = CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+        if targets is not None:
+            cross_entropy = F.cross_entropy if need_logits else self.cross_entropy
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         return logits[..., : self.config.vocab_size] if need_logits else None, loss
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """What the head reads: (B, T) ids to (B, T, C)."""
+    def hidden(
+        self, idx: Tensor, positions: Tensor | None = None, attentions: Sequence[Attention] | None = None
+    ) -> Tensor:
+        """The input of the head: (B, T) ids to (B, T, C).
+
+        positions: (T,) or (B, T), from 0 on unless given. attentions: what replaces each block's attention, such
+        as one that remembers earlier keys and values.
+        """
         T = idx.size(1)
         assert self.config.block_size >= T, f"{T} positions, but the model has {self.config.block_size}"
         t = self.transformer
-        x = t.drop(t.wte(idx) + t.wpe.weight[:T])  # (B, T, C)
-        for block in t.h:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
+        x = t.drop(t.wte(idx) + (t.wpe.weight[:T] if positions is None else t.wpe(positions)))  # (B, T, C)
+        for i, block in enumerate(t.h):
+            if self.recompute and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, attentions and attentions[i])
         return t.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) to (..., padded V). The head is tied to wte."""
+        """(..., C) to (..., padded V). The head is tied to `wte`."""
         return F.linear(hidden, self.transformer.wte.weight, self.padding)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        end_of_text: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
+        """Yield new token ids until `max_new_tokens` or `end_of_text`, which is not yielded.
+
+        temperature: 0 takes the likeliest id. top_k: draw from the k likeliest ids; 0: from all. A text longer than
+        block_size continues from its last half. plaingpt/generate.py does the same faster, and for many texts.
+        """
+        assert prompt, "the prompt needs at least one token"
+        text, caches, position = list(prompt), [], self.config.block_size
+        for _ in range(max_new_tokens):
+            if position == self.config.block_size:  # at the start, or when the window is full: read it again
+                start = max(0, len(text) - self.config.block_size) if not caches else len(text) - max(1, position // 2)
+                caches, position, unread = [Cache() for _ in self.transformer.h], 0, text[start:]
+            idx = torch.tensor([unread], device=self.padding.device)
+            positions = torch.arange(position, position + len(unread), device=idx.device)
+            logits = self.logits(self.hidden(idx, positions, caches)[0, -1]).float()
+            position += len(unread)
+            if top_k:
+                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
+            if temperature:
+                p = (logits / temperature).softmax(-1)
+                token = int(torch.multinomial(p.cpu(), 1, generator=generator))
+            else:
+                token = int(logits.argmax())
+            if token == end_of_text:
+                return
+            yield token
+            text.append(token)
+            unread = [token]
 
     def num_parameters(self) -> int:
         """Parameters of the model as saved: without the padding of the vocabulary."""
@@ -243,3 +236,16 @@ class GPT(nn.Module):
         """
         c = self.config
         return 6 * (self.num_parameters() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+class Cache:
+    """Attention that remembers the keys and values of earlier positions, (B, H, T, D) each: one for each block."""
+
+    def __init__(self):
+        self.k = self.v = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.k is not None:
+            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
+        self.k, self.v = k, v
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)

@@ -17,13 +17,15 @@ from typing import ClassVar, Literal
 
 import torch
 
+from model import GPT
 from plaingpt.batches import mix
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError, note, perplexity, run_script
-from plaingpt.decoder import FBGEMM, Decoder
+from plaingpt.cpu import has_fp16_products
 from plaingpt.distributed import connect
+from plaingpt.evaluate import log_probabilities
 from plaingpt.files import existing
-from plaingpt.generate import Batch, Sampling
+from plaingpt.generate import Batch, Decoder, Sampling
 from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, load_settings
 from plaingpt.text.sources import read_text
 from plaingpt.tokenizer import Tokenizer
@@ -69,10 +71,8 @@ class SampleConfig:
     """cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of weights; auto: 16 bits where that is fast, float16 on x86 CPUs, else what train.py takes"""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: weights of the matrices in 8 bits, on x86 CPUs"""
 
-    RETIRED: ClassVar = {"compile": "not needed"}
+    RETIRED: ClassVar = {"compile": "not needed", "quantize": "gone: for 8 bits export the model with tools/to_gguf.py"}
 
 
 WAYS = ("start", "prompts", "interactive", "score")  # of being told what to do: one at a time
@@ -97,13 +97,10 @@ def main() -> None:
             writer.write(wanted[first:end], first, last=end >= len(wanted))
 
 
-def make_decoder(model, config: SampleConfig) -> Decoder:
+def make_decoder(model: GPT, config: SampleConfig) -> Decoder:
     dist = connect(config.device, config.dtype)
-    cpu = dist.device.type == "cpu"
-    if config.quantize == "int8" and not (cpu and FBGEMM):
-        raise UserError("--quantize=int8 is for x86 CPUs; leave it off, or use --device=cpu")
-    dtype = torch.float16 if cpu and FBGEMM and config.dtype == "auto" else dist.dtype
-    return Decoder(model.to(dist.device), dtype, int8=config.quantize == "int8", consume=True)
+    fp16 = dist.device.type == "cpu" and config.dtype == "auto" and has_fp16_products()
+    return Decoder(model.to(dist.device), torch.float16 if fp16 else dist.dtype)
 
 
 class Writer:
@@ -220,7 +217,7 @@ def score(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
         ids = [tokenizer.end_of_text, *ids]
     if len(ids) < 2:
         raise UserError(f"{config.score} has no token to score")
-    found = decoder.log_probabilities(ids)
+    found = log_probabilities(decoder, ids)
     if config.output == "jsonl":
         for token, value in zip(ids[1:], found.tolist()):
             print(json.dumps({"id": token, "text": tokenizer.decode([token]), "log_probability": round(value, 5)}))

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from plaingpt.console import RunFailed, UserError, cores, one_line
+from plaingpt.cpu import keep_freed_memory
 
 # Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
 PEAK_TFLOPS = {
@@ -135,7 +135,7 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if chosen.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     if chosen.type == "cpu" and world_size > 1:  # torchrun allows each one thread; the cores are there to be shared out
         torch.set_num_threads(max(1, cores() // local_world_size))
         # It warns on every rank that gloo's all-to-all (Muon's, sharded) is an all-gather of which a part is kept.
@@ -209,12 +209,3 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what an update frees for the next: giving it back and taking it anew costs a tenth of the time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-        mallopt(M_MMAP_MAX, 0)

@@ -3,12 +3,14 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model import GPT, IGNORED
 from plaingpt.batches import EvalBatches
 from plaingpt.console import perplexity
 from plaingpt.distributed import Distributed
+from plaingpt.generate import Decoder, generate
 from plaingpt.parallel import gather, is_shared
 from plaingpt.tokens import DataSet, Tokens
 
@@ -61,9 +63,23 @@ def write_sample(model: GPT, data: DataSet, length: int, dist: Distributed, seed
         return ""
     prompt = [int(next(iter(data.val.all()))[0])]
     generator = torch.Generator().manual_seed(seed)
-    model.eval()
     with dist.autocast():
-        new = model.generate(prompt, length, 0.8, 200, end_of_text=data.tokenizer.end_of_text, generator=generator)
-        text = data.tokenizer.decode([*prompt, *new])
-    model.train()
-    return text
+        new = generate(model, prompt, length, data.tokenizer.end_of_text, generator, temperature=0.8, top_k=200)
+        return data.tokenizer.decode([*prompt, *new])
+
+
+@torch.inference_mode()
+def log_probabilities(decoder: Decoder, ids: list[int]) -> Tensor:
+    """Of each id but the first, given those before it: (len(ids) - 1,), in nats, on the CPU.
+
+    Windows of block_size overlap by half: except at the start, an id is read after at least block_size / 2 others.
+    """
+    block, parts, done = decoder.config.block_size, [], 0
+    while done < len(ids) - 1:
+        start = max(0, done - block // 2)
+        end = min(len(ids) - 1, start + block)
+        hidden = decoder.read([ids[start:end]])[0, done - start :]
+        targets = torch.tensor(ids[done + 1 : end + 1], device=decoder.device)
+        parts.append(-F.cross_entropy(decoder.head(hidden).float(), targets, reduction="none").cpu())
+        done = end
+    return torch.cat(parts) if parts else torch.empty(0)

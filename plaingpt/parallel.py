@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plaingpt.console import UserError, note, one_line
+from plaingpt.cpu import speed_up
 from plaingpt.distributed import Distributed
 
 
@@ -28,6 +29,7 @@ def wrap(
     compiled: by torch.compile; None: on CUDA.
     """
     model.recompute = recompute
+    speed_up(model)
     reduce_in = getattr(torch, reduce_dtype)
     if dist.world_size > 1 and sharding != "ddp":
         model = _shard(model, dist, sharding, reduce_in)

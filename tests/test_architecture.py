@@ -1,14 +1,14 @@
 """Imports go one way: a module uses only modules of the layers before its own."""
 
 import ast
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["plaingpt.console", "plaingpt.decoder", "plaingpt.tracking"],
-    ["plaingpt.settings"],
-    ["plaingpt.generate"],  # and so the model, which has it as a method, needs nothing of ours to compute
-    ["model"],
+    ["model", "plaingpt.console", "plaingpt.tracking"],
+    ["plaingpt.cpu", "plaingpt.settings"],
+    ["plaingpt.generate"],
     ["plaingpt.files", "plaingpt.resume"],
     ["plaingpt.tokenizer", "plaingpt.text.arrow"],
     ["plaingpt.tokens"],
@@ -56,7 +56,13 @@ def test_imports_are_seen():
         "plaingpt.plan",
         "plaingpt.run_state",
     } <= imports("train")
-    assert imports("model") == {"plaingpt.generate"}  # its method that writes text; it computes with nothing of ours
+
+
+def test_the_model_imports_torch_alone():
+    tree = ast.parse((ROOT / "model.py").read_text("utf-8"))
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"torch"}
 
 
 def test_nothing_that_is_read_is_run():

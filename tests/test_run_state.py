@@ -287,7 +287,7 @@ def test_background_threads_start_no_openmp_team_of_their_own(tmp_path):
 import os, torch
 from pathlib import Path
 from plaingpt.checkpoint import load_model
-from plaingpt.decoder import Decoder
+from plaingpt.generate import Decoder
 from plaingpt.distributed import Distributed
 from model import GPT, GPTConfig
 from plaingpt.run_state import NEW_RUN, Saver

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plaingpt.checkpoint import load_model
-from plaingpt.decoder import FBGEMM
 from sample import until
 
 LINE = "\n---------------\n"
@@ -263,18 +262,15 @@ def test_a_text_without_tokens_cannot_be_scored(learned, tmp_path):
     assert "no token to score" in sample(learned, status=2, score=tmp_path / "empty.txt")
 
 
-@pytest.mark.skipif(not FBGEMM, reason="int8 products need an x86 CPU")
-def test_int8_and_16_bits_change_the_loss_little(learned, tmp_path):
+def test_16_bits_change_the_loss_little(learned, tmp_path):
     (tmp_path / "text.txt").write_text(made_text(2000, seed=6))
 
     def loss(**changes) -> float:
         return float(sample(learned, score=tmp_path / "text.txt", **changes).split()[1].rstrip(","))
 
     full = loss()
-    assert loss(quantize="int8") == pytest.approx(full, abs=0.01)
     assert loss(dtype="bfloat16") == pytest.approx(full, abs=0.01)
     assert loss(dtype="float16") == pytest.approx(full, abs=0.001)
-    assert len(sample(learned, quantize="int8")) == len("the sea") + 21
 
 
 def test_more_of_the_settings_of_drawing_reach_it(learned):

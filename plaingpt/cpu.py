@@ -1,0 +1,194 @@
+"""What makes the model fast where torch.compile does not: mostly on CPUs, where that gains little.
+
+    speed_up(model)                         # training and evaluation: dropout, attention, the loss
+    head = pack(model, torch.bfloat16)      # sampling: weights in the layout and precision that is read fastest
+
+Shapes: B batch, T time, C channels, H heads, D head width, V vocabulary, N targets.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import GPT, CausalSelfAttention
+
+CHUNK = 512  # queries whose attention is computed at once
+CACHED_LOGITS = 1 << 22  # 16 MB of them fit into a CPU's cache
+FEW_LOGITS = 1 << 28
+
+
+def speed_up(model: GPT) -> None:
+    """Replace dropout and attention by versions that are faster on CPUs, and the loss by one that needs less memory.
+
+    Under torch.compile, and on other devices, dropout and attention stay torch's.
+    """
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = Dropout
+        elif type(module) is CausalSelfAttention:
+            module.__class__ = Attention
+    model.cross_entropy = cross_entropy
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
+
+
+class Attention(CausalSelfAttention):
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.dropout if self.training else 0.0)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout with one random draw for four numbers: torch's draws take a quarter of a step's time on a CPU.
+
+    Each number gets 16 random bits, so p is rounded down to a multiple of 2**-16.
+    """
+    if x.device.type != "cpu" or p in (0, 1) or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    draws = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
+    dropped = int(p * 2**16)
+    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Causal scaled dot-product attention of (B, H, T, D) queries, keys and values; p: dropout.
+
+    In bfloat16, torch's fused attention for CPUs multiplies at the speed of float32, and its backward pass is slower
+    still. Plain products take half the time. Of long sequences, keys that no query of a chunk may see are left out.
+    """
+    if q.device.type != "cpu" or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+    B, H, T, D = q.shape
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    mask = torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)
+    parts = []
+    for start in range(0, T, CHUNK):
+        end = min(start + CHUNK, T)
+        scores = torch.baddbmm(mask[start:end, :end], q[:, start:end], k[:, :end].mT, alpha=D**-0.5)
+        parts.append(dropout(scores.softmax(dim=-1), p) @ v[:, :end])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(B, H, T, D)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """F.cross_entropy of logits (N, V) that nobody needs afterwards; compiled, torch fuses it anyway."""
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index)
+    return CrossEntropy.apply(logits, targets, ignore_index)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The logits become their own gradient, some rows at a time: one (N, V) matrix in place of four, three in fp32."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        rows = max(1, (CACHED_LOGITS if logits.device.type == "cpu" else FEW_LOGITS) // logits.size(1))
+        total = torch.zeros((), device=logits.device)
+        for x, target in zip(logits.split(rows), targets.split(rows)):
+            log_p = x.float().log_softmax(dim=1)
+            total += F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="sum")
+            if ctx.needs_input_grad[0]:
+                gradient = log_p.exp_()
+                gradient[torch.arange(len(x), device=x.device), target.clamp(min=0)] -= 1
+                x.copy_(gradient.mul_((target != ignore_index)[:, None]))
+        count = (targets != ignore_index).sum()
+        ctx.save_for_backward(count)
+        ctx.gradient = logits
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (count,) = ctx.saved_tensors
+        return ctx.gradient.mul_(grad / count), None, None
+
+
+def has_fp16_products() -> bool:
+    """Whether torch can multiply by float16 weights fast on this CPU. The operators are to leave torch after 2.13."""
+    quantized = torch.ops.quantized
+    available = hasattr(quantized, "linear_prepack_fp16") and hasattr(quantized, "linear_dynamic_fp16")
+    return available and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def pack(model: GPT, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Pack the matrices of the model's blocks in `dtype`; return the packed head, (..., C) to (..., V).
+
+    Each matrix is freed as soon as it is packed, so there are never two copies of all of them. Float16 on an x86 CPU
+    is the precision of the weights alone.
+    """
+    t = model.transformer
+    embeddings = t.wte.weight.detach()[: model.config.vocab_size]  # without padding: no padded id is ever drawn
+    places = [
+        (m, name) for b in t.h for m in (b.attn, b.mlp) for name, _ in m.named_children() if name.startswith("c_")
+    ]
+
+    def pack_one(place: tuple[nn.Module, str] | None) -> nn.Module | None:
+        if place is None:
+            return PackedLinear(embeddings, None, dtype)
+        module, name = place
+        linear = getattr(module, name)
+        setattr(module, name, PackedLinear(linear.weight.detach(), linear.bias, dtype))
+        linear.weight = None
+        give_back_freed_memory()
+        return None
+
+    # The head takes one thread as long as half of GPT-2's blocks take another.
+    places.insert(len(places) // 2, None)
+    threads = torch.get_num_threads()
+    # Each thread with one OpenMP thread: more of them than cores would slow all of them down.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return next(filter(None, list(pool.map(pack_one, places))))
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear without gradients, (..., in) to (..., out), its weights in the form that is read fastest.
+
+    On a CPU a row of the result does not depend on how many others there are (except float32 sums over 3,072 inputs),
+    so a text is the same alone and in a batch.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        bias = None if bias is None else bias.detach()
+        cpu = weight.device.type == "cpu"
+        if cpu and dtype == torch.float16 and has_fp16_products():
+            packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+            self.multiply = lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+            return
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        onednn = cpu and torch.backends.mkldnn.is_available() and dtype != torch.float16
+        if onednn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # oneDNN's own layout: twice as fast as F.linear
+            self.multiply = lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
+        else:
+            self.multiply = lambda x: F.linear(x.to(dtype), weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what an update frees for the next: giving it back and taking it anew costs a tenth of the time."""
+    if mallopt := _glibc("mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(M_MMAP_MAX, 0)
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc return it to the system: what one thread frees is not reused by the others."""
+    if trim := _glibc("malloc_trim"):
+        trim(0)
+
+
+def _glibc(name: str):
+    with contextlib.suppress(OSError, TypeError):
+        return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
