@@ -79,7 +79,7 @@ FAULTS = {f.__name__.replace("_", "-"): f for f in (worker, first_worker, host, 
 
 @dataclass(frozen=True)
 class HostsConfig:
-    faults: tuple = ()
+    faults: tuple[str, ...] = ()
     """by default all"""
     times: PositiveInt = 10
     """of each"""

@@ -44,7 +44,7 @@ VAL = 0.0005  # nanoGPT's share of OpenWebText
 
 @dataclass(frozen=True)
 class BenchConfig:
-    work: tuple = ()
+    work: tuple[str, ...] = ()
     """corpus, speed, nanogpt, memory, kills, batches, quality"""
     folder: str = "bench-prepare"
     """where the text and what is made of it lie"""

@@ -171,7 +171,7 @@ ALONE, APART, TOGETHER = "one process", "two, each by itself", "two that exchang
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    sizes: tuple = ()
+    sizes: tuple[str, ...] = ()
     """baby, shake, 124M; by default all three"""
     micro_steps: PositiveInt | None = None
     """of an update, in each process, in place of the size's own"""

@@ -46,7 +46,7 @@ LIMITS = ("matmul-float32", "matmul-bfloat16")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    sizes: tuple = ()
+    sizes: tuple[str, ...] = ()
     """baby, shake, 124M; by default all three"""
     contestants: str = ",".join(CONTESTANTS)
     """separated by commas: those, and each with -compiled"""

@@ -70,10 +70,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def closest(name: str, names: Iterable[str]) -> str:
-    """A clause that names the nearest of `names`, or nothing where none is near."""
+def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """A clause that suggests the most similar of `names`; empty if none is similar."""
     near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["model", "plaingpt.console", "plaingpt.tracking"],
-    ["plaingpt.cpu", "plaingpt.settings"],
+    ["plaingpt.cpu", "plaingpt.help"],
+    ["plaingpt.settings"],
     ["plaingpt.generate"],
     ["plaingpt.files", "plaingpt.resume"],
     ["plaingpt.tokenizer", "plaingpt.text.arrow"],

@@ -149,5 +149,5 @@ def test_a_mistake_is_what_the_last_lines_of_torchrun_say(script):
     summary = ended.stderr.partition(f"{script} FAILED")[2]
     assert "Traceback" not in summary
     *_, cause, border = summary.strip().splitlines()
-    told = r": --data_di: there is no setting data_di; did you mean data_dir\?"
+    told = r": --data_di: there is no setting data_di; did you mean --data_dir\?"
     assert re.fullmatch(rf"  traceback : {re.escape(script)}( \[rank 1\])?{told}", cause) and set(border) == {"="}

@@ -1,6 +1,8 @@
 """Settings: where values come from, what is refused, and in what words."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -10,7 +12,9 @@ from typing import Annotated, ClassVar, Literal
 import pytest
 
 from plaingpt.console import UserError, perplexity
-from plaingpt.settings import Fraction, NonNegativeInt, Positive, PositiveInt, Range, load_settings
+from plaingpt.settings import Fraction, NonNegativeInt, PathName, Positive, PositiveInt, Range, load_settings
+from prepare_data import PrepareConfig
+from sample import SampleConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -35,10 +39,14 @@ class Cake:
     """before it is sold"""
     warm: bool | None = None
     """None: as the oven decides"""
-    label: str = ""
+    label: str = "\n"
     """100% free text"""
 
+    recipe_book: PathName = ""
+    """where it is written"""
+
     RETIRED: ClassVar = {"lard": "not needed, butter is used"}
+    SYNONYMS: ClassVar = {"frosting": "icing", "": "label"}
 
 
 @dataclass
@@ -104,11 +112,11 @@ def test_positional_arguments_can_be_a_field_instead_of_recipes():
 
 @pytest.mark.parametrize("flag", ["--suger=1", "--suger"])
 def test_a_misspelled_flag_is_refused_with_the_flag_and_the_nearest_name(flag):
-    assert refusal(flag) == "--suger: there is no setting suger; did you mean sugar?"
+    assert refusal(flag) == "--suger: there is no setting suger; did you mean --sugar?"
 
 
 def test_a_flag_without_a_value_is_refused_with_the_remedy():
-    assert refusal("--sugar") == "--sugar has no value: give it one with =, True or False if it is a switch"
+    assert refusal("--sugar") == refusal("--sugar", "--sliced") == "--sugar needs a value: --sugar=…"
 
 
 def test_an_abbreviated_flag_is_refused():
@@ -125,12 +133,19 @@ def test_a_name_near_to_nothing_is_refused_with_a_hint_to_help():
 
 
 def test_an_argument_that_is_neither_file_nor_setting_is_refused():
-    assert refusal("-layers=2").startswith("-layers=2: what is this?")
+    assert refusal("-layers=2") == "-layers=2: did you mean --layers=2?"
+    assert refusal("layers=2") == "layers=2: no such recipe file; did you mean --layers=2?"
+    assert refusal("docs") == "docs: no such recipe file; did you mean --out_dir=docs?"
+    assert refusal("a cake") == "a cake: no such recipe file; did you mean --label='a cake'?"
+
+
+def test_a_name_that_people_expect_is_refused_with_the_right_one():
+    assert refusal("--frosting=lemon") == "--frosting: there is no setting frosting; did you mean --icing?"
 
 
 def test_a_retired_flag_gives_a_note_only(capsys):
-    assert load("--lard=1", "--layers=2") == Cake(layers=2)
-    assert capsys.readouterr() == ("", "--lard: not needed, butter is used\n")
+    assert load("--lard", "1", "--layers=2") == Cake(layers=2)
+    assert capsys.readouterr() == ("", "--lard: lard: not needed, butter is used\n")
 
 
 def test_a_retired_name_in_a_file_gives_a_note_only(recipe, capsys):
@@ -175,6 +190,19 @@ def test_a_flag_is_read_as_its_type(flag, name, value):
 
 def test_a_flag_and_its_value_may_be_two_arguments():
     assert load("--layers", "5").layers == 5
+    assert load("--label", "-5").label == "-5"
+
+
+def test_a_dash_in_a_name_is_an_underscore():
+    cake, given = load_settings(Cake, ["--glaze-share=1"])
+    assert cake.glaze_share == 1 and given == {"glaze_share": "--glaze_share"}
+
+
+def test_a_tilde_is_the_home_directory_in_a_path_and_a_tilde_in_a_text(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/baker")
+    assert load("--recipe_book=~/book", "--label=~/book").recipe_book == "/home/baker/book"
+    assert load("--recipe_book=~/book", "--label=~/book").label == "~/book"
+    assert load(recipe("recipe_book = '~/book'")).recipe_book == "/home/baker/book"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +221,7 @@ def test_a_flag_and_its_value_may_be_two_arguments():
         ("--sugar=much", "--sugar: sugar must be float (more than 0), not 'much'"),
         ("--glaze_share=1.01", "--glaze_share: glaze_share must be float (at least 0 and at most 1), not 1.01"),
         ("--glaze_share=nan", "--glaze_share: glaze_share must be float (at least 0 and at most 1), not nan"),
-        ("--flour=2.1", "--flour: flour must be float (at most 2 and more than 0), not 2.1"),
+        ("--flour=2.1", "--flour: flour must be float (more than 0 and at most 2), not 2.1"),
         ("--icing=rum", "--icing: icing must be plain|lemon, not 'rum'"),
         ("--sliced=yes", "--sliced: sliced must be bool, not 'yes'"),
         ("--sliced=None", "--sliced: sliced must be bool, not 'None'"),
@@ -203,8 +231,11 @@ def test_an_impossible_flag_is_refused_with_setting_bounds_and_value(flag, messa
     assert refusal(flag) == message
 
 
-def test_a_flag_without_a_value_is_refused():
-    assert "--sliced" in refusal("--sliced")
+def test_a_bare_switch_is_true_and_takes_nothing_that_follows():
+    assert load("--sliced").sliced is load("--sliced", "--layers=2").sliced is load("--warm").warm is True
+    assert load("--sliced", "False").sliced is False
+    order, _ = load_settings(Order, ["--cheap", "a.txt"], positional="items")
+    assert (order.items, order.cheap) == (["a.txt"], True)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +285,6 @@ def test_a_recipe_that_does_not_exist_is_refused():
     assert refusal("config/nowhere.py") == "config/nowhere.py: no such recipe file; settings are written --name=value"
     for path in ("config/quikstart.py", "config/quickstart", "quickstart"):
         assert refusal(path) == f"{path}: no such recipe file; did you mean config/quickstart.py?"
-    assert refusal("docs") == "docs: a folder, no recipe; settings are written --name=value"
 
 
 @pytest.mark.parametrize(
@@ -292,19 +322,27 @@ def test_every_recipe_of_the_project_loads_without_a_note(path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_train_settings_have_a_short_description_each(capsys):
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, PrepareConfig])
+def test_help_explains_every_setting_and_fits_the_terminal(cls, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    positional = "sources" if cls is PrepareConfig else "recipes"
     with pytest.raises(SystemExit) as ended:
-        load_settings(TrainConfig, ["--help"])
+        load_settings(cls, ["--help"], positional)
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"--{name} " in text for name in vars(TrainConfig()))
-    assert "the peak [0.0006]" in text
+    assert all(len(line) <= columns for line in text.partition("usage:")[2].splitlines())
+    words = " ".join(text.replace("│", " ").split())
+    for name in {setting.name for setting in dataclasses.fields(cls)} - {positional}:
+        assert re.search(rf" --{name} [\w|]+ (?!--)\S", words), name
 
 
-def test_help_shows_a_percent_sign_as_it_is(capsys):
+def test_help_shows_a_percent_sign_and_a_line_break_as_they_are_written(capsys):
     with pytest.raises(SystemExit):
         load("--help")
-    assert "100% free text\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "100% free text" in text and r"(default: '\n')" in text
 
 
 def test_a_perplexity_without_bound_is_told_in_few_signs():
@@ -382,5 +420,5 @@ def test_other_ranks_say_which_they_are_and_give_no_notes():
 def test_a_misspelled_flag_of_a_script_is_status_2_and_one_line():
     command = [sys.executable, str(ROOT / "prepare_data.py"), "--vocab=3"]
     ended = subprocess.run(command, capture_output=True, text=True)
-    line = "prepare_data.py: --vocab: there is no setting vocab; did you mean vocab_size?\n"
+    line = "prepare_data.py: --vocab: there is no setting vocab; did you mean --vocab_size?\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)

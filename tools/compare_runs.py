@@ -10,12 +10,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plaingpt.console import UserError, note, one_line, run_script
 from plaingpt.metrics import draw
-from plaingpt.settings import load_settings
+from plaingpt.settings import PathName, load_settings
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    out_dirs: tuple = ()
+    out_dirs: tuple[PathName, ...] = ()
     """folders of runs"""
 
 
