@@ -1,127 +1,171 @@
-"""Directories that are whole or absent, and checksums: what checkpoints and token files both stand on."""
+"""Files and directories that are complete or absent, checksums, and safe access to files of unknown origin."""
 
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
 from plaingpt.console import UserError, note, one_line
 
-SUMS = "SHA256SUMS"  # in the form of `sha256sum -c`
-UNCHECKED = (".bin", ".md", ".png")  # token files, whose sums are in meta.json, and what people read and may change
+SUMS = "SHA256SUMS"  # in the format of `sha256sum -c`
+UNCHECKED = (".bin", ".md", ".png")  # token files, whose checksums are in meta.json, and what people edit
 
 
 @contextlib.contextmanager
-def whole_directory(final: Path) -> Iterator[Path]:
-    """Give a new directory to fill with files; when the block ends without an error it takes the place of `final`.
+def new_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file for writing ("w": UTF-8, or "wb") that replaces `path` when the block ends without an error.
+
+    Use it for every file created in a folder that others may write to: a link that already has the name of the file
+    is removed, never written through. Until the block ends, and if anything fails, `path` stays as it was.
+    """
+    path = Path(path)
+    temporary = _sibling(path, "new")
+    _remove(temporary)
+    try:
+        with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """Create a directory to fill with files; it replaces `final` when the block ends without an error.
 
     Until then, and if anything fails, `final` stays as it was.
     """
     final = Path(final).resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(final, "new")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     temporary.mkdir()
     try:
         yield temporary
         put_in_place(temporary, final)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         raise
 
 
-def put_in_place(whole: Path, final: Path) -> None:
-    """Add SHA256SUMS to the directory `whole`, flush it to disk and let it take the place of `final`.
+def put_in_place(new: Path, final: Path) -> None:
+    """Add SHA256SUMS to the directory `new`, sync it to disk and rename it to `final`, replacing what was there.
 
-    For an instant only `.final.old` exists, since no directory is renamed over a full one: `existing` looks there too.
+    A directory cannot be renamed over another, so for an instant only `.final.old` exists: see `existing`.
     """
-    final = Path(final).resolve()  # a link, to another disk say, stays a link
+    final = Path(final).resolve()  # if `final` is a link to another disk, it remains one
     old = _sibling(final, "old")
-    (whole / SUMS).unlink(missing_ok=True)  # of an attempt before
-    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(whole.iterdir()) if path.suffix not in UNCHECKED]
-    (whole / SUMS).write_text("".join(lines))
-    for path in [*whole.iterdir(), whole]:
-        flush(path)
+    _remove(new / SUMS)  # of an interrupted attempt
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()) if path.suffix not in UNCHECKED]
+    (new / SUMS).write_text("".join(lines))
+    for path in [*new.iterdir(), new]:
+        fsync(path)
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)  # a leftover: `final` is there, so it is not needed
+        _remove(old)
         final.rename(old)
-    whole.rename(final)
-    flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    new.rename(final)
+    fsync(final.parent)
+    _remove(old)
 
 
 def existing(final: Path) -> Path | None:
-    """`final`, or what an interrupted `whole_directory` left in its place, or None."""
+    """`final`, or the directory that an interrupted `put_in_place` left instead of it, or None."""
     final = Path(final)
-    return next((path for path in (final, _sibling(Path(os.path.realpath(final)), "old")) if path.is_dir()), None)
+    if "\0" in str(final):
+        return None
+    old = _sibling(Path(os.path.realpath(final)), "old")
+    # `final` twice: `put_in_place` may finish between the first two. os.path.isdir accepts names of any length.
+    return next((path for path in (final, old, final) if os.path.isdir(path)), None)
+
+
+def make_writable(directory: Path) -> None:
+    """Create `directory` if it is missing; UserError if it cannot be written to. Call it before work is spent."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=directory).cleanup()
+    except (OSError, ValueError) as error:
+        link = f", a link to {os.path.realpath(directory)}," if os.path.islink(directory) else ""
+        raise UserError(f"{directory}{link} cannot be written to: {one_line(error)}") from error
 
 
 def claim(out_dir: Path) -> FileLock:
-    """The lock of a run's folder, held until `release` or the end of the process; UserError while a run has it."""
+    """Lock a run's folder until `release` or the end of the process; UserError if another run has locked it."""
     lock = FileLock(out_dir / "run.lock")
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"another run is still going on in {out_dir}; end it, or choose another --out_dir") from error
     except (OSError, NotImplementedError):
-        pass  # a disk that knows no locks; if nothing can be written there, others tell so
+        pass  # a file system without locks
     return lock
 
 
 def release(lock: FileLock) -> None:
-    with contextlib.suppress(OSError):  # on Windows a file that is open stays
+    with contextlib.suppress(OSError):  # Windows cannot delete an open file
         Path(lock.lock_file).unlink()
     lock.release()
 
 
 def set_aside(out_dir: Path) -> None:
-    """An earlier run in the same folder is kept under another name: a new run never destroys it."""
+    """Rename the folder of an earlier run, if there is one: a new run never destroys it.
+
+    If `out_dir` is a link, the folder is renamed on its own disk and the new run writes to that disk, too.
+    """
     if (out_dir / SUMS).exists():
         raise UserError(f"{out_dir} is a model or a data set, not the folder of a run; choose another --out_dir")
     if out_dir.is_dir():
         release(claim(out_dir))
     if existing(out_dir / "last") or existing(out_dir / "best") or next(out_dir.glob("step-*"), None):
-        free = next(path for i in itertools.count(1) if not (path := Path(f"{out_dir}.{i}")).exists())
+        folder = Path(os.path.realpath(out_dir))
+        free = next(path for i in itertools.count(1) if not (path := Path(f"{folder}.{i}")).exists())
         try:
-            out_dir.rename(free)
-        except OSError as error:  # a mount point, say
-            raise UserError(
-                f"{out_dir} holds an earlier run and cannot be renamed; choose another --out_dir"
-            ) from error
-        note(f"{out_dir} held an earlier run: it is now {free} (--init_from=resume goes on with a run)")
+            if Path.cwd().is_relative_to(folder):
+                raise OSError("it is the current folder")
+            folder.rename(free)
+            if out_dir.is_symlink():
+                folder.mkdir()
+        except OSError as error:  # a mount point, for example
+            problem = f"{out_dir} holds an earlier run and cannot be renamed ({one_line(error)})"
+            raise UserError(f"{problem}; choose another --out_dir") from error
+        note(f"{out_dir} held an earlier run, which is now {free} (to continue a run: --init_from=resume)")
 
 
 def check_sums(directory: Path) -> None:
-    """Compare the files with SHA256SUMS, where there is one; UserError if one is missing or another than was written.
+    """Compare the files with SHA256SUMS, if there is one; UserError if a file is missing or was changed.
 
-    Token files are not in it: they can be huge, and meta.json has their sums, which are compared once for each
-    state of a file. Nor is a model's card with its picture.
+    It leaves out token files, which can be huge and have their checksums in meta.json, and UNCHECKED files.
     """
     sums = directory / SUMS
     if not sums.is_file():
-        return  # a directory that other tools made
+        return  # a directory that another tool made
     try:
         expected = dict(reversed(line.split("  ", 1)) for line in inside(directory, SUMS).read_text().splitlines())
         changed = [name for name, digest in expected.items() if sha256(inside(directory, name)) != digest]
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory} is damaged: {error}") from error
+        raise UserError(f"{directory} is damaged: {one_line(error)}") from error
     if changed:
         raise UserError(
-            f"{directory / changed[0]} is not as it was written: it is damaged; "
-            f"if you changed it on purpose, remove {sums}"
+            f"{directory / changed[0]} is damaged: it differs from its checksum; "
+            f"if you changed it on purpose, delete {sums}"
         )
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The file `name` of `directory`; UserError if it is missing, not a file, or leads out of the directory.
+    """The regular file `name` of `directory`; UserError if it is missing or leads out of the directory.
 
-    A directory may be a stranger's: neither a name written in it nor a link makes us read elsewhere,
-    and nobody waits for a pipe. The hub's cache is made of links, from snapshots/ to blobs/ beside it.
+    Directories may come from anyone: neither a name in one of their files nor a link makes us read elsewhere, and a
+    named pipe does not block us. The links of the hub's cache, from snapshots/ to blobs/, are followed.
     """
     path, home = directory / name, directory.resolve()
     home = home.parents[1] if home.parent.name == "snapshots" else home
@@ -130,9 +174,24 @@ def inside(directory: Path, name: str) -> Path:
             raise UserError(f"{path} leads out of {directory}: it is not followed; put the file itself there")
         if not path.is_file():
             raise UserError(f"{path} is missing or damaged: {'not a file' if path.exists() else 'no such file'}")
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, links in a circle, a name that cannot be
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, a circle of links, an impossible name
         raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
     return path
+
+
+def read_json(directory: Path, name: str) -> dict:
+    """The JSON object in a file of `directory`; UserError if it is missing, damaged, or holds NaN or an infinity."""
+
+    def refuse(number: str):
+        raise ValueError(f"{number} is not a number")
+
+    path = inside(directory, name)
+    try:
+        found = json.loads(path.read_bytes(), parse_constant=refuse)
+        assert isinstance(found, dict), "not an object"
+        return found
+    except (OSError, ValueError, AssertionError, RecursionError) as error:
+        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
 
 
 def sha256(path: Path) -> str:
@@ -140,17 +199,28 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sibling(path: Path, suffix: str) -> Path:
-    """A hidden name, which is removed without asking: `books.old` may be somebody's copy."""
-    return path.parent / f".{path.name}.{suffix}"  # `with_name` has no answer for "/"
-
-
-def flush(path: Path) -> None:
-    """Have the file or directory on the disk itself, for what is written later to rely on it after a loss of power."""
+def fsync(path: Path) -> None:
+    """Wait until the file or directory is on disk, so that what is written later may rely on it after a power loss."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows has no way to flush a directory
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write
+        return  # Windows cannot sync a directory
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs only writable files
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sibling(path: Path, suffix: str) -> Path:
+    """A hidden name beside `path`. We delete such files unasked, and `books.old` may be somebody's copy."""
+    return path.parent / f".{path.name}.{suffix}"  # `with_name` fails for "/"
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link (but not its target), or a directory and all it contains, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+whole_directory, flush = new_directory, fsync  # earlier names, while other modules move to the new ones

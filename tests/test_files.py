@@ -1,13 +1,14 @@
-"""Directories that are whole or absent, whatever happens while they are written."""
+"""Files and directories are complete or absent, whatever happens while they are written."""
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from plaingpt.console import UserError
-from plaingpt.files import SUMS, check_sums, existing, sha256, whole_directory
+from plaingpt.files import SUMS, check_sums, existing, make_writable, new_directory, new_file, set_aside, sha256
 
 
 def contents(directory):
@@ -15,24 +16,24 @@ def contents(directory):
 
 
 def write(final, text):
-    with whole_directory(final) as new:
+    with new_directory(final) as new:
         (new / "a.txt").write_text(text)
 
 
 def test_a_filled_directory_appears_at_the_end_of_the_block(tmp_path):
     final = tmp_path / "deep" / "final"
-    with whole_directory(final) as new:
+    with new_directory(final) as new:
         (new / "a.txt").write_text("new")
         assert not final.exists()
     assert contents(final) == {"a.txt": "new"}
     assert os.listdir(final.parent) == ["final"]
 
 
-def test_success_replaces_the_old_directory_and_all_that_was_in_it(tmp_path):
+def test_success_replaces_the_old_directory_and_everything_in_it(tmp_path):
     final = tmp_path / "final"
     final.mkdir()
     (final / "only_in_the_old.txt").write_text("old")
-    with whole_directory(final) as new:
+    with new_directory(final) as new:
         (new / "a.txt").write_text("new")
         assert contents(final) == {"only_in_the_old.txt": "old"}
     assert contents(final) == {"a.txt": "new"}
@@ -43,7 +44,7 @@ def test_success_replaces_the_old_directory_and_all_that_was_in_it(tmp_path):
 def test_an_error_inside_leaves_the_old_directory_as_it_was(tmp_path, error):
     final = tmp_path / "final"
     write(final, "old")
-    with pytest.raises(error), whole_directory(final) as new:
+    with pytest.raises(error), new_directory(final) as new:
         (new / "a.txt").write_text("half")
         raise error
     assert contents(final) == {"a.txt": "old"}
@@ -51,12 +52,12 @@ def test_an_error_inside_leaves_the_old_directory_as_it_was(tmp_path, error):
 
 
 def test_an_error_inside_leaves_nothing_where_nothing_was(tmp_path):
-    with pytest.raises(ValueError), whole_directory(tmp_path / "final"):
+    with pytest.raises(ValueError), new_directory(tmp_path / "final"):
         raise ValueError
     assert os.listdir(tmp_path) == []
 
 
-def test_what_an_interrupted_writing_left_is_cleaned_away(tmp_path):
+def test_leftovers_of_an_interrupted_write_are_removed(tmp_path):
     final = tmp_path / "final"
     write(final, "old")
     for leftover in (".final.new", ".final.old"):
@@ -67,10 +68,10 @@ def test_what_an_interrupted_writing_left_is_cleaned_away(tmp_path):
     assert os.listdir(tmp_path) == ["final"]
 
 
-def test_when_only_the_old_directory_is_left_a_failure_keeps_it_and_a_success_replaces_it(tmp_path):
+def test_if_only_the_old_directory_is_left_a_failure_keeps_it_and_a_success_replaces_it(tmp_path):
     final, old = tmp_path / "final", tmp_path / ".final.old"
     write(old, "old")
-    with pytest.raises(ValueError), whole_directory(final):
+    with pytest.raises(ValueError), new_directory(final):
         raise ValueError
     assert contents(existing(final)) == {"a.txt": "old"}
     write(final, "new")
@@ -78,14 +79,14 @@ def test_when_only_the_old_directory_is_left_a_failure_keeps_it_and_a_success_re
     assert os.listdir(tmp_path) == ["final"]
 
 
-def test_a_copy_that_somebody_keeps_beside_it_stays(tmp_path):
+def test_files_of_the_user_with_similar_names_are_not_touched(tmp_path):
     for name in ("final", "final.old", "final.new"):
         write(tmp_path / name, "mine")
     write(tmp_path / "final", "new")
     assert contents(tmp_path / "final.old") == contents(tmp_path / "final.new") == {"a.txt": "mine"}
 
 
-def test_existing_looks_where_a_link_leads(tmp_path):
+def test_existing_follows_a_link(tmp_path):
     write(tmp_path / "far" / ".final.old", "old")
     (tmp_path / "final").symlink_to(tmp_path / "far" / "final")
     assert contents(existing(tmp_path / "final")) == {"a.txt": "old"}
@@ -100,13 +101,13 @@ def test_existing_prefers_the_directory_itself_to_the_old_one(tmp_path):
     assert existing(final) == final
 
 
-def test_existing_does_not_take_a_half_written_directory_or_a_file(tmp_path):
+def test_existing_ignores_an_incomplete_directory_and_a_file(tmp_path):
     (tmp_path / ".final.new").mkdir()
     (tmp_path / "final").write_text("a file")
     assert existing(tmp_path / "final") is None
 
 
-def test_sha256_is_the_digest_of_the_whole_file(tmp_path):
+def test_sha256_is_the_digest_of_the_entire_file(tmp_path):
     data = bytes(range(256)) * 5000  # more than one buffer
     (tmp_path / "file").write_bytes(data)
     assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
@@ -115,8 +116,8 @@ def test_sha256_is_the_digest_of_the_whole_file(tmp_path):
 # checksums
 
 
-def test_a_whole_directory_has_checksums_in_the_form_of_sha256sum(tmp_path):
-    with whole_directory(tmp_path / "final") as new:
+def test_a_new_directory_has_checksums_in_the_format_of_sha256sum(tmp_path):
+    with new_directory(tmp_path / "final") as new:
         for name in ("b.txt", "a.json", "huge.bin"):
             (new / name).write_text(name)
     expected = [f"{hashlib.sha256(name.encode()).hexdigest()}  {name}" for name in ("a.json", "b.txt")]
@@ -124,14 +125,14 @@ def test_a_whole_directory_has_checksums_in_the_form_of_sha256sum(tmp_path):
     check_sums(tmp_path / "final")
 
 
-def test_a_changed_file_is_found_and_named(tmp_path):
+def test_a_changed_file_is_detected_and_named(tmp_path):
     write(tmp_path / "final", "as it was")
     (tmp_path / "final" / "a.txt").write_text("as it wss")
-    with pytest.raises(UserError, match=r"a\.txt is not as it was written"):
+    with pytest.raises(UserError, match=r"a\.txt is damaged: it differs from its checksum"):
         check_sums(tmp_path / "final")
 
 
-def test_a_missing_file_is_found_and_named(tmp_path):
+def test_a_missing_file_is_detected_and_named(tmp_path):
     write(tmp_path / "final", "as it was")
     (tmp_path / "final" / "a.txt").unlink()
     with pytest.raises(UserError, match=r"a\.txt"):
@@ -146,7 +147,7 @@ def test_damaged_checksums_are_a_user_error(tmp_path, text):
         check_sums(tmp_path / "final")
 
 
-def test_a_directory_without_checksums_and_a_file_that_others_added_are_let_through(tmp_path):
+def test_a_directory_without_checksums_and_files_added_later_are_accepted(tmp_path):
     write(tmp_path / "final", "as it was")
     (tmp_path / "final" / "notes.md").write_text("mine")
     check_sums(tmp_path / "final")
@@ -155,16 +156,118 @@ def test_a_directory_without_checksums_and_a_file_that_others_added_are_let_thro
     check_sums(tmp_path / "final")
 
 
-def test_a_link_to_another_disk_stays_a_link(tmp_path):
+def test_a_link_to_another_disk_remains_a_link(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "name").symlink_to(tmp_path / "big")
     for content in ("one", "two"):
-        with whole_directory(tmp_path / "name") as new:
+        with new_directory(tmp_path / "name") as new:
             (new / "file").write_text(content)
     assert (tmp_path / "name").is_symlink()
     assert (tmp_path / "big" / "file").read_text() == "two"
 
 
-def test_the_folder_here_and_one_without_a_name_have_siblings_too():
+def test_existing_works_for_the_current_folder():
     for name in ("", "."):
         assert existing(Path(name)) == Path()
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_does_not_exist(tmp_path, name):
+    assert existing(tmp_path / name) is None
+
+
+def test_existing_is_never_none_while_a_directory_is_replaced(tmp_path):
+    """Between the renames only `.final.old` exists, and after them only `final`."""
+    write(tmp_path / "final", "0")
+    stop, missing = threading.Event(), []
+
+    def look():
+        while not stop.is_set():
+            missing.extend([1] if existing(tmp_path / "final") is None else [])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(100):
+        write(tmp_path / "final", "1")
+    stop.set()
+    thread.join()
+    assert not missing
+
+
+# links in a folder that others may write to
+
+
+@pytest.mark.parametrize(("mode", "content"), [("w", "größer"), ("wb", b"\xff")])
+def test_a_new_file_replaces_the_old_one_and_writes_through_no_link(tmp_path, mode, content):
+    (tmp_path / "precious").write_text("precious")
+    for name in ("metrics.jsonl", ".metrics.jsonl.new"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    with new_file(tmp_path / "metrics.jsonl", mode) as file:
+        file.write(content)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (content if mode == "wb" else content.encode())
+    assert not (tmp_path / "metrics.jsonl").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "precious"]
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_file_whose_writing_fails_leaves_the_old_one(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ValueError), new_file(tmp_path / "a") as file:
+        file.write("half")
+        raise ValueError
+    assert contents(tmp_path) == {"a": "old"}
+
+
+@pytest.mark.parametrize("name", [".final.new", ".final.old"])
+def test_a_new_directory_is_not_written_through_a_link(tmp_path, name):
+    write(tmp_path / "final", "old")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a.txt").write_text("precious")
+    (tmp_path / name).symlink_to(tmp_path / "precious")
+    write(tmp_path / "final", "new")
+    assert contents(tmp_path / "final") == {"a.txt": "new"}
+    assert contents(tmp_path / "precious") == {"a.txt": "precious"}
+    assert sorted(os.listdir(tmp_path)) == ["final", "precious"]
+
+
+# the folder of a run
+
+
+def test_a_run_behind_a_link_is_set_aside_on_its_own_disk(tmp_path):
+    write(tmp_path / "disk" / "out" / "last", "earlier")
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    set_aside(tmp_path / "out")
+    write(tmp_path / "out" / "last", "new")
+    assert contents(tmp_path / "disk" / "out.1" / "last") == {"a.txt": "earlier"}
+    assert contents(tmp_path / "disk" / "out" / "last") == {"a.txt": "new"}
+    assert sorted(os.listdir(tmp_path)) == ["disk", "out"] and (tmp_path / "out").is_symlink()
+
+
+def test_a_run_in_the_current_folder_is_not_renamed(tmp_path, monkeypatch):
+    write(tmp_path / "out" / "last", "earlier")
+    (tmp_path / "out" / "inner").mkdir()
+    for here, name in ((tmp_path / "out", "."), (tmp_path / "out" / "inner", "..")):
+        monkeypatch.chdir(here)
+        with pytest.raises(UserError, match=r"cannot be renamed \(it is the current folder\); choose another"):
+            set_aside(Path(name))
+    assert contents(tmp_path / "out" / "last") == {"a.txt": "earlier"}
+
+
+def test_a_folder_is_made_writable_or_refused_in_one_line(tmp_path):
+    for _ in range(2):
+        make_writable(tmp_path / "deep" / "out")
+        assert os.listdir(tmp_path / "deep" / "out") == []
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "out")
+    for refused in ("file", "file/out", "link", "n" * 300):
+        with pytest.raises(UserError, match="cannot be written to: ") as caught:
+            make_writable(tmp_path / refused)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "unmounted").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        make_writable(tmp_path)

@@ -189,11 +189,12 @@ def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
 
 def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
     saver = Saver(tmp_path, *trained(), of_kind("char"), HERE, best_val_loss=3.0)
-    (tmp_path / ".best.new").write_text("a file in the way")
+    (tmp_path / "file").touch()
+    (tmp_path / "best").symlink_to(tmp_path / "file" / "best")  # where no directory can be created
     saver.save(COMPLETE | dict(step=1), val_loss=2.0)
     assert "best" in saver.wait()
     assert load_training(tmp_path / "last")["best_val_loss"] == 3.0
-    (tmp_path / ".best.new").unlink()
+    (tmp_path / "best").unlink()
     saver.save(COMPLETE | dict(step=2), val_loss=2.5)
     assert saver.wait() is None
     assert load_training(tmp_path / "last")["best_val_loss"] == 2.5
