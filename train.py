@@ -42,7 +42,7 @@ class TrainConfig:
     eval_interval: PositiveInt = 2000
     """updates between evaluations; each is followed by a save"""
     eval_iters: NonNegativeInt = 200
-    """batches of an evaluation, always the same ones; 0: the whole validation split"""
+    """size of an evaluation, in updates' worth of sequences, always the same ones; 0: the entire validation split"""
     patience: NonNegativeInt = 0
     """evaluations in a row without a lower loss after which the run ends; 0: any number"""
     keep_every: NonNegativeInt = 0
@@ -185,7 +185,9 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     raw_model, config = initial_model(config, given, data, training)
     update_tokens = tokens_per_update(config)
     train_batches = TrainBatches(data.train, config.block_size, update_tokens // config.block_size, config.seed)
-    eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, config.eval_iters)
+    eval_batches = EvalBatches(
+        data.val, config.block_size, config.batch_size, config.eval_iters * update_tokens // config.block_size
+    )
     model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, config.compile)
     if config.eval_only:
         note(describe_loss(evaluate(model, eval_batches, dist), data))

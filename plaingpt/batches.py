@@ -1,7 +1,7 @@
-"""Which tokens make which batch: a pure function of (seed, step), so that nothing of it needs saving.
+"""Batches are a pure function of (seed, step): nothing about the data order has to be saved.
 
-An epoch reads every window of the corpus once, in an order of its own: no sampling with
-replacement, no permutation held in memory, and the same batches for any number of processes.
+Each epoch reads every window of the corpus once, in a new order: no sampling with replacement, no
+permutation in memory, and the same batches for any number of processes.
 """
 
 import functools
@@ -16,20 +16,19 @@ from model import IGNORED
 from plaingpt.console import UserError
 from plaingpt.tokens import Tokens
 
-# Sequences whose place is computed at once: some milliseconds, and the first thousand take the most of one
-AHEAD = 1 << 15
+AHEAD = 1 << 15  # sequences whose positions are computed at once, which takes a few milliseconds
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit hash of integers: an independent random stream for each (seed, purpose, index)."""
+    """A 63-bit hash of integers: an independent random seed for each (seed, purpose, index)."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """A pseudo-random permutation of range(n), evaluated at `index` alone (int64), in O(1) memory.
+    """The values at `index` (int64) of a pseudo-random permutation of range(n), in O(1) memory.
 
-    A four-round Feistel network over the next power of four is a permutation; walking the cycle
-    until the value falls below n makes it one of range(n) (Black and Rogaway 2002).
+    A four-round Feistel network permutes the next power of four; applying it again until the value is
+    below n ("cycle walking") permutes range(n) (Black and Rogaway 2002).
     """
     half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
     mask = np.uint64((1 << half) - 1)
@@ -57,62 +56,64 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 class TrainBatches:
-    """The training batches of a run. An update reads `sequences` windows of `block_size` tokens."""
+    """The training batches of a run. Each update reads `sequences` windows of `block_size` tokens."""
 
     def __init__(self, tokens: Tokens, block_size: int, sequences: int, seed: int):
         check_length(tokens, block_size, "train")
         self.tokens, self.block_size, self.sequences, self.seed = tokens, block_size, sequences, seed
-        self.windows = len(tokens) // block_size  # in an epoch; what is left over differs by epoch
+        self.windows = len(tokens) // block_size  # per epoch; which tokens are left over differs between epochs
         self._block = functools.lru_cache(2)(self._starts_of_block)
 
     def starts(self, step: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Where in the corpus sequences `first` to `first + count` of update `step` begin, or all that follow."""
+        """Positions in the corpus of `count` (or all) sequences of update `step` from number `first` on."""
         begin = step * self.sequences + first
         end = (step + 1) * self.sequences if count is None else begin + count
         blocks = [self._block(block) for block in range(begin // AHEAD, -(-end // AHEAD))]
         return (np.concatenate(blocks) if len(blocks) > 1 else blocks[0])[begin % AHEAD :][: end - begin]
 
     def _starts_of_block(self, block: int) -> np.ndarray:
-        """Where sequences `block * AHEAD` and the AHEAD - 1 that follow begin, counted over the whole run."""
+        """Positions of sequences `block * AHEAD` to `(block + 1) * AHEAD - 1`, counted from the start of the run."""
         index = block * AHEAD + np.arange(AHEAD)
         epochs = index // self.windows
         starts = np.empty(AHEAD, np.int64)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
             window = permute(index[of_epoch] % self.windows, self.windows, mix(self.seed, int(epoch)))
-            shift = mix(self.seed, int(epoch), 1) % self.block_size  # borders fall elsewhere each epoch
+            shift = mix(self.seed, int(epoch), 1) % self.block_size  # each epoch cuts the text elsewhere
             starts[of_epoch] = shift + window * self.block_size
         return starts
 
     def micro_batch(self, step: int, index: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (batch_size, block_size) int64: part `index` of the sequences of update `step`."""
+        """Inputs and targets, (batch_size, block_size) int64: micro-batch `index` of update `step`."""
         starts = self.starts(step, index * batch_size, batch_size)
         ids = self.tokens.windows(starts, self.block_size + 1)
         return torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, 1:])
 
 
 class EvalBatches:
-    """The same windows each time, evenly spread over the split: `limit` batches of them, or with 0 every token."""
+    """The same `sequences` windows at each evaluation, evenly spread over the split; 0: all of its tokens.
 
-    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, limit: int):
+    Which tokens are evaluated does not depend on `batch_size`.
+    """
+
+    def __init__(self, tokens: Tokens, block_size: int, batch_size: int, sequences: int):
         check_length(tokens, block_size, "val")
         self.tokens, self.block_size, self.batch_size = tokens, block_size, batch_size
         windows = math.ceil((len(tokens) - 1) / block_size)
-        wanted = min(windows, limit * batch_size) if limit else windows
-        self.windows = np.arange(wanted) * windows // wanted
+        wanted = min(windows, sequences or windows)
+        self.starts = np.arange(wanted) * windows // wanted * block_size
 
     def __len__(self) -> int:
-        return math.ceil(len(self.windows) / self.batch_size)
+        return math.ceil(len(self.starts) / self.batch_size)
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Batch `index`, always of full size (one shape to compile for): what has no target is IGNORED."""
-        ids = np.zeros((self.batch_size, self.block_size + 1), np.int64)
-        targets = np.full((self.batch_size, self.block_size), IGNORED, np.int64)
-        for row, window in enumerate(self.windows[index * self.batch_size :][: self.batch_size]):
-            start = int(window) * self.block_size
-            length = min(self.block_size + 1, len(self.tokens) - start)
-            self.tokens.read(start, ids[row, :length])
-            targets[row, : length - 1] = ids[row, 1:length]
+        """Batch `index`, always of full size (one shape to compile for): positions without a target are IGNORED."""
+        starts = np.full(self.batch_size, len(self.tokens))  # of a row without a sequence: no target is in the split
+        found = self.starts[index * self.batch_size :][: self.batch_size]
+        starts[: len(found)] = found
+        ids = self.tokens.windows(starts, self.block_size + 1)
+        targets = starts[:, None] + np.arange(1, self.block_size + 1)  # their positions
+        targets = np.where(targets < len(self.tokens), ids[:, 1:], IGNORED)
         return torch.from_numpy(ids[:, :-1]), torch.from_numpy(targets)
 
 

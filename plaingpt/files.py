@@ -191,7 +191,7 @@ def read_json(directory: Path, name: str) -> dict:
         assert isinstance(found, dict), "not an object"
         return found
     except (OSError, ValueError, AssertionError, RecursionError) as error:
-        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def sha256(path: Path) -> str:

@@ -1,9 +1,10 @@
-"""One interface over every tokenizer: text to ids and back, kept on disk in Hugging Face form (tokenizer.json).
+"""One interface to every tokenizer: text to ids and back, stored as Hugging Face's tokenizer.json.
 
 Four kinds can be made: GPT-2's own, from the merges beside this file; characters; bytes; and a
-byte-level BPE trained on the user's text. Any other tokenizer.json that a model comes with works too.
+byte-level BPE trained on the user's text. Any other tokenizer.json that comes with a model works too.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -17,7 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from plaingpt.console import UserError
+from plaingpt.console import UserError, one_line
+from plaingpt.files import inside, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 KINDS = ("gpt2", "char", "byte", "bpe")
@@ -25,52 +27,59 @@ RICH_BYTES = 1 << 24  # of a text, in which a BPE's words are counted
 
 
 class Tokenizer:
-    """`encode`, `decode`, `vocab_size` and `end_of_text` (an id, or None where there is none)."""
+    """`encode`, `decode`, `vocab_size` (largest id + 1) and `end_of_text` (an id, or None)."""
 
     def __init__(self, backend: tokenizers.Tokenizer, bulk_encode=None):
         self._backend = backend
         self._bulk_encode = bulk_encode
-        self.vocab_size = backend.get_vocab_size()
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.end_of_text = backend.token_to_id(END_OF_TEXT)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`. The text `<|endoftext|>` is ordinary text unless `special`."""
         self._backend.encode_special_tokens = not special
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library's own class, raised by the character tokenizer alone
+            with _errors_of_library("the tokenizer cannot encode this text"):
+                return self._backend.encode(text, add_special_tokens=False).ids
+        except UserError as error:
             vocabulary = self._backend.get_vocab()
             unknown = "".join(sorted({c for c in text if c not in vocabulary}))
+            if not isinstance(self._backend.model, models.WordLevel) or not unknown:
+                raise
             raise UserError(f"the tokenizer does not know {unknown!r}; it was made from text without it") from error
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, all of it ordinary text, on all cores."""
+        """Ids of each text, on all cores; all of it is ordinary text."""
         if self._bulk_encode:
             return self._bulk_encode(texts)
         self._backend.encode_special_tokens = True
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with _errors_of_library("the tokenizer cannot encode a document"):
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+        with _errors_of_library("the tokenizer cannot decode these ids"):
+            return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Pieces of text as ids arrive; a character whose bytes span several ids comes when it is whole."""
+        """Yield text as ids arrive; a character whose bytes span several ids comes with the last of them."""
         stream = decoders.DecodeStream(skip_special_tokens=False)
-        held = []  # ids whose text has not come yet
+        pending = []  # ids without text so far
         for token in ids:
-            held.append(int(token))
-            if piece := stream.step(self._backend, held[-1]):
-                held.clear()
+            pending.append(int(token))
+            with _errors_of_library("the tokenizer cannot decode these ids"):
+                piece = stream.step(self._backend, pending[-1])
+            if piece:
+                pending.clear()
                 yield piece
-        if held:  # the text ended inside a character
-            yield self.decode(held)
+        if pending:  # the ids ended inside a character
+            yield self.decode(pending)
 
     def byte_lengths(self) -> np.ndarray:
-        """Bytes of text that each id stands for, (vocab_size,) int64; end of text stands for none."""
+        """Bytes of text that each id stands for, (vocab_size,) int64; 0 for end of text."""
         lengths = np.zeros(self.vocab_size, np.int64)
-        one_a_byte = isinstance(self._backend.model, models.BPE)  # a byte-level BPE spells each byte with a symbol
+        byte_symbols = isinstance(self._backend.model, models.BPE)  # a byte-level BPE spells each byte as one symbol
         for token, i in self._backend.get_vocab().items():
-            lengths[i] = len(token) if one_a_byte else len(token.encode())
+            lengths[i] = len(token) if byte_symbols else len(token.encode())
         if self.end_of_text is not None:
             lengths[self.end_of_text] = 0
         return lengths
@@ -80,15 +89,15 @@ class Tokenizer:
         return self._backend.get_vocab() == other._backend.get_vocab()
 
     def vocabulary(self) -> dict[str, int]:
-        """Ids by the spelling of their tokens, end of text among them."""
+        """{spelling: id} of all tokens, end of text included."""
         return self._backend.get_vocab()
 
     def to_json(self) -> str:
-        """What tokenizer.json holds."""
+        """The content of tokenizer.json."""
         return self._backend.to_str()
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json and the configuration that transformers' AutoTokenizer wants beside it."""
+        """Write tokenizer.json, and the tokenizer_config.json that transformers' AutoTokenizer requires."""
         self._backend.save(str(Path(directory) / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.end_of_text is not None:
@@ -97,37 +106,61 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
-        path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
+        """Read tokenizer.json, or the vocab.json and merges.txt of older GPT-2 directories. UserError if damaged."""
+        directory = Path(directory)
+        if not os.path.lexists(directory / "tokenizer.json"):
+            if (directory / "vocab.json").exists() or (directory / "merges.txt").exists():
+                return cls(_from_vocab_and_merges(directory))
             raise UserError(f"{directory} has no tokenizer.json")
-        try:
+        path = inside(directory, "tokenizer.json")
+        with _errors_of_library(f"{path} is damaged"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception for every fault of the file
-            raise UserError(f"{path} is damaged: {error}") from error
-        backend.no_truncation()  # transformers writes down how a text was last cut or filled up: here all of it counts
-        backend.no_padding()
-        return cls(backend)
+            backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
+            backend.no_padding()
+            return cls(backend)
+
+
+@contextlib.contextmanager
+def _errors_of_library(message: str) -> Iterator[None]:
+    """Turn whatever `tokenizers` raises into a UserError. Its panics are BaseExceptions."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{message}: {one_line(error)}") from error
+
+
+def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:
+    vocab, merges = inside(directory, "vocab.json"), inside(directory, "merges.txt")
+    config = "tokenizer_config.json"
+    prefix = (directory / config).exists() and read_json(directory, config).get("add_prefix_space") is True
+    with _errors_of_library(f"{vocab} or merges.txt is damaged"):
+        model = models.BPE.from_file(str(vocab), str(merges))
+        return _byte_level(model, prefix, model.token_to_id(END_OF_TEXT) is not None)
 
 
 def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of one of KINDS; `char` and `bpe` are learned from the documents, `bpe` up to `vocab_size`."""
+    """A tokenizer of one of KINDS; `char` and `bpe` are learned from the documents, `bpe` with `vocab_size` ids."""
     if kind == "gpt2":
         return gpt2()
     if kind == "byte":
         symbols = {symbol: byte for byte, symbol in byte_symbols().items()}
-        return Tokenizer(_byte_level(models.BPE(symbols, []), use_regex=False))
+        return Tokenizer(_byte_level(models.BPE(symbols, []), split_words=False))
     if kind == "char":
         characters = set()
         for text in documents:
             characters.update(text)
         backend = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(sorted(characters))}))
-        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"(?m:.)"), "isolated")  # m: newlines too
+        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"(?m:.)"), "isolated")  # m: newlines, too
         backend.decoder = decoders.Fuse()
         backend.add_special_tokens([END_OF_TEXT])
         return Tokenizer(backend)
     if vocab_size < 257:
-        raise UserError(f"--vocab_size={vocab_size}: a byte-level BPE needs 256 bytes and {END_OF_TEXT}: at least 257")
-    return Tokenizer(_byte_level(_learn_bpe(documents, vocab_size - 1)))  # end of text comes last, as in GPT-2
+        raise UserError(
+            f"--vocab_size={vocab_size}: a byte-level BPE has 256 bytes and {END_OF_TEXT}: at least 257 ids"
+        )
+    return Tokenizer(_byte_level(_learn_bpe(documents, vocab_size - 1)))  # end of text is the last id, as in GPT-2
 
 
 def _learn_bpe(documents: Iterable[str], vocab_size: int) -> models.BPE:
@@ -170,24 +203,22 @@ def _learn_fast(text: bytes, border: bytes, vocab_size: int) -> list[tuple[bytes
 
 
 def tokenizer_of(wanted: str) -> tuple[str, Tokenizer | None]:
-    """What meta.json calls the tokenizer, and the tokenizer itself where it exists already."""
+    """The name of the tokenizer for meta.json, and the tokenizer itself if it exists already."""
     if wanted in KINDS:
         return wanted, None
-    if not Path(wanted).is_dir():
-        raise UserError(
-            f"--tokenizer={wanted}: give one of {', '.join(KINDS)}, or a directory that has a tokenizer.json"
-        )
+    if not os.path.isdir(wanted):
+        raise UserError(f"--tokenizer={wanted}: use one of {', '.join(KINDS)}, or a directory with a tokenizer.json")
     tokenizer = Tokenizer.load(Path(wanted))
     if tokenizer.same_as(gpt2()):
         return "gpt2", None
     if tokenizer.end_of_text is None:
-        raise UserError(f"--tokenizer={wanted}: it has no {END_OF_TEXT}, which stands between documents")
+        raise UserError(f"--tokenizer={wanted}: it has no {END_OF_TEXT}, which separates documents")
     return f"a model's, {hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}", tokenizer
 
 
 @functools.cache
 def gpt2() -> Tokenizer:
-    """GPT-2's tokenizer. tiktoken encodes in bulk; its ids are the same."""
+    """GPT-2's tokenizer. Bulk encoding uses tiktoken, which gives the same ids."""
     merges = _gpt2_merges()
     symbols = [*byte_symbols().values(), *map("".join, merges)]
     model = models.BPE({symbol: i for i, symbol in enumerate(symbols)}, merges)
@@ -196,7 +227,7 @@ def gpt2() -> Tokenizer:
 
 @functools.cache
 def gpt2_by_tiktoken():
-    """tiktoken's encoding of GPT-2, from the merges beside this file in place of a download."""
+    """tiktoken's GPT-2 encoding, built from the merges beside this file instead of a download."""
     import tiktoken
 
     bytes_of = {symbol: bytes([byte]) for byte, symbol in byte_symbols().items()}
@@ -210,22 +241,25 @@ def gpt2_by_tiktoken():
 
 
 def _gpt2_merges() -> list[tuple[str, str]]:
-    """Pairs of symbols, the first merge first: a pair's id is 256 and its line; below are the bytes."""
+    """Pairs of symbols in order of rank. A pair's id is 256 + its rank; ids below 256 are the bytes."""
     lines = (Path(__file__).parent / "gpt2.merges").read_text(encoding="utf-8").splitlines()
     return [tuple(line.split(" ")) for line in lines]
 
 
-def _byte_level(model: models.Model, use_regex: bool = True) -> tokenizers.Tokenizer:
-    """GPT-2's arrangement around `model`: its splitting pattern, bytes as printable symbols, end of text as last id."""
+def _byte_level(
+    model: models.Model, prefix_space: bool = False, end_of_text: bool = True, split_words: bool = True
+) -> tokenizers.Tokenizer:
+    """GPT-2's tokenizer around `model`: its word pattern, bytes as printable symbols, end of text as the last id."""
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=split_words)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([END_OF_TEXT])
+    if end_of_text:
+        backend.add_special_tokens([END_OF_TEXT])
     return backend
 
 
 def byte_symbols() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, in order of their ids: itself where it prints, else from U+0100 on."""
+    """GPT-2's printable symbol for each byte, in order of ids: the character itself if printable, else U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,26 +1,35 @@
-"""Token files: raw ids in train.bin and val.bin, and meta.json, which says what they are."""
+"""Token files: raw ids in train.bin and val.bin, described by meta.json.
 
-import contextlib
+What opening a data set promises: each file has the size and the dtype that meta.json gives; data sets of at most
+HASHED bytes are compared with their checksums each time, which takes a fraction of a second; and no id outside the
+vocabulary ever reaches a model, because ids are checked as they are read. A larger corpus therefore opens at once,
+and a change of its bytes into other valid ids is found only by tools/inspect_data.py, which reads everything.
+"""
+
 import functools
 import hashlib
-import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from plaingpt.console import UserError
-from plaingpt.files import check_sums, existing
+from plaingpt.console import UserError, note
+from plaingpt.files import check_sums, existing, read_json
 from plaingpt.tokenizer import Tokenizer, gpt2
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
-# What prepare_data.py knows by name
+# Data sets that prepare_data.py knows by name
 NAMED = ("python", "shakespeare", "shakespeare_char", "tinystories", "openwebtext", "fineweb_edu", "fineweb10B-gpt2")
-STAMP = ".checked"  # the end of the name of a file that says in which state another was checked
-LLM_C_HEADER, LLM_C_MAGIC = 1024, 20240520  # bytes before the ids, and the first of their 256 int32
-CHUNK = 1 << 22  # ids read at a time from a file that is read through
+HASHED = 256 << 20  # bytes; SHA-256 takes about half a second for them
+CHUNK = 1 << 22  # ids read at a time from a file that is read from beginning to end
+SAMPLE = 1 << 16  # ids at the beginning of a file of unknown dtype that are looked at
+# llm.c's shards: 256 int32 before the ids, of which the first three are magic number, version and number of tokens
+LLM_C_HEADER, LLM_C_GPT2, LLM_C_LLAMA3 = 1024, 20240520, 20240801
+LLM_C_NAME = re.compile(r"(?:.*[_-])?(train|val)(?:[_-]\d+)?\.bin")  # the corpus may be called `medieval`
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -29,7 +38,7 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A prepared data set, opened: its two splits, its tokenizer, and a digest that names its content."""
+    """A prepared data set: its two splits, its tokenizer, and a digest that identifies its content."""
 
     train: "Tokens"
     val: "Tokens"
@@ -38,13 +47,16 @@ class DataSet:
 
 
 class Tokens:
-    """One split as an endless ring of ids: after the last comes the first."""
+    """One split as a ring of ids: after the last id comes the first again. UserError if an id is not in the vocabulary.
 
-    def __init__(self, files: list[np.ndarray], n_bytes: int | None = None):
+    n_bytes: bytes of the text, or None if unknown.
+    """
+
+    def __init__(self, files: list[np.ndarray], n_bytes: int | None = None, vocab_size: int = 1 << 32):
         self._files = [np.asarray(file) for file in files if len(file)]  # slicing a memmap is slow
         self._ends = np.cumsum([len(file) for file in self._files])
         self._views = functools.lru_cache(4)(self._windows_of_files)
-        self.n_bytes = n_bytes  # of the text, or None where it is not known
+        self.n_bytes, self._vocab_size = n_bytes, vocab_size
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -56,24 +68,24 @@ class Tokens:
             position = (start + filled) % len(self)
             shard = int(np.searchsorted(self._ends, position, side="right"))
             left = int(self._ends[shard]) - position
-            part = self._files[shard][len(self._files[shard]) - left :][: len(out) - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
+            ids = self._files[shard][len(self._files[shard]) - left :][: len(out) - filled]
+            out[filled : filled + len(ids)] = self._checked(ids)
+            filled += len(ids)
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The ids from each of `starts` on, (len(starts), length) int64: one gather a file."""
+        """The `length` ids from each position on, (len(starts), length) int64: one gather per file."""
         views, places = self._views(length), starts % len(self)
         if len(views) == 1 and places.max() < len(views[0]):
-            return views[0][places].astype(np.int64)
+            return self._checked(views[0][places]).astype(np.int64)
         out = np.empty((len(starts), length), np.int64)
         files = np.searchsorted(self._ends, places, side="right")
         places -= (self._ends - [len(file) for file in self._files])[files]
         for i in set(files.tolist()):
             rows = (files == i) & (places < len(views[i]))
             out[rows] = views[i][places[rows]]
-            for row in np.flatnonzero((files == i) & ~rows):  # goes on in the next file
+            for row in np.flatnonzero((files == i) & ~rows):  # continues in the next file
                 self.read(int(starts[row]), out[row])
-        return out
+        return self._checked(out)
 
     def _windows_of_files(self, length: int) -> list[np.ndarray]:
         """Every window of each file, as views."""
@@ -82,128 +94,125 @@ class Tokens:
         return [view(file, length) if len(file) >= length else none for file in self._files]
 
     def all(self) -> Iterable[np.ndarray]:
-        """The files' ids, in pieces of bounded size."""
-        return (file[i : i + CHUNK] for file in self._files for i in range(0, len(file), CHUNK))
+        """All ids in order, in arrays of bounded size."""
+        return (self._checked(file[i : i + CHUNK]) for file in self._files for i in range(0, len(file), CHUNK))
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        return _check_ids("the data set", ids, self._vocab_size)
 
 
 def how_to_get(name: str) -> str:
-    """The command that makes the data set `name`."""
+    """The command that prepares the data set `name`."""
     return f"python prepare_data.py {name if name in NAMED else f'FILES --name={name}'}"
 
 
-def open_data_set(directory: Path, check: bool = True, again: bool = False) -> DataSet:
-    """Open data/<name>. With `check`, every byte is compared with meta.json, once for each state of a file, or `again`.
+def open_data_set(directory: Path, check: bool = True, check_all: bool = False) -> DataSet:
+    """Open data/<name>: ours, with meta.json, or GPT-2 tokens from nanoGPT or llm.c.
 
-    nanoGPT's folders, train.bin and val.bin alone, are read as GPT-2 tokens, and so are llm.c's shards.
+    With `check`, files are compared with their checksums if they have at most HASHED bytes, with `check_all` always.
     """
     found = existing(directory)
     if found is None:
         raise UserError(f"{directory}: no such data set; to get it: {how_to_get(Path(directory).name)}")
-    directory = found
-    if again:
-        for stamp in directory.glob(f"*{STAMP}"):
-            stamp.unlink()
-    meta_path = directory / "meta.json"
-    if not meta_path.is_file():
-        return _open_foreign(directory, check)
-    check_sums(directory)
+    if not (found / "meta.json").exists():
+        return _open_foreign(found)
+    check_sums(found)
+    meta, tokenizer = read_json(found, "meta.json"), Tokenizer.load(found)
     try:
-        meta = json.loads(meta_path.read_bytes())
         if meta["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{meta_path}: format version {meta['format_version']}, this is for {FORMAT_VERSION}")
-        vocab_size = int(meta["vocab_size"])
-        dtype = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}[meta["dtype"]]
-        splits = {split: meta["splits"][split] for split in ("train", "val")}
-        tokens = {
-            split: [(Path(f["name"]).name, int(f["tokens"]), str(f["sha256"])) for f in splits[split]["files"]]
-            for split in splits
-        }
-        n_bytes = {split: int(splits[split]["bytes"]) for split in splits}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{meta_path} is damaged ({type(error).__name__}: {error}); prepare the data again") from error
-    tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, meta.json says {vocab_size}")
-    opened = {
-        split: Tokens([_open_ids(directory / name, dtype, n) for name, n, _ in tokens[split]], n_bytes[split])
-        for split in tokens
-    }
-    if check:
-        for name, _, digest in (file for split in tokens.values() for file in split):
-            _check_file(directory / name, dtype, vocab_size, digest)
-    digests = "".join(digest for split in tokens.values() for _, _, digest in split)
-    digest = hashlib.sha256(digests.encode()).hexdigest()
-    return DataSet(opened["train"], opened["val"], tokenizer, digest)
+            raise UserError(f"{found}/meta.json: format version {meta['format_version']}, expected {FORMAT_VERSION}")
+        vocab_size, dtype = int(meta["vocab_size"]), {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
+        n_bytes = {split: int(meta["splits"][split]["bytes"]) for split in SPLITS}
+        files = [
+            (split, found / Path(file["name"]).name, int(file["tokens"]), str(file["sha256"]))
+            for split in SPLITS
+            for file in meta["splits"][split]["files"]
+        ]
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        problem = f"{found}/meta.json is damaged ({type(error).__name__}: {error})"
+        raise UserError(f"{problem}; prepare the data again") from error
+    if tokenizer.vocab_size != vocab_size != len(tokenizer.vocabulary()):  # these two differ if ids have gaps
+        raise UserError(f"{found}: tokenizer.json has {tokenizer.vocab_size} ids, but meta.json says {vocab_size}")
+    ids = {path: _open_ids(path, np.dtype(dtype), tokens) for _, path, tokens, _ in files}
+    if check_all or (check and sum(array.nbytes for array in ids.values()) <= HASHED):
+        for _, path, _, digest in files:
+            if hashlib.sha256(ids[path]).hexdigest() != digest:
+                raise UserError(f"{path} was changed since meta.json was written; prepare the data again")
+            _check_ids(path, ids[path], tokenizer.vocab_size)
+    train, val = (
+        Tokens([ids[path] for its, path, _, _ in files if its == split], n_bytes[split], tokenizer.vocab_size)
+        for split in SPLITS
+    )
+    digest = hashlib.sha256("".join(digest for _, _, _, digest in files).encode()).hexdigest()
+    return DataSet(train, val, tokenizer, digest)
 
 
-def _open_foreign(directory: Path, check: bool) -> DataSet:
-    """GPT-2 tokens that others prepared: nanoGPT's train.bin and val.bin, or llm.c's shards with their header."""
+def _open_ids(path: Path, dtype: np.dtype, tokens: int | None = None, header: int = 0) -> np.ndarray:
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing; prepare the data again")
+    size = path.stat().st_size - header
+    found = size // dtype.itemsize
+    if size % dtype.itemsize or (tokens is not None and found != tokens):
+        expected = f"a multiple of {dtype.itemsize}" if tokens is None else f"the {tokens:,} ids that were written"
+        raise UserError(f"{path} was cut or changed: its {size:,} bytes are not {expected}; prepare the data again")
+    return np.memmap(path, dtype, mode="r", offset=header) if found else np.zeros(0, dtype)
+
+
+def _check_ids(path: Path | str, ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    if ids.size and (largest := ids.max()) >= vocab_size:
+        raise UserError(
+            f"{path} has the id {largest}, but the vocabulary ends at {vocab_size - 1}: it is damaged, or was made "
+            "with another tokenizer or dtype; prepare the data again"
+        )
+    return ids
+
+
+def _open_foreign(directory: Path) -> DataSet:
+    """GPT-2 tokens that another program prepared: nanoGPT's train.bin and val.bin, or shards of llm.c."""
     if (directory / "meta.pkl").exists():
         raise UserError(
             f"{directory}/meta.pkl is a pickle, which can run code: it is not read; "
             f"prepare the text again: python prepare_data.py FILES --tokenizer=char --name={directory.name}"
         )
-    if any(directory.glob("tokenizer*.json")):  # ours: as GPT-2's its ids would mean something else
+    if any(directory.glob("tokenizer*.json")):  # ours: as GPT-2's, its ids would mean something else
         again = how_to_get(directory.name)
         raise UserError(f"{directory} has lost its meta.json: remove the folder and prepare the text again: {again}")
     paths = {split: [directory / f"{split}.bin"] for split in SPLITS}
-    header = 0
     if not any(path.exists() for (path,) in paths.values()):
-        paths = {split: sorted(directory.glob(f"*{split}*.bin")) for split in SPLITS}
-        header = LLM_C_HEADER
-    if not all(path.exists() for split in SPLITS for path in paths[split]) or not all(paths.values()):
+        split_of = {path: match[1] for path in directory.glob("*.bin") if (match := LLM_C_NAME.fullmatch(path.name))}
+        paths = {split: sorted(path for path in split_of if split_of[path] == split) for split in SPLITS}
+    if not all(paths.values()) or not all(path.exists() for split in SPLITS for path in paths[split]):
         raise UserError(
             f"{directory} is not a prepared data set: it has neither meta.json, nor train.bin and val.bin, "
-            "nor shards of llm.c named train and val"
+            "nor shards of llm.c, such as NAME_train_000001.bin and NAME_val_000000.bin"
         )
-    tokenizer, dtype = gpt2(), np.dtype("<u2")
-    sizes = {path: _llm_c_tokens(path) if header else None for split in SPLITS for path in paths[split]}
-    if check:
-        for path in sizes:
-            _check_file(path, dtype, tokenizer.vocab_size, None, header)
-    train, val = (Tokens([_open_ids(path, dtype, sizes[path], header) for path in paths[split]]) for split in SPLITS)
+    ids = {path: _open_foreign_ids(path) for split in SPLITS for path in paths[split]}
+    dtypes = sorted({array.dtype.name for array in ids.values()})
+    note(f"{directory}: no meta.json: reading as GPT-2 tokens, {' and '.join(dtypes)}")
+    tokenizer = gpt2()
+    train, val = (Tokens([ids[path] for path in paths[split]], None, tokenizer.vocab_size) for split in SPLITS)
+    small = sum(array.nbytes for array in ids.values()) <= HASHED
+    for path, array in ids.items():
+        _check_ids(path, array[: None if small else SAMPLE], tokenizer.vocab_size)
     lengths = tokenizer.byte_lengths()
     val.n_bytes = sum(int(lengths[ids].sum()) for ids in val.all())
     digest = " ".join(str(len(split)) for split in (train, val))
     return DataSet(train, val, tokenizer, hashlib.sha256(digest.encode()).hexdigest())
 
 
-def _llm_c_tokens(path: Path) -> int:
-    """How many tokens the header of llm.c's shard announces."""
-    header = np.fromfile(path, "<i4", LLM_C_HEADER // 4)
-    if len(header) < LLM_C_HEADER // 4 or header[0] != LLM_C_MAGIC or header[1] != 1:
-        raise UserError(f"{path} does not begin with the header of llm.c's GPT-2 shards ({LLM_C_MAGIC}, version 1)")
-    return int(header[2])
-
-
-def _open_ids(path: Path, dtype: np.dtype, tokens: int | None, header: int = 0) -> np.ndarray:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; prepare the data again")
-    size = path.stat().st_size - header
-    found = size // dtype.itemsize
-    if size % dtype.itemsize or (tokens is not None and found != tokens):
-        expected = "whole ids" if tokens is None else f"the {tokens:,} ids that were written"
-        raise UserError(f"{path} was cut or changed: its {size:,} bytes are not {expected}; prepare the data again")
-    return np.memmap(path, dtype, mode="r", offset=header) if found else np.zeros(0, dtype)
-
-
-def _check_file(path: Path, dtype: np.dtype, vocab_size: int, digest: str | None, header: int = 0) -> None:
-    """Compare the file with its checksum and its ids with the vocabulary; a stamp beside it saves the next reading."""
-    status = path.stat()
-    stamp = path.with_name(path.name + STAMP)
-    state = f"{status.st_size} {status.st_mtime_ns} {vocab_size} {digest}"
-    if stamp.is_file() and stamp.read_text(errors="replace") == state:
-        return
-    found = hashlib.sha256()
-    ids = _open_ids(path, dtype, None, header)
-    for i in range(0, len(ids), CHUNK):
-        chunk = ids[i : i + CHUNK]
-        found.update(chunk)
-        if chunk.max() >= vocab_size:
-            raise UserError(f"{path} has the id {chunk.max()}, but the vocabulary ends at {vocab_size - 1}")
-    if digest is not None and found.hexdigest() != digest:
-        raise UserError(f"{path} was changed since meta.json was written; prepare the data again")
-    with contextlib.suppress(OSError):  # a read-only folder: the check is simply made again next time
-        stamp.unlink(missing_ok=True)  # whatever it is, a link say: only a file of our own is written
-        with open(stamp, "x") as file:
-            file.write(state)
+def _open_foreign_ids(path: Path) -> np.ndarray:
+    """The ids of a file without meta.json: after a header of llm.c or from the start, in 2 or 4 bytes each."""
+    start = np.fromfile(path, "<i4", 3) if os.path.isfile(path) else np.empty(0)
+    if len(start) == 3 and start[0] in (LLM_C_GPT2, LLM_C_LLAMA3):
+        if start[0] != LLM_C_GPT2 or start[1] != 1:
+            raise UserError(
+                f"{path} is a shard of llm.c, but not of GPT-2 tokens (magic number {LLM_C_GPT2}, version 1)"
+            )
+        return _open_ids(path, np.dtype("<u2"), int(start[2]), LLM_C_HEADER)
+    for dtype in ("<u2", "<u4"):
+        ids = _open_ids(path, np.dtype(dtype))
+        if len(ids) >= 16 and not ids[-16:].any():
+            raise UserError(f"{path} ends in zeros: its preparation was interrupted; prepare the text again")
+        if len(ids) < 16 or ids[1:SAMPLE:2].any():  # in wider integers every second one would be 0
+            return ids
+    raise UserError(f"{path} has integers of 8 bytes: convert it to uint16, or prepare the text again")

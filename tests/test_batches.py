@@ -1,4 +1,4 @@
-"""Batches: a pure function of (seed, step) that reads the whole corpus once an epoch."""
+"""Batches: a pure function of (seed, step) that reads the entire corpus once per epoch."""
 
 import numpy as np
 import pytest
@@ -155,41 +155,40 @@ def test_mix_gives_a_stream_of_its_own_for_each_purpose():
 
 @pytest.mark.parametrize("length", [9, 10, 16, 17, 18, 100, 129])
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_with_limit_0_every_token_but_the_first_is_a_target_once(length, batch_size):
-    evaluation = EvalBatches(ring(length), BLOCK, batch_size, limit=0)
+def test_without_a_limit_every_token_but_the_first_is_a_target_once(length, batch_size):
+    evaluation = EvalBatches(ring(length), BLOCK, batch_size, 0)
     pairs = []
     for index in range(len(evaluation)):
         inputs, targets = evaluation.batch(index)
         assert inputs.shape == targets.shape == (batch_size, BLOCK)  # one shape to compile for
+        assert inputs.dtype == targets.dtype == torch.int64
         counted = targets != IGNORED
         pairs += zip(inputs[counted].tolist(), targets[counted].tolist())
         assert counted.any()
     assert sorted(pairs) == [(i, i + 1) for i in range(length - 1)]
 
 
-def test_what_has_no_target_is_ignored_and_its_input_is_an_id():
-    inputs, targets = EvalBatches(ring(11), BLOCK, 3, limit=0).batch(0)
+def test_positions_without_a_target_are_ignored_and_their_inputs_are_ids():
+    inputs, targets = EvalBatches(ring(11), BLOCK, 3, 0).batch(0)
     assert targets.tolist() == [list(range(1, 9)), [9, 10, *[IGNORED] * 6], [IGNORED] * 8]
     assert inputs[0].tolist() == list(range(8)) and inputs[1, :2].tolist() == [8, 9]
     assert inputs.min() >= 0 and inputs.max() <= 10
+    inputs, targets = EvalBatches(ring(11), BLOCK, 3, 0).batch(1)  # of a rank without a batch
+    assert (targets == IGNORED).all() and inputs.min() >= 0 and inputs.max() <= 10
 
 
-def test_a_limit_takes_so_many_batches_spread_over_the_split():
-    evaluation = EvalBatches(ring(1601), BLOCK, 5, limit=4)  # of 200 windows
-    starts = [start for index in range(len(evaluation)) for start in evaluation.batch(index)[0][:, 0].tolist()]
-    assert len(evaluation) == 4
-    assert starts == [i * 10 * BLOCK for i in range(20)]
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 20, 64])
+def test_the_sequences_of_an_evaluation_do_not_depend_on_the_batch_size(batch_size):
+    evaluation = EvalBatches(ring(1601), BLOCK, batch_size, 20)  # of 200 windows
+    rows = [row for i in range(len(evaluation)) for row in zip(*evaluation.batch(i)) if row[1][0] != IGNORED]
+    assert [inputs[0].item() for inputs, _ in rows] == [i * 10 * BLOCK for i in range(20)]
+    assert all(torch.equal(inputs + 1, targets) for inputs, targets in rows)
 
 
-def test_a_limit_beyond_the_split_is_the_whole_split():
-    few, all_of_them = EvalBatches(ring(100), BLOCK, 4, limit=1000), EvalBatches(ring(100), BLOCK, 4, limit=0)
+def test_a_limit_beyond_the_split_is_the_entire_split():
+    few, all_of_them = EvalBatches(ring(100), BLOCK, 4, 4000), EvalBatches(ring(100), BLOCK, 4, 0)
     assert len(few) == len(all_of_them) == 4
     assert all(torch.equal(few.batch(i)[1], all_of_them.batch(i)[1]) for i in range(4))
-
-
-def test_evaluation_batches_are_the_same_each_time():
-    evaluation = EvalBatches(ring(500), BLOCK, 4, limit=3)
-    assert all(torch.equal(evaluation.batch(i)[0], evaluation.batch(i)[0]) for i in range(3))
 
 
 # too little text
@@ -202,10 +201,10 @@ def test_a_split_that_is_too_short_for_one_block_is_refused_with_split_sizes_and
     with pytest.raises(UserError, match=rf"^the train split has {length} tokens, .* block of 8: {remedy}$"):
         TrainBatches(tokens, BLOCK, 1, seed=1)
     with pytest.raises(UserError, match=rf"^the val split has {length} tokens"):
-        EvalBatches(tokens, BLOCK, 1, limit=0)
+        EvalBatches(tokens, BLOCK, 1, 0)
 
 
 def test_the_shortest_split_is_a_block_and_its_last_target():
     inputs, targets = TrainBatches(ring(BLOCK + 1), BLOCK, 1, seed=1).micro_batch(0, 0, 1)
     assert torch.equal((inputs + 1) % (BLOCK + 1), targets)
-    assert EvalBatches(ring(BLOCK + 1), BLOCK, 1, limit=0).batch(0)[1].tolist() == [list(range(1, 9))]
+    assert EvalBatches(ring(BLOCK + 1), BLOCK, 1, 0).batch(0)[1].tolist() == [list(range(1, 9))]

@@ -1,4 +1,4 @@
-"""Token files: what was written is what is read, and damage is found before it is trained on."""
+"""Token files: what was written is what is read, and no damage is trained on."""
 
 import hashlib
 import json
@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import plaingpt.tokens
 from plaingpt.console import UserError
-from plaingpt.files import whole_directory
+from plaingpt.files import new_directory
 from plaingpt.text.shards import ShardWriter, write_meta
 from plaingpt.tokenizer import make_tokenizer
 from plaingpt.tokens import Tokens, id_dtype, open_data_set
@@ -23,7 +24,7 @@ TRAIN, VAL = ["one document", "another: é"], ["the last"]
 def data_set(tmp_path):
     """A data set of bytes: ids below 256, and 256 between two documents."""
     tokenizer = make_tokenizer("byte", [], 1)
-    with whole_directory(tmp_path / "tiny") as new:
+    with new_directory(tmp_path / "tiny") as new:
         splits = {}
         for split, texts in (("train", TRAIN), ("val", VAL)):
             ids = np.array([i for text in texts for i in (*text.encode(), 256)][:-1], np.uint16)
@@ -99,7 +100,7 @@ def test_ids_are_little_endian_and_as_short_as_the_vocabulary_allows(data_set):
     assert [id_dtype(n).str for n in (257, 50257, 65536, 65537)] == ["<u2", "<u2", "<u2", "<u4"]
 
 
-def test_what_an_interrupted_preparation_left_is_opened(data_set):
+def test_a_data_set_whose_replacement_was_interrupted_is_opened(data_set):
     data_set.rename(data_set.with_name(".tiny.old"))
     assert len(open_data_set(data_set).train) == 24
 
@@ -162,14 +163,71 @@ def test_a_changed_file_of_the_same_size_is_refused(data_set, name):
     assert refusal(data_set).startswith(f"{data_set / name} was changed since meta.json was written")
 
 
-def test_a_change_after_a_good_opening_is_still_found(data_set):
+def test_a_change_that_restores_the_time_of_the_file_is_found(data_set):
     open_data_set(data_set)
     path = data_set / "train.bin"
+    status = path.stat()
     data = bytearray(path.read_bytes())
     data[4] ^= 1
     path.write_bytes(data)
-    os.utime(path, ns=(0, 0))  # a time that differs, however coarse the clock of the file system is
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert "was changed" in refusal(data_set)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"48 1700000000000000000 257 0123"])
+def test_stamps_of_an_earlier_version_are_ignored_and_none_is_written(data_set, content):
+    before = sorted(os.listdir(data_set))
+    (data_set / "train.bin.checked").write_bytes(content)
+    (data_set / "val.bin.checked").mkdir()
+    assert len(open_data_set(data_set).train) == 24
+    assert sorted(os.listdir(data_set)) == sorted([*before, "train.bin.checked", "val.bin.checked"])
+    (data_set / "val.bin").write_bytes(bytes(16))
+    assert "was changed" in refusal(data_set)
+
+
+def test_a_large_data_set_opens_without_being_read_and_is_compared_on_request(data_set, monkeypatch):
+    monkeypatch.setattr(plaingpt.tokens, "HASHED", 63)  # bytes: one less than these files have
+    (data_set / "val.bin").write_bytes(bytes(16))
+    assert ids(open_data_set(data_set).val) == [0] * 8
+    assert "val.bin was changed" in refusal(data_set, check_all=True)
+    os.truncate(data_set / "val.bin", 14)
+    assert "val.bin was cut or changed" in refusal(data_set)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_an_id_outside_the_vocabulary_is_refused_wherever_it_is_read(files):
+    tokens = Tokens(np.split(np.array([0, 1, 2, 3, 9, 3, 2, 1], np.uint16), files), None, vocab_size=9)
+    assert tokens.windows(np.array([0, 1]), 3).tolist() == [[0, 1, 2], [1, 2, 3]]
+    reads = (
+        lambda: tokens.windows(np.array([0, 2]), 3),
+        lambda: tokens.read(3, np.empty(3, np.int64)),
+        lambda: list(tokens.all()),
+    )
+    for read in reads:
+        with pytest.raises(UserError, match="the data set has the id 9, but the vocabulary ends at 8"):
+            read()
+
+
+def test_a_tokenizer_whose_ids_have_gaps_opens(data_set):
+    """Such data sets were written with the number of ids as vocab_size."""
+    path = data_set / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 300  # it was 255, which no UTF-8 text contains
+    path.write_text(json.dumps(content))
+    edit_meta(data_set, lambda meta: None)
+    data = open_data_set(data_set)
+    assert (data.tokenizer.vocab_size, data.tokenizer.end_of_text) == (301, 256)
+    edit_meta(data_set, lambda meta: meta.update(vocab_size=301))
+    assert open_data_set(data_set).tokenizer.vocab_size == 301
+    edit_meta(data_set, lambda meta: meta.update(vocab_size=300))
+    assert "tokenizer.json has 301 ids, but meta.json says 300" in refusal(data_set)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b", "", "."])
+def test_a_file_name_in_meta_json_that_no_file_can_have_is_refused(data_set, name):
+    edit_meta(data_set, lambda meta: meta["splits"]["val"]["files"][0].update(name=name))
+    assert "missing" in refusal(data_set)
 
 
 def test_a_change_is_not_forgotten_after_it_was_refused(data_set):
@@ -184,7 +242,7 @@ def test_an_id_outside_the_vocabulary_is_refused(data_set):
     ids.tofile(data_set / "val.bin")
     digest = hashlib.sha256(ids.tobytes()).hexdigest()
     edit_meta(data_set, lambda meta: meta["splits"]["val"]["files"][0].update(sha256=digest))
-    assert refusal(data_set) == f"{data_set / 'val.bin'} has the id 257, but the vocabulary ends at 256"
+    assert refusal(data_set).startswith(f"{data_set / 'val.bin'} has the id 257, but the vocabulary ends at 256: ")
 
 
 @pytest.mark.parametrize(
@@ -206,9 +264,9 @@ def test_a_damaged_meta_json_is_refused_with_its_name(data_set, damage):
     damaged = damage(path.read_text())
     assert damaged != path.read_text()
     path.write_text(damaged)
-    assert refusal(data_set).startswith(f"{path} is not as it was written: it is damaged")
+    assert refusal(data_set).startswith(f"{path} is damaged: it differs from its checksum")
     (data_set / "SHA256SUMS").unlink()
-    assert refusal(data_set).startswith(f"{path} is damaged (")
+    assert refusal(data_set).startswith(f"{path} is damaged")
 
 
 def test_bytes_that_are_no_text_in_meta_json_are_refused(data_set):
@@ -219,14 +277,14 @@ def test_bytes_that_are_no_text_in_meta_json_are_refused(data_set):
 
 def test_another_format_version_is_refused_with_both_versions(data_set):
     edit_meta(data_set, lambda meta: meta.update(format_version=2))
-    assert refusal(data_set) == f"{data_set / 'meta.json'}: format version 2, this is for 1"
+    assert refusal(data_set) == f"{data_set / 'meta.json'}: format version 2, expected 1"
 
 
 def test_a_tokenizer_that_does_not_fit_or_is_missing_is_refused(data_set):
     make_tokenizer("char", ["abc"], 1).save(data_set)
-    assert refusal(data_set).startswith(f"{data_set / 'tokenizer.json'} is not as it was written")
+    assert refusal(data_set).startswith(f"{data_set / 'tokenizer.json'} is damaged: it differs")
     (data_set / "SHA256SUMS").unlink()
-    assert refusal(data_set) == f"{data_set}: tokenizer.json has 4 ids, meta.json says 257"
+    assert refusal(data_set) == f"{data_set}: tokenizer.json has 4 ids, but meta.json says 257"
     (data_set / "tokenizer.json").unlink()
     assert refusal(data_set) == f"{data_set} has no tokenizer.json"
 
@@ -281,7 +339,42 @@ def test_a_folder_of_nanogpt_without_a_split_is_refused(nanogpt, name):
 
 def test_an_id_outside_gpt2s_vocabulary_is_refused(nanogpt):
     np.array([1, 50257], "<u2").tofile(nanogpt / "val.bin")
-    assert refusal(nanogpt).endswith("has the id 50257, but the vocabulary ends at 50256")
+    assert refusal(nanogpt).startswith(f"{nanogpt / 'val.bin'} has the id 50257, but the vocabulary ends at 50256")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("<u2", "uint16"), ("<u4", "uint32")])
+def test_the_dtype_of_a_folder_without_meta_json_is_detected_and_printed(nanogpt, capsys, dtype, name):
+    written = np.random.default_rng(0).integers(0, 50257, 1000)
+    written.astype(dtype).tofile(nanogpt / "train.bin")
+    written[:100].astype(dtype).tofile(nanogpt / "val.bin")
+    data = open_data_set(nanogpt)
+    assert ids(data.train) == written.tolist() and ids(data.val) == written[:100].tolist()
+    assert data.train.windows(np.array([3, 998]), 4)[0].tolist() == written[3:7].tolist()
+    assert capsys.readouterr().err == f"{nanogpt}: no meta.json: reading as GPT-2 tokens, {name}\n"
+
+
+def test_integers_of_8_bytes_are_refused_with_a_remedy(nanogpt):
+    np.arange(1, 100).tofile(nanogpt / "train.bin")
+    assert refusal(nanogpt).endswith(
+        "train.bin has integers of 8 bytes: convert it to uint16, or prepare the text again"
+    )
+
+
+def test_a_file_that_ends_in_zeros_is_refused(nanogpt):
+    """nanoGPT allocates the entire file before it fills it."""
+    np.array([*range(1, 100), *[0] * 16], "<u2").tofile(nanogpt / "train.bin")
+    assert "train.bin ends in zeros: its preparation was interrupted" in refusal(nanogpt)
+
+
+def test_only_a_sample_of_a_large_folder_is_read_when_it_opens(nanogpt, monkeypatch):
+    monkeypatch.setattr(plaingpt.tokens, "HASHED", 0)
+    monkeypatch.setattr(plaingpt.tokens, "SAMPLE", 4)
+    for position, message in ((3, "train.bin has the id 60000"), (4, "the data set has the id 60000")):
+        changed = np.arange(1, 20).astype("<u2")
+        changed[position] = 60000
+        changed.tofile(nanogpt / "train.bin")
+        with pytest.raises(UserError, match=message):
+            open_data_set(nanogpt).train.windows(np.array([0]), 8)
 
 
 def test_half_an_id_is_refused(nanogpt):
@@ -318,8 +411,9 @@ def test_shards_of_llm_c_are_read_as_one_without_their_headers(llm_c):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"magic": 20240521}, "does not begin with the header of llm.c's GPT-2 shards"),
-        ({"version": 2}, "does not begin with the header"),
+        ({"magic": 20240521}, "has the id 55433, but the vocabulary ends at 50256"),
+        ({"magic": 20240801, "version": 7}, "is a shard of llm.c, but not of GPT-2 tokens"),
+        ({"version": 2}, "is a shard of llm.c, but not of GPT-2 tokens"),
         ({"tokens": 4}, "was cut or changed: its 6 bytes are not the 4 ids"),
     ],
 )
@@ -328,9 +422,29 @@ def test_a_shard_of_another_kind_or_length_is_refused(llm_c, header, message):
     assert refusal(llm_c).startswith(f"{llm_c / 'fineweb_train_000002.bin'} {message}")
 
 
+@pytest.mark.parametrize("corpus", ["medieval", "my_val", "training", "val_and_train"])
+def test_the_name_of_the_corpus_does_not_decide_about_the_split_of_a_shard(llm_c, corpus):
+    for path in llm_c.iterdir():
+        path.rename(llm_c / path.name.replace("fineweb", corpus))
+    data = open_data_set(llm_c)
+    assert (len(data.train), len(data.val)) == (5, 3)
+
+
+def test_files_of_llm_c_may_be_one_per_split_and_have_its_name_or_nanogpts(llm_c, nanogpt):
+    for folder in (llm_c, nanogpt):
+        for path in folder.iterdir():
+            path.unlink()
+    for split in ("train", "val"):
+        llm_c_shard(llm_c / f"tiny_shakespeare_{split}.bin", [50256, 15496, 11])
+        llm_c_shard(nanogpt / f"{split}.bin", [50256, 15496, 11])
+    for folder in (llm_c, nanogpt):
+        data = open_data_set(folder)
+        assert ids(data.train) == ids(data.val) == [50256, 15496, 11]
+
+
 def test_an_id_of_a_shard_outside_gpt2s_vocabulary_is_refused(llm_c):
     llm_c_shard(llm_c / "fineweb_val_000000.bin", [1, 50257])
-    assert refusal(llm_c).endswith("has the id 50257, but the vocabulary ends at 50256")
+    assert "fineweb_val_000000.bin has the id 50257, but the vocabulary ends at 50256" in refusal(llm_c)
 
 
 def test_shards_without_validation_are_refused(llm_c):

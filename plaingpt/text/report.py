@@ -17,7 +17,7 @@ SAMPLE_TOKENS = 60
 
 def inspect_data_set(directory: Path) -> None:
     """Verify every file, tell what is in them, and draw inspect.png beside them."""
-    data = open_data_set(directory, again=True)
+    data = open_data_set(directory, check_all=True)
     meta = directory / "meta.json"
     source = json.loads(meta.read_bytes())["source"] if meta.exists() else None
     note(
