@@ -1,4 +1,4 @@
-"""Train a GPT on a prepared data set, from scratch, from a pretrained model, or on from where a run stopped.
+"""Train a GPT on a prepared data set: from scratch, from a pretrained model, or from where a run stopped.
 
 python train.py config/train_shakespeare_char.py --batch_size=32
 torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
@@ -6,9 +6,6 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 import dataclasses
 import gc
-import itertools
-import shlex
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -17,22 +14,28 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from model import GPT
 from plaingpt.batches import EvalBatches, TrainBatches, mix
-from plaingpt.console import RunFailed, UserError, note, run_script
+from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, write_sample
-from plaingpt.files import existing, set_aside
+from plaingpt.files import existing, make_writable, set_aside
 from plaingpt.metrics import Metrics, Progress, Stopwatch
-from plaingpt.optimizer import SkippedUpdates, apply_gradients, make_optimizers, scheduled_learning_rate
+from plaingpt.optimizer import (
+    SkippedUpdates,
+    apply_gradients,
+    check_gradients,
+    make_optimizers,
+    scheduled_learning_rate,
+)
 from plaingpt.parallel import exchange_gradients, wrap
 from plaingpt.plan import announce, rehearse, tokens_per_update
-from plaingpt.resume import resumed_settings
-from plaingpt.run_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
+from plaingpt.run import check_schedule, closing_lines, initial_model, resumed_settings
+from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import Decay, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, load_settings
-from plaingpt.tokens import open_data_set
+from plaingpt.tokens import DataSet, open_data_set
 
-MAX_SKIPPED = 20  # updates in a row whose gradients were not finite: then the run ends
-DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that follow from others where they are not given
+DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that are computed from others unless given
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class TrainConfig:
     eval_interval: PositiveInt = 2000
     """updates between evaluations; each is followed by a save"""
     eval_iters: NonNegativeInt = 200
-    """size of an evaluation, in updates' worth of sequences, always the same ones; 0: the entire validation split"""
+    """batches of an evaluation, always the same ones; 0: the whole validation split"""
     patience: NonNegativeInt = 0
     """evaluations in a row without a lower loss after which the run ends; 0: any number"""
     keep_every: NonNegativeInt = 0
@@ -145,147 +148,170 @@ class TrainConfig:
         return scheduled_learning_rate(step, *between, self.lr_schedule if self.decay_lr else "constant")
 
 
-def train_step(
-    model: nn.Module, optimizers: list, scaler, batches: TrainBatches, step: int, config: TrainConfig, dist: Distributed
-) -> tuple[Tensor, Tensor]:
-    """One update. Returns the mean loss of this rank's micro-batches and the norm of the gradients, on the device."""
+@dataclass
+class Run:
+    """What the training loop works with."""
+
+    config: TrainConfig
+    dist: Distributed
+    data: DataSet
+    raw_model: GPT
+    model: nn.Module  # the same, replicated or sharded, and compiled
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    train_batches: TrainBatches
+    eval_batches: EvalBatches
+    update_tokens: int
+
+
+def train_step(run: Run, step: int, stop: StopSignal | None = None) -> tuple[Tensor, Tensor] | None:
+    """One update. Returns the mean loss of this rank's micro-batches and the norm of the gradients, on the device.
+
+    If `stop` asks for it between two micro-steps, returns None with nothing changed. All ranks.
+    """
+    config, dist = run.config, run.dist
     micro_steps = dist.share(config.gradient_accumulation_steps)
     total = torch.zeros((), device=dist.device)
     for i in range(micro_steps):
-        index = i * dist.world_size + dist.rank  # rank by rank, so that any number of processes sees the same update
-        inputs, targets = dist.to_device(*batches.micro_batch(step, index, config.batch_size))
-        torch.manual_seed(mix(config.seed, step, index))  # dropout: nothing of the generators needs saving
-        exchange_gradients(model, last=i == micro_steps - 1)
+        if i and stop and dist.max(stop.number)[0]:
+            run.model.zero_grad(set_to_none=True)
+            return None
+        index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in an update
+        inputs, targets = dist.to_device(*run.train_batches.micro_batch(step, index, config.batch_size))
+        torch.manual_seed(mix(config.seed, step, index))  # dropout: no random state has to be saved
+        exchange_gradients(run.model, last=i == micro_steps - 1)
         with dist.autocast():
-            _, loss = model(inputs, targets, need_logits=False)
-        scaler.scale(loss / micro_steps).backward()
+            _, loss = run.model(inputs, targets, need_logits=False)
+        run.scaler.scale(loss / micro_steps).backward()
         total += loss.detach() / micro_steps
-    return total, apply_gradients(model, optimizers, scaler, config.learning_rate_at(step), config.grad_clip)
+    lr = config.learning_rate_at(step)
+    return total, apply_gradients(run.model, run.optimizers, run.scaler, lr, config.grad_clip)
+
+
+def train(run: Run, state: RunState, out_dir: Path) -> int:
+    """The training loop: evaluate, save, update, log. All ranks. Returns the exit status."""
+    config, dist, start = run.config, run.dist, state.step
+    metrics = Metrics(out_dir, dist.is_main, until_step=start or None)
+    metrics.track(state.settings)
+    progress = Progress(start, config.max_iters, dist.is_main)
+    saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist, progress.tell)
+    watch, skipped = Stopwatch(state.seconds, start), SkippedUpdates(state.skipped, dist.device)
+    stop, stopping, paused_at = StopSignal(), 0, None
+    gc.disable()  # an update leaves no garbage, and searching for it causes pauses
+    gc.freeze()  # spares the collections below a search through all that exists by now
+    while True:
+        step = state.step
+        evaluating = step == 0 or (step > start and (step == config.max_iters or step % config.eval_interval == 0))
+        keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
+        if (evaluating or keeping or stopping) and step != paused_at:
+            paused_at, val_loss = step, None
+            dist.synchronize()
+            watch.pause()
+            gc.collect()
+            check_gradients(skipped.in_a_row, step)
+            if evaluating:
+                val_loss = evaluate(run.model, run.eval_batches, dist)
+                bpb = bits_per_byte(val_loss, run.data.val)
+                metrics.write(step=step, tokens=step * run.update_tokens, val_loss=val_loss, val_bpb=bpb)
+                progress.tell(f"step {step}: {describe_loss(val_loss, run.data)}")
+            if step > start:
+                state.seconds, state.skipped, state.scaler = watch.seconds, skipped.all, run.scaler.state_dict()
+                saver.save(val_loss, keeping)
+            metrics.draw()
+            if evaluating and config.sample_tokens:
+                text = write_sample(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
+                progress.tell(text, indent="  ")
+                metrics.sample(step, text)
+        if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_best:
+            break
+
+        watch.go()
+        if update := train_step(run, step, stop):
+            state.step += 1
+            loss, norm = update
+            skipped.count(norm)
+            if state.step % config.log_interval == 0 or state.step == config.max_iters:
+                (train_loss,) = dist.sum(loss.item() / dist.world_size)  # waits for the device: only here
+                rate = watch.rate(state.step)
+                record = dict(step=state.step, tokens=state.step * run.update_tokens, seconds=watch.seconds)
+                record |= dict(train_loss=train_loss, lr=config.learning_rate_at(step), grad_norm=norm.item())
+                record |= dict(skipped=skipped.all or None, tokens_per_second=rate * run.update_tokens)
+                if dist.peak_flops:
+                    record["mfu"] = record["tokens_per_second"] * run.raw_model.flop_per_token() / dist.peak_flops
+                metrics.write(**record)
+                progress.show(record, seconds_left=(config.max_iters - state.step) / rate)
+                if spike := metrics.spike(train_loss):
+                    progress.tell(f"step {state.step}: {spike}")
+            progress.advance()
+        stopping, failing = dist.max(stop.number, skipped.in_a_row)
+        check_gradients(failing, state.step)
+
+    progress.close()
+    problem = saver.wait()
+    metrics.close()
+    return closing_lines(config, state, stopping, problem)
+
+
+def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:
+    """Everything but the state of the run. All ranks."""
+    update_tokens = tokens_per_update(config)
+    train_batches = TrainBatches(data.train, config.block_size, update_tokens // config.block_size, config.seed)
+    eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
+    model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, config.compile)
+    decays = ((config.beta1, config.beta2), config.momentum, dist.dtype)
+    optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, *decays)
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
+    return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches, update_tokens)
+
+
+def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed) -> int:
+    """From the data to the last save. checkpoint: what the run is resumed from. All ranks. Returns the exit status."""
+    dist.share(config.gradient_accumulation_steps)  # raises UserError before anything is read
+    data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
+    if checkpoint and state.data != data.digest:
+        note(f"the data set {config.dataset} is not the one that {checkpoint} was trained on")
+    raw_model, config = initial_model(config, given, data, checkpoint)
+    if state.eval_sequences is None or "eval_iters" in given:
+        state.eval_sequences = config.eval_iters * config.batch_size
+    run = set_up(config, data, raw_model, state.eval_sequences, dist)
+    if config.eval_only:
+        note(describe_loss(evaluate(run.model, run.eval_batches, dist), data))
+        return 0
+    announce(raw_model, config, dist, len(data.train))
+    if config.dry_run:
+        rehearse(raw_model, config, dist, lambda c: train_step(dataclasses.replace(run, config=c), 0))
+        return 0
+
+    out_dir = Path(config.out_dir)
+    if state.step < config.max_iters:
+        check_schedule(config)
+    if not dist.all_equal(state.step):
+        raise UserError(f"the processes found different checkpoints in {out_dir}: all nodes need the same disk")
+    if checkpoint:
+        load_optimizers(checkpoint, state.scaler, raw_model, run.optimizers, run.scaler)
+    elif dist.is_main:
+        set_aside(out_dir)
+    if dist.is_main:
+        make_writable(out_dir)
+    derived = state.derived if checkpoint else DERIVED
+    state.derived = [name for name in derived if name not in given]
+    state.settings, state.data = dataclasses.asdict(config), data.digest
+    return train(run, state, out_dir)
 
 
 def main() -> int:
     config, given = load_settings(TrainConfig)
     how, _, name = config.init_from.partition(":")
-    checkpoint, training = Path(config.out_dir) / (name or "last"), None
-    if how == "resume" or (how == "auto" and existing(checkpoint)):
-        training = load_training(checkpoint)
-        config = resumed_settings(config, given, training)
+    directory = Path(config.out_dir) / (name or "last")
+    state, checkpoint = RunState(), None
+    if how == "resume" or (how == "auto" and existing(directory)):
+        state, checkpoint = load_state(directory)
+        config = resumed_settings(config, given, state, checkpoint)
     dist = connect(config.device, config.dtype, config.timeout)
-    status = run(config, given, training, dist)
+    status = run(config, given, state, checkpoint, dist)
     dist.close()  # not after an error: it might wait for processes that still compute
     return status
 
 
-def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist: Distributed) -> int:
-    """From the data to the last save, on every rank. training: what a checkpoint says. Returns the exit status."""
-    dist.share(config.gradient_accumulation_steps)  # or refuse, before anything is read
-    data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
-    if training and training["data"] != data.digest:
-        note(f"the data set {config.dataset} is not the one that {training['directory']} was trained on")
-    raw_model, config = initial_model(config, given, data, training)
-    update_tokens = tokens_per_update(config)
-    train_batches = TrainBatches(data.train, config.block_size, update_tokens // config.block_size, config.seed)
-    eval_batches = EvalBatches(
-        data.val, config.block_size, config.batch_size, config.eval_iters * update_tokens // config.block_size
-    )
-    model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, config.compile)
-    if config.eval_only:
-        note(describe_loss(evaluate(model, eval_batches, dist), data))
-        return 0
-
-    decays = ((config.beta1, config.beta2), config.momentum, dist.dtype)
-    optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, *decays)
-    scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    announce(raw_model, config, dist, len(data.train))
-    if config.dry_run:
-        rehearse(raw_model, config, dist, lambda c: train_step(model, optimizers, scaler, train_batches, 0, c, dist))
-        return 0
-
-    out_dir, saved = Path(config.out_dir), training or NEW_RUN
-    start, watch = saved["step"], Stopwatch(saved["seconds"])
-    lowest, since_lowest = saved["best_val_loss"], saved["evaluations_since_best"]
-    skipped = SkippedUpdates(saved["skipped"], dist.device)
-    earliest, latest = dist.max(-start, start)
-    if -earliest != latest:
-        raise UserError(f"the processes found different checkpoints in {out_dir}: it has to be on a disk they share")
-    if training:
-        load_optimizers(training, raw_model, optimizers, scaler)
-    elif dist.is_main:
-        set_aside(out_dir)
-    derived = [name for name in DERIVED if name not in given and name in saved.get("derived", DERIVED)]
-    of_the_run = dict(settings=dataclasses.asdict(config), derived=derived, data=data.digest)
-    metrics = Metrics(out_dir, dist.is_main, start if training else None)
-    metrics.track(of_the_run["settings"])
-    progress = Progress(start, config.max_iters, dist.is_main)
-    saver = Saver(out_dir, raw_model, optimizers, data.tokenizer, dist, lowest, progress.tell)
-    stop, stopping, failing = StopSignal(), 0, 0
-    logged, logged_seconds = start, watch.seconds
-    gc.disable()  # an update leaves nothing to collect; looking for it again and again costs pauses
-    gc.freeze()  # and what is there stays: the collections below need not look through it
-    for step in itertools.count(start):
-        evaluating = step == 0 or (step > start and (step == config.max_iters or step % config.eval_interval == 0))
-        keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
-        pausing = evaluating or keeping or stopping
-        if pausing:
-            dist.synchronize()
-            watch.pause()
-            gc.collect()
-            failing = skipped.in_a_row
-        if failing >= MAX_SKIPPED:
-            raise RunFailed(
-                f"the gradients were not finite in {failing} updates in a row, seen after update {step}; "
-                "no weights were touched: resume from the last save, or start anew, with a lower --learning_rate"
-            )
-        if evaluating:
-            val_loss = evaluate(model, eval_batches, dist)
-            val_bpb = bits_per_byte(val_loss, data.val)
-            metrics.write(step=step, tokens=step * update_tokens, val_loss=val_loss, val_bpb=val_bpb)
-            progress.tell(f"step {step}: {describe_loss(val_loss, data)}")
-            if step:
-                lowest, since_lowest = (val_loss, 0) if val_loss < lowest else (lowest, since_lowest + 1)
-        if pausing and step > start:
-            so_far = dict(step=step, seconds=watch.seconds, skipped=skipped.all, evaluations_since_best=since_lowest)
-            metrics.draw()
-            saver.save(so_far | of_the_run | {"scaler": scaler.state_dict()}, val_loss if evaluating else None, keeping)
-        if evaluating and config.sample_tokens:
-            text = write_sample(raw_model, data, config.sample_tokens, dist, seed=step)
-            progress.tell(text, indent="  ")
-            metrics.sample(step, text)
-        if step >= config.max_iters or stopping or 0 < config.patience <= since_lowest:
-            break
-
-        watch.go()
-        loss, norm = train_step(model, optimizers, scaler, train_batches, step, config, dist)
-        skipped.count(norm)
-        done = step + 1
-        if done % config.log_interval == 0 or done == config.max_iters:
-            (loss_sum,) = dist.sum(loss.item())  # a CPU-GPU sync point: only here
-            updates_per_second = (done - logged) / (watch.seconds - logged_seconds)
-            logged, logged_seconds = done, watch.seconds
-            line = dict(step=done, tokens=done * update_tokens, seconds=watch.seconds, lr=config.learning_rate_at(step))
-            line |= dict(train_loss=loss_sum / dist.world_size, grad_norm=norm.item(), skipped=skipped.all or None)
-            line["tokens_per_second"] = updates_per_second * update_tokens
-            if dist.peak_flops:
-                line["mfu"] = line["tokens_per_second"] * raw_model.flop_per_token() / dist.peak_flops
-            metrics.write(**line)
-            progress.show(line, seconds_left=(config.max_iters - done) / updates_per_second)
-            if spike := metrics.spike(line["train_loss"]):
-                progress.tell(f"step {done}: {spike}")
-        progress.advance()
-        stopping, failing = dist.max(stop.number, skipped.in_a_row)
-
-    progress.close()
-    if problem := saver.wait():
-        raise RunFailed(f"the last save failed: {problem}")
-    metrics.close()
-    if stopping:
-        note(f"stopped by {signal.Signals(stopping).name} after update {step}, saved; go on with --init_from=resume")
-        return 128 + stopping
-    if step < config.max_iters:
-        note(f"ended early, after update {step}: the lowest loss is still {lowest:.4f} (--patience={config.patience})")
-    note(f"done: best, last, loss.png in {out_dir}; next: python sample.py --out_dir={shlex.quote(str(out_dir))}")
-    return 0
-
-
 if __name__ == "__main__":
-    run_script(record(main))  # so that torchrun ends with the error that came first, on whatever rank and node
+    run_script(record(main))  # so that torchrun reports the error that came first, on whatever rank and node

@@ -74,6 +74,11 @@ class Distributed:
         """The largest of each number over all ranks. All ranks, as `sum`."""
         return [int(number) for number in self._reduce(numbers, dist.ReduceOp.MAX)]
 
+    def all_equal(self, number: int) -> bool:
+        """Whether the number is the same on all ranks. All ranks."""
+        lowest, highest = self.max(-number, number)
+        return -lowest == highest
+
     def wait(self, job: Future | None) -> None:
         """Until the main process's `job` is done; raises what it did. All ranks, who ask one another every second:
         so it may take longer than a process waits for another.

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from plaingpt.console import UserError, note, one_line
-from plaingpt.files import claim, release
+from plaingpt.files import claim, new_file, release
 from plaingpt.tracking import TensorBoard, WandB
 
 SPIKE_WINDOW = 50  # logged losses that the next is compared with
@@ -30,12 +30,10 @@ class Metrics:
             return
         kept = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
         self.losses.extend(record["train_loss"] for record in kept if "train_loss" in record)
-        new = self.path.with_name("metrics.jsonl.new")
         self.lock = claim(self.path.parent)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            new.replace(self.path)  # whole or not at all: what was measured until now must not get lost
+            with new_file(self.path) as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {one_line(error)}") from error
 
@@ -85,7 +83,7 @@ class Metrics:
             return
         try:
             draw([self.path.parent], self.path.with_name("loss.png"))
-        except OSError as error:
+        except Exception as error:  # a picture is no reason to end a run
             note(f"loss.png: {one_line(error)}")
 
     def close(self) -> None:
@@ -103,10 +101,11 @@ class Metrics:
 
 
 class Stopwatch:
-    """Seconds of training: evaluations and saves stop it."""
+    """Seconds of training, without evaluations and saves, and updates per second."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, step: int = 0):
         self._before, self._started = seconds, None
+        self._last = (seconds, step)
 
     @property
     def seconds(self) -> float:
@@ -117,6 +116,11 @@ class Stopwatch:
 
     def pause(self) -> None:
         self._before, self._started = self.seconds, None
+
+    def rate(self, step: int) -> float:
+        """Updates per second since the last call."""
+        (seconds, before), self._last = self._last, (self.seconds, step)
+        return (step - before) / (self._last[0] - seconds)
 
 
 class Progress:
@@ -163,60 +167,94 @@ def read_metrics(path: Path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and all(
-                type(v) in (int, float) for v in [record.get("step"), *record.values()]
-            ):
+            numbers = [record.get("step"), *record.values()] if isinstance(record, dict) else [None]
+            if all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers):
                 records.append(record)
     return records
 
 
-PANELS = {
-    "loss": "loss (nats a token)",
-    "lr": "learning rate",
-    "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens a second",
-}
+PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
 
 
 def draw(out_dirs: list[Path], picture: Path) -> bool:
-    """The curves of one run or several, without a display; False if there is nothing to draw."""
+    """The curves of one or more runs, without a display; False if there is nothing to draw."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if figure := curves(out_dirs):
-        new = picture.with_name(f"{picture.name}.new")
-        FigureCanvasAgg(figure).print_png(str(new))
-        new.replace(picture)  # whole at any moment: a save takes a copy
+        with new_file(picture, "wb") as file:
+            FigureCanvasAgg(figure).print_png(file)
     return figure is not None
 
 
 def curves(out_dirs: list[Path]):
-    """A matplotlib Figure: losses above, the rest below, a dotted line where a run was resumed; None without losses."""
+    """A matplotlib Figure: losses above, the rest below, a dotted line where a run was resumed; None without losses.
+
+    Several runs are compared in bits per byte if all have them: losses of different tokenizers do not compare.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    panels = figure.subplot_mosaic([["loss"] * 3, list(PANELS)[1:]], height_ratios=[5, 2])
-    for name, axes in panels.items():
-        axes.set_title(PANELS[name], fontsize="medium")
-        axes.grid(alpha=0.3)
-    for i, out_dir in enumerate(out_dirs):
-        records, alone = read_metrics(Path(out_dir) / "metrics.jsonl"), len(out_dirs) == 1
-        train, val = ("C0", "C1") if alone else (f"C{i}", f"C{i}")
-        label = "" if alone else f"{Path(out_dir).name}: "
-        _line(panels["loss"], records, "train_loss", f"{label}train loss", color=train, alpha=0.4, lw=1)
-        _line(panels["loss"], records, "val_loss", f"{label}val loss", color=val, marker="o", ms=3)
-        for name in list(PANELS)[1:]:
-            _line(panels[name], records, name, color=train, lw=1)
+    runs = {Path(out_dir).resolve().name: read_metrics(Path(out_dir) / "metrics.jsonl") for out_dir in out_dirs}
+    alone = len(runs) == 1
+    compare_bits = not alone and all(any("val_bpb" in record for record in records) for records in runs.values())
+    figure = Figure(figsize=(9, 7), dpi=200, layout="constrained")
+    figure.suptitle(", ".join(runs))
+    panels = figure.subplot_mosaic([["loss"] * 3, list(PANELS)], height_ratios=[5, 2])
+    for name, title in ({"loss": "bits per byte" if compare_bits else "loss (nats per token)"} | PANELS).items():
+        panels[name].set_title(title, fontsize="medium")
+        panels[name].grid(alpha=0.3)
+    for i, (name, records) in enumerate(runs.items()):
+        colors, label = (("C0", "C1"), "") if alone else ((f"C{i}", f"C{i}"), f"{name}: ")
+        _draw_losses(panels["loss"], records, "val_bpb" if compare_bits else "val_loss", colors, label)
+        for key in PANELS:
+            panels[key].plot(*_points(records, key), color=colors[0], lw=1)
         for resumed in sorted({record["resumed_from"] for record in records if "resumed_from" in record}):
             for axes in panels.values():
-                axes.axvline(resumed, color=train, ls=":", lw=1, label=f"{label}resumed at {resumed:,}")
+                axes.axvline(resumed, color=colors[0], ls=":", lw=1, label=f"{label}resumed at {resumed:,}")
     panels["loss"].set_xlabel("updates")
+    panels["tokens_per_second"].set_ylim(bottom=0)
     if not panels["loss"].lines:
         return None
+    _ignore_the_start(panels["loss"])
     panels["loss"].legend()
     return figure
 
 
-def _line(axes, records: list[dict], key: str, label: str | None = None, **style) -> None:
-    points = [(record["step"], record[key]) for record in records if key in record]
-    if points:
-        axes.plot(*zip(*points), label=label and f"{label} {points[-1][1]:.3f}", **style)
+def _draw_losses(axes, records: list[dict], key: str, colors: tuple[str, str], label: str) -> None:
+    """The training loss, raw and smoothed, and the evaluations, the best of them marked."""
+    steps, losses = _points(records, "train_loss")
+    if steps and key == "val_loss":
+        axes.plot(steps, losses, color=colors[0], alpha=0.2, lw=0.8)
+        axes.plot(
+            steps, smoothed(losses), color=colors[0], lw=1.2, label=f"{label}train loss {smoothed(losses)[-1]:.3f}"
+        )
+    steps, losses = _points(records, key)
+    if not steps:
+        return
+    best = min(range(len(losses)), key=losses.__getitem__)
+    bits = dict(zip(*_points(records, "val_bpb"))).get(steps[best]) if key == "val_loss" else None
+    said = f"{losses[best]:.3f}" + (f" ({bits:.3f} bits per byte)" if bits else "")
+    axes.plot(steps, losses, color=colors[1], marker="o", ms=3, label=f"{label}validation, best {said}")
+    axes.plot(steps[best], losses[best], color=colors[1], marker="*", ms=12)
+
+
+def smoothed(values: list[float], keep: float = 0.8) -> list[float]:
+    """The exponential moving average, without a bias towards its start."""
+    mean = weight = 0.0
+    means = []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        means.append(mean / weight)
+    return means
+
+
+def _ignore_the_start(axes) -> None:
+    """Scale the axis to the curves after their first tenth: the loss at the start would flatten all the rest."""
+    end = max(max(line.get_xdata()) for line in axes.lines)
+    late = [y for line in axes.lines for x, y in zip(*line.get_data()) if x >= end / 10 and line.get_ls() != ":"]
+    if late and (low := min(late)) < (high := max(late)):
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+
+
+def _points(records: list[dict], key: str) -> tuple[list[int], list[float]]:
+    found = [(record["step"], record[key]) for record in records if key in record]
+    return [step for step, _ in found], [value for _, value in found]

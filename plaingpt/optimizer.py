@@ -6,7 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from plaingpt.console import RunFailed
 from plaingpt.parallel import is_shared, whole
+
+MAX_SKIPPED = 20  # consecutive updates with non-finite gradients after which the run ends
 
 
 def make_optimizers(
@@ -217,3 +220,12 @@ class SkippedUpdates:
     def in_a_row(self) -> int:
         """How many after the last one that was not skipped, as far as the device has come: without waiting for it."""
         return int(self._heard)
+
+
+def check_gradients(failing: int, step: int) -> None:
+    """RunFailed if the gradients were not finite in too many consecutive updates."""
+    if failing >= MAX_SKIPPED:
+        raise RunFailed(
+            f"the gradients were not finite in {failing} consecutive updates, seen after update {step}; "
+            "no weights were changed: resume from the last save, or start anew, with a lower --learning_rate"
+        )

@@ -1,8 +1,8 @@
-"""What a run needs to go on: saved from a thread of its own, and found again, whole, on resume.
+"""Saving a run and resuming it.
 
-A run's folder holds checkpoints: `last`, from which it resumes; `best`, the model alone; and
-`step-001000` and so on, where asked for. `last` and the numbered ones are model directories with
-optimizer.safetensors and training.json beside the model.
+The folder of a run holds checkpoints: `last`, from which it resumes; `best`, the model with the lowest validation loss;
+and, where asked for, `step-001000` and so on. `last` and the numbered ones are model directories with the optimizer
+state (optimizer.safetensors) and the state of the run (training.json) beside the model.
 """
 
 import contextlib
@@ -10,152 +10,194 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import shutil
+import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from model import GPT, GPTConfig
+from model import GPT
 from plaingpt.card import write_card
-from plaingpt.checkpoint import load_model, model_directory, read_json, read_tensors, write_model
+from plaingpt.checkpoint import read_tensors, write_model
 from plaingpt.console import UserError, note, one_line
 from plaingpt.distributed import Distributed
-from plaingpt.files import SUMS, check_sums, existing, whole_directory
+from plaingpt.files import SUMS, check_sums, existing, new_directory, read_json
 from plaingpt.parallel import fill, gather
 from plaingpt.settings import NonNegative, NonNegativeInt, check_value
-from plaingpt.tokenizer import Tokenizer, gpt2
-from plaingpt.tokens import DataSet
+from plaingpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-# What training.json says of a run
-FIELDS = {
-    "step": NonNegativeInt, "seconds": NonNegative, "skipped": NonNegativeInt, "best_val_loss": float | None,
-    "evaluations_since_best": NonNegativeInt, "settings": dict, "derived": list, "data": str, "scaler": dict,
-}  # fmt: skip
-NEW_RUN = {"step": 0, "seconds": 0.0, "skipped": 0, "best_val_loss": math.inf, "evaluations_since_best": 0}
 
 
-class Saver:
-    """Saves a run from a thread of its own: training waits for the copying of its state, not for the disk.
+@dataclass
+class RunState:
+    """What a run needs to continue, besides weights and optimizer state: the content of training.json."""
 
-    The next save waits for the one before. A save that fails is told, and leaves the earlier checkpoint whole.
-    """
+    step: NonNegativeInt = 0
+    seconds: NonNegative = 0.0
+    """of training, without evaluations and saves"""
+    skipped: NonNegativeInt = 0
+    """updates whose gradients were not finite"""
+    best_val_loss: float | None = None
+    """of the model in `best`, if there is one"""
+    best_step: NonNegativeInt = 0
+    evaluations_since_best: NonNegativeInt = 0
+    eval_sequences: NonNegativeInt | None = None
+    """sequences of an evaluation: if batch_size changes on resume, losses must stay comparable"""
+    settings: dict = field(default_factory=dict)
+    derived: list = field(default_factory=list)
+    """the settings that were derived from others, and are derived again if those change"""
+    data: str = ""
+    """the digest of the data set"""
+    scaler: dict = field(default_factory=dict)
 
-    def __init__(
-        self,
-        out_dir: Path,
-        model: GPT,
-        optimizers: list,
-        tokenizer: Tokenizer,
-        dist: Distributed,
-        best_val_loss: float = math.inf,
-        tell: Callable[[str], None] = note,
-    ):
-        self.out_dir, self.model, self.optimizers, self.tokenizer = out_dir, model, optimizers, tokenizer
-        self.dist = dist
-        self.best_val_loss = best_val_loss  # of the model in `best`, if there is one
-        self.tell = tell
-        self._problem: str | None = None
-        # One OpenMP thread: a second team beside the training thread's would outnumber the cores, and libgomp would
-        # then put every thread to sleep between parallel regions, which halves the speed of training.
-        self._threads = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        self._job: Future | None = None
-
-    def save(self, training: dict, val_loss: float | None = None, keep: bool = False) -> None:
-        """Replace `last` by the state as it is now, and `best` too if `val_loss` is the lowest so far; with `keep`
-        also leave a checkpoint with the number of the update. All ranks; main writes."""
-        self.wait()
-        weights = gather(self.model.weights(), self.dist)
-        moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
-        if not self.dist.is_main:
-            return
-        self._job = self._threads.submit(self._write, weights, moments, training, val_loss, keep)
-
-    def wait(self) -> str | None:
-        """Return when nothing is being written: what went wrong in the save before, or None. All ranks."""
-        self.dist.wait(self._job)
-        return self._problem
-
-    def _write(self, weights: dict, moments: dict, training: dict, val_loss: float | None, keep: bool) -> None:
-        def model_files(new: Path) -> None:
-            write_model(new, self.model.config, weights, self.tokenizer)
-            try:
-                write_card(new, self.out_dir, self.model, training)
-            except Exception as error:  # the data set's meta.json has gone, say: no reason to lose a model
-                self.tell(f"no model card: {one_line(error)}")
-
-        def state_files(new: Path) -> None:
-            model_files(new)
-            safetensors.torch.save_file(moments, new / "optimizer.safetensors")
-            best = self.best_val_loss if self.best_val_loss < math.inf else None  # JSON has no infinity
-            content = {"format_version": FORMAT_VERSION} | training | {"best_val_loss": best}
-            (new / "training.json").write_text(json.dumps(content, indent=2) + "\n")
-            shutil.copymode(new / "training.json", new / "optimizer.safetensors")  # its own is the owner's alone
-
-        step, self._problem = training["step"], None
-        bad = next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None)
-        if bad:
-            return self._failed(f"update {step} is not saved: {bad} has values that are not finite numbers")
-        if val_loss is not None and val_loss < self.best_val_loss and self._replace("best", model_files, step):
-            self.best_val_loss = val_loss
-        self._replace("last", state_files, step)
-        if keep:
-            self._replace(f"step-{step:06d}", state_files, step)
-
-    def _replace(self, name: str, fill: Callable[[Path], None], step: int) -> bool:
-        try:
-            with whole_directory(self.out_dir / name) as new:
-                fill(new)
-            return True
-        except Exception as error:  # a full disk, no permission, a quota: whatever it is, training has to hear of it
-            self._failed(f"update {step} could not be saved in {self.out_dir / name}: {one_line(error)}")
-            return False
-
-    def _failed(self, problem: str) -> None:
-        self._problem = problem
-        self.tell(f"{problem}; the checkpoint before it is whole")
+    def is_best(self, val_loss: float) -> bool:
+        return val_loss < (math.inf if self.best_val_loss is None else self.best_val_loss)
 
 
-def load_training(directory: Path) -> dict:
-    """What `Saver.save` was told of the run, and `directory`, where it was found."""
+def load_state(directory: Path) -> tuple[RunState, Path]:
+    """The state of a checkpoint and the directory in which it was found; UserError if it is missing or damaged."""
     found = existing(directory)
     if found is None:
         others = ", ".join(sorted(path.parent.name for path in directory.parent.glob("*/training.json")))
         remedy = f"there are {others}" if others else "start a run with --init_from=scratch"
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
     with naming_others(found):
-        if os.environ.get("RANK", "0") == "0":  # one process is enough: where it refuses, torchrun ends the others
+        if os.environ.get("RANK", "0") == "0":  # one process is enough: if it refuses, torchrun ends the others
             check_sums(found)
-        path = found / "training.json"
-        training = read_json(found, path.name)
-        if training.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{found}: format version {training.get('format_version')}, this is for {FORMAT_VERSION}")
-        if missing := set(FIELDS) - set(training):
-            raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
-        for name, hint in FIELDS.items():
-            check_value(name, training[name], hint, path)
-        best = training["best_val_loss"]
-        return training | {"directory": found, "best_val_loss": math.inf if best is None else best}
+        state = _read_state(found)
+    # After a return to an earlier checkpoint `best` stays the best of all: only a better model replaces it.
+    for other in directory.parent.glob("*/training.json") if existing(directory.parent / "best") else ():
+        with contextlib.suppress(UserError):
+            later = _read_state(other.parent)
+            if later.best_val_loss is not None and state.is_best(later.best_val_loss):
+                state.best_val_loss, state.best_step = later.best_val_loss, later.best_step
+    return state, found
 
 
-def load_optimizers(training: dict, model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler) -> None:
-    """Put the saved state into `optimizers`, and into `scaler` if both then and now there is a loss scale (float16).
+def _read_state(directory: Path) -> RunState:
+    path, content = directory / "training.json", read_json(directory, "training.json")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {content.get('format_version')}; this program reads {FORMAT_VERSION}")
+    hints = typing.get_type_hints(RunState, include_extras=True)
+    if missing := hints.keys() - content.keys() - {"best_step", "eval_sequences"}:  # not saved by earlier versions
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
+    known = {name: check_value(name, content[name], hint, path) for name, hint in hints.items() if name in content}
+    state = RunState(**known)
+    if state.eval_sequences is None and {"eval_iters", "batch_size"} <= state.settings.keys():
+        state.eval_sequences = state.settings["eval_iters"] * state.settings["batch_size"]
+    return state
 
-    Tensor by tensor, and of each what this process holds: it never holds the state of all.
+
+class Saver:
+    """Saves a run in a background thread: training waits until its state is copied, but not for the disk.
+
+    A save waits until the one before has ended. If a save fails, the user is told, and the earlier checkpoint remains.
     """
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # a second that only a resume takes
 
-    path, saved = training["directory"] / "optimizer.safetensors", training["scaler"]
-    get_optimizer_state_dict(model, optimizers)  # makes the state of optimizers that have made no step
+    def __init__(
+        self,
+        out_dir: Path,
+        state: RunState,
+        model: GPT,
+        optimizers: list,
+        tokenizer: Tokenizer,
+        dist: Distributed,
+        tell: Callable[[str], None] = note,
+    ):
+        self.out_dir, self.state, self.model, self.optimizers = out_dir, state, model, optimizers
+        self.tokenizer, self.dist, self.tell = tokenizer, dist, tell
+        self._problem: str | None = None
+        self._best: tuple[float, int] = (math.inf, 0)  # loss and step of the model that is being saved as `best`
+        self._best_saved = False
+        # One OpenMP thread: a second team beside the training thread's would outnumber the cores, and libgomp would
+        # then put every thread to sleep between parallel regions, which halves the speed of training.
+        self._threads = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self._job: Future | None = None
+
+    def save(self, val_loss: float | None = None, keep: bool = False) -> None:
+        """Replace `last` by the run as it is now, and `best` too if `val_loss` is the lowest so far; with `keep`, also
+        save a numbered checkpoint. All ranks; main writes."""
+        self.wait()
+        weights = gather(self.model.weights(), self.dist)
+        moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
+        if val_loss is not None:
+            self._best = (val_loss, self.state.step)
+            since = 0 if self.state.is_best(val_loss) else self.state.evaluations_since_best + 1
+            self.state.evaluations_since_best = since
+        is_best = val_loss is not None and since == 0
+        if self.dist.is_main:
+            state = dataclasses.replace(self.state)
+            self._job = self._threads.submit(self._write, weights, moments, state, is_best, keep)
+
+    def wait(self) -> str | None:
+        """Return when nothing is being written: the problem of the last save, or None. All ranks."""
+        self.dist.wait(self._job)
+        if self.dist.max(self._best_saved)[0]:
+            self.state.best_val_loss, self.state.best_step = self._best
+            self._best_saved = False
+        return self._problem
+
+    def _write(self, weights: dict, moments: dict, state: RunState, is_best: bool, keep: bool) -> None:
+        self._problem = None
+        bad = next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None)
+        if bad:
+            return self._failed(f"update {state.step} is not saved: {bad} has values that are not finite numbers")
+
+        def model_files(new: Path) -> None:
+            write_model(new, self.model.config, weights, self.tokenizer)
+            try:
+                write_card(new, self.out_dir, self.model, dataclasses.asdict(state))
+            except Exception as error:  # the data set's meta.json is gone, say: no reason to lose a model
+                self.tell(f"no model card: {one_line(error)}")
+
+        def all_files(new: Path) -> None:
+            model_files(new)
+            safetensors.torch.save_file(moments, new / "optimizer.safetensors")
+            content = {"format_version": FORMAT_VERSION} | dataclasses.asdict(state)
+            (new / "training.json").write_text(json.dumps(content, indent=2) + "\n")
+            shutil.copymode(new / "training.json", new / "optimizer.safetensors")  # which is private otherwise
+
+        if is_best and self._replace("best", model_files, state.step):
+            self._best_saved = True
+            state.best_val_loss, state.best_step = self._best
+        self._replace("last", all_files, state.step)
+        if keep:
+            self._replace(f"step-{state.step:06d}", all_files, state.step)
+
+    def _replace(self, name: str, fill: Callable[[Path], None], step: int) -> bool:
+        try:
+            with new_directory(self.out_dir / name) as new:
+                fill(new)
+            return True
+        except Exception as error:  # a full disk, no permission, a quota: training has to hear of it, whatever it is
+            self._failed(f"update {step} could not be saved in {self.out_dir / name}: {one_line(error)}")
+            return False
+
+    def _failed(self, problem: str) -> None:
+        self._problem = problem
+        self.tell(f"{problem}; the earlier checkpoint is intact")
+
+
+def load_optimizers(
+    directory: Path, saved_scaler: dict, model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler
+) -> None:
+    """Load the saved state into `optimizers`, and into `scaler` if there was and is a loss scale (float16).
+
+    Tensor by tensor, and of each only what this process holds: no process ever holds the state of all.
+    """
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # takes a second to import
+
+    path = directory / "optimizer.safetensors"
+    get_optimizer_state_dict(model, optimizers)  # creates the state of optimizers that have made no step
     wanted, now = _optimizer_tensors(model, optimizers), scaler.state_dict()
-    with naming_others(training["directory"]):
-        for name, values in read_tensors(training["directory"], path.name):
+    with naming_others(directory):
+        for name, values in read_tensors(directory, path.name):
             tensor = wanted.pop(name, None)
             if tensor is None or (values.shape, values.dtype) != (tensor.shape, tensor.dtype):
                 raise UserError(f"{path} does not fit the model and the optimizer")
@@ -164,80 +206,35 @@ def load_optimizers(training: dict, model: nn.Module, optimizers: list, scaler: 
             fill(tensor, values)
         if wanted:
             raise UserError(f"{path} does not fit the model and the optimizer")
-        if saved and any(type(saved.get(n)) is not type(v) or not 0 <= saved[n] < math.inf for n, v in now.items()):
-            raise UserError(f"{training['directory']}/training.json: its scaler is not a GradScaler's state")
-    if saved and now:
-        scaler.load_state_dict(saved)
+        known = saved_scaler.get
+        if saved_scaler and any(type(known(n)) is not type(v) or not 0 <= known(n) < math.inf for n, v in now.items()):
+            raise UserError(f"{directory}/training.json: its scaler is not a GradScaler's state")
+    if saved_scaler and now:
+        scaler.load_state_dict(saved_scaler)
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
-    """{parameter/key: tensor} of all optimizers, the tensors themselves: whole, or this process's part of each."""
+    """{parameter/key: tensor} of all optimizers: the tensors themselves, sharded as the parameters are."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     states = [(names[p], values) for optimizer in optimizers for p, values in optimizer.state.items()]
     return {f"{name}/{key}": tensor for name, values in states for key, tensor in values.items()}
 
 
-def initial_model(config: Any, given: dict[str, str], data: DataSet, training: dict | None) -> tuple[GPT, Any]:
-    """The model that `config` asks for, on the CPU: new, resumed or pretrained; and `config` with its true shape.
-
-    Raises UserError where a setting in `given` or the data set's tokenizer contradicts a model that exists.
-    """
-    shape = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    if not training and config.init_from in ("scratch", "auto"):
-        if config.n_embd % config.n_head:
-            raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
-        torch.manual_seed(config.seed)
-        settings = {name: getattr(config, name) for name in shape}
-        return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **settings)), config
-    if training:  # its files were compared with their checksums already
-        source = training["directory"]
-        with naming_others(source):
-            model, tokenizer = load_model(source, dropout=config.dropout, check=False)
-    else:
-        source, block_size = config.init_from, config.block_size if "block_size" in given else None
-        model, tokenizer = load_model(source, block_size, config.dropout)
-    for name in shape:
-        if name in given and getattr(config, name) != getattr(model.config, name):
-            raise UserError(
-                f"{given[name]}: {name}={getattr(config, name)}, but {source} has {getattr(model.config, name)}"
-            )
-    if not tokenizer.same_as(data.tokenizer):
-        told = f"the data set {config.dataset} was prepared with another tokenizer than {source}"
-        if training:
-            again = prepare_command(config, config.dataset, source, tokenizer)
-            raise UserError(f"{told}; choose another --out_dir for a new run, or prepare it as it was: {again}")
-        name = f"{config.dataset}-again"
-        again = prepare_command(config, name, source, tokenizer)
-        raise UserError(f"{told}; prepare it again: {again}, then train with --dataset={name}")
-    return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in shape})
-
-
-def prepare_command(config: Any, name: str, source: str | Path, tokenizer: Tokenizer) -> str:
-    """The command that prepares the text of `config.dataset` as data set `name` with the tokenizer of a model."""
-    meta = Path(config.data_dir) / config.dataset / "meta.json"
-    text = json.loads(meta.read_bytes())["source"] if meta.is_file() else "FILES"
-    if text == "standard input":
-        text = "-"
-    wanted = "gpt2" if tokenizer.same_as(gpt2()) else model_directory(source)
-    folder = "" if config.data_dir == "data" else f" --data_dir={config.data_dir}"
-    return f"python prepare_data.py {text} --name={name} --tokenizer={shlex.quote(str(wanted))}{folder}"
-
-
 @contextlib.contextmanager
 def naming_others(refused: Path) -> Iterator[None]:
-    """Where a checkpoint is refused, name the newest whole one of the same run, and the best model."""
+    """If a checkpoint is refused, name the newest intact one of the same run, and the best model."""
     try:
         yield
     except UserError as error:
-        whole = [path for path in refused.parent.iterdir() if path != refused and _whole(path)]
-        whole.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        states = [f"--init_from=resume:{path.name}" for path in whole if (path / "training.json").is_file()]
-        models = [f"--init_from={path} (the model alone)" for path in whole if not (path / "training.json").is_file()]
+        intact = [path for path in refused.parent.iterdir() if path != refused and _is_intact(path)]
+        intact.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        states = [f"--init_from=resume:{path.name}" for path in intact if (path / "training.json").is_file()]
+        models = [f"--init_from={path} (the model alone)" for path in intact if not (path / "training.json").is_file()]
         remedy = " or ".join(states[:1] + models[:1])
-        raise UserError(f"{error}; one that is whole: {remedy}" if remedy else str(error)) from error
+        raise UserError(f"{error}; an intact one: {remedy}" if remedy else str(error)) from error
 
 
-def _whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     try:
         check_sums(path)
     except UserError:

@@ -10,7 +10,7 @@ LAYERS = [
     ["plaingpt.cpu", "plaingpt.help"],
     ["plaingpt.settings"],
     ["plaingpt.generate"],
-    ["plaingpt.files", "plaingpt.resume"],
+    ["plaingpt.files"],
     ["plaingpt.tokenizer", "plaingpt.text.arrow"],
     ["plaingpt.tokens"],
     ["plaingpt.text.readers"],
@@ -22,6 +22,7 @@ LAYERS = [
     ["plaingpt.parallel", "plaingpt.card"],
     ["plaingpt.optimizer", "plaingpt.evaluate"],
     ["plaingpt.run_state", "plaingpt.plan"],
+    ["plaingpt.run"],
     ["train", "sample", "prepare_data", "tools.to_gguf", "tools.compare_runs"],
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

@@ -9,7 +9,7 @@ from conftest import ROOT
 from hosts import Host, hosts, why_not
 from test_train import TWO, largest_difference, records, same_run, weights
 
-from plaingpt.run_state import load_training
+from plaingpt.run_state import load_state
 
 REASON = why_not()
 PATIENCE = 75  # seconds: five times what a run takes on a machine with nothing else to do
@@ -85,6 +85,6 @@ def test_a_cut_for_good_ends_the_run_in_time_and_harms_nothing(tmp_path, tiny_fl
         two[0].wait_for("step 12/", runs[0])
         two[1].link("down")
         assert all(run.wait(PATIENCE) for run in runs)
-    assert load_training(tmp_path / "run" / "last")["step"] == 10
+    assert load_state(tmp_path / "run" / "last")[0].step == 10
     resume(tmp_path / "run")
     assert largest_difference(weights(tmp_path / "run"), weights(straight)) < 1e-5

@@ -9,7 +9,7 @@ import pytest
 from conftest import run_main
 
 from plaingpt.console import UserError, note
-from plaingpt.metrics import Metrics, Progress, Stopwatch, curves, read_metrics
+from plaingpt.metrics import Metrics, Progress, Stopwatch, curves, read_metrics, smoothed
 
 PNG = b"\x89PNG"
 
@@ -69,38 +69,78 @@ def test_no_picture_without_losses(tmp_path):
     assert not (tmp_path / "loss.png").exists()
 
 
-def plotted(figure, panel: int) -> list[tuple[str, list]]:
-    """(label, points) of each line of a panel: loss, lr, grad_norm, tokens_per_second."""
-    return [(line.get_label(), list(zip(*line.get_data()))) for line in figure.axes[panel].lines]
+def plotted(figure, panel: int) -> dict[str, list]:
+    """Label and points of each line of a panel (losses, lr, grad_norm, tokens_per_second) but the unnamed ones."""
+    lines = {line.get_label(): list(zip(*line.get_data())) for line in figure.axes[panel].lines}
+    return {label: points for label, points in lines.items() if panel or not label.startswith("_")}
 
 
 def test_the_curves_are_the_records_and_a_resume_is_marked(tmp_path):
     metrics = Metrics(tmp_path, active=True)
-    metrics.write(step=2, val_loss=5.0)
+    metrics.write(step=2, val_loss=5.0, val_bpb=2.5)
     metrics.write(step=2, train_loss=4.0, lr=0.5, grad_norm=1.5, tokens_per_second=10.0)
     metrics.write(step=9, train_loss=1.0)  # lost: the run goes on from update 4
     metrics.close()
     metrics = Metrics(tmp_path, active=True, until_step=4)
     metrics.write(step=6, train_loss=3.0, lr=0.25, grad_norm=1.25, tokens_per_second=20.0)
+    metrics.write(step=6, val_loss=4.5)
     metrics.write(step=8, train_loss=2.0)
     figure = curves([tmp_path])
-    assert [record.get("resumed_from") for record in read_metrics(metrics.path)] == [None, None, 4, None]
-    here = ("resumed at 4", [(4, 0), (4, 1)])
-    losses = [("train loss 2.000", [(2, 4.0), (6, 3.0), (8, 2.0)]), ("val loss 5.000", [(2, 5.0)]), here]
-    assert plotted(figure, 0) == losses
+    assert [record.get("resumed_from") for record in read_metrics(metrics.path)] == [None, None, 4, None, None]
+    assert figure.get_suptitle() == tmp_path.name
+    losses = plotted(figure, 0)
+    train, resumed = losses.pop(f"train loss {smoothed([4.0, 3.0, 2.0])[-1]:.3f}"), losses.pop("resumed at 4")
+    assert train == list(zip((2, 6, 8), smoothed([4.0, 3.0, 2.0]))) and resumed == [(4, 0), (4, 1)]
+    assert losses == {"validation, best 4.500": [(2, 5.0), (6, 4.5)]}
     for panel, values in ((1, (0.5, 0.25)), (2, (1.5, 1.25)), (3, (10.0, 20.0))):
-        (_, points), marked = plotted(figure, panel)
-        assert (points, marked) == (list(zip((2, 6), values)), here)
+        assert [*zip((2, 6), values)] in plotted(figure, panel).values()
+        assert "resumed at 4" in plotted(figure, panel)
+
+
+def test_smoothing_keeps_constants_and_lags_behind_changes():
+    assert smoothed([2.0] * 5) == pytest.approx([2.0] * 5)
+    means = smoothed([1.0] * 50 + [0.0] * 10)
+    assert 0.3 < means[-1] < means[-2] < 1
+
+
+def test_the_high_losses_of_the_start_do_not_flatten_the_rest(tmp_path):
+    metrics = Metrics(tmp_path, active=True)
+    for step in range(1, 101):
+        metrics.write(step=step, train_loss=10.0 if step < 3 else 2.0 - step / 200)
+    low, high = curves([tmp_path]).axes[0].get_ylim()
+    assert 1 < low < 1.5 and high < 7
 
 
 def test_several_runs_are_told_apart_in_one_picture(tmp_path):
     for name, count in (("a", 3), ("b", 5)):
         write_run(tmp_path / name, count)
-    lines = plotted(curves([tmp_path / "a", tmp_path / "b"]), 0)
-    names = ["a: train loss 1.000", "a: val loss 1.250", "b: train loss 0.600", "b: val loss 1.250"]
-    assert [label for label, _ in lines] == names
-    colours = [line.get_color() for line in curves([tmp_path / "a", tmp_path / "b"]).axes[0].lines]
-    assert colours[0] == colours[1] != colours[2] == colours[3]
+    figure = curves([tmp_path / "a", tmp_path / "b"])
+    assert [label[:9] for label in plotted(figure, 0)] == ["a: train ", "a: valida", "b: train ", "b: valida"]
+    colors = {line.get_label()[:2]: line.get_color() for line in figure.axes[0].lines}
+    assert colors["a:"] != colors["b:"]
+
+
+def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
+    for name, loss in (("a", 3.0), ("b", 1.5)):
+        metrics = Metrics(tmp_path / name, active=True)
+        metrics.write(step=1, val_loss=loss, val_bpb=1.25)
+    losses = plotted(curves([tmp_path / "a", tmp_path / "b"]), 0)
+    assert [*losses] == ["a: validation, best 1.250", "b: validation, best 1.250"]
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path, capsys):
+    (tmp_path / "loss.png").mkdir()
+    metrics = Metrics(tmp_path, active=True)
+    metrics.write(step=1, train_loss=1.0)
+    metrics.draw()
+    assert capsys.readouterr().err.startswith("loss.png: ")
+
+
+def test_numbers_too_large_to_draw_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "train_loss": 1' + "0" * 320 + '}\n{"step": 2, "train_loss": NaN}\n'
+    )
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_the_script_compares_runs(tmp_path, monkeypatch):
@@ -140,6 +180,18 @@ def test_a_stopwatch_counts_only_while_it_goes():
     assert stopped >= 100.01
     time.sleep(0.01)
     assert watch.seconds == stopped
+
+
+def test_a_stopwatch_counts_updates_per_second_of_training():
+    watch = Stopwatch(100.0, step=10)
+    watch.go()
+    time.sleep(0.05)
+    watch.pause()
+    assert 0 < watch.rate(15) <= 100
+    watch.go()
+    time.sleep(0.05)
+    watch.pause()
+    assert 0 < watch.rate(16) <= 20
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):

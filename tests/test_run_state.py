@@ -1,5 +1,6 @@
 """Saving a run and finding it again."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -18,24 +19,22 @@ from plaingpt.distributed import Distributed
 from plaingpt.files import UNCHECKED, claim, release, set_aside
 from plaingpt.metrics import Metrics
 from plaingpt.optimizer import apply_gradients, make_optimizers
-from plaingpt.run_state import NEW_RUN, Saver, load_optimizers, load_training
+from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.tokenizer import Tokenizer
 
 HERE = Distributed(torch.device("cpu"), torch.float32)
-COMPLETE = NEW_RUN | dict(settings={}, derived=[], data="", scaler={})
 
 
-def save_checkpoint(directory: Path, model: GPT, optimizers: list, tokenizer: Tokenizer, training: dict) -> str | None:
+def save_checkpoint(directory: Path, model: GPT, optimizers: list, tokenizer: Tokenizer, **state) -> str | None:
     """Save as a run does; the problem, if there was one."""
-
-    saver = Saver(directory.parent, model, optimizers, tokenizer, HERE)
-    saver.save(COMPLETE | training)
+    saver = Saver(directory.parent, RunState(**state), model, optimizers, tokenizer, HERE)
+    saver.save()
     return saver.wait()
 
 
 def load(directory: Path, model: GPT, optimizers: list) -> None:
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    load_optimizers(load_training(directory), model, optimizers, scaler)
+    state, found = load_state(directory)
+    load_optimizers(found, state.scaler, model, optimizers, torch.amp.GradScaler("cpu", enabled=False))
 
 
 def trained(kind: str = "muon", n_embd: int = 8) -> tuple[GPT, list]:
@@ -57,7 +56,7 @@ def steps(model: GPT, optimizers: list, count: int) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_optimizer_state_comes_back_bit_for_bit(tmp_path, kind):
     model, optimizers = trained(kind)
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 3})
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), step=3)
     loaded = load_model(tmp_path / "last")[0].train()
     loaded_optimizers = make_optimizers(loaded, kind, 0.01, 0.1, (0.9, 0.95))
     load(tmp_path / "last", loaded, loaded_optimizers)
@@ -67,20 +66,20 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path, kind):
 
 
 def test_training_comes_back(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 3, "seconds": 0.1 + 0.2, "best": None})
-    training = load_training(tmp_path / "last")
-    assert (training["step"], training["seconds"], training["best"]) == (3, 0.1 + 0.2, None)
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=3, seconds=0.1 + 0.2)
+    state, _ = load_state(tmp_path / "last")
+    assert (state.step, state.seconds, state.best_val_loss) == (3, 0.1 + 0.2, None)
 
 
 def test_a_later_checkpoint_replaces_the_earlier_one(tmp_path):
     for step in (1, 2):
-        save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": step})
-    assert load_training(tmp_path / "last")["step"] == 2
+        save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=step)
+    assert load_state(tmp_path / "last")[0].step == 2
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
 def test_optimizer_state_of_another_model_or_optimizer_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained("adamw"), of_kind("char"), {})
+    save_checkpoint(tmp_path / "last", *trained("adamw"), of_kind("char"))
     for other in (trained("muon"), trained("adamw", n_embd=16)):
         with pytest.raises(UserError, match="does not fit"):
             load(tmp_path / "last", *other)
@@ -88,16 +87,16 @@ def test_optimizer_state_of_another_model_or_optimizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format_version": 99}', None])
 def test_a_damaged_training_file_is_a_user_error(tmp_path, content):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1})
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=1)
     path = tmp_path / "last" / "training.json"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match="last"):
-        load_training(tmp_path / "last")
+        load_state(tmp_path / "last")
 
 
 def test_a_truncated_optimizer_file_is_a_user_error(tmp_path):
     model, optimizers = trained()
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 1})
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), step=1)
     path = tmp_path / "last" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"optimizer\.safetensors is .*damaged"):
@@ -106,20 +105,20 @@ def test_a_truncated_optimizer_file_is_a_user_error(tmp_path):
 
 def test_no_checkpoint_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no checkpoint there"):
-        load_training(tmp_path / "last")
+        load_state(tmp_path / "last")
 
 
 def test_what_an_interrupted_save_left_is_used(tmp_path):
     model, optimizers = trained()
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {"step": 7})
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), step=7)
     (tmp_path / "last").rename(tmp_path / ".last.old")
-    assert load_training(tmp_path / "last")["step"] == 7
+    assert load_state(tmp_path / "last")[0].step == 7
     assert torch.equal(logits(load_model(tmp_path / "last")[0]), logits(model.eval()))
     load(tmp_path / "last", model, optimizers)
 
 
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {})
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"))
     read = (path for path in sorted((tmp_path / "last").iterdir()) if path.suffix not in UNCHECKED)
     for path in read:
         sound = path.read_bytes()
@@ -131,10 +130,10 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1})
-    problem = save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 2, "data": object()})
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=1)
+    problem = save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=2, data={1})
     assert "update 2 could not be saved" in problem
-    assert load_training(tmp_path / "last")["step"] == 1
+    assert load_state(tmp_path / "last")[0].step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
@@ -143,14 +142,14 @@ def test_a_card_that_cannot_be_written_is_no_reason_to_save_nothing(tmp_path):
     data.mkdir(parents=True)
     (data / "meta.json").write_text("{}")  # prepared by another program, and of another form
     settings = {"data_dir": str(data.parent), "dataset": data.name}
-    assert save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 1, "settings": settings}) is None
-    assert load_training(tmp_path / "last")["step"] == 1
+    assert save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=1, settings=settings) is None
+    assert load_state(tmp_path / "last")[0].step == 1
     assert not (tmp_path / "last" / "README.md").exists()
 
 
 def test_an_earlier_run_is_set_aside_and_never_destroyed(tmp_path):
     for content in ("first", "second"):
-        save_checkpoint(tmp_path / "out" / "last", *trained(), of_kind("char"), {})
+        save_checkpoint(tmp_path / "out" / "last", *trained(), of_kind("char"))
         (tmp_path / "out" / "metrics.jsonl").write_text(content)
         set_aside(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -164,7 +163,7 @@ def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
 
 
 def test_a_folder_where_a_run_goes_on_or_that_is_a_checkpoint_is_refused(tmp_path):
-    save_checkpoint(tmp_path / "run" / "last", *trained(), of_kind("char"), {})
+    save_checkpoint(tmp_path / "run" / "last", *trained(), of_kind("char"))
     lock = claim(tmp_path / "run")
     with pytest.raises(UserError, match=r"another run is still going on in .*; end it, or choose another --out_dir"):
         set_aside(tmp_path / "run")
@@ -188,35 +187,40 @@ def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
 
 
 def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
-    saver = Saver(tmp_path, *trained(), of_kind("char"), HERE, best_val_loss=3.0)
+    state = RunState(step=1, best_val_loss=3.0)
+    saver = Saver(tmp_path, state, *trained(), of_kind("char"), HERE)
     (tmp_path / "file").touch()
     (tmp_path / "best").symlink_to(tmp_path / "file" / "best")  # where no directory can be created
-    saver.save(COMPLETE | dict(step=1), val_loss=2.0)
+    saver.save(val_loss=2.0)
     assert "best" in saver.wait()
-    assert load_training(tmp_path / "last")["best_val_loss"] == 3.0
+    assert load_state(tmp_path / "last")[0].best_val_loss == 3.0
     (tmp_path / "best").unlink()
-    saver.save(COMPLETE | dict(step=2), val_loss=2.5)
+    state.step = 2
+    saver.save(val_loss=2.5)
     assert saver.wait() is None
-    assert load_training(tmp_path / "last")["best_val_loss"] == 2.5
+    assert load_state(tmp_path / "last")[0].best_val_loss == 2.5
     load_model(tmp_path / "best")
 
 
 def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
     model, optimizers = trained()
     told = []
-    saver = Saver(tmp_path, model, optimizers, of_kind("char"), HERE, tell=told.append)
-    saver.save(COMPLETE | {"step": 1}, val_loss=float("nan"))  # of an overflow, say: the weights are sound
+    state = RunState(step=1)
+    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, tell=told.append)
+    saver.save(val_loss=float("nan"))  # of an overflow, say: the weights are sound
     assert saver.wait() is None
     assert not (tmp_path / "best").exists()
-    saver.save(COMPLETE | {"step": 2}, val_loss=3.0)
+    state.step = 2
+    saver.save(val_loss=3.0)
     assert saver.wait() is None
     with torch.no_grad():
         model.transformer.wpe.weight[0, 0] = float("inf")
-    saver.save(COMPLETE | {"step": 3}, val_loss=2.0, keep=True)
+    state.step = 3
+    saver.save(val_loss=2.0, keep=True)
     assert "wpe.weight has values that are not finite" in saver.wait()
-    assert told == [f"{saver.wait()}; the checkpoint before it is whole"]
+    assert told == [f"{saver.wait()}; the earlier checkpoint is intact"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last"]
-    assert load_training(tmp_path / "last")["step"] == 2
+    assert load_state(tmp_path / "last")[0].step == 2
 
 
 def test_a_disk_that_is_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path):
@@ -224,27 +228,29 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     model, optimizers = trained()
-    saver = Saver(tmp_path, model, optimizers, of_kind("char"), HERE, tell=lambda text: None)
-    saver.save(COMPLETE | {"step": 1}, val_loss=2.0)
+    state = RunState(step=1)
+    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, tell=lambda text: None)
+    saver.save(val_loss=2.0)
     saver.wait()
     sizes = [path.stat().st_size for path in (tmp_path / "last").iterdir()]
     for size in sorted({n - 1 for n in sizes} | set(range(0, max(sizes), 2048))):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-            saver.save(COMPLETE | {"step": 2}, val_loss=1.0)
+            state.step = 2
+            saver.save(val_loss=1.0)
             assert "update 2 could not be saved" in saver.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert load_training(tmp_path / "last")["step"] == 1
+        assert load_state(tmp_path / "last")[0].step == 1
         load_model(tmp_path / "best")
-    saver.save(COMPLETE | {"step": 2})
+    saver.save()
     assert saver.wait() is None
-    assert load_training(tmp_path / "last")["step"] == 2
+    assert load_state(tmp_path / "last")[0].step == 2
 
 
 def test_optimizer_state_that_is_not_finite_is_refused(tmp_path):
     model, optimizers = trained()
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {})
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"))
     path = tmp_path / "last" / "optimizer.safetensors"
     tensors = load_file(path)
     next(tensor for name, tensor in tensors.items() if tensor.dim() == 2)[0, 0] = float("nan")
@@ -259,13 +265,12 @@ def test_a_loss_scale_that_is_none_is_refused(tmp_path, scaler):
     model, optimizers = trained()
     now = torch.amp.GradScaler("cpu")
     saved = {} if not scaler else now.state_dict() | scaler
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), {})
-    training = load_training(tmp_path / "last") | {"scaler": saved}
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"))
     if saved:
         with pytest.raises(UserError, match="not a GradScaler's state"):
-            load_optimizers(training, model, optimizers, now)
+            load_optimizers(tmp_path / "last", saved, model, optimizers, now)
     else:
-        load_optimizers(training, model, optimizers, now)
+        load_optimizers(tmp_path / "last", saved, model, optimizers, now)
         assert now.get_scale() == 65536.0
 
 
@@ -274,27 +279,30 @@ def test_a_loss_scale_that_is_none_is_refused(tmp_path, scaler):
     [{"step": -1}, {"step": "x"}, {"seconds": None}, {"settings": []}, {"best_val_loss": "low"}, {"scaler": 3}],
 )
 def test_values_of_another_type_in_training_json_are_a_user_error(tmp_path, changes):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {})
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"))
     edit_json(tmp_path / "last" / "training.json", **changes)
     (tmp_path / "last" / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=next(iter(changes))):
-        load_training(tmp_path / "last")
+        load_state(tmp_path / "last")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by /proc")
 def test_background_threads_start_no_openmp_team_of_their_own(tmp_path):
     """More OpenMP threads than cores halve the speed of training from the first save to the end."""
     code = f"""
-import os, torch
+import os, time, torch
 from pathlib import Path
 from plaingpt.checkpoint import load_model
 from plaingpt.generate import Decoder
 from plaingpt.distributed import Distributed
 from model import GPT, GPTConfig
-from plaingpt.run_state import NEW_RUN, Saver
+from plaingpt.run_state import RunState, Saver
 from plaingpt.tokenizer import make_tokenizer
 
-def threads():
+def threads(wanted=None):
+    end = time.monotonic() + 20  # a thread that has ended may be listed for an instant
+    while wanted and len(os.listdir("/proc/self/task")) != wanted and time.monotonic() < end:
+        time.sleep(0.01)
     return len(os.listdir("/proc/self/task"))
 
 torch.set_num_threads(4)
@@ -302,11 +310,34 @@ model = GPT(GPTConfig(vocab_size=257, n_layer=1, n_head=2, n_embd=256))
 torch.ones(1 << 20).sin_()  # starts the training thread's own team
 before = threads()
 dist = Distributed(torch.device("cpu"), torch.float32)
-saver = Saver(Path({str(tmp_path)!r}), model, [], make_tokenizer("byte", [], 0), dist)
-saver.save(NEW_RUN | dict(settings={{}}, derived=[], data="", scaler={{}}), 1.0)
+saver = Saver(Path({str(tmp_path)!r}), RunState(step=1), model, [], make_tokenizer("byte", [], 0), dist)
+saver.save(1.0)
 assert saver.wait() is None
-assert threads() == before + 1, "the saver's own thread, and no other"
+assert threads(before + 1) == before + 1, "the saver's own thread, and no other"
 Decoder(model, torch.float32)
-assert threads() == before + 1, f"{{threads()}} threads, {{before}} before"
+assert threads(before + 1) == before + 1, f"{{threads()}} threads, {{before}} before"
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=child_environment(), check=True)
+
+
+def test_a_return_to_an_earlier_checkpoint_does_not_forget_the_best_model(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=1, best_val_loss=3.0, best_step=1)
+    (tmp_path / "last").rename(tmp_path / "step-000001")
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=2, best_val_loss=2.0, best_step=2)
+    (tmp_path / "best").mkdir()
+    state, _ = load_state(tmp_path / "step-000001")
+    assert (state.best_val_loss, state.best_step) == (2.0, 2)
+    (tmp_path / "best").rmdir()  # without a best model there is nothing to keep
+    assert load_state(tmp_path / "step-000001")[0].best_val_loss == 3.0
+
+
+def test_a_checkpoint_of_the_previous_version_loads(tmp_path):
+    settings = {"eval_iters": 7, "batch_size": 3}
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=4, settings=settings)
+    path = tmp_path / "last" / "training.json"
+    content = json.loads(path.read_text())
+    del content["best_step"], content["eval_sequences"]
+    path.write_text(json.dumps(content))
+    (tmp_path / "last" / "SHA256SUMS").unlink()
+    state, _ = load_state(tmp_path / "last")
+    assert (state.step, state.best_step, state.eval_sequences) == (4, 0, 21)

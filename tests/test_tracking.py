@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 
 from plaingpt.metrics import read_metrics
-from plaingpt.run_state import load_training
+from plaingpt.run_state import load_state
 
 
 def wandb_records(folder: Path) -> list:
@@ -57,7 +57,7 @@ def test_wandb_offline_has_the_metrics_and_samples_and_a_resumed_run_goes_on(tmp
         assert [history for history in own if "sample.path" not in history] == written
         pages = [(folder / "files" / history["sample.path"]).read_text() for history in own if "sample.path" in history]
         assert pages and all("<pre" in page for page in pages)
-    assert load_training(out_dir / "last")["step"] == 6
+    assert load_state(out_dir / "last")[0].step == 6
 
 
 def test_a_new_run_is_a_new_one_in_wandb(tmp_path, train, monkeypatch):
@@ -114,4 +114,4 @@ def test_a_wandb_that_fails_does_not_stop_a_run(tmp_path, train, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
     ended = train(tmp_path / "run", max_iters=2, wandb_log=True)
     assert "wandb is off: " in ended.err
-    assert load_training(tmp_path / "run" / "last")["step"] == 2
+    assert load_state(tmp_path / "run" / "last")[0].step == 2

@@ -24,9 +24,9 @@ from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
 from plaingpt.metrics import read_metrics
 from plaingpt.optimizer import make_optimizers, scheduled_learning_rate
-from plaingpt.run_state import load_training
+from plaingpt.run_state import RunState, load_state
 from plaingpt.tokens import Tokens, open_data_set
-from train import TrainConfig, train_step
+from train import Run, TrainConfig, run, train_step
 
 TIMES = {"seconds", "tokens_per_second", "mfu", "resumed_from"}
 PLAN = {"lr_decay_iters": 6, "warmup_iters": 2, "min_lr": 1e-3}  # given, so that a shorter run has the same one
@@ -116,7 +116,7 @@ def test_max_iters_is_exact_and_the_last_update_is_evaluated_and_saved(tmp_path,
     lines = records(tmp_path / "run")
     assert max(line["step"] for line in lines if "train_loss" in line) == 5
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 5]
-    assert load_training(tmp_path / "run" / "last")["step"] == 5
+    assert load_state(tmp_path / "run" / "last")[0].step == 5
 
 
 def test_best_is_the_model_of_the_lowest_loss(tmp_path, train):
@@ -126,7 +126,7 @@ def test_best_is_the_model_of_the_lowest_loss(tmp_path, train):
     }
     best = min(losses, key=losses.get)
     assert best != 4, "this test wants a run that gets worse"
-    assert load_training(tmp_path / "run" / "last")["best_val_loss"] == losses[best]
+    assert load_state(tmp_path / "run" / "last")[0].best_val_loss == losses[best]
     train(
         tmp_path / "short", max_iters=best, eval_interval=1, learning_rate=0.5, warmup_iters=0, grad_clip=0, min_lr=0.5
     )
@@ -201,18 +201,31 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, train, resume):
 def test_what_was_derived_from_max_iters_is_derived_again(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=2)
     resume(tmp_path / "run", max_iters=4)
-    assert load_training(tmp_path / "run" / "last")["settings"]["lr_decay_iters"] == 4
+    assert load_state(tmp_path / "run" / "last")[0].settings["lr_decay_iters"] == 4
     train(tmp_path / "given", max_iters=2, lr_decay_iters=3)
-    for max_iters in (3, 4):
-        resume(tmp_path / "given", max_iters=max_iters)
-        assert load_training(tmp_path / "given" / "last")["settings"]["lr_decay_iters"] == 3
+    resume(tmp_path / "given", max_iters=3)
+    assert load_state(tmp_path / "given" / "last")[0].settings["lr_decay_iters"] == 3
+    told = resume(tmp_path / "given", status=2, max_iters=4).err
+    assert "the learning rate would be 0 from update 3 of 4 on: give --lr_decay_iters=4, or" in told
+    resume(tmp_path / "given", max_iters=4, lr_decay_iters=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "zero"), [(dict(lr_decay_iters=20), 20), (dict(lr_decay_iters=10, warmup_iters=25), 25)]
+)
+def test_a_schedule_that_ends_before_the_run_does_is_refused(tmp_path, train, changes, zero):
+    """Those updates would be computed and change nothing."""
+    told = train(tmp_path / "run", status=2, max_iters=40, **changes).err
+    assert f"the learning rate would be 0 from update {zero} of 40 on: give --lr_decay_iters=40" in told
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", max_iters=4, lr_decay_iters=2, min_lr=1e-3)
 
 
 def test_what_an_interrupted_save_left_is_resumed(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=2)
     (tmp_path / "run" / "last").rename(tmp_path / "run" / ".last.old")
     resume(tmp_path / "run", max_iters=4)
-    assert load_training(tmp_path / "run" / "last")["step"] == 4
+    assert load_state(tmp_path / "run" / "last")[0].step == 4
 
 
 @pytest.fixture(scope="session")
@@ -231,13 +244,13 @@ def test_a_resume_that_contradicts_the_checkpoint_is_refused(short_run, resume, 
     ((name, value),) = changes.items()
     ended = resume(short_run, status=2, max_iters=4, **changes)
     assert f"--{name}: {name}={value}, but the checkpoint was trained with" in ended.err
-    assert load_training(short_run / "last")["step"] == 2
+    assert load_state(short_run / "last")[0].step == 2
 
 
 def test_a_setting_that_agrees_with_the_checkpoint_may_be_given(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=2)
     resume(tmp_path / "run", max_iters=3, n_embd=16)
-    assert load_training(tmp_path / "run" / "last")["step"] == 3
+    assert load_state(tmp_path / "run" / "last")[0].step == 3
 
 
 def test_a_resume_with_another_learning_rate_is_honoured_and_told(tmp_path, train, resume):
@@ -294,7 +307,7 @@ def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
     ended = train(tmp_path / "run", max_iters=2, seed=5)
     assert "held an earlier run" in ended.err
     assert largest_difference(old, weights(tmp_path / "run.1")) == 0
-    assert load_training(tmp_path / "run" / "last")["step"] == 2
+    assert load_state(tmp_path / "run" / "last")[0].step == 2
     assert [line["step"] for line in records(tmp_path / "run")] == [0, 1, 2, 2]
 
 
@@ -308,7 +321,7 @@ def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
         ({"block_size": 5000}, "too few for one block of 5,000"),
         ({"init_from": "no/such/model"}, "no/such/model"),
         ({"init_from": ""}, "config.json is missing"),
-        ({"learning_rat": 1}, "did you mean learning_rate?"),
+        ({"learning_rat": 1}, "did you mean --learning_rate?"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(tmp_path, train, changes, message):
@@ -330,13 +343,9 @@ def test_cuda_without_cuda_is_one_line_and_status_2(tmp_path, tiny_flags):
 
 
 def test_micro_steps_that_do_not_divide_among_the_processes_are_refused():
-    from train import TrainConfig, run
-
     two = Distributed(torch.device("cpu"), torch.float32, rank=0, world_size=2)
-    with pytest.raises(
-        UserError, match="gradient_accumulation_steps=3 must be a multiple of the number of processes, 2"
-    ):
-        run(TrainConfig(gradient_accumulation_steps=3), {}, None, two)
+    with pytest.raises(UserError, match="gradient_accumulation_steps=3 must be a multiple of"):
+        run(TrainConfig(gradient_accumulation_steps=3), {}, RunState(), None, two)
 
 
 def test_finetuning_starts_from_the_pretrained_model(tmp_path, train, tiny_run):
@@ -346,7 +355,7 @@ def test_finetuning_starts_from_the_pretrained_model(tmp_path, train, tiny_run):
     after = [line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line]
     assert after[0] == pytest.approx(before[-1], abs=1e-6)
     assert after[-1] != after[0]
-    assert load_training(tmp_path / "run" / "last")["step"] == 2
+    assert load_state(tmp_path / "run" / "last")[0].step == 2
 
 
 def test_finetuning_can_crop_the_block(tmp_path, train, tiny_run):
@@ -392,7 +401,7 @@ def test_a_run_whose_data_were_prepared_in_another_way_goes_on_after_the_command
     command = shlex.split(told.split("python prepare_data.py ")[1])
     assert run_main("prepare_data", *command, "--val_fraction=0.2").status == 0
     resume(tmp_path / "run", data_dir=tmp_path, max_iters=4)
-    assert load_training(tmp_path / "run" / "last")["step"] == 4
+    assert load_state(tmp_path / "run" / "last")[0].step == 4
 
 
 def test_finetuning_with_another_shape_is_refused(tmp_path, train, tiny_run):
@@ -415,7 +424,8 @@ def test_each_process_reads_its_own_sequences_alone():
         dist = Distributed(torch.device("cpu"), torch.float32, rank, world_size=2)
         tokens, model = Seen([np.arange(1000, dtype=np.uint16) % 65]), GPT(GPTConfig(8, 65, 1, 1, 4, bias=False))
         batches, optimizers = TrainBatches(tokens, 8, 8, seed=1), make_optimizers(model, "adamw", 1e-3, 0.0, (0.9, 0.9))
-        train_step(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), batches, 0, config, dist)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        train_step(Run(config, dist, None, model, model, optimizers, scaler, batches, None, 64), 0)
         seen.append(tokens.starts)
     assert [len(starts) for starts in seen] == [4, 4]
     assert sorted(seen[0] + seen[1]) == sorted((batches.starts(0) % len(tokens)).tolist())
@@ -452,7 +462,7 @@ def test_a_run_of_nothing_but_nans_ends_with_status_1_and_is_not_saved(tmp_path,
     """However rarely it logs, evaluates and saves."""
     changes = dict(max_iters=60, eval_interval=40, log_interval=50, learning_rate=1e30, warmup_iters=0, grad_clip=0)
     ended = train(tmp_path / "run", status=1, **changes)
-    assert "the gradients were not finite in 20 updates in a row" in ended.err.splitlines()[-1]
+    assert "the gradients were not finite in 20 consecutive updates" in ended.err.splitlines()[-1]
     assert [line["step"] for line in records(tmp_path / "run")] == [0]
     assert not (tmp_path / "run" / "last").exists()
 
@@ -473,27 +483,53 @@ def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_f
     finally:
         process.kill()
     assert f"stopped by {number.name}" in rest
-    step = load_training(tmp_path / "run" / "last")["step"]
+    step = load_state(tmp_path / "run" / "last")[0].step
     assert step >= 3
     resume(tmp_path / "run", max_iters=step + 2)
     train(tmp_path / "straight", max_iters=step + 2, **settings)
     assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
 
 
-def test_a_second_interrupt_leaves_at_once(tmp_path, tiny_flags):
-    flags = tiny_flags(tmp_path / "run", gradient_accumulation_steps=10**6)  # an update that would take minutes
-    command = [sys.executable, ROOT / "train.py", *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, env=child_environment(), stderr=subprocess.PIPE, text=True)
-    try:
-        next(line for line in process.stderr if line.startswith("step 0:"))
-        process.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == -signal.SIGINT
-    finally:
-        process.kill()
-        process.stderr.close()
+@pytest.mark.parametrize("updates", [0, 2])
+def test_a_stop_is_heard_within_a_long_update_and_leaves_no_half_of_it(tmp_path, tiny_flags, train, resume, updates):
+    settings = dict(gradient_accumulation_steps=8, sample_tokens=0, eval_interval=100, max_iters=4) | PLAN
+    train(tmp_path / "straight", **settings)
+    if updates:
+        train(tmp_path / "run", **settings | {"max_iters": updates})
+    code = """
+import os, signal, sys
+import train
+from plaingpt.console import run_script
+micro_batch, calls = train.TrainBatches.micro_batch, 0
+
+def counted(self, *arguments):
+    global calls
+    calls += 1
+    if calls == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert calls < 5, "the update went on"
+    return micro_batch(self, *arguments)
+
+train.TrainBatches.micro_batch = counted
+run_script(train.main)
+"""
+    flags = tiny_flags(tmp_path / "run", **settings, init_from="auto")
+    command = [sys.executable, "-c", code, *flags]
+    ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 128 + signal.SIGINT, ended.stderr
+    assert f"stopped by SIGINT after update {updates}" in ended.stderr
+    assert (tmp_path / "run" / "last").exists() == (updates > 0)
+    train(tmp_path / "run", **settings, init_from="auto")
+    assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
+
+
+def test_a_second_interrupt_leaves_at_once():
+    code = "import os; from plaingpt.distributed import StopSignal; stop = StopSignal(); os.kill(os.getpid(), 2)\n"
+    code += "print(stop.number, flush=True); os.kill(os.getpid(), 2); print('still here')"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "2\n")
+    assert "Ctrl-C" in ended.stderr
 
 
 # two processes
@@ -549,7 +585,7 @@ def test_two_processes_stop_together_and_any_number_goes_on(tmp_path, tiny_flags
     flags = tiny_flags(tmp_path / "two", **TWO)
     ended = torchrun(flags, at="step 3/", do=lambda pids: os.kill(pids[-1], signal.SIGUSR1))
     assert "stopped by SIGUSR1" in ended.stderr
-    assert 3 <= load_training(tmp_path / "two" / "last")["step"] < 24
+    assert 3 <= load_state(tmp_path / "two" / "last")[0].step < 24
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     resume(tmp_path / "one")
     assert largest_difference(weights(tmp_path / "one"), weights(both)) < ROUNDING
@@ -580,13 +616,13 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     train(tmp_path / "run", keep_every=2)
     kept = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
     assert kept == ["step-000002", "step-000004", "step-000006"]
-    assert [load_training(tmp_path / "run" / name)["step"] for name in kept] == [2, 4, 6]
+    assert [load_state(tmp_path / "run" / name)[0].step for name in kept] == [2, 4, 6]
     assert load_model(tmp_path / "run" / kept[0])[0]
     assert same_run(tmp_path / "run", tiny_run)
     resume(tmp_path / "run", init_from="resume:step-000002")
     assert same_run(tmp_path / "run", tiny_run)
     resume(tmp_path / "run", init_from="resume:step-000002", max_iters=3)
-    assert load_training(tmp_path / "run" / "last")["step"] == 3
+    assert load_state(tmp_path / "run" / "last")[0].step == 3
     told = resume(tmp_path / "run", status=2, init_from="resume:step-9").err
     assert "no checkpoint there; there are last, step-000002, step-000004, step-000006" in told
     before = (tmp_path / "run" / "last" / "training.json").read_bytes()
@@ -604,15 +640,19 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
     losses = [line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line][1:]
     best = min(range(len(losses)), key=losses.__getitem__)
     assert len(losses) == best + 1 + 3 < 30
-    assert f"ended early, after update {len(losses)}: the lowest loss is still {min(losses):.4f}" in ended.err
-    assert load_training(tmp_path / "run" / "last")["step"] == len(losses)
+    assert f"ended early, after update {len(losses)}: 3 evaluations without improvement" in ended.err
+    assert (
+        f"lowest val_loss {min(losses):.4f} at step {best + 1}, saved in {tmp_path}/run/best, and has risen"
+        in ended.err
+    )
+    assert load_state(tmp_path / "run" / "last")[0].step == len(losses)
     train(tmp_path / "parts", patience=3, **GETS_WORSE | {"max_iters": best + 2})
     resume(tmp_path / "parts", max_iters=30)
     assert same_run(tmp_path / "run", tmp_path / "parts")
     resume(tmp_path / "run")  # it has ended
-    assert load_training(tmp_path / "run" / "last")["step"] == len(losses)
+    assert load_state(tmp_path / "run" / "last")[0].step == len(losses)
     resume(tmp_path / "run", patience=0, max_iters=len(losses) + 1)
-    assert load_training(tmp_path / "run" / "last")["step"] == len(losses) + 1
+    assert load_state(tmp_path / "run" / "last")[0].step == len(losses) + 1
 
 
 def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
@@ -621,7 +661,8 @@ def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"best_val_loss": 0.0, "evaluations_since_best": 2}))
     (path.parent / "SHA256SUMS").unlink()
     ended = resume(tmp_path / "run", max_iters=9, patience=3)
-    assert "ended early, after update 3: the lowest loss is still 0.0000 (--patience=3)" in ended.err
+    assert "ended early, after update 3: 3 evaluations without improvement (--patience)" in ended.err
+    assert "lowest val_loss 0.0000 at step" in ended.err
 
 
 # what goes wrong
@@ -632,9 +673,9 @@ def test_the_loss_scale_is_saved_and_comes_back(tmp_path, train, resume):
     train(tmp_path / "straight", **settings)
     train(tmp_path / "halves", max_iters=3, **settings)
     path = tmp_path / "halves" / "last" / "training.json"
-    assert load_training(path.parent)["scaler"]["_growth_tracker"] == 3
+    assert load_state(path.parent)[0].scaler["_growth_tracker"] == 3
     resume(tmp_path / "halves", max_iters=6, dtype="float16")
-    scalers = [load_training(tmp_path / name / "last")["scaler"] for name in ("straight", "halves")]
+    scalers = [load_state(tmp_path / name / "last")[0].scaler for name in ("straight", "halves")]
     assert scalers[0] == scalers[1]
     assert scalers[0]["_growth_tracker"] == 6
 
@@ -651,9 +692,9 @@ def test_skipped_updates_are_counted_and_told_and_a_resume_goes_on_counting(tmp_
     assert counts[:2] == [0, 1] and counts == sorted(counts)
     assert 0 < counts[-1] < 14
     assert f"| {counts[-1]} skipped" in ended.err
-    assert load_training(path.parent)["scaler"]["scale"] == 2.0 ** (27 - counts[-1])
+    assert load_state(path.parent)[0].scaler["scale"] == 2.0 ** (27 - counts[-1])
     resume(tmp_path / "run", max_iters=16, dtype="float16")
-    assert records(tmp_path / "run")[-2]["skipped"] == load_training(path.parent)["skipped"] == counts[-1]
+    assert records(tmp_path / "run")[-2]["skipped"] == load_state(path.parent)[0].skipped == counts[-1]
 
 
 def test_a_damaged_last_is_refused_with_the_names_of_whole_ones(tmp_path, train, resume):
@@ -661,9 +702,9 @@ def test_a_damaged_last_is_refused_with_the_names_of_whole_ones(tmp_path, train,
     (tmp_path / "run" / "last" / "optimizer.safetensors").write_bytes(b"")
     (message,) = resume(tmp_path / "run", status=2).err.splitlines()
     best = f"--init_from={tmp_path / 'run' / 'best'} (the model alone)"
-    assert message.endswith(f"; one that is whole: --init_from=resume:step-000006 or {best}")
+    assert message.endswith(f"; an intact one: --init_from=resume:step-000006 or {best}")
     (tmp_path / "run" / "step-000006" / "config.json").unlink()
-    assert "whole: --init_from=resume:step-000004 or" in resume(tmp_path / "run", status=2).err
+    assert "intact one: --init_from=resume:step-000004 or" in resume(tmp_path / "run", status=2).err
     resume(tmp_path / "run", init_from="resume:step-000004")
     resume(tmp_path / "run")
 
@@ -705,11 +746,11 @@ def test_a_full_disk_is_told_and_the_next_save_tried_and_the_last_has_to_succeed
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, train, name):
     (tmp_path / "run").write_text("a file")
     ended = train(tmp_path / name, status=2)
-    assert "metrics.jsonl cannot be written" in ended.err.splitlines()[-1]
+    assert "cannot be written" in ended.err.splitlines()[-1]
 
 
 def test_the_settings_are_saved_with_the_run(tiny_run):
-    settings = load_training(tiny_run / "last")["settings"]
+    settings = load_state(tiny_run / "last")[0].settings
     assert {name: settings[name] for name in TINY} == TINY
 
 

@@ -1,0 +1,150 @@
+"""How a run starts, with which settings and which model, and what it says at its end."""
+
+import dataclasses
+import json
+import shlex
+import signal
+import typing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import GPT, GPTConfig
+from plaingpt.checkpoint import load_model, model_directory
+from plaingpt.console import RunFailed, UserError, counted, note
+from plaingpt.run_state import RunState, naming_others
+from plaingpt.settings import check_value
+from plaingpt.tokenizer import Tokenizer, gpt2
+from plaingpt.tokens import DataSet
+
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+# These settings belong to the machine and the command, not to the run.
+LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout"}
+# These may differ from the checkpoint's; the others decide what is trained.
+CHANGEABLE = LOCAL | {
+    "data_dir", "dtype", "compile", "eval_interval", "eval_iters", "log_interval", "sample_tokens",
+    "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "batch_size",
+    "gradient_accumulation_steps", "learning_rate", "max_iters", "patience", "keep_every", "decay_lr", "lr_schedule",
+    "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip", "dropout", "momentum", "sharding",
+    "reduce_dtype", "recompute",
+}  # fmt: skip
+
+
+def resumed_settings(config: Any, given: dict[str, str], state: RunState, directory: Path) -> Any:
+    """`config` with every setting that no flag gave taken from the checkpoint.
+
+    A flag that changes something is reported; one that contradicts the checkpoint raises UserError.
+    """
+    trained, where = state.settings, f"{directory}/training.json"
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for name in hints.keys() & trained.keys():
+        check_value(name, trained[name], hints[name], where)
+    if missing := {"gradient_accumulation_steps", "batch_size"} - trained.keys():
+        raise UserError(f"{where}: settings lack {', '.join(sorted(missing))}")
+    flags = {name for name in given if given[name].startswith("--")}
+    for name in sorted(given.keys() & trained.keys() - LOCAL):
+        if getattr(config, name) == trained[name]:
+            continue
+        asked = f"{given[name]}: {name}={getattr(config, name)}"
+        if name not in flags:
+            note(f"kept from the checkpoint: {name}={trained[name]} (not {asked}; a flag would change it)")
+        elif name in CHANGEABLE:
+            note(f"changed on resume: {asked}, until now {trained[name]}")
+        else:
+            raise UserError(
+                f"{asked}, but the checkpoint was trained with {trained[name]}; "
+                "leave it out, choose another --out_dir, or start anew with --init_from=scratch"
+            )
+    kept = {name: value for name, value in trained.items() if name in hints.keys() - flags - LOCAL | {"init_from"}}
+    for setting in dataclasses.fields(config):  # derived settings are derived again, from what may have changed
+        if setting.default is None and setting.name in state.derived and setting.name not in flags:
+            kept[setting.name] = None
+    config = dataclasses.replace(config, **kept)
+    before, now = (c["gradient_accumulation_steps"] * c["batch_size"] for c in (trained, vars(config)))
+    if now != before:
+        raise UserError(
+            f"gradient_accumulation_steps x batch_size is {now}, but the checkpoint was trained with {before} "
+            "sequences an update: keep the product"
+        )
+    updates = counted(state.step, "update")
+    if config.max_iters < state.step:
+        raise UserError(f"max_iters={config.max_iters}, but the checkpoint in {directory} has {updates}")
+    if config.max_iters == state.step and not config.eval_only:
+        note(f"the run has {updates} already: --max_iters=… for more, or --init_from=scratch")
+    return config
+
+
+def check_schedule(config: Any) -> None:
+    """UserError if the learning rate is 0 before the run ends: those updates would change nothing."""
+    if config.learning_rate_at(config.max_iters - 1) == 0:
+        zero = max(config.lr_decay_iters, config.warmup_iters)
+        raise UserError(
+            f"the learning rate would be 0 from update {zero} of {config.max_iters} on: "
+            f"give --lr_decay_iters={config.max_iters}, or a --min_lr above 0"
+        )
+
+
+def initial_model(config: Any, given: dict[str, str], data: DataSet, checkpoint: Path | None) -> tuple[GPT, Any]:
+    """The model that `config` asks for, on the CPU, and `config` with the shape of that model.
+
+    checkpoint: the directory that a run is resumed from. UserError if a setting in `given`, or the tokenizer of the
+    data set, contradicts a model that exists.
+    """
+    if not checkpoint and config.init_from in ("scratch", "auto"):
+        if config.n_embd % config.n_head:
+            raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+        torch.manual_seed(config.seed)
+        shape = {name: getattr(config, name) for name in SHAPE}
+        return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **shape)), config
+    if checkpoint:
+        with naming_others(checkpoint):
+            model, tokenizer = load_model(checkpoint, dropout=config.dropout, check=False)  # checked with the state
+    else:
+        block_size = config.block_size if "block_size" in given else None
+        model, tokenizer = load_model(config.init_from, block_size, config.dropout)
+    source = checkpoint or config.init_from
+    for name in SHAPE:
+        asked, found = getattr(config, name), getattr(model.config, name)
+        if name in given and asked != found:
+            raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")
+    if not tokenizer.same_as(data.tokenizer):
+        problem = f"the data set {config.dataset} was prepared with another tokenizer than {source}"
+        if checkpoint:
+            again = prepare_command(config.data_dir, config.dataset, config.dataset, source, tokenizer)
+            raise UserError(f"{problem}; choose another --out_dir for a new run, or prepare it as it was: {again}")
+        name = f"{config.dataset}-again"
+        again = prepare_command(config.data_dir, config.dataset, name, source, tokenizer)
+        raise UserError(f"{problem}; prepare it again: {again}, then train with --dataset={name}")
+    return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in SHAPE})
+
+
+def prepare_command(data_dir: str, dataset: str, name: str, model: str | Path, tokenizer: Tokenizer) -> str:
+    """The command that prepares the text of a data set again, as `name`, with the tokenizer of a model."""
+    meta = Path(data_dir) / dataset / "meta.json"
+    text = json.loads(meta.read_bytes())["source"] if meta.is_file() else "FILES"
+    text = (
+        "-" if text == "standard input" else shlex.join(shlex.split(text))
+    )  # quoted anew: meta.json may come from anyone
+    wanted = "gpt2" if tokenizer.same_as(gpt2()) else model_directory(model)
+    folder = "" if data_dir == "data" else f" --data_dir={shlex.quote(data_dir)}"
+    return f"python prepare_data.py {text} --name={shlex.quote(name)} --tokenizer={shlex.quote(str(wanted))}{folder}"
+
+
+def closing_lines(config: Any, state: RunState, stopping: int, problem: str | None) -> int:
+    """The closing lines and the exit status of a run."""
+    if problem:
+        raise RunFailed(f"the last save failed: {problem}")
+    out_dir = shlex.quote(config.out_dir)
+    if stopping:
+        remedy = f", saved; to continue: --init_from=resume --out_dir={out_dir}" if state.step else ""
+        note(f"stopped by {signal.Signals(stopping).name} after update {state.step}{remedy}")
+        return 128 + stopping
+    if state.best_val_loss is None:
+        raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
+    if state.step < config.max_iters:
+        note(f"ended early, after update {state.step}: {config.patience} evaluations without improvement (--patience)")
+    rise = "" if not state.evaluations_since_best else ", and has risen since: the model has begun to overfit"
+    note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{rise}")
+    note(f"next: python sample.py --out_dir={out_dir}")
+    return 0
