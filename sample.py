@@ -3,6 +3,8 @@
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 """
 
+import plaingpt.startup
+
 import collections
 import itertools
 import json

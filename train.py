@@ -4,6 +4,8 @@ python train.py config/train_shakespeare_char.py --batch_size=32
 torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
+import plaingpt.startup
+
 import dataclasses
 import gc
 from dataclasses import dataclass
