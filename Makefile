@@ -1,11 +1,11 @@
-# make quickstart: set up, prepare text that every machine has, train, write. make test: every test.
+# make quickstart: install, prepare a text that every machine has, train, sample. make test: run every test.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 quickstart: .venv/ready
 	$(BIN)/python prepare_data.py python
 	$(BIN)/python train.py config/quickstart.py
-	$(BIN)/python bench/against_xz.py
 	printf 'class Server:\n    def' | $(BIN)/python sample.py --out_dir=out-quickstart --start=- --max_new_tokens=200
 
 test: .venv/ready-dev
@@ -13,14 +13,22 @@ test: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
+# On Linux, torch and NVIDIA's libraries are 2.7 GB to download, torch for CPUs is 0.2 GB. It is chosen where there is no
+# NVIDIA GPU, unless pip is configured to use an index of its own; where it cannot be fetched, the default build follows.
+CPU_TORCH := --index-url=https://download.pytorch.org/whl/cpu --retries=1 $(shell grep -o '^torch==[0-9.]*' requirements.txt)
+
 .venv/ready: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and \
+	  f"plainGPT needs Python 3.11 to 3.14, and this is {sys.version.split()[0]}: make PYTHON=python3.13")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@if [ "$$(uname)" = Linux ] && ! ls /dev/nvidia* > /dev/null 2>&1 && ! command -v nvidia-smi > /dev/null \
+	    && ! $(BIN)/python -m pip config list | grep -qE 'index|find-links|constraint'; then \
+	  $(PIP) $(CPU_TORCH) 2> /dev/null || echo "torch for CPUs cannot be fetched: the default build is installed"; fi
+	$(PIP) --requirement=requirements.txt
 	touch $@
 
 .venv/ready-dev: requirements-dev.txt .venv/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) --requirement=requirements-dev.txt
 	touch $@
 
 .PHONY: quickstart test

@@ -6,6 +6,8 @@ python prepare_data.py hf:owner/name --column=text --part=3/16          # one of
 python prepare_data.py --inspect=books
 """
 
+import plaingpt.startup
+
 import contextlib
 import dataclasses
 import hashlib

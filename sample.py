@@ -3,6 +3,8 @@
 python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 """
 
+import plaingpt.startup
+
 import collections
 import itertools
 import json
@@ -26,53 +28,59 @@ from plaingpt.distributed import connect
 from plaingpt.evaluate import log_probabilities
 from plaingpt.files import existing
 from plaingpt.generate import Batch, Decoder, Sampling
-from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, load_settings
+from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, load_settings
 from plaingpt.text.sources import read_text
 from plaingpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    out_dir: str = "out"
-    """folder of a run (its best model, else its last), or a model directory"""
-    init_from: str | None = None
-    """instead of out_dir: gpt2 or another GPT-2 on the hub, a model directory, or nanoGPT's ckpt.pt"""
+    out_dir: PathName = "out"
+    """directory of a run (best/ is used, else last/) or of a model"""
+    init_from: PathName | None = None
+    """model to use instead of out_dir: gpt2 or another GPT-2 on the hub, a model directory, or nanoGPT's ckpt.pt"""
     start: str = "\n"
-    """the prompt; FILE:path reads it from a file, - from standard input; empty: from nothing"""
-    prompts: str | None = None
-    """a file of prompts, one a line, instead of start"""
-    interactive: bool = False
-    """type a prompt, watch it write, and again; Ctrl-C stops a text, end of file (Ctrl-D) ends"""
-    score: str | None = None
-    """a text file: write no text, but say how likely the model finds this one"""
+    """prompt; FILE:path reads it from a file, - from standard input; empty: no prompt"""
     num_samples: PositiveInt = 1
-    """texts to write for each prompt"""
-    batch_size: PositiveInt = 16
-    """texts written at once"""
+    """samples per prompt"""
     max_new_tokens: PositiveInt = 500
-    """most tokens of a text; it may end earlier, at end of text"""
-    stop: str = ""
-    """a text also ends before any of these strings, separated by |; \\n is a line break, \\| the sign itself"""
+    """maximum tokens per sample; a sample also ends at end of text"""
     temperature: NonNegative = 0.8
-    """below 1 more likely words, above 1 less likely ones; 0: always the likeliest"""
+    """below 1: more predictable; above 1: more varied; 0: always the most likely token"""
     top_k: NonNegativeInt = 200
-    """draw from the k likeliest tokens; 0: from all"""
+    """sample from the k most likely tokens (0: from all)"""
     top_p: Fraction = 1.0
-    """draw from the likeliest tokens that together have this probability; 1: from all"""
+    """sample from the most likely tokens that together have this probability (1: from all)"""
     min_p: Fraction = 0.0
-    """draw from the tokens that have at least this share of the likeliest one's probability; 0: from all"""
+    """sample from tokens at least this many times as likely as the most likely one (0: from all)"""
     repetition_penalty: Positive = 1.0
-    """above 1: tokens that the text already has are less likely"""
+    """above 1: tokens that are already in the text become less likely"""
+    stop: str = ""
+    """strings that end a sample, separated by |; \\n is a line break, \\| a literal |"""
     seed: NonNegativeInt = 1337
-    """of the drawing"""
+    """random seed"""
+    interactive: bool = False
+    """read prompts from the terminal; Ctrl-C stops a sample, Ctrl-D exits"""
+    prompts: PathName | None = None
+    """file with one prompt per line, instead of start"""
+    score: PathName | None = None
+    """text file to score instead of generating: prints its loss, perplexity and bits per byte"""
     output: Literal["text", "jsonl"] = "text"
-    """jsonl: a JSON object a line for each text, or with score for each token"""
+    """jsonl: one JSON object per sample, or with score per token"""
+    batch_size: PositiveInt = 16
+    """samples generated at once"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps"""
+    """auto, cpu, cuda, cuda:1 or mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of weights; auto: 16 bits where that is fast, float16 on x86 CPUs, else what train.py takes"""
+    """precision of the weights (auto: float16 on x86 CPUs, elsewhere as in train.py)"""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights in 8 bits, on x86 CPUs"""
 
-    RETIRED: ClassVar = {"compile": "not needed", "quantize": "gone: for 8 bits export the model with tools/to_gguf.py"}
+    RETIRED: ClassVar = {"compile": "ignored: sampling needs no compilation"}
+    SYNONYMS: ClassVar = {
+        "": "start", "prompt": "start", "text": "start", "model": "init_from", "temp": "temperature",
+        "length": "max_new_tokens", "max_tokens": "max_new_tokens", "n": "num_samples",
+    }  # fmt: skip
 
 
 WAYS = ("start", "prompts", "interactive", "score")  # of being told what to do: one at a time

@@ -4,6 +4,8 @@ python train.py config/train_shakespeare_char.py --batch_size=32
 torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
+import plaingpt.startup
+
 import dataclasses
 import gc
 from dataclasses import dataclass
@@ -32,108 +34,128 @@ from plaingpt.parallel import exchange_gradients, wrap
 from plaingpt.plan import announce, rehearse, tokens_per_update
 from plaingpt.run import check_schedule, closing_lines, initial_model, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
-from plaingpt.settings import Decay, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, load_settings
+from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, load_settings
 from plaingpt.tokens import DataSet, open_data_set
 
 DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that are computed from others unless given
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    out_dir: str = "out"
-    """folder of the run: last/, best/, metrics.jsonl, loss.png"""
-    eval_interval: PositiveInt = 2000
-    """updates between evaluations; each is followed by a save"""
-    eval_iters: NonNegativeInt = 200
-    """batches of an evaluation, always the same ones; 0: the whole validation split"""
-    patience: NonNegativeInt = 0
-    """evaluations in a row without a lower loss after which the run ends; 0: any number"""
-    keep_every: NonNegativeInt = 0
-    """updates between checkpoints that are kept for good, out_dir/step-001000 and so on; 0: none"""
-    eval_only: bool = False
-    """evaluate once, then end; nothing is written"""
-    dry_run: bool = False
-    """tell memory, speed and hours from a few timed updates, then end; nothing is written"""
-    log_interval: PositiveInt = 10
-    """updates between lines of the log"""
-    sample_tokens: NonNegativeInt = 48
-    """tokens written by the model at each evaluation, for a look; 0: none"""
-    init_from: str = "scratch"
-    """scratch; resume: from out_dir/last; resume:step-001000; auto: resume or start; or a model: gpt2, a directory"""
-    wandb_log: bool = False
-    """also record the run in Weights & Biases"""
-    wandb_project: str = "plaingpt"
-    """its project there"""
-    wandb_run_name: str | None = None
-    """its name there"""
-    tensorboard_log: bool = False
-    """also write TensorBoard's files, to out_dir/tensorboard"""
+class RunSettings:
+    out_dir: PathName = "out"
+    """directory for checkpoints (last/, best/), metrics.jsonl and loss.png"""
     dataset: str = "openwebtext"
-    """name of a prepared data set, a folder of data_dir"""
-    data_dir: str = "data"
-    """the folder of the data sets"""
-    gradient_accumulation_steps: PositiveInt = 40
-    """micro-steps of an update, over all processes: more processes never change the recipe"""
-    batch_size: PositiveInt = 12
-    """sequences of a micro-step"""
-    block_size: PositiveInt = 1024
-    """tokens of a sequence, and positions of the model"""
-    n_layer: PositiveInt = 12
-    """blocks"""
-    n_head: PositiveInt = 12
-    """attention heads of a block"""
-    n_embd: PositiveInt = 768
-    """channels"""
-    dropout: Fraction = 0.0
-    """share of activations dropped: 0 is good for pretraining, 0.1 and more for small data sets"""
-    bias: bool = False
-    """biases in linear layers and LayerNorms, as GPT-2 has them; without is a little faster and as good"""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """muon for the matrices of the blocks and AdamW for the rest, or adamw for everything"""
-    learning_rate: Positive = 6e-4
-    """the peak"""
+    """prepared data set to train on, a directory in data_dir"""
+    data_dir: PathName = "data"
+    """directory of the prepared data sets"""
+    init_from: PathName = "scratch"
+    """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); or a model: gpt2, a directory"""
     max_iters: PositiveInt = 600000
-    """updates, exactly"""
-    weight_decay: NonNegative = 0.1
-    """of matrices and embeddings"""
-    momentum: Decay = 0.95
-    """Muon's; a run of a few hundred updates ends lower with 0.85"""
-    beta1: Decay = 0.9
-    """AdamW's decay of the mean of the gradients"""
-    beta2: Decay = 0.95
-    """AdamW's decay of the mean of their squares"""
-    grad_clip: NonNegative = 1.0
-    """largest norm of the gradients; 0: any"""
-    decay_lr: bool = True
-    """lower the learning rate after the warm-up"""
-    lr_schedule: Literal["linear", "cosine"] = "linear"
-    """the way down from learning_rate to min_lr; nanoGPT's recipe is adamw with cosine"""
-    warmup_iters: NonNegativeInt | None = None
-    """updates until the peak (by default a twentieth of max_iters, at most 2000)"""
-    lr_decay_iters: PositiveInt | None = None
-    """update at which the learning rate arrives at min_lr (by default max_iters)"""
-    min_lr: NonNegative | None = None
-    """learning rate at the end (by default 0 of linear, a tenth of learning_rate of cosine)"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of matrix products; auto: bfloat16 where the processor has it (float32 on CUDA means tf32)"""
-    compile: bool | None = None
-    """torch.compile the forward and backward pass (by default on CUDA)"""
-    sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
-    """ddp: every process holds the whole model; fsdp: its share of it; hybrid: fsdp in a node, ddp between nodes"""
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision in which processes exchange gradients: bfloat16 halves the traffic"""
-    recompute: bool = False
-    """compute each block again in the backward pass (activation checkpointing): a third more work, less memory"""
-    timeout: Positive = 600
-    """seconds that a process waits for another before the run ends"""
+    """number of training steps"""
+    batch_size: PositiveInt = 12
+    """sequences per micro-step"""
+    gradient_accumulation_steps: PositiveInt = 40
+    """micro-steps per training step over all processes, so that adding GPUs does not change the recipe"""
+    eval_interval: PositiveInt = 2000
+    """steps between evaluations; each is followed by a checkpoint"""
+    eval_iters: NonNegativeInt = 200
+    """size of an evaluation, in training steps' worth of sequences, always the same (0: the entire validation split)"""
+    patience: NonNegativeInt = 0
+    """stop after this many evaluations without improvement (0: never)"""
+    keep_every: NonNegativeInt = 0
+    """steps between permanent checkpoints, out_dir/step-001000 and so on (0: none)"""
+    eval_only: bool = False
+    """evaluate once and exit; nothing is written"""
+    dry_run: bool = False
+    """time a few steps, print memory, speed and hours, and exit; nothing is written"""
     seed: NonNegativeInt = 1337
-    """of initialisation, data order and dropout"""
+    """random seed of initialization, data order and dropout"""
 
+
+@dataclass(frozen=True)
+class ModelSettings:
+    n_layer: PositiveInt = 12
+    """number of blocks"""
+    n_head: PositiveInt = 12
+    """attention heads per block"""
+    n_embd: PositiveInt = 768
+    """width of the model, in channels"""
+    block_size: PositiveInt = 1024
+    """context length, in tokens"""
+    dropout: BelowOne = 0.0
+    """dropout probability: 0 for pretraining, 0.1 or more for small data sets"""
+    bias: bool = False
+    """biases in linear layers and LayerNorms, as in GPT-2; without them it is slightly faster and just as good"""
+
+
+@dataclass(frozen=True)
+class OptimizationSettings:
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon (for the matrices of the blocks, AdamW for the rest) or adamw (for everything)"""
+    learning_rate: Positive = 6e-4
+    """peak learning rate"""
+    lr_schedule: Literal["linear", "cosine"] = "linear"
+    """shape of the decay from learning_rate to min_lr; nanoGPT uses cosine, with adamw"""
+    decay_lr: bool = True
+    """decay the learning rate after warmup (False: keep it constant)"""
+    warmup_iters: NonNegativeInt | None = None
+    """steps of linear warmup (None: max_iters / 20, at most 2000)"""
+    lr_decay_iters: PositiveInt | None = None
+    """step at which the learning rate reaches min_lr (None: max_iters)"""
+    min_lr: NonNegative | None = None
+    """final learning rate (None: 0 for linear, learning_rate / 10 for cosine)"""
+    weight_decay: NonNegative = 0.1
+    """weight decay of matrices and embeddings"""
+    momentum: BelowOne = 0.95
+    """Muon's momentum; 0.85 is better for runs of a few hundred steps"""
+    beta1: BelowOne = 0.9
+    """AdamW's decay rate of the gradient average"""
+    beta2: BelowOne = 0.95
+    """AdamW's decay rate of the squared-gradient average"""
+    grad_clip: NonNegative = 1.0
+    """maximum gradient norm (0: no clipping)"""
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    log_interval: PositiveInt = 10
+    """steps between log lines"""
+    sample_tokens: NonNegativeInt = 48
+    """length of the sample printed at each evaluation, in tokens (0: no sample)"""
+    wandb_log: bool = False
+    """log to Weights & Biases"""
+    wandb_project: str = "plaingpt"
+    """Weights & Biases project"""
+    wandb_run_name: str | None = None
+    """name of the Weights & Biases run (None: a random one)"""
+    tensorboard_log: bool = False
+    """write TensorBoard event files to out_dir/tensorboard"""
+
+
+@dataclass(frozen=True)
+class HardwareSettings:
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """precision of matrix products (auto: bfloat16 if the hardware supports it; float32 on CUDA means TF32)"""
+    compile: bool | None = None
+    """compile the forward and backward pass with torch.compile (None: on CUDA)"""
+    recompute: bool = False
+    """activation checkpointing: less memory for a third more compute"""
+    sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
+    """ddp: each process holds the full model; fsdp: one shard of it; hybrid: fsdp within a node, ddp across nodes"""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of gradient communication; bfloat16 halves the traffic"""
+    timeout: Positive = 600
+    """seconds that a process waits for the others before the run fails"""
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSettings, HardwareSettings):
+    SYNONYMS: ClassVar = {"lr": "learning_rate", "epochs": "max_iters", "steps": "max_iters", "resume": "init_from"}
     RETIRED: ClassVar = {
-        "backend": "not needed, the device decides (nccl on CUDA, gloo elsewhere)",
-        "always_save_checkpoint": "not needed, out_dir/last is always saved and out_dir/best when it improves",
+        "backend": "ignored: the device determines it (nccl on CUDA, gloo elsewhere)",
+        "always_save_checkpoint": "ignored: out_dir/last is always saved, and out_dir/best at each improvement",
     }
 
     def __post_init__(self):

@@ -1,72 +1,106 @@
-"""What a script says to a person: errors in one line, notes, exit statuses."""
+"""What a script prints for people: notes, errors on one line, and the exit status."""
 
 import contextlib
 import difflib
+import errno
 import gc
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
 
+from plaingpt import startup
+
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong and what to do."""
+    """A mistake of the user, whose message is one line with the remedy."""
 
 
 class RunFailed(Exception):
-    """What no setting was wrong for: one line, and exit status 1."""
+    """A failure that no setting caused, whose message is one line."""
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Run `main` as the process: UserError, or a file that may not be read or written, becomes one line on
-    standard error and status 2; RunFailed, and want of memory, status 1."""
-    rank = os.environ.get("RANK", "0")
-    for stream in (sys.stdout, sys.stderr):
-        # whatever a pipe's code page is on this machine, Windows has many, and a name of a file that is no UTF-8
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+def run_script(main: Callable[[], int | None], less_memory: str = "--batch_size") -> None:
+    """Run `main` and exit with the status it returns.
+
+    An error that has an explanation ends the process with one line on standard error: a mistake of the user or a file
+    that cannot be used with status 2, other failures with status 1. `less_memory` is the flag that reduces memory use.
+    """
+    if signal.getsignal(signal.SIGINT) is startup.end_process:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):  # not in Jupyter
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         status = main()
-        gc.freeze()  # Python's last search for garbage among torch's 300,000 objects takes half a second
+        gc.freeze()  # skips Python's last garbage collection: half a second for torch's 300,000 objects
         sys.exit(status)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `python sample.py | head`
+    except BrokenPipeError:  # as in `python sample.py | head`
         os._exit(141)
-    except Exception as error:
-        if isinstance(error, PermissionError):
-            error = UserError(one_line(error))
-        out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # which is torch's
-        if not out_of_memory and not isinstance(error, (UserError, RunFailed)):
+    except BaseException as error:
+        status, message = _explain(error, less_memory)
+        if not message:
             raise
-        what = f"out of memory: {one_line(error)}; a smaller --batch_size needs less" if out_of_memory else error
-        where = "" if rank == "0" else f" [rank {rank}]"
-        line = f"{os.path.basename(sys.argv[0])}{where}: {what}"
-        print(line, file=sys.stderr)
-        _tell_torchrun(line)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        rank = os.environ.get("RANK", "0")
+        script = os.path.basename(sys.argv[0]) + ("" if rank == "0" else f" [rank {rank}]")
+        line = escaped(f"{script}: {message}")
+        with contextlib.suppress(OSError):  # a closed terminal
+            print(line, file=sys.stderr)
+        _report_to_torchrun(line)
+        sys.exit(status)
 
 
-def _tell_torchrun(line: str) -> None:
-    """Have torchrun's last lines repeat `line`, and not the traceback that torch's `record` left there for it."""
+# RuntimeErrors of torch on CPUs (Linux, Windows) and on Apple's and NVIDIA's GPUs; OSErrors
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|(backend|error:) out of memory|Cannot allocate memory")
+
+
+def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
+    """The exit status and the message for an error; no message for one that only a traceback explains."""
+    text = one_line(error)
+    if isinstance(error, UserError | RunFailed):
+        return 2 if isinstance(error, UserError) else 1, str(error)
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or NO_MEMORY.search(text):
+        return 1, f"out of memory: {text.rpartition('DefaultCPUAllocator: ')[2]}; a smaller {less_memory} needs less"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        return 2, text
+    if type(error).__name__ == "PanicException":  # a Rust library's, and not an Exception
+        return 1, f"a library failed: {text}"
+    return 1, ""
+
+
+def _report_to_torchrun(line: str) -> None:
+    """Have torchrun end with `line` instead of the traceback that torch's `record` has written."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        told = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):
             with open(f"{path}.new", "w") as file:
-                json.dump(told, file)
-            os.replace(file.name, path)  # torchrun ends us when another process failed, and chokes on half a file
+                json.dump(report, file)
+            os.replace(file.name, path)  # torchrun may read it at any time
 
 
 def note(message: str) -> None:
-    """Tell the person at the terminal one line; under torchrun, only rank 0 speaks."""
+    """Print one line to standard error; under torchrun, only rank 0 does."""
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # nobody listens any more: no reason to end
-            print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a closed terminal does not stop a run
+            print(escaped(message), file=sys.stderr)
+
+
+def escaped(text: str) -> str:
+    """`text` with control characters, which names in files may contain and terminals obey, written as \\x1b."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and line break
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -77,15 +111,16 @@ def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of bounded length; its class where it says nothing."""
-    said = str(error)
-    if isinstance(error, OSError) and error.strerror:  # without the number
-        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(said.split())[:300] or type(error).__name__
+    """An exception's message on one line of at most 300 characters; its class if it has no message."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without the error number
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:199]} … {text[-98:]}"  # the reason is often at the end
 
 
 def counted(n: int, thing: str) -> str:
-    """How many of a thing there are, as in `1 document` and `2,000 documents`."""
+    """A number with its noun: 1 document, 2,000 documents."""
     return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
@@ -94,5 +129,5 @@ def millions(number: int) -> str:
 
 
 def perplexity(loss: float) -> str:
-    value = math.exp(min(loss, 700))  # a float has no more
+    value = math.exp(min(loss, 700))  # more would overflow a float
     return f"{value:.2f}" if value < 1e6 else f"{value:.1e}"

@@ -27,7 +27,7 @@ def show_help(cls: type, positional: str) -> NoReturn:
             return tyro.constructors.PrimitiveConstructorSpec(1, "|".join(kinds), str, lambda value: True, _shown)
 
     groups = [base for base in cls.__bases__ if dataclasses.is_dataclass(base)]
-    members = [(group.__name__, tyro.conf.OmitArgPrefixes[group], group()) for group in groups]
+    members = [(group.__name__.removesuffix("Settings"), tyro.conf.OmitArgPrefixes[group], group()) for group in groups]
     recipes = "Python files that assign settings; flags override them" if positional == "recipes" else None
     look = tyro.conf.arg(metavar=f"[{positional.upper()} ...]", help_behavior_hint="", help=recipes)
     members.insert(0, (positional, tyro.conf.Positional[Annotated[str, look]], ""))

@@ -39,7 +39,7 @@ NonNegativeInt = Annotated[int, Range(min=0, max=2**63 - 1)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
-Decay = Annotated[float, Range(min=0, max=0.999999)]
+BelowOne = Annotated[float, Range(min=0, max=0.999999)]
 PathName = Annotated[str, os.path.expanduser]  # ~ is the home directory, as in a shell
 
 SWITCH = {"true": True, "1": True, "false": False, "0": False}

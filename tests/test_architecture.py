@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["model", "plaingpt.console", "plaingpt.tracking"],
+    ["model", "plaingpt.startup", "plaingpt.tracking"],
+    ["plaingpt.console"],
     ["plaingpt.cpu", "plaingpt.help"],
     ["plaingpt.settings"],
     ["plaingpt.generate"],

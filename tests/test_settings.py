@@ -1,7 +1,6 @@
 """Settings: where values come from, what is refused, and in what words."""
 
 import dataclasses
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 
-from plaingpt.console import UserError, perplexity
+from plaingpt.console import UserError
 from plaingpt.settings import Fraction, NonNegativeInt, PathName, Positive, PositiveInt, Range, load_settings
 from prepare_data import PrepareConfig
 from sample import SampleConfig
@@ -343,78 +342,6 @@ def test_help_shows_a_percent_sign_and_a_line_break_as_they_are_written(capsys):
         load("--help")
     text = capsys.readouterr().out
     assert "100% free text" in text and r"(default: '\n')" in text
-
-
-def test_a_perplexity_without_bound_is_told_in_few_signs():
-    assert [perplexity(loss) for loss in (0.0, 3.38, 191.299, 1e9)] == ["1.00", "29.37", "1.2e+83", "1.0e+304"]
-
-
-# the process
-
-SCRIPT = """
-import sys
-from plaingpt.console import RunFailed, UserError, note, run_script
-def main():
-    note("a note")
-    if sys.argv[1] == "mistake":
-        raise UserError("bread.txt: there is no flour in it")
-    if sys.argv[1] == "memory":
-        return len(bytearray(1 << 60))
-    if sys.argv[1] == "permission":
-        raise PermissionError(13, "Permission denied", "bread.txt")
-    if sys.argv[1] == "failure":
-        raise RunFailed("the oven went out")
-    if sys.argv[1] == "snow":
-        print("\u2603")
-    return 7 if sys.argv[1] == "seven" else None
-run_script(main)
-"""
-
-
-def run(argument, **environment):
-    env = {**os.environ, "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(
-        [sys.executable, "-c", SCRIPT, argument], env=env, capture_output=True, text=True, encoding="utf-8"
-    )
-
-
-def test_a_mistake_ends_the_process_with_status_2_and_one_line():
-    ended = run("mistake")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "a note\n-c: bread.txt: there is no flour in it\n"
-
-
-def test_a_file_that_may_not_be_read_is_status_2_and_one_line():
-    ended = run("permission")
-    assert (ended.returncode, ended.stderr) == (2, "a note\n-c: bread.txt: Permission denied\n")
-
-
-def test_text_goes_out_as_utf8_whatever_the_machines_encoding_is():
-    ended = run("snow", PYTHONIOENCODING="cp1252")
-    assert (ended.returncode, ended.stdout) == (0, "☃\n")
-
-
-def test_without_a_mistake_the_process_ends_with_status_0():
-    assert run("fine").returncode == 0
-    assert run("seven").returncode == 7
-
-
-def test_a_failure_that_is_nobodys_mistake_is_status_1_and_one_line():
-    ended = run("failure")
-    assert (ended.returncode, ended.stderr) == (1, "a note\n-c: the oven went out\n")
-
-
-def test_want_of_memory_is_status_1_and_one_line_with_the_remedy():
-    ended = run("memory")
-    assert (ended.returncode, ended.stderr) == (
-        1,
-        "a note\n-c: out of memory: MemoryError; a smaller --batch_size needs less\n",
-    )
-
-
-def test_other_ranks_say_which_they_are_and_give_no_notes():
-    ended = run("mistake", RANK="3")
-    assert (ended.returncode, ended.stderr) == (2, "-c [rank 3]: bread.txt: there is no flour in it\n")
 
 
 def test_a_misspelled_flag_of_a_script_is_status_2_and_one_line():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plaingpt.startup
+
 from plaingpt.console import UserError, note, one_line, run_script
 from plaingpt.metrics import draw
 from plaingpt.settings import PathName, load_settings

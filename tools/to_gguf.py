@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plaingpt.startup
+
 from model import GPT
 from plaingpt.checkpoint import load_model, with_biases
 from plaingpt.console import UserError, note, one_line, run_script

@@ -1,0 +1,44 @@
+"""Imported first by every script, before the imports that take seconds.
+
+A Python that is too old, or a package that is missing, is one line with the remedy; Ctrl-C ends the process at once.
+"""
+
+import os
+import signal
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPT = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+
+
+def end_process(*_) -> None:
+    """Handle Ctrl-C during imports, where an exception may be swallowed and the process go on."""
+    os._exit(130)
+
+
+def refuse(problem: str) -> None:
+    print(f"{os.path.basename(SCRIPT)}: {problem}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def explain(kind: type, error: BaseException, traceback: object) -> None:
+    """Print an uncaught exception: its traceback, unless a package is not installed."""
+    if kind is not ModuleNotFoundError or error.name.partition(".")[0] in ("plaingpt", "model"):
+        return sys.__excepthook__(kind, error, traceback)
+    python = os.path.join(ROOT, ".venv", "Scripts" if os.name == "nt" else "bin", "python")
+    if os.path.exists(python) and sys.prefix != os.path.join(ROOT, ".venv"):
+        remedy = f"run {os.path.relpath(python)} {sys.argv[0]}"
+    else:
+        remedy = f"{sys.executable} -m pip install -r {os.path.relpath(os.path.join(ROOT, 'requirements.txt'))}"
+    refuse(f"the Python package {error.name} is not installed; {remedy}")
+
+
+if os.path.dirname(SCRIPT) in (ROOT, os.path.join(ROOT, "tools")):  # and not for a script imported as a module
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:  # closed by the shell, as in >&-: without this, the next file gets its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if sys.version_info < (3, 11):  # noqa: UP036
+        refuse(f"needs Python 3.11 or later, and this is {sys.version.split()[0]}")
+    sys.excepthook = explain
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_process)

@@ -1,0 +1,91 @@
+"""What happens before a script's imports: an old Python, a missing package, Ctrl-C, closed streams."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Write train.py of a project that has nothing but startup.py."""
+    (tmp_path / "plaingpt").mkdir()
+    shutil.copy(ROOT / "plaingpt" / "startup.py", tmp_path / "plaingpt")
+
+    def write(text: str) -> Path:
+        (tmp_path / "train.py").write_text(text)
+        return tmp_path / "train.py"
+
+    return write
+
+
+def run(*command):
+    return subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+
+
+def test_an_old_python_is_one_line(script):
+    ended = run(sys.executable, script("import sys\nsys.version_info = (3, 10, 1)\nimport plaingpt.startup\nprint(1)"))
+    version = sys.version.split()[0]
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"train.py: needs Python 3.11 or later, and this is {version}\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["train.py", "sample.py", "prepare_data.py", "tools/compare_runs.py", "tools/to_gguf.py"]
+)
+def test_a_missing_package_is_one_line_with_the_remedy(name):
+    ended = run(sys.executable, "-S", ROOT / name)  # -S: without site-packages
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert " is not installed; run " in ended.stderr or " -m pip install -r " in ended.stderr
+
+
+def test_the_environment_of_the_project_is_suggested_where_there_is_one(script, tmp_path):
+    path = script("import plaingpt.startup\nimport no_such_package")
+    assert "no_such_package is not installed; " + sys.executable in run(sys.executable, path).stderr
+    python = tmp_path / ".venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert f"is not installed; run {os.path.relpath(python)} {path}\n" in run(sys.executable, path).stderr
+
+
+def test_another_error_of_an_import_has_its_traceback(script):
+    ended = run(sys.executable, script("import plaingpt.startup\nimport plaingpt.nothing"))
+    assert ended.returncode == 1 and "Traceback" in ended.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_during_imports_ends_the_process_though_something_catches_the_exception(script):
+    path = script(
+        "import plaingpt.startup, time\nprint(1, flush=True)\n"
+        "while True:\n    try:\n        time.sleep(60)\n    except BaseException:\n        pass\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, path], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_replaced_before_a_file_gets_their_numbers(script, tmp_path, closed):
+    path = script(
+        "import plaingpt.startup, sys\nprint(1)\nprint(2, file=sys.stderr)\nassert not sys.stdin.read()\n"
+        f"with open({str(tmp_path / 'file')!r}, 'w') as file:\n    file.write(str(file.fileno()))\n"
+    )
+    assert run("sh", "-c", f"{sys.executable} {path} < /dev/null {closed}").returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2
+
+
+def test_a_script_imported_as_a_module_leaves_the_process_as_it_is():
+    code = "import signal, sys, sample\nassert sys.excepthook is sys.__excepthook__\n"
+    code += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT).returncode == 0
