@@ -10,7 +10,7 @@ LAYERS = [
     ["plaingpt.cpu", "plaingpt.help"],
     ["plaingpt.settings"],
     ["plaingpt.generate"],
-    ["plaingpt.files", "plaingpt.resume"],
+    ["plaingpt.files", "plaingpt.hub", "plaingpt.resume"],
     ["plaingpt.tokenizer", "plaingpt.text.arrow"],
     ["plaingpt.tokens"],
     ["plaingpt.text.readers"],
