@@ -138,8 +138,7 @@ def load_training(directory: Path) -> dict:
             raise UserError(f"{found}: format version {training.get('format_version')}, this is for {FORMAT_VERSION}")
         if missing := set(FIELDS) - set(training):
             raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
-        for name, hint in FIELDS.items():
-            check_value(name, training[name], hint, path)
+        training |= {name: check_value(name, training[name], hint, path) for name, hint in FIELDS.items()}  # 4.0 is 4
         best = training["best_val_loss"]
         return training | {"directory": found, "best_val_loss": math.inf if best is None else best}
 

@@ -1,5 +1,6 @@
 """Saving a run and finding it again."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -128,6 +129,19 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
             load_model(tmp_path / "last")
         path.write_bytes(sound)
     load_model(tmp_path / "last")
+
+
+@pytest.mark.parametrize(("step", "message"), [(4.0, None), (1e300, "step must be"), (10**300, "step must be")])
+def test_an_odd_number_in_training_json_is_an_int_or_refused(tmp_path, step, message):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), {"step": 4})
+    (tmp_path / "last" / "SHA256SUMS").unlink()
+    path = tmp_path / "last" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+    if message:
+        with pytest.raises(UserError, match=message):
+            load_training(tmp_path / "last")
+    else:
+        assert type(load_training(tmp_path / "last")["step"]) is int
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
