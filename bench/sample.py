@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from plaingpt.decoder import Decoder
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, save_model
 from plaingpt.console import note, run_script
-from plaingpt.decoder import Decoder
 from plaingpt.distributed import connect
 from plaingpt.generate import Batch, Sampling
 from plaingpt.settings import PositiveInt, load_settings

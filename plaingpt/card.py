@@ -1,110 +1,73 @@
-"""The model card: README.md in a model directory, which the hub shows, with the curves beside it.
+"""The model card: README.md in a model directory, which the hub shows, and a copy of the run's loss.png.
 
 hf upload OWNER/NAME out/best
 """
 
+import html
 import json
 import shlex
 import shutil
 from pathlib import Path
 
-from model import GPT, GPTConfig
-from plaingpt.console import counted, millions, perplexity
+from model import GPT
 from plaingpt.metrics import read_metrics
 
-HEAD = """---
+CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags:
-- gpt2
-- plaingpt
+tags: [gpt2, plaingpt]
 ---
-"""
-USE = """## Use
+
+# {name}
+
+A GPT-2 trained with plainGPT. Please add the license, the language and the intended use.
+
+| | |
+| --- | --- |
+{table}
+
+![losses, learning rate, gradient norm and speed](loss.png)
 
 ```python
-from transformers import pipeline
-
-print(pipeline("text-generation", model="OWNER/NAME")("The "))
+{recipe}
 ```
 """
-FRESH = ("scratch", "auto", "resume")
-PRIVATE = (
-    "out_dir", "data_dir", "init_from", "eval_only", "dry_run",
-    "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log",
-)  # fmt: skip
-YOURS = """The license, the language and what the model is good for are yours to add; this file is written anew at the
-next save, and a model with an edited one still loads.
-"""
+LOCAL = ("out_dir", "data_dir", "init_from", "eval_only", "dry_run", "wandb_log", "wandb_project", "wandb_run_name")
+FIGURES = ("step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb")  # of metrics.jsonl
 
 
 def write_card(directory: Path, out_dir: Path, model: GPT, training: dict) -> None:
-    """Write README.md into the model directory, and a copy of the run's loss.png where there is one.
-
-    training: what `Saver.save` is told of the run; what it does not say is left out.
-    """
-    picture = out_dir / "loss.png"
-    if picture.is_file():
-        shutil.copyfile(picture, directory / picture.name)
-    settings, step = training.get("settings", {}), training["step"]
-    records = [record for record in read_metrics(out_dir / "metrics.jsonl") if record["step"] <= step]
-    rows = data_rows(settings) | training_rows(settings, step, training["seconds"], records)
-    recipe = [f"{name} = {value!r}\n" for name, value in settings.items() if name not in PRIVATE]
-    table = "".join(f"| {name} | {text} |\n" for name, text in rows.items())
-    origin = settings.get("init_from", "scratch")
-    start = "" if origin in FRESH else f", from {public(shlex.quote(origin))}"
-    parts = [
-        f"{HEAD}\n# {out_dir.resolve().name}\n",
-        f"{describe(model.config, model.num_parameters())} Trained with plainGPT{start}.",
-        f"\n| | |\n| --- | --- |\n{table}",
-        "![losses, learning rate, gradient norm and speed](loss.png)\n" if picture.is_file() else "",
-        USE,
-        "## Settings\n\n```python\n" + "".join(recipe) + "```\n",
-        YOURS,
-    ]
-    (directory / "README.md").write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    """Write README.md into a model directory. training: as for `Saver.save`; what it lacks is left out."""
+    settings, c, last = training.get("settings", {}), model.config, {}
+    for record in read_metrics(out_dir / "metrics.jsonl"):
+        last |= record if record["step"] <= training["step"] else {}
+    rows = {
+        "model": f"{model.num_parameters():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels"
+    }
+    rows |= {
+        "context": f"{c.block_size:,} positions",
+        "started from": public(shlex.quote(settings.get("init_from", ""))),
+    }
+    meta = Path(settings.get("data_dir", "")) / settings.get("dataset", "") / "meta.json"
+    if meta.is_file():
+        data = json.loads(meta.read_bytes())
+        rows["data"] = f"{settings['dataset']}, from {public(data['source'])}"
+        rows |= {name: f"{s['tokens']:,} tokens, {s['bytes']:,} bytes" for name, s in data["splits"].items()}
+        rows["tokenizer"] = f"{data['tokenizer']}, {data['vocab_size']:,} ids"
+    rows |= {name: f"{last[name]:,.4f}".removesuffix(".0000") for name in FIGURES if name in last}
+    table = [f"| {name} | {_escaped(text)} |" for name, text in rows.items()]
+    recipe = [f"{name} = {value!r}" for name, value in settings.items() if name not in LOCAL]
+    name, recipe = _escaped(out_dir.resolve().name), "\n".join(recipe).replace("<", "\\x3c")  # no HTML anywhere
+    (directory / "README.md").write_text(CARD.format(name=name, table="\n".join(table), recipe=recipe), "utf-8")
+    if (out_dir / "loss.png").is_file():
+        shutil.copyfile(out_dir / "loss.png", directory / "loss.png")
 
 
 def public(words: str) -> str:
-    """Without the folders of this machine: of a path that does not begin here only the last name."""
+    """Shell words without the folders of this machine: only the last name of an absolute path."""
     return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in shlex.split(words))
 
 
-def describe(config: GPTConfig, parameters: int) -> str:
-    biases = "with" if config.bias else "without"
-    return (
-        f"A GPT-2 of {millions(parameters)} parameters: {counted(config.n_layer, 'block')} of "
-        f"{counted(config.n_embd, 'channel')}, {counted(config.n_head, 'head')}, "
-        f"{counted(config.block_size, 'position')}, {counted(config.vocab_size, 'id')}, {biases} biases."
-    )
-
-
-def data_rows(settings: dict) -> dict[str, str]:
-    """What the model was trained on, as the data set's meta.json says it."""
-    if "dataset" not in settings:
-        return {}
-    path = Path(settings["data_dir"]) / settings["dataset"] / "meta.json"
-    if not path.is_file():  # prepared by others
-        return {"data": settings["dataset"]}
-    meta = json.loads(path.read_bytes())
-    sizes = [f"{split['tokens']:,} tokens, {split['bytes'] / 1e6:,.1f} MB" for split in meta["splits"].values()]
-    return {
-        "data": f"{settings['dataset']}, from {public(meta['source'])}",
-        "for training, for validation": "; ".join(sizes),
-        "tokenizer": f"{meta['tokenizer']}, {meta['vocab_size']:,} ids",
-    }
-
-
-def training_rows(settings: dict, step: int, seconds: float, records: list[dict]) -> dict[str, str]:
-    last = {name: value for record in records for name, value in record.items()}
-    rows = {"updates": f"{step:,}"}
-    if "tokens" in last:
-        rows |= {"tokens": f"{last['tokens']:,}", "seconds of training": f"{seconds:,.0f}"}
-    if "val_loss" in last:
-        bits = f", {last['val_bpb']:.4f} bits per byte" if "val_bpb" in last else ""
-        rows["validation loss"] = f"{last['val_loss']:.4f} (perplexity {perplexity(last['val_loss'])}{bits})"
-    if "train_loss" in last:
-        rows["training loss"] = f"{last['train_loss']:.4f}"
-    if settings.get("eval_iters") and "validation loss" in rows:
-        rows["validation loss"] += f", over {settings['eval_iters']:,} batches"
-    return rows
+def _escaped(text: str) -> str:
+    """Text of unknown origin for one cell of a Markdown table: no HTML, no new cell or line."""
+    return html.escape(" ".join(text.split())).replace("|", "&#124;")

@@ -1,15 +1,17 @@
-"""Model directories in Hugging Face's GPT-2 form, and import of GPT-2 and nanoGPT weights.
+"""Model directories in Hugging Face's GPT-2 format, and import of GPT-2 and nanoGPT weights.
 
-A model is a directory: config.json, model.safetensors, generation_config.json and the tokenizer's files,
-which every GPT-2 tool reads. It may be a stranger's: nothing in it is code, nothing is ever unpickled but
-nanoGPT's ckpt.pt, with weights_only, and no path or link in it is followed out of it.
+A model is a directory with config.json, model.safetensors, generation_config.json and the tokenizer's files, which
+every GPT-2 tool reads. It may come from anyone: it contains no code, nothing is unpickled but nanoGPT's ckpt.pt (with
+weights_only), and no path or link in it is followed out of it.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,34 +23,29 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, note, one_line
-from plaingpt.files import check_sums, existing, inside
+from plaingpt.files import check_sums, existing, inside, read_json
+from plaingpt.hub import TOKENIZER_FILES, download, how_to_convert
 from plaingpt.tokenizer import Tokenizer, gpt2
 
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
-HUB_ERRORS = {  # what huggingface_hub says in many lines
-    "RepositoryNotFoundError": "there is none of that name, or it is private; then log in: hf auth login",
-    "GatedRepoError": "its owner wants to be asked for access, on its page there; then log in: hf auth login",
-    "RevisionNotFoundError": "it has no such branch, tag or commit",
-    "LocalEntryNotFoundError": "it does not answer, and no copy is in the cache; it can be named as a directory",
-    "HFValidationError": "a name there is owner/name",
-}
+PATIENCE = 30  # seconds of trying to read a directory that a run replaces again and again
 
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
-# Hugging Face's GPT-2 keeps these matrices as (in, out), nn.Linear as (out, in).
+# Hugging Face's GPT-2 stores these matrices as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CONFIG_NAMES = {
     "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
     "n_embd": "n_embd", "dropout": "resid_pdrop", "bias": "bias",
 }  # fmt: skip
-# What else a config.json of this type could say, and what every GPT-2 has
+# Other values that a config.json of this type may set, and those of GPT-2
 OF_GPT2 = {
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "add_cross_attention": False,
 }  # fmt: skip
+NANOGPT_ROWS = (50257, 50304)  # GPT-2's ids, alone or padded to a multiple of 64
 
 
 def save_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Fill `directory` with a complete Hugging Face model. Weights keep their precision; absent biases become zeros."""
+    """Write a complete Hugging Face model into `directory`. Weights keep their precision; missing biases become 0."""
     write_model(directory, model.config, model.weights(), tokenizer)
 
 
@@ -68,12 +65,12 @@ def write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor], 
         | {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"}
         | ends,
     )
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # its own is the owner's alone
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # safetensors makes it private
     _write_json(directory / "generation_config.json", ends | {"max_new_tokens": 100, "do_sample": True})
 
 
 def with_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights`, and zeros for the biases of a model that has none: to other tools every GPT-2 has them."""
+    """`weights` plus zeros for the biases of a model without: other tools expect biases in every GPT-2."""
     layers = [name for name in weights if name.endswith(".weight") and name not in (WTE, WPE)]
     zeros = {name.removesuffix("weight") + "bias": weights[name].new_zeros(len(weights[name])) for name in layers}
     return weights | {name: zero for name, zero in zeros.items() if name not in weights}
@@ -84,29 +81,15 @@ def load_model(
 ) -> tuple[GPT, Tokenizer]:
     """(model, tokenizer) of a model directory, a nanoGPT ckpt.pt, or a GPT-2 on the hub: `gpt2`, `owner/name@revision`.
 
-    The model is in fp32 on the CPU, in evaluation mode; loading needs little more memory than its weights. A smaller
-    `block_size` crops the positions. With `check`, the files are compared with their checksums, where there are any.
+    The model is in fp32 on the CPU, in evaluation mode; loading needs little more memory than the weights.
+    `model.config.vocab_size` is the tokenizer's: embedding rows that belong to no token are dropped. A smaller
+    `block_size` crops the positions. With `check`, files are compared with their checksums, if there are any.
+    A directory may be replaced while it is read, as by a run that saves: the model is one of those saved.
     """
-    path = Path(path_or_name)
-    if path.suffix == ".pt":
-        config, weights = _read_nanogpt(path)
-        tokenizer = gpt2()
+    if str(path_or_name).endswith(".pt"):
+        config, weights, tokenizer = _read_nanogpt(Path(path_or_name))
     else:
-        directory = model_directory(path_or_name)
-        with ThreadPoolExecutor(1) as thread:  # both take half a second for 124M
-            sums = thread.submit(check_sums, directory) if check else None
-            try:
-                config, weights = _read_model(directory)
-            finally:
-                if sums:
-                    sums.result()  # that a file is damaged says more than how reading it failed
-        if (directory / "tokenizer.json").exists() or config.vocab_size != 50257:
-            inside(directory, "tokenizer.json")
-            tokenizer = Tokenizer.load(directory)
-        else:
-            tokenizer = gpt2()
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{path_or_name}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+        config, weights, tokenizer = _read_unchanged(path_or_name, check)
     if block_size is not None and block_size != config.block_size:
         if block_size > config.block_size:
             raise UserError(f"block_size={block_size}: {path_or_name} has only {config.block_size} positions")
@@ -119,69 +102,99 @@ def load_model(
 
 
 def model_directory(path_or_name: str | Path) -> Path:
-    """The directory of that name or, of a model on the hub, the copy of it in the cache."""
+    """The directory of that name or, for a model on the hub, its copy in the cache."""
     found = existing(Path(path_or_name))
-    if found and (found / "best").is_dir() and not (found / "config.json").exists():
-        raise UserError(f"{found} is the folder of a run: name the model in it, {found / 'best'}")
-    return found or _from_hub(str(path_or_name))
+    if found and not (found / "config.json").exists():
+        for name in ("best", "last", "ckpt.pt"):
+            if (found / name).exists():
+                raise UserError(f"{found} is the folder of a run: name the model in it, {found / name}")
+    return found or download(str(path_or_name), _read_config)
+
+
+def _read_unchanged(path_or_name: str | Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    """Read a model directory, and again if it was replaced meanwhile: all files have to be of one save."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        directory = model_directory(path_or_name)
+        before = _identity(directory)
+        try:
+            found = _read_directory(directory, check)
+        except UserError:
+            if _identity(directory) == before:
+                raise
+            found = None
+        if found and _identity(directory) == before:
+            return found
+        if time.monotonic() > deadline:
+            raise UserError(f"{path_or_name} is replaced faster than it can be read; try again later")
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """What differs between two saves; the time, because an inode number can be used again."""
+    try:
+        status = os.stat(directory)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    if not any(directory.glob("*.safetensors*")) and (pickles := sorted(directory.glob("*.bin"))):
+        raise UserError(f"{directory} has its weights in {pickles[0].name}: {how_to_convert(str(directory))}")
+    with ThreadPoolExecutor(1) as thread:  # checksums beside reading: each takes half a second for 124M
+        sums = thread.submit(check_sums, directory) if check else None
+        try:
+            config = _read_config(directory)
+            if config.vocab_size != 50257 or any(os.path.lexists(directory / name) for name in TOKENIZER_FILES):
+                tokenizer = Tokenizer.load(directory)
+            else:
+                note(f"{directory} has no tokenizer files: using GPT-2's tokenizer")
+                tokenizer = gpt2()
+            return *_read_weights(directory, config, tokenizer), tokenizer
+        finally:
+            if sums:
+                sums.result()  # that a file is damaged is a better message than how reading it failed
 
 
 def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:
-    """Raise UserError if `config` is no GPT-2's or not that of the weights, before any of them is read."""
-    sizes = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
-    if (
-        any(type(n) is not int or n < 1 for n in sizes)
-        or config.n_embd % config.n_head
-        or type(config.bias) is not bool
-    ):
+    """Raise UserError if `config` does not describe a GPT-2 with these shapes, before any weight is read."""
+    c = config
+    sizes = (c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+    if not all(type(n) is int and n > 0 for n in sizes) or c.n_embd % c.n_head or type(c.bias) is not bool:
         raise UserError(f"{source}: its configuration does not describe a GPT-2")
     layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
     found = [shapes.get(WTE), shapes.get(WPE), layers]
-    wanted = [[config.vocab_size, config.n_embd], [config.block_size, config.n_embd], config.n_layer]
+    wanted = [[c.vocab_size, c.n_embd], [c.block_size, c.n_embd], c.n_layer]
     if found != wanted:
         raise UserError(
-            f"{source}: the weights do not fit the configuration: wte, wpe and layers are {found}, "
-            f"and should be {wanted}"
+            f"{source}: the weights do not fit the configuration: wte, wpe and layers are {found} instead of {wanted}"
         )
     for name, shape in shapes.items():
         if name.endswith(TRANSPOSED) and len(shape) != 2:
-            raise UserError(f"{source}: the weights do not fit the configuration: {name} is {shape}, and no matrix")
+            raise UserError(f"{source}: the weights do not fit the configuration: {name} is {shape}, not a matrix")
+
+
+def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
+    """The configuration with as many embedding rows as there are ids: what has no token is never predicted."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    if rows := config.vocab_size - tokenizer.vocab_size:
+        note(f"{source}: {rows} rows of the embedding belong to no token and are dropped")
+    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
 
 
 def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
-    """A copy of the parameter in fp32; `wte` with the padding that it has inside the model, so that it is copied once.
+    """A copy of the parameter in fp32; `wte` with the rows it has inside the model, so that it is copied only once.
 
-    Raises UserError if a number in it is not finite.
+    Raises UserError if it contains numbers that are not finite.
     """
-    rows = config.padded_vocab_size - config.vocab_size if name == WTE else 0
-    copy = torch.empty(len(tensor) + rows, *tensor.shape[1:])
-    copy[: len(tensor)] = tensor
-    copy[len(tensor) :] = 0
+    rows, padded = (config.vocab_size, config.padded_vocab_size) if name == WTE else (len(tensor), len(tensor))
+    copy = torch.empty(padded, *tensor.shape[1:])
+    copy[:rows] = tensor[:rows]
+    copy[rows:] = 0
     if not tensor.is_floating_point() or not copy.isfinite().all():
         raise UserError(f"{source}: {name} has weights that are not finite numbers")
     return copy
-
-
-def _from_hub(name: str) -> Path:
-    """Download, or take from the cache, a GPT-2 of the hub; `name` may end in @ and a branch, tag or commit."""
-    import huggingface_hub
-
-    repository, _, revision = name.partition("@")
-    try:
-        # The configuration first: a model of another type is refused before its weights are fetched.
-        for patterns in (["config.json"], HUB_FILES):
-            found = Path(
-                huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-            )
-            _read_config(found)
-    except UserError:
-        raise
-    except Exception as error:  # of many kinds: no such name, no network, no permission, not in the cache
-        reason = HUB_ERRORS.get(type(error).__name__) or one_line(error)
-        raise UserError(f"{name} is no directory here, and cannot be had from the hub: {reason}") from error
-    if not any(found.glob("*.safetensors")):
-        raise UserError(f"{name} has no weights in safetensors on the hub, or not in the cache; pickles are not read")
-    return found
 
 
 def _read_config(directory: Path) -> GPTConfig:
@@ -189,33 +202,32 @@ def _read_config(directory: Path) -> GPTConfig:
     found = read_json(directory, path.name)
     if found.get("model_type") != "gpt2":
         raise UserError(f"{path}: a model of type {found.get('model_type')}, not a GPT-2")
-    for name, gpt2s in OF_GPT2.items():
-        if found.get(name, gpt2s) != gpt2s:
-            raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {gpt2s}")
+    for name, expected in OF_GPT2.items():
+        if found.get(name, expected) != expected:
+            raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {expected}")
     if missing := set(CONFIG_NAMES.values()) - {"bias", "resid_pdrop"} - set(found):
-        raise UserError(f"{path} does not describe a GPT-2: it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{path} does not describe a GPT-2: {', '.join(sorted(missing))} missing")
     return GPTConfig(**{ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found})
 
 
-def _read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    config = _read_config(directory)
+def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> tuple[GPTConfig, dict[str, Tensor]]:
     files, index = ["model.safetensors"], "model.safetensors.index.json"
     if not (directory / files[0]).exists() and (directory / index).exists():
         shards = read_json(directory, index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise UserError(f"{directory / index} is damaged: no weight_map of names")
+            raise UserError(f"{directory / index} is damaged: its weight_map does not consist of names")
         files = sorted(set(shards.values()))
     shapes, places = {}, {}
     for file in files:
         with _opened(directory, file) as tensors:
-            for theirs in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+            for theirs in tensors.keys():  # noqa: SIM118 (not a dictionary)
                 if theirs.endswith((".attn.bias", ".attn.masked_bias")) or theirs == "lm_head.weight":
-                    continue  # the causal mask, which old files carry, and the tied head
+                    continue  # the causal mask in old files, and the tied head
                 name = f"transformer.{theirs.removeprefix('transformer.')}"
                 shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
     _check_shape(directory, config, shapes)
-    weights = {}
-    # A file is mapped into memory: opened anew for each tensor, and the largest first, so that what was read is let go.
+    config, weights = _cropped(directory, config, tokenizer), {}
+    # Files are mapped into memory: reopening them for each tensor, the largest first, releases what was read.
     for name in sorted(shapes, key=lambda name: math.prod(shapes[name]), reverse=True):
         file, theirs = places[name]
         with _opened(directory, file) as tensors:
@@ -223,7 +235,7 @@ def _read_model(directory: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
             weight = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
         if config.bias or not name.endswith("bias"):
             weights[name] = weight
-        elif weight.any():  # anything but the zeros that `save_model` wrote for other tools
+        elif weight.any():  # not the zeros that `save_model` wrote for other tools
             raise UserError(f"{directory}: the model has no biases, but {name} is not zero")
     return config, weights
 
@@ -236,52 +248,51 @@ def _opened(directory: Path, name: str) -> Iterator[safetensors.safe_open]:
             yield tensors
     except UserError:
         raise
-    except Exception as error:  # SafetensorError, OSError, and what torch raises for a shape that cannot be
+    except Exception as error:  # SafetensorError, OSError, and what torch raises for an impossible shape
         raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
 
 
-def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The weights of a ckpt.pt; those of the optimizer, twice as large, stay on the disk."""
-    if not path.is_file():
+def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    """The weights in a ckpt.pt; those of the optimizer, twice as large, are not read."""
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = GPTConfig(**checkpoint["model_args"])
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
-        assert all(isinstance(t, Tensor) and t.dim() for t in tensors.values()) and type(config.vocab_size) is int
+        assert all(map(_is_plain, tensors.values())), "a tensor that is sparse, quantized, expanded or without data"
     except Exception as error:  # a damaged file, or one that wants to run code, fails in many ways
-        raise UserError(f"{path} is no nanoGPT checkpoint that can be read safely: {type(error).__name__}") from error
-    ids = gpt2().vocab_size
-    if config.vocab_size < ids:
+        reason = str(error) if isinstance(error, AssertionError) else type(error).__name__
+        raise UserError(f"{path} is not a nanoGPT checkpoint that can be read safely: {reason}") from error
+    if config.vocab_size not in NANOGPT_ROWS:
         raise UserError(
-            f"{path} was trained with {config.vocab_size} ids of its own, and their letters are in a pickle elsewhere: "
-            "only GPT-2's can be imported"
+            f"{path} has {config.vocab_size} ids, and its tokenizer is in a pickle elsewhere: only GPT-2's vocabulary "
+            "(50,257 ids, or 50,304 with padding) can be imported"
         )
     tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
     _check_shape(path, config, {name: list(tensor.shape) for name, tensor in tensors.items()})
-    tensors[WTE], config = tensors[WTE][:ids], dataclasses.replace(config, vocab_size=ids)  # nanoGPT pads to 50,304
-    note(f"{path}: only the weights are taken, and GELU is OpenAI's tanh form here: the loss differs a little")
-    return config, {name: _in_memory(path, name, tensor, config) for name, tensor in tensors.items()}
+    note(f"{path}: only the weights are imported, and GELU is OpenAI's tanh form: the loss differs a little")
+    config, tokenizer = dataclasses.replace(config, vocab_size=gpt2().vocab_size), gpt2()
+    return config, {name: _in_memory(path, name, tensor, config) for name, tensor in tensors.items()}, tokenizer
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary dense tensor with all its numbers in the file."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.is_floating_point()  # quantized ones are not
+        and tensor.dim() > 0
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    )
 
 
 def read_tensors(directory: Path, name: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a safetensors file, read one at a time. UserError where it is missing or damaged."""
+    """(name, tensor) of a safetensors file, read one at a time. UserError if it is missing or damaged."""
     with _opened(directory, name) as file:
-        for key in file.keys():  # noqa: SIM118 (it is no dictionary)
+        for key in file.keys():  # noqa: SIM118 (not a dictionary)
             yield key, file.get_tensor(key)
-
-
-def read_json(directory: Path, name: str) -> dict:
-    def refuse(number: str):
-        raise ValueError(f"{number} is no number")
-
-    path = inside(directory, name)
-    try:
-        found = json.loads(path.read_bytes(), parse_constant=refuse)
-        assert isinstance(found, dict), "not an object"
-        return found
-    except (OSError, ValueError, AssertionError, RecursionError) as error:
-        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -40,6 +40,8 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
     hints = typing.get_type_hints(type(config), include_extras=True)
     for name in hints.keys() & trained.keys():
         check_value(name, trained[name], hints[name], where)
+    if state.eval_sequences is None and "eval_iters" in trained:  # a checkpoint of an earlier version
+        state.eval_sequences = trained["eval_iters"] * trained.get("batch_size", 0)
     if missing := {"gradient_accumulation_steps", "batch_size"} - trained.keys():
         raise UserError(f"{where}: settings lack {', '.join(sorted(missing))}")
     flags = {name for name in given if given[name].startswith("--")}

@@ -88,10 +88,7 @@ def _read_state(directory: Path) -> RunState:
     if missing := hints.keys() - content.keys() - {"best_step", "eval_sequences"}:  # not saved by earlier versions
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
     known = {name: check_value(name, content[name], hint, path) for name, hint in hints.items() if name in content}
-    state = RunState(**known)
-    if state.eval_sequences is None and {"eval_iters", "batch_size"} <= state.settings.keys():
-        state.eval_sequences = state.settings["eval_iters"] * state.settings["batch_size"]
-    return state
+    return RunState(**known)
 
 
 class Saver:

@@ -11,7 +11,7 @@ LAYERS = [
     ["plaingpt.cpu", "plaingpt.help"],
     ["plaingpt.settings"],
     ["plaingpt.generate"],
-    ["plaingpt.files"],
+    ["plaingpt.files", "plaingpt.hub"],
     ["plaingpt.tokenizer", "plaingpt.text.arrow"],
     ["plaingpt.tokens"],
     ["plaingpt.text.readers"],

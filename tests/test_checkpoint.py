@@ -1,6 +1,12 @@
+"""Model directories: bit for bit in and out, other tools read them, and damage is one clear line."""
+
 import dataclasses
 import json
 import os
+import shlex
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,8 +15,10 @@ from conftest import made_text
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
+from plaingpt.card import write_card
 from plaingpt.checkpoint import load_model, save_model
 from plaingpt.console import UserError
+from plaingpt.files import new_directory
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 
 TEXT = "The road, and the sea: 3 stones, ein Baum.\n\n  naïve 🙂 don't" + made_text(300)
@@ -140,10 +148,111 @@ def test_a_gpt2_without_tokenizer_files_has_gpt2s(tmp_path):
     assert load_model(tmp_path)[1].same_as(of_kind("gpt2"))
 
 
-def nanogpt_checkpoint(path: Path, bias: bool = True) -> GPT:
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_the_vocab_and_merges_of_a_model_are_its_tokenizer(tmp_path, kind):
+    """An older directory, without tokenizer.json; as many ids as GPT-2 has are not always GPT-2's."""
+    description = json.loads(of_kind(kind).to_json())["model"]
+    a, b = (description["vocab"][token] for token in ("e", "r"))
+    vocabulary = description["vocab"] | {"e": b, "r": a, "<|endoftext|>": len(description["vocab"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in description["merges"]]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    transformers_model(len(vocabulary)).save_pretrained(tmp_path)
+    _, tokenizer = load_model(tmp_path)
+    assert tokenizer.vocabulary() == vocabulary and tokenizer.end_of_text == len(vocabulary) - 1
+    swapped = {a: b, b: a}
+    assert tokenizer.encode(TEXT) == [swapped.get(i, i) for i in of_kind(kind).encode(TEXT)]
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    from transformers import GPT2Tokenizer
+
+    theirs = GPT2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    assert tokenizer.encode(TEXT) == theirs(TEXT)["input_ids"]
+    for missing in ("merges.txt", "vocab.json"):
+        (tmp_path / missing).rename(tmp_path / "moved")
+        with pytest.raises(UserError, match=f"{missing} is missing"):
+            load_model(tmp_path)
+        (tmp_path / "moved").rename(tmp_path / missing)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nnot there\n")
+    with pytest.raises(UserError, match=r"vocab\.json or merges\.txt is damaged"):
+        load_model(tmp_path)
+
+
+def test_rows_of_the_embedding_without_a_token_are_dropped(tmp_path, capsys):
+    """Nobody can draw them, and an exported model has as many rows as its tokenizer has ids."""
+    tokenizer = of_kind("byte")
+    theirs = transformers_model(300)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    model, _ = load_model(tmp_path)
+    assert model.config.vocab_size == tokenizer.vocab_size == 257
+    assert "43 rows of the embedding belong to no token and are dropped" in capsys.readouterr().err
+    idx = torch.randint(257, (2, 24))
+    with torch.no_grad():
+        assert torch.allclose(model(idx)[0], theirs.eval()(idx).logits[..., :257], atol=1e-5)
+    assert max(model.generate([0], 500, temperature=100.0)) < 257
+    (tmp_path / "again").mkdir()
+    save_model(tmp_path / "again", model, tokenizer)
+    assert load_file(tmp_path / "again" / "model.safetensors")["transformer.wte.weight"].shape == (257, 8)
+
+
+def test_a_model_with_fewer_rows_than_its_tokenizer_has_ids_is_refused(tmp_path):
+    transformers_model(256).save_pretrained(tmp_path)
+    of_kind("byte").save(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer has 257 ids, the model 256"):
+        load_model(tmp_path)
+
+
+def test_weights_in_a_pickle_are_refused_with_the_command_that_converts_them(tmp_path):
+    folder = tmp_path / "it's mine"
+    theirs = transformers_model(257)
+    theirs.save_pretrained(folder)
+    of_kind("byte").save(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has its weights in pytorch_model\.bin: a pickle can run code") as caught:
+        load_model(folder)
+    command = shlex.split(str(caught.value).split("convert it: ")[1])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True)
+    model, _ = load_model(tmp_path / "it's mine-safetensors")
+    assert torch.allclose(logits(model), their_logits(theirs), atol=1e-5)
+
+
+def test_a_model_loaded_while_a_run_saves_is_one_of_those_saved(tmp_path):
+    """The n-th save writes n everywhere; a loaded model must not consist of two."""
+    tokenizer, stop = of_kind("char"), threading.Event()
+    config = GPTConfig(24, tokenizer.vocab_size, n_layer=6, n_head=2, n_embd=8)
+
+    def save(number: int) -> None:
+        model = GPT(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(number)
+        with new_directory(tmp_path / "last") as new:
+            save_model(new, model, tokenizer)
+
+    def save_always() -> None:
+        number = 1
+        while not stop.wait(0.02):  # the time of an update
+            save(number := number + 1)
+
+    save(1)
+    thread = threading.Thread(target=save_always)
+    thread.start()
+    try:
+        found = []
+        for _ in range(60):
+            weights = load_model(tmp_path / "last", check=len(found) % 2 == 0)[0].weights()
+            found.append({value for weight in weights.values() for value in weight.flatten().tolist()})
+    finally:
+        stop.set()
+        thread.join()
+    assert all(len(numbers) == 1 for numbers in found) and len(set.union(*found)) > 1
+
+
+def nanogpt_checkpoint(path: Path, bias: bool = True, rows: int = 50304) -> GPT:
     """Write a ckpt.pt as nanoGPT does, of a compiled model with a padded vocabulary; return the model in it."""
     torch.manual_seed(0)
-    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=24, bias=bias, vocab_size=50304, dropout=0.0)
+    args = dict(n_layer=2, n_head=2, n_embd=8, block_size=24, bias=bias, vocab_size=rows, dropout=0.0)
     model = GPT(GPTConfig(**args)).eval()
     weights = {f"_orig_mod.{name}": weight for name, weight in model.state_dict().items()}
     weights["_orig_mod.lm_head.weight"] = model.transformer.wte.weight.detach()
@@ -163,6 +272,35 @@ def test_a_nanogpt_checkpoint_loads_without_its_padding(tmp_path, bias):
     assert torch.equal(model(idx)[0], original(idx)[0][..., :50257])
 
 
+@pytest.mark.parametrize("rows", [50256, 50258, 65, 100288])
+def test_only_gpt2s_vocabulary_is_imported_from_nanogpt(tmp_path, rows):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", rows=rows)
+    with pytest.raises(UserError, match=rf"has {rows} ids, and its tokenizer is in a pickle elsewhere"):
+        load_model(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("way", ["expanded", "sparse", "quantized", "meta", "integers", "number", "nothing"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_nanogpt_checkpoint_with_tensors_that_are_not_plain_is_refused(tmp_path, way):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    name = "_orig_mod.transformer.h.0.mlp.c_fc.weight"
+    weight = checkpoint["model"][name]
+    checkpoint["model"][name] = {
+        "expanded": lambda: torch.zeros(1, 1).expand(weight.shape),
+        "sparse": weight.to_sparse,
+        "quantized": lambda: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+        "meta": lambda: weight.to("meta"),
+        "integers": lambda: weight.view(torch.int32),
+        "number": lambda: torch.tensor(1.0),
+        "nothing": lambda: None,
+    }[way]()
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"ckpt\.pt is not a nanoGPT checkpoint that can be read safely") as caught:
+        load_model(tmp_path / "ckpt.pt")
+    assert "\n" not in str(caught.value)
+
+
 class Malice:
     """Unpickled, it would make a file."""
 
@@ -175,7 +313,7 @@ class Malice:
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path):
     torch.save({"model_args": {}, "model": {}, "more": Malice(tmp_path / "ran")}, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match=r"ckpt\.pt is no nanoGPT checkpoint that can be read safely"):
+    with pytest.raises(UserError, match=r"ckpt\.pt is not a nanoGPT checkpoint that can be read safely"):
         load_model(tmp_path / "ckpt.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -186,10 +324,10 @@ def test_a_missing_nanogpt_checkpoint_is_a_user_error(tmp_path):
 
 
 def test_a_smaller_block_crops_the_positions(saved):
-    whole, cropped = load_model(saved)[0], load_model(saved, block_size=10)[0]
+    full, cropped = load_model(saved)[0], load_model(saved, block_size=10)[0]
     assert cropped.config.block_size == 10
     assert cropped.transformer.wpe.weight.shape[0] == 10
-    assert torch.allclose(logits(cropped, 10), logits(whole, 10), atol=1e-6)
+    assert torch.allclose(logits(cropped, 10), logits(full, 10), atol=1e-6)
 
 
 def test_a_larger_block_is_refused(saved):
@@ -238,17 +376,22 @@ def test_a_damaged_model_file_is_a_user_error(saved, name, damage):
         load_model(saved)
 
 
-def test_a_folder_that_is_not_there_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="nowhere"):
-        load_model(tmp_path / "nowhere" / "at" / "all")
+@pytest.mark.parametrize("name", ["nowhere/at/all", "n" * 300, "n" * 300 + ".pt", "a\0b"])
+def test_a_name_of_nothing_is_a_user_error(tmp_path, name):
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path / name)
+    assert "\n" not in str(caught.value)
 
 
-def test_the_folder_of_a_run_is_not_taken_for_a_model(tiny_run):
+def test_the_folder_of_a_run_is_not_taken_for_a_model(tiny_run, tmp_path):
     with pytest.raises(UserError, match=r"is the folder of a run: name the model in it, .*best$"):
         load_model(tiny_run)
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(UserError, match=r"name the model in it, .*ckpt\.pt$"):
+        load_model(tmp_path)
 
 
-def test_everybody_may_read_a_model_whose_other_files_they_may_read(tiny_run):
+def test_the_files_of_a_model_have_the_same_permissions(tiny_run):
     assert len({path.stat().st_mode for folder in ("best", "last") for path in (tiny_run / folder).iterdir()}) == 1
 
 
@@ -261,7 +404,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
         load_model(tmp_path)
 
 
-# a stranger's directory
+# a directory of unknown origin
 
 
 def test_a_link_that_leads_out_of_the_directory_is_not_followed(saved, tmp_path_factory):
@@ -337,12 +480,12 @@ def test_tensors_that_are_not_this_models_are_refused(tmp_path, change):
 
 @pytest.mark.parametrize("way", ["flat", "one dimension more"])
 @pytest.mark.filterwarnings("error")
-def test_a_weight_that_is_no_matrix_is_refused_before_it_is_transposed(saved, way):
+def test_a_weight_that_is_not_a_matrix_is_refused_before_it_is_transposed(saved, way):
     tensors = load_file(saved / "model.safetensors")
     weight = tensors["transformer.h.1.mlp.c_fc.weight"]
     tensors["transformer.h.1.mlp.c_fc.weight"] = weight.flatten() if way == "flat" else weight[None].clone()
     save_file(tensors, saved / "model.safetensors")
-    with pytest.raises(UserError, match=r"mlp\.c_fc\.weight is \[.*\], and no matrix"):
+    with pytest.raises(UserError, match=r"mlp\.c_fc\.weight is \[.*\], not a matrix"):
         load_model(saved)
 
 
@@ -350,3 +493,26 @@ def test_an_absurd_size_is_refused_before_a_model_of_it_is_made(saved):
     edit_json(saved / "config.json", n_layer=10**9)
     with pytest.raises(UserError, match="weights do not fit"):
         load_model(saved)
+
+
+# the model card
+
+
+def test_nothing_of_unknown_origin_is_html_in_the_model_card(saved):
+    evil = "<script>alert(1)</script> | x"
+    data = saved / "data" / "d"
+    data.mkdir(parents=True)
+    split = {"tokens": 1000, "bytes": 4000}
+    meta = {"source": f"'{evil}'", "tokenizer": evil, "vocab_size": 9, "splits": {"train": split, "val": split}}
+    (data / "meta.json").write_text(json.dumps(meta))
+    out_dir = saved / "out <script>"
+    out_dir.mkdir()
+    (out_dir / "metrics.jsonl").write_text('{"step": 3, "val_loss": 2.5, "tokens": 96}\n{"step": 9, "val_loss": 1}\n')
+    settings = {"data_dir": str(data.parent), "dataset": "d", "init_from": evil, "start": evil, "seed": 1}
+    write_card(saved, out_dir, make_model(of_kind("char")), {"settings": settings, "step": 3, "seconds": 1.0})
+    card = (saved / "README.md").read_text("utf-8")
+    assert "<" not in card and "# out &lt;script&gt;\n" in card
+    assert {"| val_loss | 2.5000 |", "| tokens | 96 |", "| train | 1,000 tokens, 4,000 bytes |", "seed = 1"} <= set(
+        card.splitlines()
+    )
+    assert all(row.count("|") == 3 for row in card.splitlines() if row.startswith("|"))

@@ -1,4 +1,4 @@
-"""The hub's API, as far as models need it, on this machine; the clients are real, in processes of their own."""
+"""Models on the hub: a local server with the part of its API that models need; real clients in other processes."""
 
 import base64
 import hashlib
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, child_environment
 from safetensors.torch import load_file
+from test_checkpoint import of_kind, transformers_model
 
 LOAD = """
 import sys, torch
@@ -142,13 +143,14 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(tmp_path, hub
     first, by_commit, later, nowhere, none, llama, pickled, gated, no_name = online.stdout.splitlines()
     assert float(first) == pytest.approx(float(total), rel=1e-6) and by_commit == first, online.stderr
     assert "no weights in safetensors" in later and "no weights in safetensors" in pickled
+    assert 'python -c \'import transformers as t; [c.from_pretrained("some/pickle")' in pickled
     for name, told, reason in (
         ("me/mine@nowhere", nowhere, "it has no such branch, tag or commit"),
-        ("me/none", none, "there is none of that name, or it is private; then log in: hf auth login"),
-        ("some/gated", gated, "its owner wants to be asked for access, on its page there; then log in: hf auth login"),
-        ("a/b/c", no_name, "a name there is owner/name"),
+        ("me/none", none, "no model has this name, or it is private; if so, log in: hf auth login"),
+        ("some/gated", gated, "its owner has to grant you access, on its page there; then log in: hf auth login"),
+        ("a/b/c", no_name, "names there have the form owner/name"),
     ):
-        assert told == f"{name} is no directory here, and cannot be had from the hub: {reason}"
+        assert told == f"{name} is not a directory here, and cannot be loaded from the hub: {reason}"
     assert "a model of type llama, not a GPT-2" in llama
     assert not [path for path in hub.asked if path.endswith((".bin", "llama/resolve/main/model.safetensors"))]
     asked = len(hub.asked)
@@ -156,5 +158,20 @@ def test_a_checkpoint_goes_to_the_hub_with_its_card_and_comes_back(tmp_path, hub
     offline = client(hub, tmp_path, sys.executable, "-c", LOAD, *names, HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
     cached, missing = offline.stdout.splitlines()
     assert cached == first
-    assert missing.endswith("it does not answer, and no copy is in the cache; it can be named as a directory")
+    assert missing.endswith("the hub does not answer, and the model is not in the cache; you can name a directory")
     assert len(hub.asked) == asked
+
+
+def test_a_model_on_the_hub_has_the_tokenizer_that_is_there_with_it(tmp_path, hub):
+    """vocab.json and merges.txt alone, of as many ids as GPT-2 has."""
+    description = json.loads(of_kind("gpt2").to_json())["model"]
+    a, b = (description["vocab"][token] for token in ("e", "r"))
+    vocabulary = description["vocab"] | {"e": b, "r": a, "<|endoftext|>": 50256}
+    transformers_model(50257).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in description["merges"]]
+    (tmp_path / "model" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+    hub.repositories["some/gpt2"] = {"4" * 40: files_of(tmp_path / "model")}
+    code = "from plaingpt.checkpoint import load_model; print(load_model('some/gpt2')[1].encode('e'))"
+    found = client(hub, tmp_path, sys.executable, "-c", code, PYTHONPATH=str(ROOT))
+    assert found.stdout == f"{[{a: b, b: a}.get(i, i) for i in of_kind('gpt2').encode('e')]}\n", found.stderr

@@ -271,3 +271,73 @@ def test_a_damaged_tokenizer_file_is_a_user_error_with_its_name(tmp_path, text):
 def test_a_stream_that_ends_inside_a_character_gives_what_it_has():
     tokenizer = make_tokenizer("byte", [], 0)
     assert "".join(tokenizer.decode_stream([*b"a", 0xE3, 0x83])) == tokenizer.decode([*b"a", 0xE3, 0x83])
+
+
+def broken(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}},
+        {
+            "model": {
+                "type": "BPE",
+                "vocab": {"a": 0, "b": 1},
+                "merges": [["a", "b"]],
+                "continuing_subword_prefix": "##",
+            }
+        },
+    ],
+)
+def test_a_file_that_makes_the_library_panic_is_a_user_error(made, tmp_path, changes):
+    """Panics of Rust are BaseExceptions."""
+    made["byte"].save(tmp_path)
+    broken(tmp_path / "tokenizer.json", **changes)
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: ") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_panics_later_is_a_user_error(made, tmp_path):
+    made["byte"].save(tmp_path)
+    broken(tmp_path / "tokenizer.json", decoder={"type": "Strip", "content": "a", "start": 5, "stop": 5})
+    tokenizer = Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer cannot decode these ids"):
+        tokenizer.decode([97])
+    with pytest.raises(UserError, match="the tokenizer cannot decode these ids"):
+        list(tokenizer.decode_stream([97, 98]))
+    model = {"type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "", "max_input_chars_per_word": 9}
+    broken(tmp_path / "tokenizer.json", model=model | {"vocab": {"a": 0}})
+    tokenizer = Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer cannot encode this text: "):
+        tokenizer.encode("xy")
+    with pytest.raises(UserError, match="the tokenizer cannot encode a document: "):
+        tokenizer.encode_documents(["xy"])
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_vocab_and_merges_are_read_where_there_is_no_tokenizer_file(made, tmp_path, prefix):
+    model = json.loads(made["bpe"].to_json())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])), "utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": prefix}))
+    loaded = Tokenizer.load(tmp_path)
+    for text in filter(None, TEXTS.values()):
+        spaced = " " * (prefix and not text[0].isspace()) + text
+        assert loaded.encode(text) == made["bpe"].encode(spaced)
+    assert loaded.end_of_text is None and loaded.vocab_size == made["bpe"].vocab_size - 1
+
+
+def test_the_vocabulary_ends_after_the_largest_id(tmp_path):
+    """With gaps there are fewer ids than that."""
+    tokenizer = make_tokenizer("char", ["abc"], 1)
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["c"] = 70_000
+    broken(tmp_path / "tokenizer.json", model=content["model"])
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.vocab_size == 70_001 and loaded.encode("c") == [70_000]
+    assert loaded.byte_lengths()[[0, 1, 2, 70_000]].tolist() == [1, 1, 0, 1]

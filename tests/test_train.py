@@ -29,6 +29,7 @@ from plaingpt.tokens import Tokens, open_data_set
 from train import Run, TrainConfig, run, train_step
 
 TIMES = {"seconds", "tokens_per_second", "mfu", "resumed_from"}
+TWICE = {"batch_size": 2, "gradient_accumulation_steps": 2}
 PLAN = {"lr_decay_iters": 6, "warmup_iters": 2, "min_lr": 1e-3}  # given, so that a shorter run has the same one
 
 
@@ -268,6 +269,17 @@ def test_a_resume_keeps_the_sequences_of_an_update(tmp_path, train, resume, shor
     assert largest_difference(weights(tmp_path / "straight"), weights(tmp_path / "run")) < 1e-5
 
 
+def test_a_resume_with_another_batch_size_evaluates_the_same_sequences(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=2)
+    path = tmp_path / "run" / "last" / "training.json"
+    content = json.loads(path.read_text())
+    assert content.pop("eval_sequences") == 2 * 4
+    path.write_text(json.dumps(content))  # as an earlier version wrote it
+    (path.parent / "SHA256SUMS").unlink()
+    losses = [resume(tmp_path / "run", eval_only=True, **changes).err.splitlines()[-1] for changes in ({}, TWICE)]
+    assert losses[0] == losses[1] != resume(tmp_path / "run", eval_only=True, eval_iters=1).err.splitlines()[-1]
+
+
 def test_a_resume_on_other_data_is_told(tmp_path, train, resume, data_dir):
     train(tmp_path / "run", max_iters=1)
     path = tmp_path / "run" / "last" / "training.json"
@@ -370,7 +382,7 @@ def test_a_cropped_block_survives_a_resume(tmp_path, train, resume, tiny_run):
     resume(tmp_path / "halves", max_iters=6)
     assert same_run(tmp_path / "straight", tmp_path / "halves")
     assert load_model(tmp_path / "halves" / "last")[0].config.block_size == 8
-    assert "Trained with plainGPT, from last.\n" in (tmp_path / "halves" / "last" / "README.md").read_text("utf-8")
+    assert "| started from | last |\n" in (tmp_path / "halves" / "last" / "README.md").read_text("utf-8")
 
 
 def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tiny_run):
