@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
 import dataclasses
+import functools
 import gc
 import itertools
 import shlex
@@ -24,8 +25,8 @@ from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, write_samp
 from plaingpt.files import existing, set_aside
 from plaingpt.metrics import Metrics, Progress, Stopwatch
 from plaingpt.optimizer import SkippedUpdates, apply_gradients, make_optimizers, scheduled_learning_rate
-from plaingpt.parallel import exchange_gradients, wrap
-from plaingpt.plan import announce, rehearse, tokens_per_update
+from plaingpt.parallel import exchange_gradients, shard_count, wrap
+from plaingpt.plan import announce, check_memory, dry_run, memory, warn_of_schedule
 from plaingpt.resume import resumed_settings
 from plaingpt.run_state import NEW_RUN, Saver, initial_model, load_optimizers, load_training
 from plaingpt.settings import Decay, Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, load_settings
@@ -149,7 +150,7 @@ def train_step(
     model: nn.Module, optimizers: list, scaler, batches: TrainBatches, step: int, config: TrainConfig, dist: Distributed
 ) -> tuple[Tensor, Tensor]:
     """One update. Returns the mean loss of this rank's micro-batches and the norm of the gradients, on the device."""
-    micro_steps = dist.share(config.gradient_accumulation_steps)
+    micro_steps = dist.per_process(config.gradient_accumulation_steps)
     total = torch.zeros((), device=dist.device)
     for i in range(micro_steps):
         index = i * dist.world_size + dist.rank  # rank by rank, so that any number of processes sees the same update
@@ -178,12 +179,16 @@ def main() -> int:
 
 def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist: Distributed) -> int:
     """From the data to the last save, on every rank. training: what a checkpoint says. Returns the exit status."""
-    dist.share(config.gradient_accumulation_steps)  # or refuse, before anything is read
+    dist.per_process(config.gradient_accumulation_steps)  # or refuse, before anything is read
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if training and training["data"] != data.digest:
         note(f"the data set {config.dataset} is not the one that {training['directory']} was trained on")
-    raw_model, config = initial_model(config, given, data, training)
-    update_tokens = tokens_per_update(config)
+    compiled = config.compile if config.compile is not None else dist.device.type == "cuda"
+    shards = shard_count(dist, config.sharding)
+    cost = functools.partial(memory, config.batch_size, config.optimizer, config.recompute, compiled, shards)
+    check = (lambda shape: None) if config.eval_only else (lambda shape: check_memory(shape, dist, cost))
+    raw_model, config = initial_model(config, given, data, training, check)
+    update_tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     train_batches = TrainBatches(data.train, config.block_size, update_tokens // config.block_size, config.seed)
     eval_batches = EvalBatches(
         data.val, config.block_size, config.batch_size, config.eval_iters * update_tokens // config.block_size
@@ -196,17 +201,25 @@ def run(config: TrainConfig, given: dict[str, str], training: dict | None, dist:
     decays = ((config.beta1, config.beta2), config.momentum, dist.dtype)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, *decays)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    announce(raw_model, config, dist, len(data.train))
+    announce(raw_model, dist, config.max_iters, update_tokens, len(data.train))
+    if config.decay_lr:
+        schedule = (config.learning_rate, config.min_lr, config.warmup_iters, config.lr_decay_iters, config.max_iters)
+        warn_of_schedule(*schedule)
     if config.dry_run:
-        rehearse(raw_model, config, dist, lambda c: train_step(model, optimizers, scaler, train_batches, 0, c, dist))
+
+        def update(micro_steps: int) -> None:
+            short = dataclasses.replace(config, gradient_accumulation_steps=micro_steps * dist.world_size)
+            train_step(model, optimizers, scaler, train_batches, 0, short, dist)
+
+        micro_steps = dist.per_process(config.gradient_accumulation_steps)
+        dry_run(raw_model, dist, update, micro_steps, update_tokens, config.max_iters, cost(raw_model))
         return 0
 
     out_dir, saved = Path(config.out_dir), training or NEW_RUN
     start, watch = saved["step"], Stopwatch(saved["seconds"])
     lowest, since_lowest = saved["best_val_loss"], saved["evaluations_since_best"]
     skipped = SkippedUpdates(saved["skipped"], dist.device)
-    earliest, latest = dist.max(-start, start)
-    if -earliest != latest:
+    if not dist.all_equal(start):
         raise UserError(f"the processes found different checkpoints in {out_dir}: it has to be on a disk they share")
     if training:
         load_optimizers(training, raw_model, optimizers, scaler)

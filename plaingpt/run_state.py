@@ -177,18 +177,23 @@ def _optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
     return {f"{name}/{key}": tensor for name, values in states for key, tensor in values.items()}
 
 
-def initial_model(config: Any, given: dict[str, str], data: DataSet, training: dict | None) -> tuple[GPT, Any]:
+def initial_model(
+    config: Any, given: dict[str, str], data: DataSet, training: dict | None, check: Callable[[GPTConfig], object]
+) -> tuple[GPT, Any]:
     """The model that `config` asks for, on the CPU: new, resumed or pretrained; and `config` with its true shape.
 
+    check: called with a model's shape, before a new one is made.
     Raises UserError where a setting in `given` or the data set's tokenizer contradicts a model that exists.
     """
     shape = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     if not training and config.init_from in ("scratch", "auto"):
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
-        torch.manual_seed(config.seed)
         settings = {name: getattr(config, name) for name in shape}
-        return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **settings)), config
+        model_config = GPTConfig(vocab_size=data.tokenizer.vocab_size, **settings)
+        check(model_config)
+        torch.manual_seed(config.seed)
+        return GPT(model_config), config
     if training:  # its files were compared with their checksums already
         source = training["directory"]
         with naming_others(source):
@@ -196,6 +201,7 @@ def initial_model(config: Any, given: dict[str, str], data: DataSet, training: d
     else:
         source, block_size = config.init_from, config.block_size if "block_size" in given else None
         model, tokenizer = load_model(source, block_size, config.dropout)
+    check(model.config)
     for name in shape:
         if name in given and getattr(config, name) != getattr(model.config, name):
             raise UserError(

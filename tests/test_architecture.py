@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["model", "plaingpt.console", "plaingpt.tracking"],
-    ["plaingpt.cpu", "plaingpt.help"],
+    ["plaingpt.cpu", "plaingpt.help", "plaingpt.workarounds"],
     ["plaingpt.settings"],
     ["plaingpt.generate"],
     ["plaingpt.files", "plaingpt.resume"],
