@@ -157,7 +157,10 @@ class GPT(nn.Module):
         logits: (B, T, V), in the precision of the matrix products; None without `need_logits`, which saves memory.
         loss: the mean cross-entropy in nats over the targets that count; None without targets.
         """
-        logits, loss = self.logits(self.hidden(idx)), None
+        return self.head(self.hidden(idx), targets, need_logits)
+
+    def head(self, hidden: Tensor, targets: Tensor | None, need_logits: bool) -> tuple[Tensor | None, Tensor | None]:
+        logits, loss = self.logits(hidden), None
         if targets is not None:
             cross_entropy = F.cross_entropy if need_logits else self.cross_entropy
             loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)

@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 import plaingpt.startup
 
 import dataclasses
+import functools
 import gc
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,8 @@ from plaingpt.optimizer import (
     make_optimizers,
     scheduled_learning_rate,
 )
-from plaingpt.parallel import exchange_gradients, wrap
-from plaingpt.plan import announce, rehearse, tokens_per_update
+from plaingpt.parallel import exchange_gradients, shard_count, wrap
+from plaingpt.plan import announce, check_memory, dry_run, memory
 from plaingpt.run import check_schedule, closing_lines, initial_model, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, load_settings
@@ -192,7 +193,7 @@ def train_step(run: Run, step: int, stop: StopSignal | None = None) -> tuple[Ten
     If `stop` asks for it between two micro-steps, returns None with nothing changed. All ranks.
     """
     config, dist = run.config, run.dist
-    micro_steps = dist.share(config.gradient_accumulation_steps)
+    micro_steps = dist.per_process(config.gradient_accumulation_steps)
     total = torch.zeros((), device=dist.device)
     for i in range(micro_steps):
         if i and stop and dist.max(stop.number)[0]:
@@ -276,7 +277,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
 
 def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:
     """Everything but the state of the run. All ranks."""
-    update_tokens = tokens_per_update(config)
+    update_tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
     train_batches = TrainBatches(data.train, config.block_size, update_tokens // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
     model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, config.compile)
@@ -288,25 +289,35 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
 
 def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed) -> int:
     """From the data to the last save. checkpoint: what the run is resumed from. All ranks. Returns the exit status."""
-    dist.share(config.gradient_accumulation_steps)  # raises UserError before anything is read
+    dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if checkpoint and state.data != data.digest:
         note(f"the data set {config.dataset} is not the one that {checkpoint} was trained on")
-    raw_model, config = initial_model(config, given, data, checkpoint)
+    compiled = dist.device.type == "cuda" if config.compile is None else config.compile
+    shards = shard_count(dist, config.sharding)
+    cost = functools.partial(memory, config.batch_size, config.optimizer, config.recompute, compiled, shards)
+    check = (lambda shape: None) if config.eval_only else (lambda shape: check_memory(shape, dist, cost))
+    raw_model, config = initial_model(config, given, data, checkpoint, check)
     if state.eval_sequences is None or "eval_iters" in given:
         state.eval_sequences = config.eval_iters * config.batch_size
     run = set_up(config, data, raw_model, state.eval_sequences, dist)
     if config.eval_only:
         note(describe_loss(evaluate(run.model, run.eval_batches, dist), data))
         return 0
-    announce(raw_model, config, dist, len(data.train))
+    announce(raw_model, dist, config.max_iters, run.update_tokens, len(data.train))
+    if state.step < config.max_iters:
+        check_schedule(config)
     if config.dry_run:
-        rehearse(raw_model, config, dist, lambda c: train_step(dataclasses.replace(run, config=c), 0))
+
+        def update(micro_steps: int) -> None:
+            short = dataclasses.replace(config, gradient_accumulation_steps=micro_steps * dist.world_size)
+            train_step(dataclasses.replace(run, config=short), 0)
+
+        micro_steps = dist.per_process(config.gradient_accumulation_steps)
+        dry_run(raw_model, dist, update, micro_steps, run.update_tokens, config.max_iters, cost(raw_model))
         return 0
 
     out_dir = Path(config.out_dir)
-    if state.step < config.max_iters:
-        check_schedule(config)
     if not dist.all_equal(state.step):
         raise UserError(f"the processes found different checkpoints in {out_dir}: all nodes need the same disk")
     if checkpoint:

@@ -28,7 +28,6 @@ from model import IGNORED
 from plaingpt.batches import EvalBatches
 from plaingpt.checkpoint import load_model
 from plaingpt.console import RunFailed, UserError, note, run_script
-from plaingpt.plan import tokens_per_update
 from plaingpt.settings import load_settings
 from plaingpt.tokens import open_data_set
 from train import TrainConfig
@@ -36,6 +35,10 @@ from train import TrainConfig
 # nanoGPT's hyper-parameters for Tiny Shakespeare (its config/train_shakespeare_char.py); the schedule ends with the run
 THEIRS = dict(learning_rate=1e-3, min_lr=1e-4, beta2=0.99, warmup_iters=100, weight_decay=0.1)
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps", "dropout")
+
+
+def tokens_of_update(config: TrainConfig) -> int:
+    return config.gradient_accumulation_steps * config.batch_size * config.block_size
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def nanogpt(config: TrainConfig, checkout: str, folder: Path) -> Run:
         model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()})
         return whole_loss(model, config)
 
-    points = [(step * tokens_per_update(config), at, loss_at(step) if step else own) for step, at, own in estimates]
+    points = [(step * tokens_of_update(config), at, loss_at(step) if step else own) for step, at, own in estimates]
     return Run([*points[:-1], (points[-1][0], whole, points[-1][2])], whole, points[-1][2])
 
 
@@ -222,7 +225,7 @@ def main() -> None:
     if config.update_ms:
         for found, ms in zip(runs.values(), config.update_ms.split(","), strict=True):
             for run in found:
-                run.points = [(t, t / tokens_per_update(recipe) * float(ms) / 1000, loss) for t, _, loss in run.points]
+                run.points = [(t, t / tokens_of_update(recipe) * float(ms) / 1000, loss) for t, _, loss in run.points]
                 run.seconds = run.points[-1][1]
     tell(runs, statistics.mean(run.loss for run in next(iter(runs.values()))))
     draw(runs, config.picture, "seconds of the updates alone" if config.update_ms else "seconds, whole command")

@@ -1,26 +1,28 @@
-"""The machine as the training loop sees it: one frozen object for one process or many, on CPU, CUDA or MPS."""
+"""Device, precision and processes: one object for one process or many, on CPU, CUDA or MPS.
+
+dist = connect()  # alone, or in every process that torchrun started
+(total,) = dist.sum(1.0)
+"""
 
 import concurrent.futures
 import contextlib
 import gc
-import logging
+import glob
 import os
 import re
-import secrets
 import signal
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-from plaingpt.console import RunFailed, UserError, cores, one_line
+from plaingpt.console import UserError, cores, counted, one_line
 from plaingpt.cpu import keep_freed_memory
+from plaingpt.workarounds import rendezvous_store, silence_gloo_all_to_all
 
-# Dense half-precision matrix-product limits in TFLOP/s, from the makers' data sheets; the first name that fits counts.
+# Dense half-precision TFLOP/s of matrix products, from the makers' data sheets; the first name that matches counts
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362,
     "L4": 121, "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
@@ -31,9 +33,11 @@ PEAK_TFLOPS = {
 class Distributed:
     device: torch.device
     dtype: torch.dtype
-    """what matrix products are computed in; parameters and optimizer state are float32"""
+    """precision of matrix products; parameters and optimizer state are float32"""
     rank: int = 0
     world_size: int = 1
+    local_world_size: int = 1
+    """processes on this node"""
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +45,7 @@ class Distributed:
 
     @property
     def peak_flops(self) -> float | None:
-        """FLOP/s of all processes' cards at their half-precision limit, or None where that limit is not known."""
+        """Half-precision FLOP/s of the cards of all processes; None if unknown."""
         known = self.device.type == "cuda" and self.dtype != torch.float32
         name = torch.cuda.get_device_name(self.device) if known else ""
         peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)), None)
@@ -50,38 +54,39 @@ class Distributed:
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def share(self, micro_steps: int) -> int:
-        """How many of an update's micro-steps are each process's."""
+    def per_process(self, micro_steps: int) -> int:
+        """Micro-steps that each process makes of an update's."""
         if micro_steps % self.world_size:
             raise UserError(
                 f"gradient_accumulation_steps={micro_steps} must be a multiple of the number of processes, "
-                f"{self.world_size}: it counts the micro-steps of all of them"
+                f"{self.world_size}: it counts the micro-steps of all processes"
             )
         return micro_steps // self.world_size
 
     def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Copies on the device; on CUDA without waiting, from pinned memory."""
+        """Copies on the device. On CUDA the host does not wait: they go through pinned memory."""
         if self.device.type == "cuda":
-            # contiguous: a copy of anything else would go by pageable memory, and wait
+            # contiguous: other tensors would be copied through pageable memory, a CPU-GPU sync point
             return [tensor.contiguous().pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
         return [tensor.to(self.device) for tensor in tensors]
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over all ranks. All ranks; through the CPU, so the device is not waited for."""
+        """Each number summed over all ranks. All ranks; over the CPU, so it does not wait for the device."""
         return self._reduce(numbers, dist.ReduceOp.SUM)
 
     def max(self, *numbers: int) -> list[int]:
-        """The largest of each number over all ranks. All ranks, as `sum`."""
+        """The largest of each number over all ranks. All ranks."""
         return [int(number) for number in self._reduce(numbers, dist.ReduceOp.MAX)]
 
     def all_equal(self, number: int) -> bool:
-        """Whether the number is the same on all ranks. All ranks."""
-        lowest, highest = self.max(-number, number)
-        return -lowest == highest
+        """Whether all ranks have the same number. All ranks."""
+        largest, negated_smallest = self.max(number, -number)
+        return largest == -negated_smallest
 
     def wait(self, job: Future | None) -> None:
-        """Until the main process's `job` is done; raises what it did. All ranks, who ask one another every second:
-        so it may take longer than a process waits for another.
+        """Wait until the main process's `job` is done, and raise what it raised there. All ranks.
+
+        They exchange a message every second, so the job may take longer than `timeout`.
         """
         while self.max(bool(job and concurrent.futures.wait([job], timeout=1).not_done))[0]:
             pass
@@ -96,96 +101,87 @@ class Distributed:
         return totals.tolist()
 
     def synchronize(self) -> None:
-        """Wait until the device has done what was asked of it, so that a clock tells the truth."""
+        """Wait for the device, so that a clock measures its work."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
     def close(self) -> None:
         if dist.is_initialized():
             gc.unfreeze()
-            gc.collect()  # a wrapped model that is still alive holds the group's threads, and the process would abort
+            gc.collect()  # a wrapped model that is still alive keeps the group's threads, and the process would abort
             dist.destroy_process_group()
 
 
 class StopSignal:
-    """Which of SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's warning) asked the run to end, or 0.
+    """The number of the signal that asked the run to stop: SIGTERM, SIGINT, SIGHUP or SIGUSR1 (Slurm's warning); or 0.
 
-    The loop looks at it between updates and saves before it leaves; a second Ctrl-C leaves at once.
+    The training loop checks it, saves and stops; a second Ctrl-C stops at once.
     """
 
     def __init__(self):
         self.number = 0
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows does not have them all
+            number = getattr(signal, name, None)  # Windows lacks some
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self._asked)
 
     def _asked(self, number: int, frame) -> None:
         self.number = number
-        if os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):  # the terminal may have gone; and print may be what was interrupted
+        if (os.environ.get("RANK") or "0") == "0":
+            with contextlib.suppress(OSError):  # the terminal may be gone; os.write, as the signal may interrupt print
                 os.write(2, b"\nending after this update; Ctrl-C leaves at once\n")
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, even out of a collective that hangs
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # even inside a collective that hangs
 
 
 def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> Distributed:
-    """Join the other processes, if torchrun started any, and choose what was left to the machine.
+    """Choose device and precision, and join the other processes if torchrun started any.
 
-    timeout: seconds that one waits for another, and then fails.
+    timeout: seconds that a process waits for another before it fails.
     """
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size, local_world_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, local_rank, world_size, local_world_size = _ranks()
     chosen = _choose_device(device, local_rank, world_size)
     if chosen.type == "cuda":
+        _check_card(chosen)
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if chosen.type == "cpu":
         keep_freed_memory()
-    if chosen.type == "cpu" and world_size > 1:  # torchrun allows each one thread; the cores are there to be shared out
-        torch.set_num_threads(max(1, cores() // local_world_size))
-        # It warns on every rank that gloo's all-to-all (Muon's, sharded) is an all-gather of which a part is kept.
-        logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
+    if chosen.type == "cpu" and world_size > 1:
+        torch.set_num_threads(max(1, cores() // local_world_size))  # torchrun sets one thread for each process
+        silence_gloo_all_to_all()
     if world_size > 1:
         wait = timedelta(seconds=timeout)
-        store, *_ = next(rendezvous("env://", timeout=wait))
-        store = dist.PrefixStore(_meet(store, rank, world_size), store)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        store = rendezvous_store(wait)
         dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
-    return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size)
+    return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size, local_world_size)
 
 
-def _meet(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name for this start of the workers, the same in all of them and never used before.
-
-    torchrun's store outlives its workers, and holds the addresses of those that died: started anew under the same keys
-    (torch 2.13 adds no prefix) some connect to the dead, and wait for them. torchrun's count of restarts is no prefix:
-    each host has its own. So every other rank says hello with a number drawn anew, and rank 0 answers all of them, the
-    dead too, with a name drawn anew, until as many have said that they have it as are alive.
-    """
-    drawn = secrets.token_hex(8)
-    if rank:
-        store.set(f"hello/{rank}", drawn)
-        try:
-            name = store.get(f"answer/{drawn}").decode()
-        except dist.DistError as error:
-            raise RunFailed(f"process 0 did not answer within {store.timeout}: {one_line(error)}") from error
-        store.add(f"have/{name}", 1)
-        return name
-    end = time.monotonic() + store.timeout.total_seconds()
-    while (here := store.add(f"have/{drawn}", 0)) < world_size - 1:
-        for other in range(1, world_size):
-            if store.check([f"hello/{other}"]):
-                store.set(f"answer/{store.get(f'hello/{other}').decode()}", drawn)
-        if time.monotonic() > end:
-            raise RunFailed(f"only {here + 1} of {world_size} processes came within {store.timeout}")
-        time.sleep(0.01)
-    return drawn
+def _ranks() -> tuple[int, int, int, int]:
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as torchrun sets them; without them, one process."""
+    remedy = "start several processes with torchrun --nproc_per_node=2 train.py, or unset the variable for one"
+    values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    for name in values:
+        if text := os.environ.get(name):  # an empty variable counts as unset
+            if not text.isdecimal():
+                raise UserError(f"{name}={text} in the environment is not a number: {remedy}")
+            values[name] = int(text)
+    rank, local_rank, world_size, local_world_size = values.values()
+    if not (rank < world_size and local_rank < local_world_size <= world_size):
+        found = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise UserError(f"{found} in the environment contradict each other: {remedy}")
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise UserError(f"WORLD_SIZE={world_size} in the environment, but no {', '.join(missing)}: {remedy}")
+    return rank, local_rank, world_size, local_world_size
 
 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available() and world_size == 1  # several processes cannot share it
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if name == "cpu" and (problem := _unusable_card()):
+            raise UserError(f"{problem}; update the driver, install another build of torch, or use --device=cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -193,9 +189,11 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     if device.type == "cuda":
         index = local_rank if world_size > 1 else device.index or 0
         if not torch.cuda.is_available():
-            raise UserError(f"--device={name}: torch {torch.__version__} finds no CUDA device; use --device=cpu")
+            problem = _unusable_card() or f"torch {torch.__version__} finds no CUDA device"
+            raise UserError(f"--device={name}: {problem}; use --device=cpu")
         if index >= torch.cuda.device_count():
-            raise UserError(f"--device={name}: process {index} has no card, there are {torch.cuda.device_count()}")
+            cards = counted(torch.cuda.device_count(), "card")
+            raise UserError(f"--device={name}: process {index} has no card, this machine has {cards}")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device={name}: torch {torch.__version__} finds no Apple GPU; use --device=cpu")
@@ -204,8 +202,41 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     return device
 
 
+def _unusable_card(devices: str = "/dev/nvidia[0-9]*") -> str | None:
+    """Why CUDA finds no device although the machine has one, such as a driver that is too old. None if the machine
+    has no NVIDIA card, torch is not a CUDA build, or CUDA_VISIBLE_DEVICES hides all cards."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    if not torch.version.cuda or hidden or not glob.glob(devices):
+        return None
+    try:
+        torch.cuda.init()
+        reason = "CUDA reports no device"
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(error).partition(" Please")[0].rstrip(".")
+    return f"there is an NVIDIA card, but torch {torch.__version__} cannot use it: {reason}"
+
+
+def _check_card(device: torch.device) -> None:
+    """Refuse a card that this build of torch has no kernels for, or that does not work now."""
+    card, version = torch.cuda.get_device_name(device), torch.__version__
+    major, minor = torch.cuda.get_device_capability(device)
+    capability = 10 * major + minor
+    built = [int(arch.partition("_")[2].rstrip("af")) for arch in torch.cuda.get_arch_list() if not torch.version.hip]
+    if built and capability < min(built):
+        raise UserError(
+            f"{card} (compute capability {major}.{minor}) is too old for torch {version}, which has kernels for "
+            f"{min(built) / 10} and above; if 5.0 or newer, install a build for CUDA 12.6 (pip install "
+            f"torch=={version.partition('+')[0]} --index-url https://download.pytorch.org/whl/cu126), "
+            "or use --device=cpu"
+        )
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:
+        raise UserError(f"{card} does not work with torch {version}: {one_line(error)}; or use --device=cpu") from error
+
+
 def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bf16 only where the processor has it: emulated, it is slower than fp32."""
+    """bfloat16 only where the processor has it: emulated, it is slower than float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":

@@ -11,7 +11,7 @@ from plaingpt.batches import EvalBatches
 from plaingpt.console import perplexity
 from plaingpt.distributed import Distributed
 from plaingpt.generate import Decoder, generate
-from plaingpt.parallel import gather, is_shared
+from plaingpt.parallel import gather, is_sharded
 from plaingpt.tokens import DataSet, Tokens
 
 
@@ -58,7 +58,7 @@ def write_sample(model: GPT, data: DataSet, length: int, dist: Distributed, seed
     """A few words by the model as it is, going on from the first token of the validation split; none off main.
     All ranks: of a sharded model main gathers a copy.
     """
-    model = whole_copy(model, dist) if any(map(is_shared, model.parameters())) else model
+    model = whole_copy(model, dist) if any(map(is_sharded, model.parameters())) else model
     if not dist.is_main:
         return ""
     prompt = [int(next(iter(data.val.all()))[0])]

@@ -1,13 +1,20 @@
-"""How parameters change: AdamW and Muon, the learning rate of each update, the guard against non-finite gradients."""
+"""AdamW and Muon, the learning rate schedule, and updates that skip non-finite gradients.
+
+optimizers = make_optimizers(model, "muon", 1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+norm = apply_gradients(model, optimizers, scaler, learning_rate, grad_clip=1.0)
+"""
 
 import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from plaingpt.console import RunFailed
-from plaingpt.parallel import is_shared, whole
+from plaingpt.parallel import full, is_sharded
+
+MATRICES_AT_ONCE = 2**27  # elements, 0.5 GB in float32 for each of five temporary tensors
 
 MAX_SKIPPED = 20  # consecutive updates with non-finite gradients after which the run ends
 
@@ -24,7 +31,7 @@ def make_optimizers(
     """`adamw` for everything (Loshchilov and Hutter 2019), or `muon` for the matrices of the blocks and AdamW for
     the rest. Matrices and embeddings decay; biases and LayerNorms do not.
 
-    dtype: what the model's products are in. Muon's are in float32 with float32, and in bfloat16 with anything else.
+    dtype: precision of Muon's matrix products: the model's, which is one that the processor has.
     """
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if kind == "muon" and ".h." in name and p.dim() == 2}
@@ -44,13 +51,13 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised matrix by matrix (Jordan et al. 2024), with the step's size matched to AdamW's
     (0.2 sqrt(longer side), Liu et al. 2025), so that both share one learning rate.
 
-    Matrices of one shape are orthogonalised together: one batched product in place of many small
-    ones. Those in `fused_qkv` (by id) count as three: query, key and value are different maps.
+    Matrices of one shape are orthogonalised together: one batched product instead of many small ones. Those in
+    `fused_qkv` (by id) count as three: query, key and value are different maps.
 
-    Under FSDP a process holds some rows of every matrix, and updates those. In between it orthogonalises some whole
-    matrices: an all-to-all brings their rows, in float32, and another takes them back, in bfloat16. For N parameters
-    and W processes each sends 6 N / W bytes an update, a small part of the gathering of the weights, and does a W-th of
-    the work. (Gathering all matrices everywhere: 4 N bytes, and all of the work.)
+    With W processes, each orthogonalises a W-th of the matrices. Under DDP an all-gather in `dtype` then brings the
+    other updates. Under FSDP a process stores some rows of every matrix: an all-to-all brings the rows of its matrices
+    in float32, and another returns their updates in `dtype`. For N parameters each process receives 2 N bytes an
+    update under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
     """
 
     def __init__(
@@ -64,55 +71,78 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.fused_qkv = fused_qkv
-        self.dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update; where the tensor `found_inf`, an attribute set before, is 1, everything stays as it is."""
+        """Update; if the tensor `found_inf`, an attribute set before, is 1, parameters and state do not change."""
         skipped = getattr(self, "found_inf", torch.zeros((), device=self.param_groups[0]["params"][0].device)).bool()
         for group in self.param_groups:
             stacks = {}
             for p in group["params"]:
                 stacks.setdefault((p.shape, id(p) in self.fused_qkv), []).append(p)
-            for (_, fused), parameters in stacks.items():
-                self._step_together(parameters, 3 if fused else 1, group, skipped)
+            for (shape, fused), parameters in stacks.items():
+                at_once = batch_of_matrices(shape.numel())
+                for i in range(0, len(parameters), at_once):
+                    self._step_together(parameters[i : i + at_once], 3 if fused else 1, group, skipped)
 
     def _step_together(self, parameters: list[Tensor], parts: int, group: dict, skipped: Tensor) -> None:
         """One step of n parameters of one shape (R, C), each of which is `parts` matrices stacked in its rows."""
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [rows(self.state[p]["momentum_buffer"]) for p in parameters]
-        gradients = torch.stack([rows(p.grad) for p in parameters])  # (n, R, C), of a sharded R this process's part
+        buffers = [local_rows(self.state[p]["momentum_buffer"]) for p in parameters]
+        gradients = torch.stack([local_rows(p.grad) for p in parameters])  # (n, R, C); sharded: this process's rows
         old = torch.stack(buffers)
         new = old.lerp(gradients, 1 - group["momentum"])
-        update = gradients.lerp_(new, group["momentum"])  # Nesterov's look ahead
+        update = gradients.lerp_(new, group["momentum"])  # Nesterov momentum
 
-        def orthogonal(x: Tensor) -> Tensor:  # (n, R, C) of whole matrices
+        def orthogonal(x: Tensor) -> Tensor:  # (n, R, C)
             x = x.unflatten(1, (parts, -1)).flatten(0, 1)  # (n parts, R / parts, C)
             return orthogonalize(x, self.dtype).unflatten(0, (-1, parts)).flatten(1, 2)
 
-        update = on_whole_matrices(orthogonal, update, parameters[0]).to(old.dtype)
+        update = split_among_processes(orthogonal, update, parameters[0]).to(old.dtype)
         size = 0.2 * max(parameters[0].size(0) // parts, parameters[0].size(1)) ** 0.5
         torch._foreach_copy_(buffers, list(torch.where(skipped, old, new)))
-        parameters = [rows(p) for p in parameters]
+        parameters = [local_rows(p) for p in parameters]
         kept = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_mul_(parameters, kept)
         torch._foreach_add_(parameters, list(torch.where(skipped, 0.0, update)), alpha=-group["lr"] * size)
 
 
-def rows(matrix: Tensor) -> Tensor:
-    """The rows of a matrix that this process holds: all of them, but under FSDP."""
-    return matrix.to_local() if is_shared(matrix) else matrix
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def on_whole_matrices(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor) -> Tensor:
-    """function(stack), for a stack (n, R, C) of matrices that are sharded as the parameter `like` is, by rows or not
-    at all; each of the processes that share them takes some of the n to `function`.
+def batch_of_matrices(numel: int) -> int:
+    """How many matrices of this size to update at once; a multiple of the processes, so that none is idle."""
+    return max(1, MATRICES_AT_ONCE // numel // processes()) * processes()
+
+
+def local_rows(matrix: Tensor) -> Tensor:
+    """The rows of a matrix that this process stores: under FSDP some, otherwise all."""
+    return matrix.to_local() if is_sharded(matrix) else matrix
+
+
+def split_among_processes(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor) -> Tensor:
+    """function(stack) for a stack (n, R, C) of matrices, of which each process computes some. All ranks.
+
+    like: a parameter that says how the stack is distributed: by rows, or a copy in each process.
     """
-    if not is_shared(like):
+    if is_sharded(like):
+        return _split_sharded(function, stack, like)
+    if processes() == 1:
         return function(stack)
-    from torch.distributed.tensor import DTensor, Shard  # two seconds that nobody else is to wait for
+    count = math.ceil(len(stack) / processes())
+    mine = torch.arange(count, device=stack.device) + dist.get_rank() * count
+    done = function(stack[mine % len(stack)])  # modulo: the last process may compute some again
+    gathered = done.new_empty(processes() * count, *done.shape[1:])
+    dist.all_gather_into_tensor(gathered, done.contiguous())
+    return gathered[: len(stack)]
+
+
+def _split_sharded(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor, Shard  # takes two seconds to import
 
     mesh, size = like.device_mesh, torch.Size([len(stack), *like.shape])
     stride = (like.numel(), like.size(1), 1)
@@ -125,21 +155,21 @@ def on_whole_matrices(function: Callable[[Tensor], Tensor], stack: Tensor, like:
 
 
 # Odd quintics a x + b x^3 + c x^5 of the Polar Express (Amsel et al. 2025; for singular values from 1e-3 to 1), each
-# the best after those before it. Four of them raise the smallest values 444 times, as much as five with Jordan's
-# coefficients, at a fifth less work; the losses are as good (bench/LOG.md).
+# optimal after the ones before. Four raise the smallest values 444 times, as much as five with Jordan's coefficients,
+# with a fifth less work and equal losses (bench/LOG.md).
 QUINTICS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
 )
-SAFETY = 1.01  # bf16 rounds: values are kept this much below the bound beyond which the quintics diverge
+SAFETY = 1.01  # bf16 rounds: keep values this much below the bound beyond which the quintics diverge
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """(n, R, C) to nearly orthogonal matrices of the same singular directions, in `dtype`.
+    """(n, R, C) to nearly orthogonal matrices with the same singular vectors, in `dtype`.
 
-    Singular values from a thousandth of the matrix's norm upwards end between 0.4 and 1.6, which serves as well as 1.
+    Singular values above a thousandth of the matrix's norm become 0.4 to 1.6, which trains as well as 1.
     """
     x = matrices / (SAFETY * matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.size(1) > x.size(2)
@@ -155,9 +185,9 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
 def scheduled_learning_rate(
     step: int, peak: float, warmup_iters: int, decay_iters: int, min_lr: float, shape: str = "cosine"
 ) -> float:
-    """A linear rise to `peak` at `warmup_iters`, then down to `min_lr` at `decay_iters`.
+    """Warm up linearly to `peak` at `warmup_iters`, then decay to `min_lr` at `decay_iters`.
 
-    Down along half a `cosine`, as in nanoGPT, along a `linear` slope, or not at all: `constant`.
+    shape: `cosine` as in nanoGPT, `linear`, or `constant` for no decay.
     """
     if step < warmup_iters:
         return peak * (step + 1) / (warmup_iters + 1)
@@ -173,24 +203,24 @@ def scheduled_learning_rate(
 def apply_gradients(
     model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler, learning_rate: float, grad_clip: float
 ) -> Tensor:
-    """Update the parameters and return the norm that the gradients had, a scalar tensor on the device.
+    """Update the parameters. Return the norm of the gradients before clipping, a scalar tensor on the device.
 
-    If the norm is not finite, parameters and optimizer state stay as they are. The optimizer's
-    own kernel decides that on the device: the host never waits.
+    If it is not finite, parameters and optimizer state do not change. The optimizers' kernels check that on the
+    device: the host never waits.
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    norm = whole(norm)
+    norm = full(norm)
     skip = (~norm.isfinite()).float()
-    if norm.device.type == "mps" and skip:  # its fused kernel takes found_inf and ignores it: here the host has to wait
+    if norm.device.type == "mps" and skip:  # its fused kernel ignores found_inf: here the host waits
         model.zero_grad(set_to_none=True)
         scaler.update()
         return norm
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        # Not scaler.step: it judges each optimizer by its own gradients, and all have to skip or none.
+        # Not scaler.step: it checks each optimizer's own gradients, but all must skip or none.
         optimizer.grad_scale, optimizer.found_inf = None, skip
         optimizer.step()
     scaler.update()
@@ -199,27 +229,27 @@ def apply_gradients(
 
 
 class SkippedUpdates:
-    """Counts the updates whose gradients were not finite, on the device: the host never waits for one."""
+    """Counts the updates with non-finite gradients, on the device, so that the host never waits."""
 
     def __init__(self, before: int, device: torch.device):
-        self._all, self._in_a_row = torch.tensor([before, 0], device=device)
-        self._heard = torch.zeros((), dtype=torch.long, pin_memory=device.type == "cuda")  # `_in_a_row` on the host
+        self._total, self._in_a_row = torch.tensor([before, 0], device=device)
+        self._on_host = torch.zeros((), dtype=torch.long, pin_memory=device.type == "cuda")  # copy of `_in_a_row`
 
     def count(self, norm: Tensor) -> None:
-        """After each update, with the norm that its gradients had."""
+        """After each update, with the norm of its gradients."""
         bad = ~norm.isfinite()
-        self._all, self._in_a_row = self._all + bad, (self._in_a_row + 1) * bad
-        self._heard.copy_(self._in_a_row, non_blocking=True)  # it arrives when the device has come so far
+        self._total, self._in_a_row = self._total + bad, (self._in_a_row + 1) * bad
+        self._on_host.copy_(self._in_a_row, non_blocking=True)
 
     @property
     def all(self) -> int:
-        """How many; a CPU-GPU sync point."""
-        return int(self._all)
+        """How many in total; a CPU-GPU sync point."""
+        return int(self._total)
 
     @property
     def in_a_row(self) -> int:
-        """How many after the last one that was not skipped, as far as the device has come: without waiting for it."""
-        return int(self._heard)
+        """How many since the last good update, as far as the device has come: no sync point."""
+        return int(self._on_host)
 
 
 def check_gradients(failing: int, step: int) -> None:

@@ -1,8 +1,9 @@
-"""A model on one process or many: replicated or sharded, its gradients averaged, its tensors whole again for a save."""
+"""A model on one process or many: compiled, replicated or sharded, with averaged gradients.
 
-import logging
-import os
-import warnings
+model = wrap(raw_model, dist, sharding="fsdp")     # call it; raw_model has the parameters
+"""
+
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from plaingpt.console import UserError, note, one_line
 from plaingpt.cpu import speed_up
 from plaingpt.distributed import Distributed
+from plaingpt.workarounds import fall_back_to_eager, silence_broadcast_buffers
 
 
 def wrap(
@@ -21,29 +23,26 @@ def wrap(
     recompute: bool = False,
     compiled: bool | None = False,
 ) -> nn.Module:
-    """`model` on the device, its gradients averaged over the processes in `backward`, in `reduce_dtype`. All ranks.
+    """Move `model` to the device; `backward` then averages gradients over all processes in `reduce_dtype`. All ranks.
 
-    sharding: `ddp`: every process holds everything. `fsdp`: each holds an equal part of parameters, gradients and
-        optimizer state, and gathers a block while it is computed. `hybrid`: fsdp in a node, ddp between nodes.
-    recompute: the backward pass computes each block again, in place of keeping what is in it.
-    compiled: by torch.compile; None: on CUDA.
+    sharding: `ddp`: every process has the full model. `fsdp`: each has an equal shard of parameters, gradients and
+        optimizer state, and gathers a block while it is computed. `hybrid`: fsdp within a node, ddp between nodes.
+    recompute: activation checkpointing: the backward pass computes each block again.
+    compiled: use torch.compile; None: on CUDA.
     """
     model.recompute = recompute
     speed_up(model)
+    sharded = dist.world_size > 1 and sharding != "ddp"
+    if compiled or (compiled is None and dist.device.type == "cuda"):
+        _compile(model, dist.device, sharded)
     reduce_in = getattr(torch, reduce_dtype)
-    if dist.world_size > 1 and sharding != "ddp":
-        model = _shard(model, dist, sharding, reduce_in)
-    else:
-        model = _replicate(model.to(dist.device), dist, reduce_in)
-    return _compile(model, dist.device) if compiled or (compiled is None and dist.device.type == "cuda") else model
+    return _shard(model, dist, sharding, reduce_in) if sharded else _replicate(model.to(dist.device), dist, reduce_in)
 
 
 def _replicate(model: nn.Module, dist: Distributed, reduce_in: torch.dtype) -> nn.Module:
     if dist.world_size == 1:
         return model
-    # No buffer of the model ever changes: broadcasting them before each forward would be for nothing.
-    with warnings.catch_warnings():  # the name is deprecated in torch 2.13; 2.11 knows no other
-        warnings.simplefilter("ignore", FutureWarning)
+    with silence_broadcast_buffers():  # the model's buffer never changes: no need to broadcast it before each forward
         model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if reduce_in == torch.bfloat16:
         if dist.device.type != "cuda":
@@ -54,22 +53,21 @@ def _replicate(model: nn.Module, dist: Distributed, reduce_in: torch.dtype) -> n
     return model
 
 
-def shards(dist: Distributed, sharding: str) -> int:
-    """How many processes share a copy of the model."""
-    return {"ddp": 1, "fsdp": dist.world_size, "hybrid": int(os.environ.get("LOCAL_WORLD_SIZE", 1))}[sharding]
+def shard_count(dist: Distributed, sharding: str) -> int:
+    """Number of processes that hold one copy of the model together."""
+    return {"ddp": 1, "fsdp": dist.world_size, "hybrid": dist.local_world_size}[sharding]
 
 
 def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.dtype) -> nn.Module:
-    """Matrices are cast to `dtype` before they are gathered: what autocast would do with them afterwards, at
-    half the traffic. The rest (embeddings, LayerNorms) is small, and is gathered in float32, as autocast wants it.
+    """Matrices are cast to `dist.dtype` before they are gathered: autocast would do it afterwards, at twice the
+    traffic. Embeddings and LayerNorms are small; they are gathered in float32, as autocast needs them.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # two seconds that nobody else is to wait for
+    from torch.distributed.device_mesh import init_device_mesh  # takes two seconds to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    size = shards(dist, sharding)
-    fewest, most = dist.max(-size, size)
-    if -fewest != most:
-        raise UserError(f"--sharding=hybrid takes as many processes on every node: one has {-fewest}, another {most}")
+    size = shard_count(dist, sharding)
+    if not dist.all_equal(size):
+        raise UserError(f"--sharding=hybrid needs the same number of processes on every node; one has {size}")
     hybrid = sharding == "hybrid"
     shape, names = ((dist.world_size // size, size), ("nodes", "in_node")) if hybrid else ((size,), ("all",))
     mesh = init_device_mesh(dist.device.type, shape, mesh_dim_names=names)
@@ -78,81 +76,83 @@ def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.
     for block in model.transformer.h:
         fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=precise)
-    # The root keeps its parameters whole until a backward pass; without one nobody would put them back.
+    # The root keeps its parameters gathered until a backward pass; without one, nothing would shard them again.
     model.register_forward_hook(lambda root, *_: None if torch.is_grad_enabled() else root.reshard())
-    # torch adds up the micro-steps that are not exchanged between nodes in the precision of the exchange
+    # Micro-steps that are not exchanged between nodes would be summed in the precision of the exchange.
     model.exchanged_each_time = hybrid and reduce_in != torch.float32
     return model
 
 
-def _compile(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` through torch.compile. Where that cannot work, for want of a C++ compiler say, one line tells so, and
-    it runs as it is. It is tried on next to nothing before: of a model, the backward pass would be the first to fail.
+def _compile(model: nn.Module, device: torch.device, sharded: bool) -> None:
+    """Compile `model` in place, block by block: all blocks use the code of the first, so GPT-2 1.5B compiles in
+    seconds, where compiling the model as one graph took minutes and made it no faster.
+
+    FSDP's hooks are Python, which would split a compiled block: there its modules are compiled one by one.
+    If nothing compiles on this machine (no C++ compiler, say), one line says so and the model stays as it is.
     """
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))  # otherwise the backward pass fails first
     except Exception as error:  # of many kinds
-        note(f"torch.compile does not work here, going on without it: {_reason(error)}")
-        return model
-    _go_on_without()
-    return torch.compile(model)
+        note(f"torch.compile does not work here, continuing without it: {_reason(error)}")
+        return
+    fall_back_to_eager(_reason)
+    for block in model.transformer.h:
+        for module in (block.ln_1, block.attn, block.ln_2, block.mlp) if sharded else (block,):
+            module.__class__ = _compiled_class(type(module), "forward")
+    model.__class__ = _compiled_class(type(model), "head")
 
 
-def _go_on_without() -> None:
-    """What cannot be compiled in spite of the trial runs as it is too, and the first time one line tells so, in place
-    of torch's hundreds."""
+@functools.cache
+def _compiled_class(kind: type, method: str) -> type:
+    """A subclass whose `method` is compiled, except for calls with an attention that has a cache: those have a new
+    length with each token."""
+    plain = getattr(kind, method)
+    compiled = torch.compile(plain)
 
-    def tell(record: logging.LogRecord) -> bool:
-        nonlocal told
-        if not record.exc_info:
-            return True
-        if not told:
-            note(f"torch.compile failed, going on without it where it does: {_reason(record.exc_info[1])}")
-        told = True
-        return False
+    def choose(self, x: Tensor, *rest):
+        return (plain if any(callable(value) for value in rest) else compiled)(self, x, *rest)
 
-    told = False
-    torch._dynamo.config.suppress_errors = True
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(tell)
+    return type(kind.__name__, (kind,), {method: choose})
 
 
 def _reason(error: BaseException) -> str:
-    return one_line(error).split(" Set TORCH")[0]  # advice on how to look inside torch
+    return one_line(error).split(" Set TORCH")[0]  # without advice for torch's developers
 
 
 def exchange_gradients(model: nn.Module, last: bool) -> None:
-    """Before a micro-step: whether it is the `last` of its update. Gradients are averaged after that one only; but
-    sharded ones each time within the node, so that no process ever holds all of them, and in bfloat16 each time between
-    nodes too, so that they are added up in float32.
+    """Before a micro-step: whether it is the `last` of its update, after which gradients are averaged.
+
+    Sharded gradients are averaged within the node each time, so that no process ever has all of them; in bfloat16
+    also between nodes, so that they are summed in float32.
     """
     model.require_backward_grad_sync = last  # DDP's
     if hasattr(model, "set_requires_all_reduce"):  # FSDP's
         model.set_requires_all_reduce(last or model.exchanged_each_time)
 
 
-def is_shared(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which other processes hold parts."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each process has a shard."""
     return hasattr(tensor, "device_mesh")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """`tensor` with the parts of it that other processes hold. All ranks."""
-    return tensor.full_tensor() if is_shared(tensor) else tensor
+def full(tensor: Tensor) -> Tensor:
+    """`tensor` with all its shards. All ranks."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def gather(tensors: dict[str, Tensor], dist: Distributed) -> dict[str, Tensor]:
-    """Copies of `tensors` on the CPU, whole, for the main process; for the others none. All ranks."""
+    """Full copies of `tensors` on the CPU for the main process; an empty dict for the others. All ranks."""
     gathered = {}
-    for name, tensor in tensors.items():  # one by one: the device never holds more of them whole
-        tensor = whole(tensor.detach())
+    for name, tensor in tensors.items():  # one by one: the device never has more than one full tensor
+        tensor = full(tensor.detach())
         if dist.is_main:
             gathered[name] = tensor.to("cpu", copy=True).contiguous()
     return gathered
 
 
 def fill(tensor: Tensor, values: Tensor) -> None:
-    """Copy `values` into `tensor`, or of them what belongs to this process's part of it. Nobody else takes part."""
-    if is_shared(tensor):
+    """Copy `values` into `tensor`; into a shard, the values that belong there. This rank only."""
+    if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
         values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""What a run takes, before it is begun: parameters, memory by part, tokens, and hours here or on other machines.
+"""What a run needs, before it starts: parameters, memory, tokens, and hours here and on other machines.
 
 python train.py RECIPE --dry_run=True
 """
@@ -8,93 +8,144 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model import GPT
-from plaingpt.console import counted, millions, note
+from model import GPT, GPTConfig
+from plaingpt.console import UserError, counted, millions, note
 from plaingpt.distributed import PEAK_TFLOPS, Distributed
-from plaingpt.parallel import shards
+from plaingpt.optimizer import MATRICES_AT_ONCE
 
-# Share of a card's half-precision limit at which GPT-2 124M has been trained, as published; to be replaced by our own.
-# A100: nanoGPT, compiled, 0.85M tokens/s on eight. H100: llm.c, 468k tokens/s on one; H200: the same card for this.
+# Share of a card's half-precision limit that GPT-2 124M is known to reach; to be replaced by our own measurements.
+# A100: nanoGPT, compiled, 0.85M tokens/s on eight. H100: llm.c, 468k tokens/s on one; H200: the same chip.
 MFU = {"A100": 0.29, "H100": 0.40, "H200": 0.40}
-CARDS = {"A100": 80, "H100": 80, "H200": 141}  # GB of memory
 
 
-def tokens_per_update(config: Any) -> int:
-    return config.gradient_accumulation_steps * config.batch_size * config.block_size
-
-
-def memory(model: GPT, config: Any, shards: int = 1) -> dict[str, float]:
-    """Bytes by part that a process needs to train `model`, which may be on torch's meta device; `shards`: of how many
-    processes each holds an equal part of it (what is gathered for a block at a time is not counted).
-
-    Activations are counted, not measured: what the backward pass keeps of a token in mixed precision, 36 C bytes a
-    block (LayerNorms 8 and 4, attention 8, MLP 16) and 4 a logit (bf16, and its gradient), without dropout's masks.
-    Where blocks are recomputed, 4 C of each are left, and 36 C of the one at work.
-    """
-    c = model.config
+def state_memory(model: GPT, optimizer: str, shards: int = 1) -> dict[str, float]:
+    """Bytes of weights, gradients and optimizer state in each of `shards` processes. `model` may be on `meta`."""
     parameters = sum(p.numel() for p in model.parameters())
-    of_muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (config.optimizer == "muon")
-    blocks = 4 * c.n_layer + 36 if config.recompute else 36 * c.n_layer
-    token = blocks * c.n_embd + 4 * c.padded_vocab_size
+    of_muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2) * (optimizer == "muon")
     return {
         "weights": 4 * parameters / shards,
-        "their bf16 copies": 2 * parameters / shards,
         "gradients": 4 * parameters / shards,
         "optimizer": (8 * (parameters - of_muon) + 4 * of_muon) / shards,  # AdamW has two moments, Muon one
-        "activations": config.batch_size * config.block_size * token,
     }
 
 
-def hours(model: GPT, config: Any, card: str, cards: int) -> float:
-    """Predicted from the FLOP of a token, the card's data sheet, and MFU; evaluations and saves not counted."""
-    flop = config.max_iters * tokens_per_update(config) * model.flop_per_token()
-    return flop / (PEAK_TFLOPS[card] * 1e12 * MFU[card] * cards) / 3600
+def memory(
+    batch_size: int, optimizer: str, recompute: bool, compiled: bool, shards: int, model: GPT
+) -> dict[str, float]:
+    """Bytes by part that torch reserves on each GPU to train `model`, which may be on `meta`, in 16-bit precision.
+
+    The constants fit runs of 124M to 1.5B within 10% (bench/results/2026-11-27-gpu-simulated.md). Of each token the
+    backward pass needs 34 C bytes a block (36 not compiled): two inputs of LayerNorm in float32, the rest in 16 bits;
+    two more for dropout's masks. With recomputation, 4 C of each block remain, and all of the one at work. A logit
+    takes 2 bytes; not compiled, 4, and the loss needs float32 copies of 2**26 logits at a time.
+    """
+    c = model.config
+    tokens, logits = batch_size * c.block_size, batch_size * c.block_size * c.padded_vocab_size
+    block = tokens * c.n_embd * ((34 if compiled else 36) + 2 * (c.dropout > 0))
+    head = tokens * c.n_embd * 12 + (2 * logits if compiled else 4 * logits + 12 * min(logits, 2**26))
+    inputs = tokens * c.n_embd * 4
+    activations = inputs * c.n_layer + max(block, head) if recompute else block * c.n_layer + head
+    parameters = sum(p.numel() for p in model.parameters())
+    of_block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    embeddings = parameters - c.n_layer * of_block
+    if shards > 1:  # embeddings and their gradient in float32, and two blocks: the one at work and the next
+        copies = 8 * embeddings + 4 * of_block
+    else:
+        copies = 2 * (embeddings + of_block if recompute and compiled else parameters)
+    muon = 22 * min(MATRICES_AT_ONCE, 4 * c.n_embd**2 * c.n_layer) / shards if optimizer == "muon" else 0
+    parts = state_memory(model, optimizer, shards)
+    parts |= {"16-bit copies": copies, "activations": max(activations, muon - copies)}
+    # Gradients are allocated where the logits were, which then need new space: the allocator does not move blocks.
+    unused = (0.08 if recompute else 0.04) * sum(parts.values()) + (1.4 * logits if compiled else 0)
+    return parts | {"unused by the allocator": unused}
 
 
-def announce(model: GPT, config: Any, dist: Distributed, tokens: int) -> None:
-    """Tell what the run is, in one line, and of its learning rate what is hardly meant; `tokens` are an epoch's."""
-    precision, each = str(dist.dtype).removeprefix("torch."), tokens_per_update(config)
-    epochs = config.max_iters * each / tokens
+def check_memory(config: GPTConfig, dist: Distributed, cost: Callable[[GPT], dict[str, float]]) -> None:
+    """Refuse a model that cannot be trained in the free memory. Call it before the model is made: the kernel would
+    kill the process.
+
+    cost: `memory` of a model. Only half of the activations count: a wrong refusal is worse than none.
+    """
+
+    def needed(n_layer: int) -> float:
+        with torch.device("meta"):
+            parts = cost(GPT(replace(config, n_layer=n_layer)))
+        return sum(parts[name] for name in ("weights", "gradients", "optimizer")) + parts["activations"] / 2
+
+    free = free_memory(dist)
+    if free is None or needed(config.n_layer) <= free:
+        return
+    one, two = needed(1), needed(2)
+    layers = int(1 + (0.7 * free - one) / (two - one))
+    smaller = f"--n_layer={layers}" if layers > 0 else "a smaller --n_embd"
+    more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
+    raise UserError(
+        f"{config.n_layer} layers of width {config.n_embd} take at least {gb(needed(config.n_layer))} to train, and "
+        f"{gb(free)} are free; try {smaller}, a smaller --batch_size or --recompute=True{more}"
+    )
+
+
+def free_memory(dist: Distributed) -> float | None:
+    """Bytes that this process can still allocate on its device; None if unknown."""
+    if dist.device.type == "cuda":
+        return torch.cuda.mem_get_info(dist.device)[0]
+    try:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        size = {line[0]: 1024 * int(line[1]) for line in lines}
+        free = size["MemAvailable:"] + size["SwapFree:"]
+        limit = Path("/sys/fs/cgroup/memory.max")
+        if limit.exists() and (text := limit.read_text().strip()).isdecimal():  # a container's
+            free = min(free, int(text))
+    except (OSError, KeyError, ValueError, IndexError):  # not Linux
+        return None
+    return free / dist.local_world_size
+
+
+def hours(model: GPT, tokens: float, card: str, cards: int) -> float:
+    """Predicted from the FLOP of a token, the card's data sheet and MFU, without evaluations and saves."""
+    return tokens * model.flop_per_token() / (PEAK_TFLOPS[card] * 1e12 * MFU[card] * cards) / 3600
+
+
+def announce(model: GPT, dist: Distributed, max_iters: int, update_tokens: int, epoch_tokens: int) -> None:
+    """Print the run in one line."""
+    precision, epochs = str(dist.dtype).removeprefix("torch."), max_iters * update_tokens / epoch_tokens
     note(
         f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
-        f"{counted(config.max_iters, 'update')} of {counted(each, 'token')}, "
-        f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {tokens:,}"
+        f"{counted(max_iters, 'update')} of {counted(update_tokens, 'token')}, "
+        f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {epoch_tokens:,}"
     )
-    if config.warmup_iters >= config.max_iters:
-        note(
-            f"warmup_iters={config.warmup_iters} is not below max_iters={config.max_iters}: the whole run is warm-up, "
-            f"and the learning rate stays below {config.learning_rate:g}; give a lower --warmup_iters"
-        )
-    if config.decay_lr and config.min_lr > config.learning_rate:
-        note(
-            f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: after the warm-up "
-            "the learning rate rises to it; give a lower --min_lr, or --decay_lr=False to keep it constant"
-        )
 
 
-def rehearse(model: GPT, config: Any, dist: Distributed, update: Callable[[Any], object]) -> None:
-    """Tell what the run takes, from a few updates that are timed and forgotten. `update` makes one, of as many
-    micro-steps as the settings that it is given say. All ranks.
+def dry_run(
+    model: GPT,
+    dist: Distributed,
+    update: Callable[[int], object],
+    micro_steps: int,
+    update_tokens: int,
+    max_iters: int,
+    parts: dict[str, float],
+) -> None:
+    """Print memory, speed and hours of a run from a few timed updates. All ranks.
+
+    update: makes an update of so many micro-steps in each process. micro_steps: of a real update in each process.
+    parts: what `memory` predicts.
     """
-    micro_steps = dist.share(config.gradient_accumulation_steps)
-    short = [replace(config, gradient_accumulation_steps=n * dist.world_size) for n in (1, 2)]
-    one, two = (_median_seconds(dist, lambda settings=settings: update(settings)) for settings in short)
-    seconds = one + (micro_steps - 1) * max(two - one, 0.0)  # a micro-step, and what an update costs beside them
+    one, two = (_median_seconds(dist, lambda n=n: update(n)) for n in (1, 2))
+    seconds = one + (micro_steps - 1) * max(two - one, 0.0)
     if not dist.is_main:
         return
-    parts = memory(model, config, shards(dist, config.sharding))
-    note(f"memory of a process, by count: {', '.join(f'{name} {gb(size)}' for name, size in parts.items())}")
-    peak = _peak_memory(dist)
-    note(f"in all {gb(sum(parts.values()))}" + (f"; this process had {gb(peak)} at its peak" if peak else ""))
-    speed, span = tokens_per_update(config) / seconds, tqdm.format_interval
-    note(f"here {seconds:.3g} s an update, {speed:,.0f} tokens/s: {span(seconds * config.max_iters)} in all")
-    if hours(model, config, "A100", 1) > 0.1:  # less says nothing: small models do not fill a card
-        there = [f"{n} x {card} {span(3600 * hours(model, config, card, n))}" for card in MFU for n in (1, 8)]
+    note(f"memory of a process, predicted: {', '.join(f'{name} {gb(size)}' for name, size in parts.items())}")
+    note(f"in total {gb(sum(parts.values()))}; {_measured_memory(dist)}")
+    speed, span = update_tokens / seconds, tqdm.format_interval
+    note(f"here {seconds:.3g} s an update, {speed:,.0f} tokens/s: {span(seconds * max_iters)} in total")
+    tokens = max_iters * update_tokens
+    if hours(model, tokens, "A100", 1) > 0.1:  # small models do not fill a card: a prediction would be wrong
+        there = [f"{n} x {card} {span(3600 * hours(model, tokens, card, n))}" for card in MFU for n in (1, 8)]
         note(f"predicted elsewhere: {', '.join(there)}")
 
 
@@ -109,14 +160,16 @@ def _median_seconds(dist: Distributed, run: Callable[[], object]) -> float:
     return statistics.median(times[1:])  # the first one compiles and allocates
 
 
-def _peak_memory(dist: Distributed) -> int | None:
+def _measured_memory(dist: Distributed) -> str:
     if dist.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(dist.device)
+        peak, reserved = torch.cuda.max_memory_allocated(dist.device), torch.cuda.max_memory_reserved(dist.device)
+        return f"measured: peak {gb(peak)}, reserved {gb(reserved)}"
     try:
         import resource
     except ImportError:  # Windows has none
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return "not measured"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"measured: peak {gb(peak)} with Python and torch"
 
 
 def gb(size: float) -> str:

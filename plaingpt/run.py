@@ -5,6 +5,7 @@ import json
 import shlex
 import signal
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,33 +79,48 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
 
 
 def check_schedule(config: Any) -> None:
-    """UserError if the learning rate is 0 before the run ends: those updates would change nothing."""
+    """Note what is probably a mistake; UserError if the last updates would change nothing: their learning rate is 0."""
     if config.learning_rate_at(config.max_iters - 1) == 0:
         zero = max(config.lr_decay_iters, config.warmup_iters)
         raise UserError(
             f"the learning rate would be 0 from update {zero} of {config.max_iters} on: "
             f"give --lr_decay_iters={config.max_iters}, or a --min_lr above 0"
         )
+    if config.decay_lr and config.warmup_iters >= config.max_iters:
+        note(
+            f"warmup_iters={config.warmup_iters} is not below max_iters={config.max_iters}: the learning rate never "
+            f"reaches {config.learning_rate:g}; give a lower --warmup_iters"
+        )
+    if config.decay_lr and config.min_lr > config.learning_rate:
+        note(
+            f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: after the warmup the learning "
+            "rate rises to it; give a lower --min_lr, or --decay_lr=False to keep it constant"
+        )
 
 
-def initial_model(config: Any, given: dict[str, str], data: DataSet, checkpoint: Path | None) -> tuple[GPT, Any]:
+def initial_model(
+    config: Any, given: dict[str, str], data: DataSet, checkpoint: Path | None, check: Callable[[GPTConfig], object]
+) -> tuple[GPT, Any]:
     """The model that `config` asks for, on the CPU, and `config` with the shape of that model.
 
-    checkpoint: the directory that a run is resumed from. UserError if a setting in `given`, or the tokenizer of the
+    checkpoint: the directory that a run is resumed from. check: is called with the shape of a new model before it is
+    made, and may refuse it. UserError if a setting in `given`, or the tokenizer of the
     data set, contradicts a model that exists.
     """
     if not checkpoint and config.init_from in ("scratch", "auto"):
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+        shape = GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in SHAPE})
+        check(shape)
         torch.manual_seed(config.seed)
-        shape = {name: getattr(config, name) for name in SHAPE}
-        return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **shape)), config
+        return GPT(shape), config
     if checkpoint:
         with naming_others(checkpoint):
             model, tokenizer = load_model(checkpoint, dropout=config.dropout, check=False)  # checked with the state
     else:
         block_size = config.block_size if "block_size" in given else None
         model, tokenizer = load_model(config.init_from, block_size, config.dropout)
+    check(model.config)
     source = checkpoint or config.init_from
     for name in SHAPE:
         asked, found = getattr(config, name), getattr(model.config, name)

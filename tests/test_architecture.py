@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["model", "plaingpt.startup", "plaingpt.tracking"],
     ["plaingpt.console"],
-    ["plaingpt.cpu", "plaingpt.help"],
+    ["plaingpt.cpu", "plaingpt.help", "plaingpt.workarounds"],
     ["plaingpt.settings"],
     ["plaingpt.generate"],
     ["plaingpt.files", "plaingpt.hub"],

@@ -19,6 +19,7 @@ PLAN = SHAPE | dict(max_iters=8, eval_interval=4, keep_every=4, warmup_iters=2, 
 MODES = {"ddp": dict(sharding="ddp"), "fsdp": dict(sharding="fsdp")}
 STARTS = ("one", *MODES)
 OTHERS = {  # at most so far from one process
+    "bfloat16-ddp": (dict(dtype="bfloat16"), 2e-2),
     "bfloat16-fsdp": (dict(dtype="bfloat16", reduce_dtype="bfloat16", recompute=True, sharding="fsdp"), 2e-2),
     "float16-fsdp": (dict(dtype="float16", sharding="fsdp"), 2e-2),
     "adamw-fsdp": (dict(optimizer="adamw", sharding="fsdp", recompute=True, dropout=0.1), 1e-5),
@@ -36,7 +37,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 def work():
     for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # each run meets under keys of its own
-        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        os.environ |= {{"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(int(os.environ["RANK"]) % 2)}}  # two on a node
         if "copy" in job:
             source, target = map(Path, job["copy"])
             if os.environ["RANK"] == "0":
@@ -163,14 +164,24 @@ def test_four_processes_on_two_nodes_share_within_each(tmp_path, runs, tiny_flag
 
 HELD = """
 import os, sys
+from dataclasses import replace
 sys.path.insert(0, {root!r})
 import torch
 from plaingpt.console import UserError
 from plaingpt.distributed import connect
 from plaingpt.evaluate import whole_copy
 from model import GPT, GPTConfig
-from plaingpt.parallel import exchange_gradients, gather, whole, wrap
-from plaingpt.optimizer import apply_gradients, make_optimizers
+from plaingpt.parallel import exchange_gradients, full, gather, wrap
+from plaingpt.optimizer import apply_gradients, make_optimizers, split_among_processes
+
+def split(dist):
+    # of three matrices each process computes two, the second process one of them again; both get all
+    stack, seen = torch.arange(24.0).view(3, 2, 4), []
+    def double(x):
+        seen.extend(x[:, 0, 0].tolist())
+        return 2 * x.bfloat16()
+    assert torch.equal(split_among_processes(double, stack, stack[0]), 2 * stack.bfloat16())
+    assert seen == [[0.0, 8.0], [16.0, 0.0]][dist.rank], seen
 
 def work(dist):
     model = GPT(GPTConfig(16, 65, 2, 2, 16))
@@ -189,7 +200,7 @@ def work(dist):
     with torch.no_grad(), dist.autocast():
         model(idx)
     assert sum(p.to_local().numel() for p in model.parameters()) == held  # also after a pass without gradients
-    assert not whole(model.transformer.wte.weight)[65:].any()
+    assert not full(model.transformer.wte.weight)[65:].any()
     copy, weights = whole_copy(model, dist), gather(model.weights(), dist)
     if dist.is_main:  # a sample needs half the memory of a copy in float32, and is the same
         assert {{p.dtype for p in copy.transformer.h.parameters() if p.dim() == 2}} == {{torch.bfloat16}}
@@ -206,27 +217,27 @@ def gradient(dist, how, micro_steps=1):
         exchange_gradients(model, last=i == micro_steps - 1)
         with dist.autocast():
             (model(idx, idx, need_logits=False)[1] / micro_steps).backward()
-    return whole(model.transformer.wte.weight.grad)
+    return full(model.transformer.wte.weight.grad)
 
 def rounded(x):
     return torch.equal(x, x.bfloat16().float())
 
 def exchanged(dist):
     assert rounded(gradient(dist, ("fsdp", "bfloat16"))) and not rounded(gradient(dist, ("fsdp", "float32")))
-    os.environ["LOCAL_WORLD_SIZE"] = "1"  # two nodes of one process each
+    dist = replace(dist, local_world_size=1)  # two nodes of one process each
     one, many = (gradient(dist, ("hybrid", "bfloat16"), n) for n in (1, 300))
     assert (one - many).norm() < 0.02 * one.norm(), ((one - many).norm(), one.norm())  # summed in bfloat16: 0.07
 
 def uneven(dist):
-    os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.rank)
     try:
-        wrap(GPT(GPTConfig(16, 65, 1, 2, 16)), dist, "hybrid")
+        wrap(GPT(GPTConfig(16, 65, 1, 2, 16)), replace(dist, local_world_size=1 + dist.rank), "hybrid")
     except UserError as error:
-        assert "as many processes on every node: one has 1, another 2" in str(error)
+        assert "the same number of processes on every node" in str(error)
     else:
         raise AssertionError("not refused")
 
 dist = connect("cpu", "bfloat16")
+split(dist)
 work(dist)
 uneven(dist)
 exchanged(dist)

@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 import os
 import shlex
@@ -441,33 +440,6 @@ def test_each_process_reads_its_own_sequences_alone():
         seen.append(tokens.starts)
     assert [len(starts) for starts in seen] == [4, 4]
     assert sorted(seen[0] + seen[1]) == sorted((batches.starts(0) % len(tokens)).tolist())
-
-
-def test_a_run_goes_on_where_nothing_can_be_compiled(tmp_path, tiny_flags, tiny_run):
-    flags = tiny_flags(tmp_path / "run", compile=True)
-    environment = child_environment(CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-    command = [sys.executable, "train.py", *flags]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 0, ended.stderr
-    first, *others = ended.stderr.splitlines()
-    assert first.startswith("torch.compile does not work here, going on without it: ") and "C++" in first
-    assert not [line for line in others if "compile" in line or line.startswith("Traceback")]
-    assert records(tmp_path / "run") == records(tiny_run)
-
-
-def test_what_fails_to_compile_after_the_trial_is_told_in_one_line(capsys, monkeypatch):
-    import torch._dynamo
-    import torch._inductor.config
-
-    from plaingpt.parallel import _go_on_without
-
-    monkeypatch.setattr(logging.getLogger("torch._dynamo.convert_frame"), "filters", [])
-    with torch._dynamo.config.patch(suppress_errors=False), torch._inductor.config.patch({"cpp.cxx": ("/none",)}):
-        _go_on_without()
-        for function in (lambda x: x + 1, lambda x: x + 2):
-            assert torch.equal(torch.compile(function)(torch.ones(2)), function(torch.ones(2)))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("torch.compile failed, going on without it where it does: InvalidCxxCompiler: ")
 
 
 def test_a_run_of_nothing_but_nans_ends_with_status_1_and_is_not_saved(tmp_path, train):

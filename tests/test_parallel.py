@@ -1,0 +1,123 @@
+"""torch.compile and waits for the device, as the training loop meets them. Sharding is in test_sharding.py."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, child_environment, run_main
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT, GPTConfig
+from plaingpt.batches import TrainBatches
+from plaingpt.console import one_line
+from plaingpt.distributed import connect
+from plaingpt.optimizer import SkippedUpdates, make_optimizers
+from plaingpt.parallel import wrap
+from plaingpt.tokens import Tokens
+from plaingpt.workarounds import fall_back_to_eager
+from train import Run, TrainConfig, train_step
+
+SHAPE = dict(block_size=16, n_layer=3, n_head=2, n_embd=16)
+needs_compiler = pytest.mark.skipif(sys.platform == "win32", reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def compiler():
+    """torch's compiler without what other tests left in it."""
+    import torch._dynamo.utils
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@needs_compiler
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_run_compiles_one_block_once_without_graph_breaks(tmp_path, tiny_flags, compiler, recompute):
+    """Training, evaluation, samples and a resumed run: a block and the head, each with and without gradients."""
+    flags = tiny_flags(tmp_path / "run", compile=True, n_layer=5, dropout=0.1, recompute=recompute)
+    ended = run_main("train", *flags, "--gradient_accumulation_steps=2", "--keep_every=3")
+    assert ended.status == 0, ended.err
+    ended = run_main("train", *flags, "--gradient_accumulation_steps=2", "--init_from=resume:step-000003")
+    assert ended.status == 0, ended.err
+    assert not compiler["graph_break"]
+    assert compiler["stats"]["unique_graphs"] <= 2 * 4  # in each of the two runs
+
+
+@needs_compiler
+def test_a_compiled_model_computes_the_same(compiler):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=65, **SHAPE))
+    idx = torch.randint(65, (2, 16))
+    logits, loss = model(idx, idx)
+    loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    compiled = wrap(model, connect("cpu", "float32"), compiled=True)
+    assert compiled is model
+    new_logits, new_loss = compiled(idx, idx)
+    new_loss.backward()
+    assert torch.allclose(logits, new_logits, atol=1e-5) and torch.allclose(loss, new_loss)
+    assert all(torch.allclose(p.grad, e, atol=1e-5) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+def test_a_run_goes_on_where_nothing_can_be_compiled(tmp_path, tiny_flags):
+    flags = tiny_flags(tmp_path / "run", compile=True)
+    environment = child_environment(CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    command = [sys.executable, "train.py", *flags]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    first, *others = ended.stderr.splitlines()
+    assert first.startswith("torch.compile does not work here, continuing without it: ") and "C++" in first
+    assert not [line for line in others if "compile" in line or line.startswith("Traceback")]
+
+
+def test_what_fails_to_compile_after_the_trial_is_reported_in_one_line(capsys, monkeypatch):
+    import torch._dynamo
+    import torch._inductor.config
+
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    fall_back_to_eager(one_line)
+    for n in (1.25, 2.25):
+        function = torch.compile(lambda x, n=n: x.sin() + n)
+        assert torch.equal(function(torch.ones(2)), torch.ones(2).sin() + n)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("torch.compile failed, continuing without it where it does: ") and "C++" in line
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the host would read a value that an operation computed on the device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition("::")[2].partition(".")[0]
+        assert name not in self.WAITS, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_never_waits_for_the_device(dtype):
+    """What would be a CPU-GPU sync point, seen on the CPU; the dispatcher is the same."""
+    dist = connect("cpu", dtype)
+    config = TrainConfig(**SHAPE, batch_size=2, gradient_accumulation_steps=2, dropout=0.1, max_iters=10)
+    model = GPT(GPTConfig(vocab_size=65, dropout=0.1, **SHAPE))
+    wrapped = wrap(model, dist)
+    optimizers = make_optimizers(model, "muon", 1e-2, 0.1, (0.9, 0.95), dtype=dist.dtype)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    tokens = torch.randint(65, (1000,)).numpy().astype("uint16")
+    batches, skipped = TrainBatches(Tokens([tokens]), 16, 4, seed=0), SkippedUpdates(0, dist.device)
+    run = Run(config, dist, None, model, wrapped, optimizers, scaler, batches, None, 64)
+    with NoWaiting():
+        with pytest.raises(AssertionError, match="waits for the device"):
+            torch.ones(1).item()
+        for step in range(2):
+            _, norm = train_step(run, step)
+            skipped.count(norm)
+    assert skipped.all == 0
