@@ -6,6 +6,8 @@ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 import plaingpt.startup
 
 import collections
+import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -22,14 +24,22 @@ import torch
 from model import GPT
 from plaingpt.batches import mix
 from plaingpt.checkpoint import load_model
-from plaingpt.console import UserError, note, perplexity, run_script
+from plaingpt.console import UserError, note, one_line, perplexity, run_script
 from plaingpt.cpu import has_fp16_products
 from plaingpt.distributed import connect
 from plaingpt.evaluate import log_probabilities
 from plaingpt.files import existing
 from plaingpt.generate import Batch, Decoder, Sampling
-from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, load_settings
-from plaingpt.text.sources import read_text
+from plaingpt.settings import (
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    PathName,
+    Positive,
+    PositiveInt,
+    load_settings,
+    parse_setting,
+)
 from plaingpt.tokenizer import Tokenizer
 
 
@@ -73,36 +83,37 @@ class SampleConfig:
     """auto, cpu, cuda, cuda:1 or mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of the weights (auto: float16 on x86 CPUs, elsewhere as in train.py)"""
-    quantize: Literal["none", "int8"] = "none"
-    """int8: weights in 8 bits, on x86 CPUs"""
 
-    RETIRED: ClassVar = {"compile": "ignored: sampling needs no compilation"}
+    RETIRED: ClassVar = {
+        "compile": "ignored: sampling needs no compilation",
+        "quantize": "ignored: for 8-bit weights export the model with tools/to_gguf.py",
+    }
     SYNONYMS: ClassVar = {
         "": "start", "prompt": "start", "text": "start", "model": "init_from", "temp": "temperature",
         "length": "max_new_tokens", "max_tokens": "max_new_tokens", "n": "num_samples",
     }  # fmt: skip
 
 
-WAYS = ("start", "prompts", "interactive", "score")  # of being told what to do: one at a time
+MODES = ("start", "prompts", "interactive", "score")  # mutually exclusive
 
 
 def main() -> None:
     config, given = load_settings(SampleConfig)
-    ways = [f"--{name}" for name in WAYS if name in given and getattr(config, name) not in (None, False)]
-    if len(ways) > 1:
-        raise UserError(f"{' and '.join(ways)} exclude each other: give one of them")
+    modes = [f"--{name}" for name in MODES if name in given and getattr(config, name) not in (None, False)]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} exclude each other: give one of them")
     model, tokenizer = load_model(find_model(config))
-    writer = Writer(make_decoder(model, config), tokenizer, config)
+    decoder = make_decoder(model, config)
     if config.score:
-        score(writer.decoder, tokenizer, config)
+        score(decoder, tokenizer, config)
     elif config.interactive:
-        interact(writer)
+        interact(decoder, tokenizer, config)
     else:
         starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
-        wanted = [encode_prompt(start, tokenizer) for start in starts for _ in range(config.num_samples)]
-        for first in range(0, len(wanted), config.batch_size):
+        prompts = [encode_prompt(start, tokenizer) for start in starts for _ in range(config.num_samples)]
+        for first in range(0, len(prompts), config.batch_size):
             end = first + config.batch_size
-            writer.write(wanted[first:end], first, last=end >= len(wanted))
+            write(Samples(decoder, tokenizer, config, prompts[first:end], first), last=end >= len(prompts))
 
 
 def make_decoder(model: GPT, config: SampleConfig) -> Decoder:
@@ -111,89 +122,84 @@ def make_decoder(model: GPT, config: SampleConfig) -> Decoder:
     return Decoder(model.to(dist.device), torch.float16 if fp16 else dist.dtype)
 
 
-class Writer:
-    """Writes texts to standard output: the first that is not whole as it comes, the others when it is their turn."""
-
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig):
-        self.decoder, self.tokenizer, self.config = decoder, tokenizer, config
-        self.sampling = Sampling(
-            config.temperature, config.top_k, config.top_p, config.min_p, config.repetition_penalty
-        )
-        self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in re.split(r"(?<!\\)\|", config.stop)]
-        self.stops = [stop for stop in self.stops if stop]
-
-    def write(self, prompts: list[list[int]], first: int = 0, last: bool = True) -> None:
-        """Go on from these prompts, which are samples number `first` and following of the seed."""
-        texts = Texts(self, prompts, first)
-        for i, prompt in enumerate(prompts):
-            shown = [token for token in prompt if token != self.tokenizer.end_of_text]
-            if self.config.output == "jsonl":
-                text = "".join(until(self.tokenizer.decode_stream(texts.tokens(i)), self.stops))
-                record = {"prompt": self.tokenizer.decode(shown), "text": text, "tokens": texts.counts[i]}
-                record |= {"stop_reason": texts.reasons[i], "seconds": round(texts.seconds[i], 3)}
-                print(json.dumps(record, ensure_ascii=False), flush=True)
-                continue
-            print(self.tokenizer.decode(shown), end="", flush=True)
-            for piece in until(self.tokenizer.decode_stream(texts.tokens(i)), self.stops):
-                print(piece, end="", flush=True)
-            print("" if last and i + 1 == len(prompts) else "\n---------------", flush=True)
+def write(samples: "Samples", last: bool = True) -> None:
+    """Print the first sample that has not ended as it grows, the others in their turn. last: no samples follow."""
+    tokenizer = samples.tokenizer
+    for i, prompt in enumerate(samples.prompts):
+        start = tokenizer.decode(token for token in prompt if token != tokenizer.end_of_text)
+        if samples.config.output == "jsonl":
+            record = {"prompt": start, "text": "".join(samples.text(i)), "tokens": samples.counts[i]}
+            record |= {"stop_reason": samples.reasons[i], "seconds": round(samples.seconds[i], 3)}
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+            continue
+        for piece in itertools.chain([start], samples.text(i)):
+            print(piece, end="", flush=True)
+        print("" if last and i + 1 == len(samples.prompts) else "\n---------------", flush=True)
 
 
-class Texts:
-    """Texts of one batch, drawn from as their tokens are asked for; they all advance together."""
+class Samples:
+    """The samples of one batch, numbers `first` and following of the seed. They all advance together."""
 
-    def __init__(self, writer: Writer, prompts: list[list[int]], first: int):
-        self.writer, config = writer, writer.config
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int
+    ):
+        self.tokenizer, self.config, self.prompts = tokenizer, config, prompts
+        parts = re.split(r"(?<!\\)\|", config.stop)
+        self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in parts if part]
+        sampling = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
         generators = [torch.Generator().manual_seed(mix(config.seed, first + i)) for i in range(len(prompts))]
         try:
-            self.batch = Batch(writer.decoder, prompts, config.max_new_tokens, writer.sampling, generators)
-        except RuntimeError as error:  # torch's, of a CPU and of a card
-            texts = f"keys and values of {len(prompts)} texts at once"
-            raise UserError(f"no memory for {texts}: use a smaller --batch_size or --max_new_tokens") from error
-        self.new = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet
+            self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
+        except RuntimeError as error:  # what torch raises on a CPU and on a card
+            problem = f"not enough memory for the keys and values of {len(prompts)} samples"
+            raise UserError(f"{problem}: use a smaller --batch_size or --max_new_tokens") from error
+        self.unread = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet
         self.counts, self.seconds = [0] * len(prompts), [0.0] * len(prompts)
         self.reasons: list[str | None] = [None] * len(prompts)
-        self.since = time.perf_counter()
+        self.started = time.perf_counter()
+
+    def text(self, i: int) -> Iterator[str]:
+        """Pieces of sample i, up to its end or the first stop string."""
+        return before_stop(self.tokenizer.decode_stream(self.tokens(i)), self.stops)
 
     def tokens(self, i: int) -> Iterator[int]:
-        while self.new[i] or self.reasons[i] is None:
-            if self.new[i]:
-                yield self.new[i].popleft()
+        while self.unread[i] or self.reasons[i] is None:
+            if self.unread[i]:
+                yield self.unread[i].popleft()
             else:
                 self.step()
 
     def step(self) -> None:
         for i, token in self.batch.step():
-            if token == self.writer.tokenizer.end_of_text:
+            if token == self.tokenizer.end_of_text:
                 self.reasons[i] = "end_of_text"
             else:
-                self.new[i].append(token)
+                self.unread[i].append(token)
                 self.counts[i] += 1
-                if self.stopped(i):
+                if self.ends_with_stop(i):
                     self.reasons[i] = "stop"
-                elif self.counts[i] == self.writer.config.max_new_tokens:
+                elif self.counts[i] == self.config.max_new_tokens:
                     self.reasons[i] = "length"
             if self.reasons[i]:
                 self.batch.end(i)
-                self.seconds[i] = time.perf_counter() - self.since
+                self.seconds[i] = time.perf_counter() - self.started
 
-    def stopped(self, i: int) -> bool:
-        """Whether a stop string ends in the newest token. A token is a byte at least, so the last ones are enough."""
-        stops = self.writer.stops
-        if not stops:
+    def ends_with_stop(self, i: int) -> bool:
+        """Whether the newest token completes a stop string. A token is at least a byte, so the last ones suffice."""
+        if not self.stops:
             return False
-        enough = min(self.counts[i], 4 + max(len(stop.encode()) for stop in stops))
-        tail = self.writer.tokenizer.decode(self.batch.texts[i][-enough:])
-        return any(stop in tail for stop in stops)
+        enough = min(self.counts[i], 4 + max(len(stop.encode()) for stop in self.stops))
+        tail = self.tokenizer.decode(self.batch.texts[i][-enough:])
+        return any(stop in tail for stop in self.stops)
 
 
-def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """The text before the first stop string; what may be the beginning of one is held back until it is not."""
+def before_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
+    """The text before the first stop string. What may be the start of one is held back until it is not."""
     held = ""
     for piece in pieces:
         held += piece
         if found := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
-            yield held[: min(found)[1]]  # the one that is whole first
+            yield held[: min(found)[1]]  # of the one that ends first
             return
         starts = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if held.endswith(stop[:n]))
         free = len(held) - max(starts, default=0)
@@ -203,14 +209,24 @@ def until(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
     yield held
 
 
-def interact(writer: Writer) -> None:
+def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Sample from one prompt after another. A line such as `/temperature 0.7` changes a setting."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401 (gives `input` line editing and history)
+    note("type a prompt, or /temperature 0.7 to change a setting; Ctrl-C stops a sample, Ctrl-D exits")
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
     for i in itertools.count():
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
         try:
-            writer.write([encode_prompt(line.removesuffix("\n"), writer.tokenizer)], first=i)
+            if not terminal:  # where `input` would print its prompt among the samples
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input("> " if terminal else "")
+            if line.startswith("/"):
+                name, _, text = line[1:].partition(" ")
+                config = dataclasses.replace(config, **{name: parse_setting(SampleConfig, name, text.strip(), line)})
+            else:
+                write(Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=i))
+        except EOFError:
+            return
         except UserError as error:
             note(str(error))
         except KeyboardInterrupt:
@@ -218,9 +234,8 @@ def interact(writer: Writer) -> None:
 
 
 def score(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
-    """How likely a text is: each token after those before it, the first after end of text where there is one."""
-    text = read_text(Path(config.score))
-    ids = tokenizer.encode(text)
+    """Print how likely a text is: each token given those before it, the first given end of text, if there is one."""
+    ids = tokenizer.encode(read_text(config.score))
     if tokenizer.end_of_text is not None:
         ids = [tokenizer.end_of_text, *ids]
     if len(ids) < 2:
@@ -231,9 +246,7 @@ def score(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
             print(json.dumps({"id": token, "text": tokenizer.decode([token]), "log_probability": round(value, 5)}))
         return
     total = -found.double().sum().item()
-    n_bytes = len(tokenizer.decode(ids[1:]).encode())
-    loss = total / len(found)
-    bits = total / math.log(2) / n_bytes
+    loss, bits = total / len(found), total / math.log(2) / len(tokenizer.decode(ids[1:]).encode())
     print(f"loss {loss:.4f}, perplexity {perplexity(loss)}, {bits:.4f} bits per byte; {len(found):,} tokens")
 
 
@@ -246,20 +259,29 @@ def find_model(config: SampleConfig) -> str | Path:
     for name in ("best", "last"):
         if found := existing(out_dir / name):
             return found
-    raise UserError(f"{out_dir} has no model; train one first, or name the folder: --out_dir=…")
+    raise UserError(f"{out_dir} has no model; train one first, or name its directory: --out_dir=…")
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def read_prompts(path: str) -> list[str]:
-    prompts = [line for line in read_text(Path(path)).splitlines() if line]
+    prompts = [line for line in read_text(path).replace("\r\n", "\n").split("\n") if line]
     if not prompts:
-        raise UserError(f"{path} has no prompt in it: one a line")
+        raise UserError(f"{path} has no prompt in it; each line is one")
     return prompts
 
 
 def read_start(start: str) -> str:
     if start == "-":
         return sys.stdin.buffer.read().decode("utf-8", errors="replace")
-    return read_text(Path(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
+    return read_text(start.removeprefix("FILE:")) if start.startswith("FILE:") else start
 
 
 def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:

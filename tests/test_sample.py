@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plaingpt.checkpoint import load_model
-from sample import until
+from sample import before_stop
 
 LINE = "\n---------------\n"
 
@@ -222,9 +222,9 @@ def test_stop_strings_are_found_across_pieces_and_nothing_else_is_held_back(piec
     ends = [(end, len(stop)) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
     first = min((end for end, _ in ends), default=None)
     expected = text if first is None else text[: first - max(length for end, length in ends if end == first)]
-    assert "".join(until(pieces, stops)) == expected
+    assert "".join(before_stop(pieces, stops)) == expected
     if not stops:
-        assert [piece for piece in until(pieces, stops) if piece] == [piece for piece in pieces if piece]
+        assert [piece for piece in before_stop(pieces, stops) if piece] == [piece for piece in pieces if piece]
 
 
 def test_interactive_answers_line_by_line(learned):
@@ -277,3 +277,22 @@ def test_more_of_the_settings_of_drawing_reach_it(learned):
     expected = sample(learned, temperature=0)
     assert sample(learned, temperature=5, top_k=0, min_p=1) == expected
     assert sample(learned, temperature=0, repetition_penalty=1e6) != expected
+
+
+def test_a_setting_can_be_changed_in_interactive_mode(learned):
+    stdin = "the sea\n/temperature 0\nthe sea\n/max_new_tokens 2\nthe sea\n/temprature 1\n/top_k -1\n"
+    arguments = [f"--out_dir={learned}", "--max_new_tokens=20", "--device=cpu", "--dtype=float32", "--interactive"]
+    ended = run_main("sample", *arguments, stdin=stdin)
+    assert ended.status == 0, ended.err
+    drawn, likely, short = ended.out.splitlines()[:3]
+    expected = likeliest(learned, "the sea", 20)
+    assert (likely, short) == ("the sea" + expected, "the sea" + expected[:2]) and drawn != likely
+    assert "there is no setting temprature; did you mean temperature?" in ended.err
+    assert "/top_k -1: top_k must be int (at least 0), not -1" in ended.err
+
+
+def test_only_a_line_feed_ends_a_prompt_in_a_file(emoji, tmp_path):
+    text = "the sea\u2028and\x85rain\x0cor dust"
+    (tmp_path / "prompts.txt").write_bytes(f"{text}\r\na road\n".encode())
+    lines = sample(emoji, output="jsonl", prompts=tmp_path / "prompts.txt").split("\n")
+    assert [json.loads(line)["prompt"] for line in lines if line] == [text, "a road"]
