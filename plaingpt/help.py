@@ -45,8 +45,10 @@ def _shown(default: Any) -> list[str]:
 def no_setting(name: str, source: str, cls: type, names: Iterable[str]) -> str:
     """The message for a setting that does not exist; `source` is the flag or the file that has it."""
     meant = getattr(cls, "SYNONYMS", {}).get(name, name)
-    near = closest(meant, names, "--" if source.startswith("--") else "")
-    return f"{source}: there is no setting {name}{near or '; --help lists them'}"
+    if source.startswith("--"):
+        return f"{source}: there is no setting {name}{closest(meant, names, '--') or '; --help lists them'}"
+    remedy = closest(meant, names) or "; --help lists them, and a variable of your own begins with _"
+    return f"{source}: there is no setting {name}{remedy}"
 
 
 def no_recipe(path: str, cls: type) -> str:
