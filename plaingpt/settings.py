@@ -146,5 +146,5 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     if not fits or (value is not None and any(value not in bounds for bounds in ranges)):
         kinds = [leaf for leaf in allowed if isinstance(leaf, type | str) and leaf is not types.NoneType]
         wanted = "|".join(getattr(kind, "__name__", kind) for kind in kinds) + "".join(f" ({r})" for r in ranges)
-        raise UserError(f"{source}: {name} must be {wanted}, not {value!r}")
+        raise UserError(f"{source}: {name} must be {wanted}, not {value!r:.100}")
     return os.path.expanduser(value) if value is not None and os.path.expanduser in allowed else value

@@ -229,6 +229,7 @@ def test_a_tilde_is_the_home_directory_in_a_path_and_a_tilde_in_a_text(recipe, m
         ("--icing=rum", "--icing: icing must be plain|lemon, not 'rum'"),
         ("--sliced=yes", "--sliced: sliced must be bool, not 'yes'"),
         ("--sliced=None", "--sliced: sliced must be bool, not 'None'"),
+        (f"--layers={'9' * 5000}", f"--layers: layers must be int (at least 1), not '{'9' * 99}"),
     ],
 )
 def test_an_impossible_flag_is_refused_with_setting_bounds_and_value(flag, message):
