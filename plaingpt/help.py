@@ -33,7 +33,7 @@ def show_help(cls: type, positional: str) -> NoReturn:
     members.insert(0, (positional, tyro.conf.Positional[Annotated[str, look]], ""))
     bases, frozen = () if groups else (cls,), cls.__dataclass_params__.frozen
     parser = dataclasses.make_dataclass("Help", members, bases=bases, frozen=frozen)
-    print(sys.modules[cls.__module__].__doc__)
+    print(sys.modules[cls.__module__].__doc__ or "")
     config = (tyro.conf.FlagConversionOff,)
     tyro.cli(parser, args=["--help"], description="", use_underscores=True, config=config, registry=registry)
 
