@@ -284,4 +284,4 @@ def _sample(source: Source, kind: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, less_memory="--threads")

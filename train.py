@@ -60,7 +60,7 @@ class RunSettings:
     eval_interval: PositiveInt = 2000
     """steps between evaluations; each is followed by a checkpoint"""
     eval_iters: NonNegativeInt = 200
-    """size of an evaluation, in training steps' worth of sequences, always the same (0: the entire validation split)"""
+    """batches per evaluation, the same ones each time (0: the entire validation split)"""
     patience: NonNegativeInt = 0
     """stop after this many evaluations without improvement (0: never)"""
     keep_every: NonNegativeInt = 0

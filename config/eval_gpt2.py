@@ -1,4 +1,4 @@
-# The loss of OpenAI's GPT-2 124M on a data set of GPT-2 tokens. Needs the internet once, for the weights.
+# Evaluate OpenAI's GPT-2 124M on a data set of GPT-2 tokens. Downloads the weights once.
 #
 #   python train.py config/eval_gpt2.py --dataset=openwebtext
 

@@ -1,4 +1,4 @@
-# What `make quickstart` trains: a small GPT that writes Python, on two CPU cores in two minutes.
+# Train a small GPT to write Python, in two minutes on two CPU cores: what `make quickstart` runs.
 #
 #   python prepare_data.py python
 #   python train.py config/quickstart.py
@@ -6,15 +6,15 @@
 
 out_dir = "out-quickstart"
 dataset = "python"
-init_from = "auto"  # started again, it does not begin anew
+init_from = "auto"  # run again, it resumes
 eval_interval = 325
-eval_iters = 0  # the whole validation split
+eval_iters = 0  # the entire validation split
 
 n_layer = 4
 n_head = 2
 n_embd = 128
 block_size = 128
-batch_size = 16  # 16 x 128 = 2,048 tokens an update
+batch_size = 16  # 16 x 128 = 2,048 tokens per step
 gradient_accumulation_steps = 1
 
 learning_rate = 4e-3

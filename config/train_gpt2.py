@@ -1,4 +1,4 @@
-# GPT-2 124M on FineWeb, on 8 GPUs or any number that divides 16. docs/scaling.md has memory, hours and reasons.
+# Train GPT-2 124M on FineWeb, on 8 GPUs or any number that divides 16. Memory, hours and reasons: docs/scaling.md.
 #
 #   python prepare_data.py fineweb10B-gpt2
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
@@ -13,10 +13,10 @@ n_head = 12
 n_embd = 768
 block_size = 1024
 
-# 30 sequences x 16 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together; fits 24 GB
+# 30 sequences x 16 micro-steps x 1024 tokens = 491,520 tokens per step over all GPUs; fits 24 GB
 batch_size = 30
 gradient_accumulation_steps = 16
 
 learning_rate = 0.0018
 warmup_iters = 250
-max_iters = 6100  # 3.0B tokens, for a loss of 3.28 (docs/scaling.md)
+max_iters = 6100  # 3.0B tokens, to a validation loss of 3.28 (docs/scaling.md)

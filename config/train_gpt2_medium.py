@@ -1,4 +1,4 @@
-# GPT-2 350M on FineWeb, on 8 GPUs or any number that divides 48. docs/scaling.md has memory, hours and reasons.
+# Train GPT-2 350M on FineWeb, on 8 GPUs or any number that divides 48. Memory, hours and reasons: docs/scaling.md.
 #
 #   python prepare_data.py fineweb10B-gpt2
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_medium.py
@@ -13,10 +13,10 @@ n_head = 16
 n_embd = 1024
 block_size = 1024
 
-# 10 sequences x 48 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together; fits 24 GB
+# 10 sequences x 48 micro-steps x 1024 tokens = 491,520 tokens per step over all GPUs; fits 24 GB
 batch_size = 10
 gradient_accumulation_steps = 48
 
 learning_rate = 0.0012
 warmup_iters = 500
-max_iters = 15000  # 7.4B tokens, about 20 a parameter
+max_iters = 15000  # 7.4B tokens, about 20 per parameter

@@ -1,4 +1,4 @@
-# GPT-2 1558M on FineWeb, on 8 GPUs or any number that divides 48. docs/scaling.md has memory, hours and reasons.
+# Train GPT-2 1558M on FineWeb, on 8 GPUs or any number that divides 48. Memory, hours and reasons: docs/scaling.md.
 #
 #   python prepare_data.py fineweb10B-gpt2
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl.py
@@ -13,10 +13,10 @@ n_head = 25
 n_embd = 1600
 block_size = 1024
 
-# 10 sequences x 48 micro-steps x 1024 tokens = 491,520 tokens an update, over all GPUs together; fits 80 GB
+# 10 sequences x 48 micro-steps x 1024 tokens = 491,520 tokens per step over all GPUs; fits 80 GB
 batch_size = 10
 gradient_accumulation_steps = 48
 
 learning_rate = 0.0006
 warmup_iters = 2000
-max_iters = 63400  # 31.2B tokens, 20 a parameter: the data set three times
+max_iters = 63400  # 31.2B tokens, 20 per parameter: 3 epochs

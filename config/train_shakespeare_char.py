@@ -1,4 +1,4 @@
-# A character model of Tiny Shakespeare, nanoGPT's recipe: minutes on a GPU, hours on a CPU.
+# Train a character-level GPT on Tiny Shakespeare, as in nanoGPT: minutes on a GPU, hours on a CPU.
 #
 #   python prepare_data.py shakespeare_char
 #   python train.py config/train_shakespeare_char.py
@@ -6,7 +6,7 @@
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
-eval_interval = 250  # it overfits in the end: best/ holds the model from before
+eval_interval = 250  # it overfits towards the end: best/ has the model from before
 eval_iters = 0
 
 n_layer = 6
@@ -19,5 +19,5 @@ dropout = 0.2
 
 learning_rate = 1e-3
 max_iters = 5000
-beta2 = 0.99  # 16,384 tokens an update are few: average longer
+beta2 = 0.99  # with only 16,384 tokens per step, average longer
 warmup_iters = 100

@@ -1,4 +1,4 @@
-# A small character model of Tiny Shakespeare on a laptop's CPU: nanoGPT's model and tokens, about a minute.
+# Train a small character-level GPT on Tiny Shakespeare in about a minute on a laptop's CPU: nanoGPT's model and data.
 #
 #   python prepare_data.py shakespeare_char
 #   python train.py config/train_shakespeare_cpu.py
@@ -7,7 +7,7 @@
 out_dir = "out-shakespeare-cpu"
 dataset = "shakespeare_char"
 eval_interval = 250
-eval_iters = 0  # the whole validation split: 145 batches of this size take a second
+eval_iters = 0  # the entire validation split: 145 batches, one second
 
 n_layer = 4
 n_head = 4
@@ -17,7 +17,7 @@ batch_size = 12
 gradient_accumulation_steps = 1
 dropout = 0.0
 
-learning_rate = 4e-3  # of Muon; AdamW, as nanoGPT has it, wants 1e-3
+learning_rate = 4e-3  # for Muon; 1e-3 is right for AdamW, which nanoGPT uses
 max_iters = 2000
-beta2 = 0.99  # 768 tokens an update are few: average longer
+beta2 = 0.99  # with only 768 tokens per step, average longer
 warmup_iters = 100

@@ -33,7 +33,7 @@ def show_help(cls: type, positional: str) -> NoReturn:
     members.insert(0, (positional, tyro.conf.Positional[Annotated[str, look]], ""))
     bases, frozen = () if groups else (cls,), cls.__dataclass_params__.frozen
     parser = dataclasses.make_dataclass("Help", members, bases=bases, frozen=frozen)
-    print(sys.modules[cls.__module__].__doc__)
+    print(sys.modules[cls.__module__].__doc__ or "")
     config = (tyro.conf.FlagConversionOff,)
     tyro.cli(parser, args=["--help"], description="", use_underscores=True, config=config, registry=registry)
 
@@ -45,8 +45,10 @@ def _shown(default: Any) -> list[str]:
 def no_setting(name: str, source: str, cls: type, names: Iterable[str]) -> str:
     """The message for a setting that does not exist; `source` is the flag or the file that has it."""
     meant = getattr(cls, "SYNONYMS", {}).get(name, name)
-    near = closest(meant, names, "--" if source.startswith("--") else "")
-    return f"{source}: there is no setting {name}{near or '; --help lists them'}"
+    if source.startswith("--"):
+        return f"{source}: there is no setting {name}{closest(meant, names, '--') or '; --help lists them'}"
+    remedy = closest(meant, names) or "; --help lists them, and a variable of your own begins with _"
+    return f"{source}: there is no setting {name}{remedy}"
 
 
 def no_recipe(path: str, cls: type) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plaingpt.console import UserError, note, one_line
+from plaingpt.console import UserError, escaped, note, one_line
 from plaingpt.files import claim, new_file, release
 from plaingpt.tracking import TensorBoard, WandB
 
@@ -139,7 +139,7 @@ class Progress:
     def tell(self, text: str, indent: str = "") -> None:
         if self.active:
             with contextlib.suppress(OSError):  # the terminal has gone, or who read: a run goes on, or has yet to save
-                self.bar.write(indent + text.replace("\n", "\n" + indent), file=sys.stderr)
+                self.bar.write(escaped(indent + text.replace("\n", "\n" + indent)), file=sys.stderr)
 
     def show(self, record: dict, seconds_left: float) -> None:
         mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""

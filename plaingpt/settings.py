@@ -41,7 +41,6 @@ NonNegative = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
 BelowOne = Annotated[float, Range(min=0, max=0.999999)]
 PathName = Annotated[str, os.path.expanduser]  # ~ is the home directory, as in a shell
-
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -106,7 +105,7 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
     if not os.path.isfile(path):
         raise UserError(no_recipe(path, cls))
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    modules = {name: sys.modules.get(name) for name in ("os", "time", "math", "torch")} | {
+    modules = {name: sys.modules.get(name) for name in ("os", "sys", "time", "math", "torch")} | {
         "np": sys.modules.get("numpy")
     }
     try:  # as builtins, so that only the recipe's own assignments are among its names
@@ -154,7 +153,7 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     ranges = [leaf for leaf in allowed if isinstance(leaf, Range)]
     fits = type(value) in allowed or (isinstance(value, str) and value in allowed)
     if not fits or (value is not None and any(value not in bounds for bounds in ranges)):
-        kinds = [leaf.__name__ if isinstance(leaf, type) else leaf for leaf in allowed if isinstance(leaf, type | str)]
-        kinds = "|".join(kind for kind in kinds if kind != "NoneType") + "".join(f" ({bounds})" for bounds in ranges)
-        raise UserError(f"{source}: {name} must be {kinds}, not {value!r}")
+        kinds = [leaf for leaf in allowed if isinstance(leaf, type | str) and leaf is not types.NoneType]
+        wanted = "|".join(getattr(kind, "__name__", kind) for kind in kinds) + "".join(f" ({r})" for r in ranges)
+        raise UserError(f"{source}: {name} must be {wanted}, not {value!r:.100}")
     return os.path.expanduser(value) if value is not None and os.path.expanduser in allowed else value

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from plaingpt.console import counted, escaped, perplexity, run_script
+from plaingpt.metrics import Progress
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -99,6 +100,13 @@ def test_control_characters_are_escaped_and_letters_of_any_language_are_not():
     assert escaped("a\x00b\x7f\x9b\r\u2066") == r"a\x00b\x7f\x9b\r\u2066"
     text = "Zwölf　漢字 שלום नमस्ते 👩‍👧\n\t"
     assert escaped(text) == text
+
+
+def test_a_sample_cannot_control_the_terminal(capsys):
+    progress = Progress(0, 1, True)
+    progress.tell("red: \x1b[31m\nnext line")
+    progress.close()
+    assert capsys.readouterr().err == "red: \\x1b[31m\nnext line\n"
 
 
 def test_numbers_are_short():

@@ -1,4 +1,4 @@
-"""nanoGPT's settings, as its train.py and sample.py list them with their defaults, and what each does here."""
+"""nanoGPT's settings: each is accepted here under the same name, or ignored with a note, as the docs say."""
 
 import re
 from pathlib import Path
@@ -34,32 +34,32 @@ CASES = [(script, cls, name, value) for script, cls, settings in SCRIPTS for nam
 
 @pytest.mark.parametrize(("script", "cls", "name", "value"), CASES, ids=[f"{case[0]}-{case[2]}" for case in CASES])
 @pytest.mark.parametrize("how", ["flag", "recipe"])
-def test_each_setting_of_nanogpt_is_taken_or_retired_with_a_note(tmp_path, capsys, script, cls, name, value, how):
+def test_each_setting_of_nanogpt_is_accepted_or_ignored_with_a_note(tmp_path, capsys, script, cls, name, value, how):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(f"{name} = {value!r}\n")
     config, _ = load_settings(cls, [f"--{name}={value}" if how == "flag" else str(recipe)])
-    told = capsys.readouterr().err
+    notes = capsys.readouterr().err
     if name in RETIRED[script]:
-        assert f"{name}: ignored: " in told and not hasattr(config, name)
+        assert f"{name}: ignored: " in notes and not hasattr(config, name)
     else:
-        assert getattr(config, name) == value and told == ""
+        assert getattr(config, name) == value and notes == ""
 
 
 def rows_of(script: str) -> dict[str, str]:
-    """The first word that the table of a script's settings says of each."""
+    """The first word on each setting in the docs' table for a script."""
     text = (Path(__file__).parent.parent / "docs" / "from_nanogpt.md").read_text("utf-8")
     section = text.split(f"## Settings of {script}.py")[1].split("\n## ")[0]
     return dict(re.findall(r"^\| `(\w+)` \| (\w+)", section, flags=re.M))
 
 
 @pytest.mark.parametrize(("script", "cls", "settings"), SCRIPTS, ids=["train", "sample"])
-def test_the_table_has_every_setting_and_says_which_are_retired(script, cls, settings):
+def test_the_table_lists_every_setting_and_those_that_are_retired(script, cls, settings):
     rows = rows_of(script)
     assert list(rows) and rows.keys() == settings.keys()
     assert {name for name, here in rows.items() if here == "retired"} == RETIRED[script]
 
 
-def test_the_table_of_bench_has_every_setting_and_train_takes_those_that_it_calls_the_same():
+def test_the_table_of_bench_lists_every_setting_and_train_accepts_those_it_calls_the_same():
     rows = rows_of("bench")
     assert rows.keys() == BENCH.keys()
     for name, value in BENCH.items():

@@ -155,13 +155,13 @@ def test_the_script_names_a_folder_without_a_run(tmp_path):
     ended = run_main("tools.compare_runs", tmp_path)
     assert (ended.status, ended.err) == (2, f"compare_runs.py: {tmp_path} has no metrics.jsonl\n")
     assert run_main("tools.compare_runs").status == 2
-    assert (helped := run_main("tools.compare_runs", "--help")).status == 0 and "folders of runs" in helped.out
+    assert (helped := run_main("tools.compare_runs", "--help")).status == 0 and "directories of runs" in helped.out
 
 
 def test_the_script_does_not_say_that_it_drew_what_it_did_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
-    assert run_main("tools.compare_runs", ".").err == "compare_runs.py: there is no loss to draw yet\n"
+    assert run_main("tools.compare_runs", ".").err == "compare_runs.py: the runs have no loss to draw yet\n"
     write_run(tmp_path / "run")
     (tmp_path / "compare.png").mkdir()
     ended = run_main("tools.compare_runs", "run")

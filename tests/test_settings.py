@@ -1,6 +1,7 @@
-"""Settings: where values come from, what is refused, and in what words."""
+"""Settings: where values come from, what is refused, and the messages."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from plaingpt.console import UserError
 from plaingpt.settings import Fraction, NonNegativeInt, PathName, Positive, PositiveInt, Range, load_settings
 from prepare_data import PrepareConfig
 from sample import SampleConfig
+from tools.to_gguf import ExportConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +42,6 @@ class Cake:
     """None: as the oven decides"""
     label: str = "\n"
     """100% free text"""
-
     recipe_book: PathName = ""
     """where it is written"""
 
@@ -127,8 +128,12 @@ def test_a_misspelled_name_in_a_file_is_refused_with_the_file_and_the_nearest_na
     assert refusal(path) == f"{path}: there is no setting glazeshare; did you mean glaze_share?"
 
 
-def test_a_name_near_to_nothing_is_refused_with_a_hint_to_help():
+def test_a_name_similar_to_none_is_refused_with_a_hint_to_help(recipe):
     assert refusal("--qqq=1") == "--qqq: there is no setting qqq; --help lists them"
+    path = recipe("qqq = 1")
+    assert refusal(path) == (
+        f"{path}: there is no setting qqq; --help lists them, and a variable of your own begins with _"
+    )
 
 
 def test_an_argument_that_is_neither_file_nor_setting_is_refused():
@@ -224,6 +229,7 @@ def test_a_tilde_is_the_home_directory_in_a_path_and_a_tilde_in_a_text(recipe, m
         ("--icing=rum", "--icing: icing must be plain|lemon, not 'rum'"),
         ("--sliced=yes", "--sliced: sliced must be bool, not 'yes'"),
         ("--sliced=None", "--sliced: sliced must be bool, not 'None'"),
+        (f"--layers={'9' * 5000}", f"--layers: layers must be int (at least 1), not '{'9' * 99}"),
     ],
 )
 def test_an_impossible_flag_is_refused_with_setting_bounds_and_value(flag, message):
@@ -312,6 +318,42 @@ def test_a_recipe_in_nanogpts_style_loads(recipe):
     assert config.wandb_run_name.startswith("ft-") and float(config.wandb_run_name[3:]) > 0
     assert config.learning_rate == pytest.approx(1e-3)
     assert "_half" not in given and "double" not in given and "time" not in given
+
+
+def test_a_recipe_has_the_names_that_nanogpt_gave_it(recipe):
+    path = recipe(
+        "dtype = 'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float32'\n"
+        "learning_rate = 1e-3\n"
+        "min_lr = learning_rate / 10\n"  # assigned above
+        "batch_size *= 2\n"  # a default
+        "def steps(): return max_iters // 100\n"
+        "warmup_iters = steps()\n"
+        "out_dir = os.path.join('out', str(int(np.sqrt(4) + math.floor(time.time() * 0))))\n"
+    )
+    config, given = load_settings(TrainConfig, [str(path)])
+    assert config.dtype in ("bfloat16", "float32") and config.min_lr == pytest.approx(1e-4)
+    assert (config.batch_size, config.warmup_iters, config.out_dir) == (24, 6000, os.path.join("out", "2"))
+    assert given.keys() == {"dtype", "learning_rate", "min_lr", "batch_size", "warmup_iters", "out_dir"}
+
+
+def test_a_recipe_sees_what_an_earlier_one_assigned(recipe):
+    first, second = recipe("layers = 5", "first.py"), recipe("candles = 2 * layers", "second.py")
+    assert load(first, second).candles == 10
+    assert load(second, first, "--layers=1").candles == 6
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (TrainConfig, ["out_dir", "data_dir", "init_from"]),
+        (SampleConfig, ["out_dir", "init_from", "prompts", "score"]),
+        (ExportConfig, ["out"]),
+    ],
+)
+def test_every_path_may_begin_with_a_tilde(cls, names, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/user")
+    config, _ = load_settings(cls, [f"--{name}=~/x" for name in names])
+    assert [getattr(config, name) for name in names] == ["/home/user/x"] * len(names)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -1,3 +1,5 @@
+"""Weights & Biases and TensorBoard: what they record, across a resume, and that a run never depends on them."""
+
 import json
 import struct
 import sys
@@ -11,24 +13,24 @@ from plaingpt.run_state import load_state
 
 
 def wandb_records(folder: Path) -> list:
-    """What an offline run wrote: protobuf messages in LevelDB's log format, blocks of 32 KiB after a header of 7."""
+    """The records of an offline run: protobuf messages in LevelDB's log format, 32 KiB blocks after 7 header bytes."""
     pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     (path,) = folder.glob("*.wandb")
     content, at, found, message = path.read_bytes(), 7, [], b""
     while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:  # no room for another head
+        if 32768 - at % 32768 < 7:  # padding: no room for a header
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
         message += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record, or its last fragment
             found.append(pb2.Record.FromString(message))
             message = b""
     return found
 
 
-def test_wandb_offline_has_the_metrics_and_samples_and_a_resumed_run_goes_on(tmp_path, train, resume, monkeypatch):
+def test_wandb_records_metrics_and_samples_and_a_resumed_run_continues(tmp_path, train, resume, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -60,7 +62,7 @@ def test_wandb_offline_has_the_metrics_and_samples_and_a_resumed_run_goes_on(tmp
     assert load_state(out_dir / "last")[0].step == 6
 
 
-def test_a_new_run_is_a_new_one_in_wandb(tmp_path, train, monkeypatch):
+def test_a_new_run_has_a_new_id_in_wandb(tmp_path, train, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -71,13 +73,26 @@ def test_a_new_run_is_a_new_one_in_wandb(tmp_path, train, monkeypatch):
     assert len(found) == 2
 
 
-def test_a_run_goes_on_where_wandb_is_not_installed(tmp_path, train, monkeypatch):
+def test_the_settings_file_of_wandb_is_respected(tmp_path, train, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads its settings again
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n")  # as `wandb offline` writes it
+    ended = train(tmp_path / "run", max_iters=1, wandb_log=True)
+    wandb.teardown()
+    assert "wandb is off" not in ended.err
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_a_run_continues_without_wandb_installed(tmp_path, train, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     ended = train(tmp_path / "run", max_iters=1, wandb_log=True)
     assert "wandb is off: import of wandb halted" in ended.err
 
 
-def test_a_run_goes_on_without_a_login_to_wandb(tmp_path, train, monkeypatch):
+def test_a_run_continues_without_a_login_to_wandb(tmp_path, train, monkeypatch):
     pytest.importorskip("wandb").teardown()
     for name, value in {"HOME": tmp_path, "NETRC": tmp_path / "none", "WANDB_MODE": "online"}.items():
         monkeypatch.setenv(name, str(value))
@@ -86,31 +101,31 @@ def test_a_run_goes_on_without_a_login_to_wandb(tmp_path, train, monkeypatch):
     assert "wandb is off: " in ended.err and "WANDB_MODE=offline" in ended.err
 
 
-def test_tensorboard_has_the_metrics_and_samples_and_a_resumed_run_goes_on(tmp_path, train, resume):
+def test_tensorboard_records_metrics_and_samples_and_a_resumed_run_continues(tmp_path, train, resume):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out_dir = tmp_path / "run"
     train(out_dir, max_iters=6, eval_interval=2, keep_every=4, tensorboard_log=True)
-    resume(out_dir, init_from="resume:step-000004")  # updates 5 and 6 are made, and told, once more
+    resume(out_dir, init_from="resume:step-000004")  # steps 5 and 6 are done and logged again
     events = accumulator.EventAccumulator(str(out_dir / "tensorboard")).Reload()
     records = read_metrics(out_dir / "metrics.jsonl")
     names = {name for record in records for name in record} - {"step"}
     assert set(events.Tags()["scalars"]) == names >= {"train_loss", "val_loss", "resumed_from"}
     for name in names:
-        told = [(event.step, event.value) for event in events.Scalars(name)]
-        assert told == [(r["step"], pytest.approx(r[name])) for r in records if name in r], name
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(r["step"], pytest.approx(r[name])) for r in records if name in r], name
     texts = {tag: events.Tensors(f"{tag}/text_summary") for tag in ("sample", "settings")}
-    assert [event.step for event in texts["sample"]] == [0, 2, 4, 6, 6]  # of texts it shows both
+    assert [event.step for event in texts["sample"]] == [0, 2, 4, 6, 6]  # texts are not purged: both are shown
     assert "    n_embd = 16" in texts["settings"][-1].tensor_proto.string_val[0].decode()
 
 
-def test_a_run_goes_on_where_tensorboard_is_not_installed(tmp_path, train, monkeypatch):
+def test_a_run_continues_without_tensorboard_installed(tmp_path, train, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     ended = train(tmp_path / "run", max_iters=1, tensorboard_log=True)
     assert "tensorboard is off: " in ended.err and "pip install tensorboard" in ended.err
 
 
-def test_a_wandb_that_fails_does_not_stop_a_run(tmp_path, train, monkeypatch):
-    pytest.importorskip("wandb").teardown()  # so that it reads the environment anew
+def test_an_error_in_wandb_does_not_stop_a_run(tmp_path, train, monkeypatch):
+    pytest.importorskip("wandb").teardown()  # it reads the environment again
     monkeypatch.setenv("WANDB_BASE_URL", "nonsense")
     ended = train(tmp_path / "run", max_iters=2, wandb_log=True)
     assert "wandb is off: " in ended.err

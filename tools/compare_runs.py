@@ -1,4 +1,4 @@
-"""The curves of several runs in one picture, compare.png.
+"""Plot the curves of several runs in compare.png.
 
 python tools/compare_runs.py out-a out-b
 """
@@ -18,23 +18,23 @@ from plaingpt.settings import PathName, load_settings
 @dataclass(frozen=True)
 class CompareConfig:
     out_dirs: tuple[PathName, ...] = ()
-    """folders of runs"""
+    """directories of runs"""
 
 
 def main() -> None:
     config, _ = load_settings(CompareConfig, positional="out_dirs")
     out_dirs, picture = [Path(name) for name in config.out_dirs], Path("compare.png")
     if not out_dirs:
-        raise UserError("name the folders of one run or more: python tools/compare_runs.py out-a out-b")
+        raise UserError("name the directories of one or more runs: python tools/compare_runs.py out-a out-b")
     for out_dir in out_dirs:
         if not (out_dir / "metrics.jsonl").exists():
             raise UserError(f"{out_dir} has no metrics.jsonl")
     try:
         if not draw(out_dirs, picture):
-            raise UserError("there is no loss to draw yet")
+            raise UserError("the runs have no loss to draw yet")
     except OSError as error:
         raise UserError(f"{picture} cannot be written: {one_line(error)}") from error
-    note(f"drawn: {picture}")
+    note(f"wrote {picture}")
 
 
 if __name__ == "__main__":

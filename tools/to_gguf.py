@@ -17,7 +17,7 @@ import plaingpt.startup
 from model import GPT
 from plaingpt.checkpoint import load_model, with_biases
 from plaingpt.console import UserError, note, one_line, run_script
-from plaingpt.settings import load_settings
+from plaingpt.settings import PathName, load_settings
 from plaingpt.text.bulk import of_our_form
 from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
 
@@ -31,9 +31,9 @@ KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
 
 @dataclass(frozen=True)
 class ExportConfig:
-    models: list[str] = field(default_factory=list)
+    models: list[PathName] = field(default_factory=list)
     """the model: a directory such as out/best, gpt2 or another GPT-2 on the hub, or nanoGPT's ckpt.pt"""
-    out: str = "model.gguf"
+    out: PathName = "model.gguf"
     """the file to write"""
     dtype: Literal[tuple(KINDS)] = "float16"
     """of the matrices; int8 is llama.cpp's Q8_0"""
