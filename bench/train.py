@@ -31,9 +31,10 @@ from plaingpt.batches import TrainBatches
 from plaingpt.console import UserError, run_script
 from plaingpt.distributed import Distributed, connect
 from plaingpt.optimizer import make_optimizers
+from plaingpt.parallel import wrap
 from plaingpt.settings import Positive, PositiveInt, load_settings
 from plaingpt.tokens import Tokens
-from train import TrainConfig, train_step
+from train import Run, TrainConfig, train_step
 
 SIZES = {  # layers, heads, width, T, sequences, vocabulary
     "baby": (4, 4, 128, 64, 12, 65),
@@ -82,12 +83,14 @@ def ours(work: Work, dist: Distributed, options: list[str]) -> Callable[[int], N
     config = TrainConfig(
         **work.shape(), batch_size=work.batch_size, gradient_accumulation_steps=1, optimizer=options[0], max_iters=10**6
     )
-    raw_model = GPT(GPTConfig(vocab_size=work.vocab_size, bias=False, **work.shape())).to(dist.device)
-    model = torch.compile(raw_model) if "compiled" in options else raw_model
+    raw_model = GPT(GPTConfig(vocab_size=work.vocab_size, bias=False, **work.shape()))
+    model = wrap(raw_model, dist, compiled="compiled" in options)
     optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, 0.1, (0.9, 0.95), dtype=dist.dtype)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=False)
     batches = TrainBatches(Tokens([np.memmap(work.tokens, np.uint16, "r")]), work.block_size, work.batch_size, seed=0)
-    return lambda step: train_step(model, optimizers, scaler, batches, step, config, dist)
+    tokens = work.batch_size * work.block_size
+    run = Run(config, dist, None, raw_model, model, optimizers, scaler, batches, None, tokens)
+    return lambda step: train_step(run, step)
 
 
 def nanogpt(work: Work, dist: Distributed, options: list[str], checkout: str) -> Callable[[int], None]:
