@@ -223,4 +223,4 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-whole_directory, flush = new_directory, fsync  # earlier names, while other modules move to the new ones
+flush = fsync  # its earlier name, which preparation still uses

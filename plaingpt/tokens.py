@@ -140,7 +140,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
                 raise UserError(f"{path} was changed since meta.json was written; prepare the data again")
             _check_ids(path, ids[path], tokenizer.vocab_size)
     train, val = (
-        Tokens([ids[path] for its, path, _, _ in files if its == split], n_bytes[split], tokenizer.vocab_size)
+        Tokens([ids[path] for name, path, _, _ in files if name == split], n_bytes[split], tokenizer.vocab_size)
         for split in SPLITS
     )
     digest = hashlib.sha256("".join(digest for _, _, _, digest in files).encode()).hexdigest()
