@@ -96,7 +96,7 @@ def make_writable(directory: Path) -> None:
         tempfile.TemporaryDirectory(dir=directory).cleanup()
     except (OSError, ValueError) as error:
         link = f", a link to {os.path.realpath(directory)}," if os.path.islink(directory) else ""
-        raise UserError(f"{directory}{link} cannot be written to: {one_line(error)}") from error
+        raise UserError(f"{directory}{link} cannot be written to: {one_line(error)}; choose another folder") from error
 
 
 def claim(out_dir: Path) -> FileLock:
