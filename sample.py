@@ -257,8 +257,8 @@ def find_model(config: SampleConfig) -> str | Path:
     if (out_dir / "config.json").is_file():
         return out_dir
     for name in ("best", "last"):
-        if found := existing(out_dir / name):
-            return found
+        if existing(out_dir / name):
+            return out_dir / name
     raise UserError(f"{out_dir} has no model; train one first, or name its directory: --out_dir=…")
 
 

@@ -1,22 +1,20 @@
-"""Faults by the hundred: kills, damaged inputs, a disk that fills up at each write, and what a save costs.
+"""Hundreds of faults: kills, damaged inputs, loading while a run saves, and full disks.
 
-python bench/faults.py kills 200      # SIGKILL, at least half of them inside a save, then the same weights?
-python bench/faults.py damage 1000    # one file of a checkpoint or data set damaged: the right result or one line?
+python bench/faults.py kills 200      # SIGKILL, at least half of them during a save; are the final weights the same?
+python bench/faults.py damage 1000    # damage one file of a checkpoint or data set: the right result, or one line?
+python bench/faults.py loads 200      # load a model while a run replaces it: is it one of those saved?
 python bench/faults.py disk           # a small tmpfs, full after 0, 1, 2 ... pages and files (needs root to mount)
-python bench/faults.py stall          # 124M parameters: what the training loop waits for
 
-Runs are real runs of train.py in processes of their own, forked from one that has imported everything.
+Runs are real runs of train.py in other processes, forked from one that has imported everything.
 """
 
 import argparse
 import contextlib
 import io
-import math
 import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,13 +34,12 @@ from safetensors.torch import load_file
 import prepare_data
 import train
 from model import GPT, GPTConfig
-from plaingpt.checkpoint import load_model
+from plaingpt.checkpoint import load_model, save_model
 from plaingpt.console import run_script
 from plaingpt.distributed import Distributed
-from plaingpt.files import existing
-from plaingpt.metrics import Metrics
+from plaingpt.files import existing, new_directory
 from plaingpt.optimizer import apply_gradients, make_optimizers
-from plaingpt.run_state import NEW_RUN, Saver, load_training
+from plaingpt.run_state import RunState, Saver, load_state
 from plaingpt.tokenizer import make_tokenizer
 
 TINY = dict(
@@ -51,7 +48,6 @@ TINY = dict(
     log_interval=1, sample_tokens=0, device="cpu", dtype="float32", compile=False, dataset="tiny",
 )  # fmt: skip
 HERE = Distributed(torch.device("cpu"), torch.float32)
-COMPLETE = NEW_RUN | dict(settings={}, derived=[], data="", scaler={})
 
 
 def forked(main, log: Path, *arguments, **settings) -> int:
@@ -63,7 +59,7 @@ def forked(main, log: Path, *arguments, **settings) -> int:
     with open(log, "w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
         try:
             sys.argv = [f"{main.__module__}.py", *map(str, arguments), *(f"--{k}={v}" for k, v in settings.items())]
-            torch.manual_seed(time.time_ns())  # nothing of the random state that was inherited
+            torch.manual_seed(time.time_ns())  # a new process would not inherit the random state
             run_script(main)
         except SystemExit as end:
             status = end.code or 0
@@ -75,7 +71,7 @@ def forked(main, log: Path, *arguments, **settings) -> int:
 
 
 def wait(pid: int, seconds: float = 60.0) -> int | None:
-    """The exit status, negative for a signal; None if it had to be killed after so many seconds."""
+    """The exit status, negative for a signal; None if the process had to be killed after that time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -102,7 +98,7 @@ def prepare(folder: Path) -> Path:
 
 
 def ok(work) -> bool:
-    """Whether `work` ends without an error in a process of its own."""
+    """Whether `work` succeeds in another process."""
     pid = os.fork()
     if pid:
         return wait(pid) == 0
@@ -113,13 +109,13 @@ def ok(work) -> bool:
 
 
 def kills(folder: Path, count: int) -> None:
-    """Kill a run that saves at every update `count` times; resume each time; compare with an undisturbed run."""
+    """Kill and resume a run that saves at every update `count` times; compare it with an undisturbed run."""
     data_dir, out_dir, rng = prepare(folder), folder / "killed", random.Random(1)
     settings = TINY | dict(data_dir=data_dir, max_iters=10**6)
     found, updates, started = Counter(), 0, time.monotonic()
 
     def wait_for(pid: int, names: list[str], seconds: float) -> None:
-        """Until one of the folders of a save in progress is there, which are gone after it."""
+        """Wait until one of the temporary folders of a save exists."""
         end = time.monotonic() + seconds
         while not any(os.path.exists(out_dir / name) for name in names) and time.monotonic() < end:
             assert os.waitpid(pid, os.WNOHANG)[0] == 0, (folder / "log").read_text()
@@ -127,10 +123,10 @@ def kills(folder: Path, count: int) -> None:
 
     for i in range(count):
         pid = forked(train.main, folder / "log", **settings, out_dir=out_dir, init_from="auto", eval_interval=1)
-        if i % 4 == 0:  # at any moment, start-up included
+        if i % 4 == 0:  # at any time, including start-up
             time.sleep(rng.uniform(0, 1.5))
-        else:  # at any moment of a save
-            wait_for(pid, [".best.new", ".last.new"], 30)
+        else:  # during a save
+            wait_for(pid, [".best.new", ".last.new"], 60)
             time.sleep(rng.uniform(0, 0.4))
             wait_for(pid, [rng.choice([".best.new", ".last.new", ".last.old"])], 1)
             time.sleep(rng.choice([0, rng.uniform(0, 0.02)]))
@@ -145,7 +141,7 @@ def kills(folder: Path, count: int) -> None:
             elif updates:
                 found[f"{name} LOST"] += 1
         if existing(out_dir / "last"):
-            step = load_training(out_dir / "last")["step"]
+            step = load_state(out_dir / "last")[0].step
             assert step >= updates, "a later checkpoint was lost"
             updates = step
         if (i + 1) % 20 == 0:
@@ -158,11 +154,11 @@ def kills(folder: Path, count: int) -> None:
         for name in ("model.safetensors", "optimizer.safetensors")
     ]
     print(f"{count} kills over {last} updates: {dict(found)}")
-    print(f"weights and optimizer state equal those of the undisturbed run bit for bit: {same}")
+    print(f"weights and optimizer state are identical to those of an undisturbed run: {same}")
 
 
 def damaged(folder: Path, count: int) -> None:
-    """Damage one file `count` times; each time resume, train an update and save, and load the model alone."""
+    """Damage one file `count` times; each time resume, train one update, save, and load the model."""
     data_dir, sound, rng = prepare(folder), folder / "sound", random.Random(2)
     settings = TINY | dict(max_iters=7)
     run(folder / "log", **settings | dict(max_iters=6), out_dir=sound, eval_interval=3, data_dir=data_dir)
@@ -189,7 +185,7 @@ def damaged(folder: Path, count: int) -> None:
         else:
             ended = load_file(out_dir / "last" / "model.safetensors")
             equal = ended.keys() == expected.keys() and all(torch.equal(ended[n], expected[n]) for n in ended)
-            plain = "as if nothing had happened" if equal else "what the files said, sums rewritten or absent"
+            plain = "the same result" if equal else "what the files said, checksums rewritten or removed"
             outcome = plain if equal or (sums != "kept" and (believed or intact)) else "WRONG RESULT"
         found[outcome] += 1
         if outcome.isupper() or outcome.split()[0].isupper():
@@ -199,48 +195,72 @@ def damaged(folder: Path, count: int) -> None:
     print(f"{count} damaged inputs: {dict(found)}")
 
 
-def small_run() -> tuple[GPT, list, object]:
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer("char", ["trees and stones"], 300)
-    model = GPT(GPTConfig(16, tokenizer.vocab_size, 2, 2, 16))
-    optimizers = make_optimizers(model, "muon", 0.01, 0.1, (0.9, 0.95))
-    update(model, optimizers, 16)
-    return model, optimizers, tokenizer
+def loads(folder: Path, count: int) -> None:
+    """Load a model `count` times while another process replaces it: the n-th save writes n into every parameter."""
+    tokenizer, stop = make_tokenizer("char", ["trees and stones"], 300), folder / "stop"
+    model = GPT(GPTConfig(64, tokenizer.vocab_size, 12, 2, 64))
 
+    def save(number: int) -> None:
+        with torch.no_grad(), new_directory(folder / "last") as new:
+            for parameter in model.parameters():
+                parameter.fill_(number)
+            save_model(new, model, tokenizer)
 
-def update(model: GPT, optimizers: list, length: int) -> None:
-    ids = torch.randint(model.config.vocab_size, (1, length + 1))
-    model(ids[:, :-1], ids[:, 1:])[1].backward()
-    apply_gradients(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1e-4, 1.0)
+    save(1)
+    pid = os.fork()
+    if not pid:
+        for number in range(2, 10**6):
+            save(number)
+            if stop.exists():
+                os._exit(number % 256)
+            time.sleep(0.02)  # the time of an update
+    found, longest, started = Counter(), 0.0, time.monotonic()
+    for _ in range(count):
+        began = time.monotonic()
+        weights = load_model(folder / "last")[0].weights()
+        numbers = {value for weight in weights.values() for value in weight.unique().tolist()}
+        found["of one save" if len(numbers) == 1 else "MIXED"] += 1
+        longest = max(longest, time.monotonic() - began)
+    stop.touch()
+    wait(pid)
+    saves = int(load_model(folder / "last")[0].transformer.wpe.weight[0, 0])
+    seconds = f"{time.monotonic() - started:.0f} s, the longest {longest:.2f} s"
+    print(f"{count} loads beside {saves} saves in {seconds}: {dict(found)}")
 
 
 def disk(folder: Path) -> None:
-    """Save on a tmpfs with room for 0, 1, 2 ... pages, then files, until a save succeeds; and on a read-only one."""
+    """Save on a tmpfs with room for 0, 1, 2 ... pages, then files, until a save succeeds; then on a read-only one."""
     place, page = folder / "small", os.sysconf("SC_PAGE_SIZE")
     place.mkdir()
-    model, optimizers, tokenizer = small_run()
-    found = Counter()
+    torch.manual_seed(0)
+    tokenizer, found = make_tokenizer("char", ["trees and stones"], 300), Counter()
+    model = GPT(GPTConfig(16, tokenizer.vocab_size, 2, 2, 16))
+    optimizers = make_optimizers(model, "muon", 0.01, 0.1, (0.9, 0.95))
+    ids = torch.randint(tokenizer.vocab_size, (1, 17))
+    model(ids[:, :-1], ids[:, 1:])[1].backward()
+    apply_gradients(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1e-4, 1.0)
+
+    def save(step: int, val_loss: float) -> str | None:
+        state = RunState(step=step, best_val_loss=val_loss + 1)
+        saver = Saver(place / "out", state, model, optimizers, tokenizer, HERE, tell=lambda text: None)
+        saver.save(val_loss)
+        return saver.wait()
 
     def attempt(kind: str) -> bool:
-        """A save of update 2 by a new run of the Saver; whether it succeeded. Either way all has to be whole."""
-        saver = Saver(place / "out", model, optimizers, tokenizer, HERE, 3.0, tell=lambda text: None)
-        saver.save(COMPLETE | {"step": 2}, val_loss=2.0)
-        problem = saver.wait()
-        training = load_training(place / "out" / "last")
+        """Save update 2; returns whether it succeeded. Either way, both checkpoints have to be complete."""
+        problem = save(2, val_loss=2.0)
+        step = load_state(place / "out" / "last")[0].step
         load_model(place / "out" / "best")
-        assert problem is None or (training["step"] == 1 and "could not be saved" in problem), problem
-        assert not list((place / "out").glob("*.new"))
-        found[f"{kind}: {'succeeded' if problem is None else 'told, the earlier checkpoint whole'}"] += 1
+        assert problem is None or (step == 1 and "could not be saved" in problem), problem
+        assert not list((place / "out").glob(".*.new"))
+        found[f"{kind}: {'succeeded' if problem is None else 'reported, the earlier checkpoint complete'}"] += 1
         return problem is None
 
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], check=True)
     try:
-        saver = Saver(place / "out", model, optimizers, tokenizer, HERE)
         for kind in ("pages", "files"):
             for room in range(1000):
-                saver.best_val_loss = math.inf
-                saver.save(COMPLETE | {"step": 1}, val_loss=3.0)
-                assert saver.wait() is None
+                assert save(1, val_loss=3.0) is None
                 free = os.statvfs(place)
                 if kind == "pages":
                     (place / "filler").write_bytes(bytes((free.f_bavail - room) * page))
@@ -252,8 +272,7 @@ def disk(folder: Path) -> None:
                 subprocess.run(["mount", "-o", "remount,size=16m,nr_inodes=10000", place], check=True)
                 if succeeded:
                     break
-        saver.save(COMPLETE | {"step": 1}, val_loss=1.0)
-        saver.wait()
+        assert save(1, val_loss=1.0) is None
         subprocess.run(["mount", "-o", "remount,ro", place], check=True)
         assert not attempt("read-only")
     finally:
@@ -262,49 +281,11 @@ def disk(folder: Path) -> None:
         print(f"{kind}: {n}")
 
 
-def stall(folder: Path) -> None:
-    """What a save of a GPT-2 of 124M parameters costs the loop, and how much slower updates are while it is written."""
-    torch.set_num_threads(2)
-    model = GPT(GPTConfig(1024, 50257, 12, 12, 768, bias=False))
-    optimizers = make_optimizers(model, "adamw", 6e-4, 0.1, (0.9, 0.95))
-    saver = Saver(folder / "out", model, optimizers, make_tokenizer("gpt2", [], 0), HERE)
-    metrics = Metrics(folder / "out", active=True)
-    for step in range(6000):
-        metrics.write(step=10 * step, train_loss=3.0, lr=1e-3, grad_norm=1.0)
-
-    def timed(work, *arguments, **named) -> float:
-        started = time.perf_counter()
-        work(*arguments, **named)
-        return time.perf_counter() - started
-
-    update(model, optimizers, 128)
-    alone = [timed(update, model, optimizers, 128) for _ in range(6)]
-    stalls, writes, beside = [], [], []
-    for step in range(1, 5):
-        started = time.perf_counter()
-        stalls.append(timed(saver.save, COMPLETE | {"step": step}, val_loss=5.0 - step))
-        while not saver._job.done():
-            beside.append(timed(update, model, optimizers, 128))
-        saver.wait()
-        writes.append(time.perf_counter() - started)
-    alone += [timed(update, model, optimizers, 128) for _ in range(6)]
-    draws = [timed(metrics.draw) for _ in range(3)]
-    size = sum(path.stat().st_size for name in ("last", "best") for path in (folder / "out" / name).iterdir())
-    for name, seconds in (
-        ("save() returns after", stalls),
-        (f"last and best, {size / 1e9:.2f} GB, on disk (updates going on beside it)", writes),
-        ("an update of 128 tokens, alone", alone),
-        ("an update of 128 tokens, beside the writing", beside),
-        ("loss.png of 6,000 lines", draws),
-    ):
-        print(f"{name}: median {statistics.median(seconds):.2f} s of {', '.join(f'{s:.2f}' for s in seconds)}")
-
-
 def main() -> None:
-    work = {"kills": kills, "damage": damaged, "disk": disk, "stall": stall}
+    work = {"kills": kills, "damage": damaged, "loads": loads, "disk": disk}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=work)
-    parser.add_argument("count", type=int, nargs="*", help="of kills and damage: how many")
+    parser.add_argument("count", type=int, nargs="*", help="number of kills, damages or loads")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as folder:

@@ -1,14 +1,13 @@
-"""Weights in and out: bit for bit at GPT-2's four sizes, seconds to the first token, and peak memory.
+"""Import and export of GPT-2's four sizes bit for bit, seconds to the first token, and peak memory.
 
-python bench/hub.py                      # 20 GB of disk; --sizes=gpt2 for the smallest alone
+python bench/hub.py                      # 20 GB of disk; --sizes=gpt2 for the smallest only
 
-Of each size transformers' own configuration, random weights (no network), written as a directory of safetensors in
-shards as `transformers` does. The round trip: `load_model`, `save_model`, and every tensor compared with the one it
-came from. The first token: `sample.py --init_from=DIR`, the whole command, twice: the files just dropped from the
-system's cache where it lets us, and in it. Memory: of that process, as the system counts it, sampled every 10 ms:
-resident, all pages, those of mapped files too (VmHWM), and anonymous ones alone (RssAnon), which nothing but the
-process's end gives back. "Over the start" leaves out what the same command takes with a model of one tiny block:
-Python and torch.
+For each size, a directory of sharded safetensors as `transformers` writes it, with random weights (no network). Round
+trip: `load_model`, `save_model`, and each tensor compared with the original. First token: the command
+`sample.py --init_from=DIR`, once with the files dropped from the system's cache if possible, then with them cached.
+Memory: of that process, as the system counts it every 10 ms: resident (VmHWM: all pages, those of mapped files
+included), and anonymous (RssAnon: what only the end of the process releases). "Above a tiny model" subtracts what the
+same command takes with a model of one tiny block: Python and torch.
 """
 
 import os
@@ -38,17 +37,17 @@ SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36
 @dataclass(frozen=True)
 class BenchConfig:
     sizes: str = ",".join(SIZES)
-    """separated by commas"""
+    """sizes to measure, separated by commas"""
     first_token: str = "gpt2,gpt2-xl"
-    """of which the first token is timed"""
+    """sizes whose first token is timed"""
     dtype: str = "auto"
-    """sample.py's"""
+    """dtype of sample.py"""
     runs: PositiveInt = 3
-    """of each command"""
+    """runs of each command"""
 
 
 def write_as_transformers(directory: Path, size: str) -> int:
-    """A model of that size in shards; the bytes of its weights."""
+    """Write a model of that size in shards; returns the bytes of its weights."""
     directory.mkdir()
     layers, heads, channels = SIZES[size]
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -60,7 +59,7 @@ def write_as_transformers(directory: Path, size: str) -> int:
 
 
 def tensors(directory: Path) -> dict[str, Path]:
-    """{name: file} of every tensor of a directory."""
+    """{name: file} of all tensors in a directory."""
     found = {}
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -69,7 +68,7 @@ def tensors(directory: Path) -> dict[str, Path]:
 
 
 def round_trip(before: Path, after: Path) -> str:
-    """What became of the tensors of `before` after import and export to `after`."""
+    """Import `before`, export it to `after`, and compare the tensors."""
     after.mkdir()
     model, tokenizer = load_model(before)
     save_model(after, model, tokenizer)
@@ -80,7 +79,7 @@ def round_trip(before: Path, after: Path) -> str:
     for name, file in new.items():
         with safe_open(old[name], "pt") as one, safe_open(file, "pt") as other:
             equal += torch.equal(one.get_tensor(name).view(torch.int32), other.get_tensor(name).view(torch.int32))
-    return f"{equal} of {len(new)} tensors bit for bit"
+    return f"{equal} of {len(new)} tensors identical"
 
 
 def drop_from_cache(directory: Path) -> None:
@@ -91,7 +90,7 @@ def drop_from_cache(directory: Path) -> None:
 
 
 def first_token(directory: Path, dtype: str) -> tuple[float, float, float]:
-    """Seconds of the whole command that writes one token; peak of resident bytes, and of the anonymous ones."""
+    """Seconds of the command that writes one token; peak of resident and of anonymous bytes."""
     command = [sys.executable, ROOT / "sample.py", f"--init_from={directory}", "--start=Once", "--max_new_tokens=1"]
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -104,9 +103,9 @@ def first_token(directory: Path, dtype: str) -> tuple[float, float, float]:
         anonymous = max(anonymous, kilobytes(lines, "RssAnon"))
         time.sleep(0.01)
     seconds = time.perf_counter() - started
-    out, told = process.communicate()
+    out, err = process.communicate()
     if process.returncode or not out.startswith("Once"):
-        raise UserError(f"sample.py failed: {told}")
+        raise UserError(f"sample.py failed: {err}")
     return seconds, peak * 1024, anonymous * 1024
 
 
@@ -118,7 +117,7 @@ def main() -> None:
     config, _ = load_settings(BenchConfig)
     sizes, timed = config.sizes.split(","), config.first_token.split(",")
     if unknown := set(sizes + timed) - set(SIZES):
-        raise UserError(f"{', '.join(unknown)}: no such size; there are {', '.join(SIZES)}")
+        raise UserError(f"{', '.join(unknown)}: no such size; use {', '.join(SIZES)}")
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -143,7 +142,7 @@ def main() -> None:
                     rows[-1] += [f"{most / 1e9:.2f} GB", f"{(most - start) / size_bytes:.2f}"]
             shutil.rmtree(folder / size)
     print("\n| model | fp32 weights | round trip | first token, cold | warm", end=" ")
-    print("| peak resident | over the start, of the weights | peak anonymous | over the start, of the weights |")
+    print("| peak resident | above a tiny model / weights | peak anonymous | above a tiny model / weights |")
     print("| --- " * 9 + "|")
     for row in rows:
         print("|", " | ".join(row + [""] * (9 - len(row))), "|")

@@ -1,8 +1,7 @@
 """Model directories in Hugging Face's GPT-2 format, and import of GPT-2 and nanoGPT weights.
 
-A model is a directory with config.json, model.safetensors, generation_config.json and the tokenizer's files, which
-every GPT-2 tool reads. It may come from anyone: it contains no code, nothing is unpickled but nanoGPT's ckpt.pt (with
-weights_only), and no path or link in it is followed out of it.
+A model is a directory with config.json, model.safetensors and the tokenizer's files. It may come from anyone: nothing
+is unpickled but nanoGPT's ckpt.pt (with weights_only), and no path or link in it is followed out of it.
 """
 
 import contextlib
@@ -27,6 +26,7 @@ from plaingpt.files import check_sums, existing, inside, read_json
 from plaingpt.hub import TOKENIZER_FILES, download, how_to_convert
 from plaingpt.tokenizer import Tokenizer, gpt2
 
+REOPENED = 1 << 24  # bytes
 PATIENCE = 30  # seconds of trying to read a directory that a run replaces again and again
 
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
@@ -131,11 +131,9 @@ def _read_unchanged(path_or_name: str | Path, check: bool) -> tuple[GPTConfig, d
 
 def _identity(directory: Path) -> tuple[int, int] | None:
     """What differs between two saves; the time, because an inode number can be used again."""
-    try:
+    with contextlib.suppress(OSError):
         status = os.stat(directory)
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
+        return status.st_ino, status.st_mtime_ns
 
 
 def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
@@ -165,13 +163,12 @@ def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[i
     layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
     found = [shapes.get(WTE), shapes.get(WPE), layers]
     wanted = [[c.vocab_size, c.n_embd], [c.block_size, c.n_embd], c.n_layer]
+    misfit = f"{source}: the weights do not fit the configuration"
     if found != wanted:
-        raise UserError(
-            f"{source}: the weights do not fit the configuration: wte, wpe and layers are {found} instead of {wanted}"
-        )
+        raise UserError(f"{misfit}: wte, wpe and layers are {found} instead of {wanted}")
     for name, shape in shapes.items():
         if name.endswith(TRANSPOSED) and len(shape) != 2:
-            raise UserError(f"{source}: the weights do not fit the configuration: {name} is {shape}, not a matrix")
+            raise UserError(f"{misfit}: {name} is {shape}, not a matrix")
 
 
 def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
@@ -227,16 +224,20 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
                 shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
     _check_shape(directory, config, shapes)
     config, weights = _cropped(directory, config, tokenizer), {}
-    # Files are mapped into memory: reopening them for each tensor, the largest first, releases what was read.
-    for name in sorted(shapes, key=lambda name: math.prod(shapes[name]), reverse=True):
-        file, theirs = places[name]
+    # Files are mapped into memory: reopening them after REOPENED bytes, the largest first, releases what was read.
+    names = sorted(shapes, key=lambda name: (places[name][0], -math.prod(shapes[name])))
+    while names:
+        file, size = places[names[0]][0], 0
         with _opened(directory, file) as tensors:
-            tensor = tensors.get_tensor(theirs)
-            weight = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
-        if config.bias or not name.endswith("bias"):
-            weights[name] = weight
-        elif weight.any():  # not the zeros that `save_model` wrote for other tools
-            raise UserError(f"{directory}: the model has no biases, but {name} is not zero")
+            while names and places[names[0]][0] == file and size < REOPENED:
+                tensor = tensors.get_tensor(places[name := names.pop(0)][1])
+                weights[name] = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
+                size += tensor.nbytes
+        del tensor
+    if not config.bias:
+        biases = {name: weights.pop(name) for name in list(weights) if name.endswith("bias")}
+        if changed := next((name for name in biases if biases[name].any()), None):  # `save_model` wrote zeros
+            raise UserError(f"{directory}: the model has no biases, but {changed} is not zero")
     return config, weights
 
 

@@ -96,7 +96,7 @@ def make_writable(directory: Path) -> None:
         tempfile.TemporaryDirectory(dir=directory).cleanup()
     except (OSError, ValueError) as error:
         link = f", a link to {os.path.realpath(directory)}," if os.path.islink(directory) else ""
-        raise UserError(f"{directory}{link} cannot be written to: {one_line(error)}") from error
+        raise UserError(f"{directory}{link} cannot be written to: {one_line(error)}; choose another folder") from error
 
 
 def claim(out_dir: Path) -> FileLock:
@@ -223,4 +223,4 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-whole_directory, flush = new_directory, fsync  # earlier names, while other modules move to the new ones
+flush = fsync  # its earlier name, which preparation still uses

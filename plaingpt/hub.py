@@ -28,10 +28,8 @@ def download(name: str, check_config: Callable[[Path], Any]) -> Path:
 
     repository, _, revision = name.partition("@")
     try:
-        for patterns in (
-            ["config.json"],
-            FILES,
-        ):  # a model of another type is refused before its weights are downloaded
+        # The configuration first: a model of another type is refused before its weights are downloaded.
+        for patterns in ["config.json"], FILES:
             found = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
             check_config(Path(found))
     except UserError:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ class Tokens:
 
 def how_to_get(name: str) -> str:
     """The command that prepares the data set `name`."""
-    return f"python prepare_data.py {name if name in NAMED else f'FILES --name={name}'}"
+    return f"python prepare_data.py {name if name in NAMED else f'FILES --name={shlex.quote(name)}'}"
 
 
 def open_data_set(directory: Path, check: bool = True, check_all: bool = False) -> DataSet:
@@ -140,7 +141,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
                 raise UserError(f"{path} was changed since meta.json was written; prepare the data again")
             _check_ids(path, ids[path], tokenizer.vocab_size)
     train, val = (
-        Tokens([ids[path] for its, path, _, _ in files if its == split], n_bytes[split], tokenizer.vocab_size)
+        Tokens([ids[path] for name, path, _, _ in files if name == split], n_bytes[split], tokenizer.vocab_size)
         for split in SPLITS
     )
     digest = hashlib.sha256("".join(digest for _, _, _, digest in files).encode()).hexdigest()
@@ -171,8 +172,8 @@ def _open_foreign(directory: Path) -> DataSet:
     """GPT-2 tokens that another program prepared: nanoGPT's train.bin and val.bin, or shards of llm.c."""
     if (directory / "meta.pkl").exists():
         raise UserError(
-            f"{directory}/meta.pkl is a pickle, which can run code: it is not read; "
-            f"prepare the text again: python prepare_data.py FILES --tokenizer=char --name={directory.name}"
+            f"{directory}/meta.pkl is a pickle, which can run code: it is not read; prepare the text again: "
+            f"python prepare_data.py FILES --tokenizer=char --name={shlex.quote(directory.name)}"
         )
     if any(directory.glob("tokenizer*.json")):  # ours: as GPT-2's, its ids would mean something else
         again = how_to_get(directory.name)

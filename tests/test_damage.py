@@ -1,6 +1,6 @@
-"""Whatever happens to a file of a checkpoint or a data set: the right result or one clear line, nothing else.
+"""Any damage to a file of a checkpoint or a data set gives the right result or one clear line.
 
-A thousand draws of the same, each in a process of its own, are in bench/faults.py.
+bench/faults.py draws a thousand damages, each in another process.
 """
 
 import shutil
@@ -20,7 +20,7 @@ examples = settings(max_examples=150, derandomize=True, suppress_health_check=[H
 
 
 def refused(ended) -> bool:
-    """Whether a script refused with one line; any other failure fails the test."""
+    """Whether a script refused its input with one line; any other failure fails the test."""
     if ended.status == 0:
         return False
     *notes, last = ended.err.splitlines()
@@ -29,8 +29,8 @@ def refused(ended) -> bool:
     return True
 
 
-def drawn(files: list[str], folder: Path, data) -> tuple[Path, str]:
-    """Damage one file of the folder in some way."""
+def damage_one(files: list[str], folder: Path, data) -> tuple[Path, str]:
+    """Damage one file of the folder; returns its path and what became of the checksums."""
     path = folder / data.draw(st.sampled_from(files))
     way = data.draw(st.sampled_from(ways(path)))
     damage(path, way, data.draw(st.integers(0, 2**32)), sums := data.draw(st.sampled_from(SUMS_AFTER)))
@@ -39,7 +39,7 @@ def drawn(files: list[str], folder: Path, data) -> tuple[Path, str]:
 
 @pytest.fixture
 def checkpoint(tmp_path, tiny_run) -> tuple[Path, Path]:
-    """A run's folder to be damaged, and its `last` as it was."""
+    """The folder of a run, to be damaged, and an intact copy of its `last`."""
     shutil.copytree(tiny_run, tmp_path / "run")
     shutil.copytree(tiny_run / "last", tmp_path / "sound")
     return tmp_path / "run", tmp_path / "sound"
@@ -47,11 +47,11 @@ def checkpoint(tmp_path, tiny_run) -> tuple[Path, Path]:
 
 @examples
 @given(data=st.data())
-def test_a_damaged_checkpoint_is_what_it_was_or_refused(checkpoint, data, data_dir, tmp_path):
+def test_a_damaged_checkpoint_gives_the_same_model_or_is_refused(checkpoint, data, data_dir, tmp_path):
     run, sound = checkpoint
     last = run / "last"
     restore(last, sound)
-    _, sums = drawn(CHECKPOINT, last, data)
+    _, sums = damage_one(CHECKPOINT, last, data)
     where = {"out_dir": run, "data_dir": data_dir, "device": "cpu", "dtype": "float32"}
     before = records(run)
     if refused(ended := run_main("train", *flags(init_from="resume", **where))):
@@ -69,12 +69,12 @@ def test_a_damaged_checkpoint_is_what_it_was_or_refused(checkpoint, data, data_d
 
 @examples
 @given(data=st.data())
-def test_a_damaged_data_set_gives_the_loss_it_gave_or_is_refused(tmp_path, data, data_dir, tiny_run):
+def test_a_damaged_data_set_gives_the_same_loss_or_is_refused(tmp_path, data, data_dir, tiny_run):
     if not (tmp_path / "sound").exists():
         shutil.copytree(data_dir / "tiny", tmp_path / "sound" / "tiny")
     folder = tmp_path / "data" / "tiny"
     restore(folder, tmp_path / "sound" / "tiny")
-    drawn(DATA_SET, folder, data)
+    damage_one(DATA_SET, folder, data)
     where = {"out_dir": tiny_run, "data_dir": tmp_path / "data", "device": "cpu", "dtype": "float32"}
     ended = run_main("train", *flags(init_from="resume", eval_only=True, **where))
     val_loss = [record["val_loss"] for record in records(tiny_run) if "val_loss" in record][-1]

@@ -462,6 +462,7 @@ def test_the_bytes_of_validation_text_are_counted_where_others_prepared_it(llm_c
         ("openwebtext", "python prepare_data.py openwebtext"),
         ("fineweb10B-gpt2", "python prepare_data.py fineweb10B-gpt2"),
         ("mine", "python prepare_data.py FILES --name=mine"),
+        ("a;b", "python prepare_data.py FILES --name='a;b'"),
     ],
 )
 def test_a_data_set_that_is_missing_is_answered_with_the_command_that_works(tmp_path, name, command):

@@ -1,4 +1,4 @@
-"""What other tools make of a model directory; each test is left out where its tool is not installed:
+"""Other tools read our models; each test is skipped if its tool is not installed:
 
 pip install gguf llama-cpp-python lm_eval peft accelerate
 """
@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 import torch
 from conftest import run_main
-from test_checkpoint import TEXT, make_model, of_kind
+from test_checkpoint import TEXT, make_model, of_kind, transformers_model
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, save_model
@@ -25,12 +25,41 @@ def test_a_gguf_file_that_cannot_be_written_is_one_line(tmp_path, tiny_run):
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
 
 
+def test_a_gguf_file_replaces_a_link_and_not_its_target(tmp_path, tiny_run):
+    pytest.importorskip("gguf")
+    (tmp_path / "precious").write_text("precious")
+    for name in ("m.gguf", ".m.gguf.new"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    ended = run_main("tools.to_gguf", tiny_run / "best", f"--out={tmp_path}/m.gguf")
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "m.gguf").is_symlink()
+
+
+@pytest.mark.parametrize("change", ["padded embedding", "gap in the ids"])
+def test_a_gguf_file_has_a_token_for_each_row_of_its_embedding(tmp_path, change):
+    gguf = pytest.importorskip("gguf")
+    tokenizer = of_kind("bpe")
+    tokenizer.save(tmp_path)
+    if change == "gap in the ids":
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        content["model"]["vocab"]["\u0143"] = tokenizer.vocab_size + 4  # it was 255, which no UTF-8 text contains
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    transformers_model(tokenizer.vocab_size + 10).save_pretrained(tmp_path)
+    ended = run_main("tools.to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
+    assert ended.status == 0, ended.err
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    (rows,) = (tensor.shape[1] for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    assert len(tokens) == rows == tokenizer.vocab_size + (5 if change == "gap in the ids" else 0)
+    assert len(set(tokens)) == len(tokens) == len(reader.fields["tokenizer.ggml.token_type"].contents())
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "char", "byte", "bpe"])
 def test_llama_cpp_writes_the_same_greedy_text_and_ids(tmp_path, kind):
     llama_cpp, _ = pytest.importorskip("llama_cpp"), pytest.importorskip("gguf")
     tokenizer = of_kind(kind)
     text = TEXT
-    if kind == "char":  # of llama.cpp's tokenizers none is of characters; ASCII's are bytes
+    if kind == "char":  # llama.cpp has no tokenizer for characters, but ASCII characters are bytes
         text = TEXT.encode("ascii", "ignore").decode()
         from plaingpt.tokenizer import make_tokenizer
 
@@ -62,11 +91,11 @@ def test_a_tokenizer_of_other_characters_is_refused_for_llama_cpp(tmp_path):
     pytest.importorskip("gguf")
     save_model(tmp_path, make_model(of_kind("char")), of_kind("char"))
     ended = run_main("tools.to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
-    assert ended.status == 2 and "llama.cpp has no tokenizer of characters" in ended.err
+    assert ended.status == 2 and "llama.cpp has no tokenizer for characters other than ASCII" in ended.err
     assert not list(tmp_path.glob("m.gguf*"))
 
 
-def test_a_tokenizer_that_parts_texts_in_its_own_way_is_refused_for_llama_cpp(tmp_path):
+def test_a_tokenizer_that_splits_texts_in_its_own_way_is_refused_for_llama_cpp(tmp_path):
     pytest.importorskip("gguf")
     save_model(tmp_path, make_model(of_kind("bpe")), of_kind("bpe"))
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

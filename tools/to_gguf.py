@@ -1,11 +1,13 @@
-"""A model as one GGUF file, for llama.cpp, Ollama and LM Studio. Needs a package more: pip install gguf.
+"""Write a model as one GGUF file, for llama.cpp, Ollama and LM Studio. Requires `pip install gguf`.
 
 python tools/to_gguf.py out-quickstart/best --out=model.gguf
 
-llama.cpp's own converter does the same for GPT-2's tokenizer, and refuses any that was made from a text of yours.
+llama.cpp's own converter handles GPT-2's tokenizer, but refuses tokenizers made from your text.
 """
 
 import json
+import os
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ import plaingpt.startup
 from model import GPT
 from plaingpt.checkpoint import load_model, with_biases
 from plaingpt.console import UserError, note, one_line, run_script
+from plaingpt.files import new_file
 from plaingpt.settings import PathName, load_settings
 from plaingpt.text.bulk import of_our_form
 from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
@@ -36,11 +39,11 @@ class ExportConfig:
     out: PathName = "model.gguf"
     """the file to write"""
     dtype: Literal[tuple(KINDS)] = "float16"
-    """of the matrices; int8 is llama.cpp's Q8_0"""
+    """precision of the matrices; int8 is llama.cpp's Q8_0"""
 
 
 def write_gguf(path: Path, model: GPT, dtype: str, tokenizer: Tokenizer | None = None) -> None:
-    """The model in llama.cpp's form, its matrices in `dtype`; without a tokenizer it takes and gives ids alone."""
+    """Write the model for llama.cpp, its matrices in `dtype`; without a tokenizer it is one of ids only."""
     import gguf
 
     kind, c = gguf.GGMLQuantizationType[KINDS[dtype]], model.config
@@ -57,10 +60,10 @@ def write_gguf(path: Path, model: GPT, dtype: str, tokenizer: Tokenizer | None =
     else:
         writer.add_tokenizer_model("no_vocab")
     for name, weight in with_biases(model.weights()).items():
-        its = kind if weight.dim() == 2 and "wpe" not in name else gguf.GGMLQuantizationType.F32
+        raw = kind if weight.dim() == 2 and "wpe" not in name else gguf.GGMLQuantizationType.F32
         for old, new in NAMES.items():
             name = name.replace(old, new)
-        writer.add_tensor(name, gguf.quants.quantize(weight.numpy(), its), raw_dtype=its)
+        writer.add_tensor(name, gguf.quants.quantize(weight.numpy(), raw), raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -68,24 +71,28 @@ def write_gguf(path: Path, model: GPT, dtype: str, tokenizer: Tokenizer | None =
 
 
 def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
-    """Ours are all GPT-2's kind to llama.cpp: bytes, then merges; bytes and characters without a merge."""
+    """To llama.cpp, all of ours are of GPT-2's kind: bytes and merges, of which byte and char tokenizers have none."""
     import gguf
 
     description = json.loads(tokenizer.to_json())
     model = description["model"]
     if not of_our_form(description):
-        raise UserError("the tokenizer is neither GPT-2's nor one of ours: llama.cpp would part texts otherwise")
-    tokens = sorted((i, token) for token, i in tokenizer.vocabulary().items())
-    if [i for i, _ in tokens] != list(range(len(tokens))) or tokenizer.end_of_text is None:
-        raise UserError(f"the tokenizer's ids have gaps, or no {END_OF_TEXT}: llama.cpp wants both otherwise")
-    texts = [token for _, token in tokens]
+        raise UserError("the tokenizer is neither GPT-2's nor one of ours: llama.cpp would split texts differently")
+    if tokenizer.end_of_text is None:
+        raise UserError(f"the tokenizer has no {END_OF_TEXT}, which llama.cpp requires")
+    spelling = {i: token for token, i in tokenizer.vocabulary().items()}
+    unused = set(range(tokenizer.vocab_size)) - set(spelling)  # gaps: llama.cpp needs a token for each row
+    texts = [spelling.get(i, f"[UNUSED{i}]") for i in range(tokenizer.vocab_size)]
     if model["type"] == "WordLevel":
-        if any(len(text.encode()) > 1 for text in texts if text != END_OF_TEXT):
-            raise UserError("llama.cpp has no tokenizer of characters, but for ASCII's alone: use --tokenizer=bpe")
-        texts = [text if text == END_OF_TEXT else byte_symbols()[ord(text)] for text in texts]
-    nothing = byte_symbols()[0]  # llama.cpp wants a merge; what this one makes is no token, and so stays as it was
+        if any(len(text.encode()) > 1 for text in spelling.values() if text != END_OF_TEXT):
+            raise UserError("llama.cpp has no tokenizer for characters other than ASCII: use --tokenizer=bpe")
+        texts = [byte_symbols()[ord(text)] if len(text) == 1 else text for text in texts]
+    nothing = byte_symbols()[
+        0
+    ]  # llama.cpp requires a merge; the result of this one is not a token, so it has no effect
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])] or [f"{nothing} {nothing}"]
-    kinds = [gguf.TokenType.CONTROL if text == END_OF_TEXT else gguf.TokenType.NORMAL for text in texts]
+    kinds = [gguf.TokenType.UNUSED if i in unused else gguf.TokenType.NORMAL for i in range(len(texts))]
+    kinds[tokenizer.end_of_text] = gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(texts)
@@ -103,23 +110,19 @@ def main() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError("this needs a package more: pip install gguf") from error
+        raise UserError("this requires a package: pip install gguf") from error
     model, tokenizer = load_model(config.models[0])
     if config.dtype == "int8" and model.config.n_embd % 32:
-        raise UserError(f"--dtype=int8 takes 32 numbers at a time, and n_embd={model.config.n_embd}: use float16")
+        raise UserError(f"--dtype=int8 needs a multiple of 32, but n_embd={model.config.n_embd}: use float16")
     path = Path(config.out)
-    new = Path(f"{path}.new")
-    if path.exists() and not path.is_file():
-        raise UserError(f"--out={config.out}: that is no file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"--out={config.out} is not a file")
     try:
-        write_gguf(new, model, config.dtype, tokenizer)
-        new.replace(path)
+        with new_file(path, "wb") as file:
+            write_gguf(Path(file.name), model, config.dtype, tokenizer)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {one_line(error)}") from error
-    finally:
-        if new.exists():
-            new.unlink()
-    note(f"{path}: {path.stat().st_size / 1e6:.2f} MB; next: llama-cli -m {path}")
+    note(f"{path}: {path.stat().st_size / 1e6:.2f} MB; next: llama-cli -m {shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":
