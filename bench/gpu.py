@@ -35,7 +35,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, IGNORED, GPTConfig
-from plaingpt.batches import TrainBatches
 from plaingpt.console import run_script
 from plaingpt.distributed import Distributed, connect
 from plaingpt.generate import Batch, Decoder, Sampling, generate, shallow_copy
@@ -43,8 +42,8 @@ from plaingpt.optimizer import SkippedUpdates, apply_gradients, make_optimizers
 from plaingpt.parallel import wrap
 from plaingpt.plan import memory
 from plaingpt.settings import load_settings
-from plaingpt.tokens import Tokens
-from train import TrainConfig, train_step
+from plaingpt.tokens import open_data_set
+from train import TrainConfig, set_up, train_step
 
 SMALL = GPTConfig(block_size=128, vocab_size=1000, n_layer=2, n_head=2, n_embd=128)
 
@@ -216,17 +215,24 @@ def greedy(bench: Bench) -> None:
 # Half 1: GPT-2 124M's training step
 
 
-def updates(config: TrainConfig, model: GPT, wrapped: torch.nn.Module, dist: Distributed) -> Callable[[int], None]:
+def random_tokens(folder: Path) -> Path:
+    """A data set of GPT-2's tokens."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        ids = np.random.default_rng(0).integers(0, 50257, 2_000_000)
+        ids.astype(np.uint16).tofile(folder / f"{split}.bin")
+    return folder
+
+
+def updates(config: TrainConfig, model: GPT, dist: Distributed) -> Callable[[int], None]:
     """update(micro_steps), as train.py makes it."""
-    betas = (config.beta1, config.beta2)
-    both = make_optimizers(model, config.optimizer, 1e-4, config.weight_decay, betas, dtype=dist.dtype)
-    scaler, skipped = torch.amp.GradScaler("cuda", enabled=False), SkippedUpdates(0, dist.device)
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 2_000_000).astype(np.uint16)
-    batches = TrainBatches(Tokens([ids]), config.block_size, 64 * config.batch_size, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        run = set_up(config, open_data_set(random_tokens(Path(folder) / "random")), model, 1, dist)
+    skipped = SkippedUpdates(0, dist.device)
 
     def update(micro_steps: int) -> None:
         now = replace(config, gradient_accumulation_steps=micro_steps)
-        skipped.count(train_step(wrapped, both, scaler, batches, 0, now, dist)[1])
+        skipped.count(train_step(replace(run, config=now), 0)[1])
 
     return update
 
@@ -238,8 +244,7 @@ def training_step(bench: Bench) -> None:
         config = replace(config, n_layer=2, batch_size=2)
     shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "bias")}
     model = GPT(GPTConfig(vocab_size=50257, **shape))
-    wrapped = wrap(model, bench.dist, compiled=True)
-    update = updates(config, model, wrapped, bench.dist)
+    update = updates(config, model, bench.dist)
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     update(1)
@@ -398,11 +403,7 @@ def dry_runs(bench: Bench) -> None:
     """Memory of the recipes against plan.py's prediction."""
     quick = ("--n_layer=2", "--batch_size=2", "--gradient_accumulation_steps=2") if bench.quick else ()
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "fineweb10B-gpt2"
-        data.mkdir()
-        ids = np.random.default_rng(0).integers(0, 50257, 2_000_000).astype(np.uint16)
-        for split in ("train", "val"):
-            ids.tofile(data / f"{split}.bin")
+        random_tokens(Path(folder) / "fineweb10B-gpt2")
         for size in ("", "_medium", "_xl"):
             words = (f"config/train_gpt2{size}.py", f"--data_dir={folder}", "--dry_run=True", *quick)
             text, seconds = command(bench, 150, "train.py", *words)
