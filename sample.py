@@ -30,16 +30,7 @@ from plaingpt.distributed import connect
 from plaingpt.evaluate import log_probabilities
 from plaingpt.files import existing
 from plaingpt.generate import Batch, Decoder, Sampling
-from plaingpt.settings import (
-    Fraction,
-    NonNegative,
-    NonNegativeInt,
-    PathName,
-    Positive,
-    PositiveInt,
-    load_settings,
-    parse_setting,
-)
+from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, load_settings
 from plaingpt.tokenizer import Tokenizer
 
 
@@ -222,7 +213,8 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
             line = input("> " if terminal else "")
             if line.startswith("/"):
                 name, _, text = line[1:].partition(" ")
-                config = dataclasses.replace(config, **{name: parse_setting(SampleConfig, name, text.strip(), line)})
+                changed, given = load_settings(SampleConfig, [f"--{name}={text.strip()}"])
+                config = dataclasses.replace(config, **{name: getattr(changed, name) for name in given})
             else:
                 write(Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=i))
         except EOFError:

@@ -45,6 +45,8 @@ def _shown(default: Any) -> list[str]:
 def no_setting(name: str, source: str, cls: type, names: Iterable[str]) -> str:
     """The message for a setting that does not exist; `source` is the flag or the file that has it."""
     meant = getattr(cls, "SYNONYMS", {}).get(name, name)
+    if name.startswith("no_") and name[3:] in names:
+        return f"{source}: there is no setting {name}; did you mean --{name[3:]}=False?"
     if source.startswith("--"):
         return f"{source}: there is no setting {name}{closest(meant, names, '--') or '; --help lists them'}"
     remedy = closest(meant, names) or "; --help lists them, and a variable of your own begins with _"

@@ -134,15 +134,6 @@ def _parse(text: str, hint: Any) -> Any:
     return text
 
 
-def parse_setting(cls: type, name: str, text: str, source: str) -> Any:
-    """The value that `text` stands for as setting `name` of dataclass `cls`; UserError names the `source`."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    names = [field.name for field in dataclasses.fields(cls)]
-    if name not in names:
-        raise UserError(no_setting(name, source, cls, names))
-    return check_value(name, _parse(text, hints[name]), hints[name], source)
-
-
 def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     """`value` as the type that `hint` asks for. Raises UserError if it has another type or is out of range."""
     allowed = _leaves(hint)

@@ -287,8 +287,8 @@ def test_a_setting_can_be_changed_in_interactive_mode(learned):
     drawn, likely, short = ended.out.splitlines()[:3]
     expected = likeliest(learned, "the sea", 20)
     assert (likely, short) == ("the sea" + expected, "the sea" + expected[:2]) and drawn != likely
-    assert "there is no setting temprature; did you mean temperature?" in ended.err
-    assert "/top_k -1: top_k must be int (at least 0), not -1" in ended.err
+    assert "there is no setting temprature; did you mean --temperature?" in ended.err
+    assert "--top_k: top_k must be int (at least 0), not -1" in ended.err
 
 
 def test_only_a_line_feed_ends_a_prompt_in_a_file(emoji, tmp_path):

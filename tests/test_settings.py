@@ -145,6 +145,7 @@ def test_an_argument_that_is_neither_file_nor_setting_is_refused():
 
 def test_a_name_that_people_expect_is_refused_with_the_right_one():
     assert refusal("--frosting=lemon") == "--frosting: there is no setting frosting; did you mean --icing?"
+    assert refusal("--no-sliced") == "--no-sliced: there is no setting no_sliced; did you mean --sliced=False?"
 
 
 def test_a_retired_flag_gives_a_note_only(capsys):

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,28 @@ from plaingpt.run_state import load_state
 
 
 def wandb_records(folder: Path) -> list:
-    """The records of an offline run: protobuf messages in LevelDB's log format, 32 KiB blocks after 7 header bytes."""
+    """The records of an offline run, once wandb's service has written the last of them, which it may do after `finish`.
+
+    They are protobuf messages in LevelDB's log format: 32 KiB blocks after 7 header bytes.
+    """
     pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     (path,) = folder.glob("*.wandb")
-    content, at, found, message = path.read_bytes(), 7, [], b""
-    while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:  # padding: no room for a header
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
-        message += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a complete record, or its last fragment
-            found.append(pb2.Record.FromString(message))
-            message = b""
-    return found
+    for _ in range(600):
+        content, at, found, message = path.read_bytes(), 7, [], b""
+        while at + 7 <= len(content):
+            if 32768 - at % 32768 < 7:  # padding: no room for a header
+                at += 32768 - at % 32768
+                continue
+            length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+            message += content[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4) and at <= len(content):  # a complete record, or its last fragment
+                found.append(pb2.Record.FromString(message))
+                message = b""
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{path} is incomplete")
 
 
 def test_wandb_records_metrics_and_samples_and_a_resumed_run_continues(tmp_path, train, resume, monkeypatch):
