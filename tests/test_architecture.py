@@ -24,7 +24,7 @@ LAYERS = [
     ["plaingpt.optimizer", "plaingpt.evaluate"],
     ["plaingpt.run_state", "plaingpt.plan"],
     ["plaingpt.run"],
-    ["train", "sample", "prepare_data", "tools.to_gguf", "tools.compare_runs"],
+    ["train", "sample", "prepare_data", "tools.to_gguf", "tools.compare_runs", "tools.page"],
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 

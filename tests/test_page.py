@@ -1,0 +1,375 @@
+"""tools/page.py: the page in a real browser, from file://, without a network. Needs `playwright` and Chromium:
+
+pip install playwright; apt-get install chromium
+"""
+
+import json
+import math
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_main
+from test_checkpoint import TEXT, make_model, of_kind
+
+from model import GPT, GPTConfig
+from plaingpt.checkpoint import load_model, save_model
+from plaingpt.generate import Sampling, candidates
+from plaingpt.tokenizer import make_tokenizer
+from tools.page import MOST_PARAMETERS, own_text, quantize, write_page
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+QUIET = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+SIZES = {"desktop": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
+SCRIPTS = [
+    "", " ", "\n", "  two  spaces \t\r\n end ", "don't we'll I'VE it's'd 'twas", "x=1;y2=22/3.14", "naïve Äpfel ﬁ Ǆ",
+    "Ελληνικά кириллица עברית العربية हिन्दी ไทย 한국어 日本語 汉字 ქართული አማርኛ", "१२३ ٣٤ Ⅷ ½ ²",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈🇩🇪 e\u0301 \u200d\u200b", "a\u0085b\ufeffc\u00a0d\u3000e\u180ef\u2028g\x1ch\x00i",
+    "\u088f\u0c5c\ua7ce\U00010940\U00011de0 letters of the newest Unicode", "<|endoftext|> and <|endoftext|>",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Write the page of a model and open it; at the end there must have been no error and no request."""
+    contexts, troubles = [], []
+
+    def open_page(model=None, tokenizer=None, path=None, name="a model", bits=0, dark=False, size="desktop", **more):
+        if path is None:
+            write_page(path := tmp_path / "model.html", name, model, tokenizer, bits=bits, **more)
+        scheme = "dark" if dark else "light"
+        context = browser.new_context(offline=True, viewport=SIZES[size], color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: troubles.append(request.url))
+        page.goto(path.as_uri())
+        page.evaluate("ready")
+        troubles[:] = [trouble for trouble in troubles if not trouble.startswith(("file:", "blob:"))]
+        return page
+
+    open_page.troubles = troubles
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not troubles
+
+
+def ask(page, name, *given):
+    return page.evaluate(
+        "async ([name, ...given]) => { const a = await ask(name, ...given); return a; }", [name, *given]
+    )
+
+
+def array(page, name, *given) -> np.ndarray:
+    """The answer where it is a Float32Array."""
+    return np.array(page.evaluate("async ([name, ...given]) => Array.from(await ask(name, ...given))", [name, *given]))
+
+
+def all_logits(page, ids: list[int]) -> torch.Tensor:
+    script = "async ids => { const all = []; for (let n = 1; n <= ids.length; n++)"
+    return torch.tensor(
+        page.evaluate(script + " all.push(Array.from(await ask('logits', ids.slice(0, n)))); return all; }", ids)
+    )
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(
+    ("kind", "bias", "shape"),
+    [
+        ("gpt2", True, (8, 1, 1, 4)),
+        ("char", False, (24, 3, 2, 10)),
+        ("byte", True, (33, 2, 3, 12)),
+        ("bpe", False, (64, 4, 4, 64)),
+        ("bpe", True, (1, 1, 1, 1)),
+    ],
+)
+def test_logits_are_torchs_at_every_position(opened, kind, bias, shape, bits):
+    tokenizer = of_kind(kind)
+    block_size, n_layer, n_head, n_embd = shape
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size, tokenizer.vocab_size, n_layer, n_head, n_embd, bias=bias)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.15
+        model.transformer.wte.weight[tokenizer.vocab_size :] = 0
+    tokenizer.end_of_text = None  # the text for the stated tolerance starts with id 0
+    page = opened(model, tokenizer, bits=bits)
+    ids, weights = own_text(model, None), model.weights()
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0][0]
+    stated = page.evaluate("model.difference")
+    assert stated < (0.01 if bits == 16 else 1)
+    assert (all_logits(page, ids) - expected).abs().max() <= stated + 1e-4
+    ids = torch.randint(tokenizer.vocab_size, (block_size,), generator=torch.Generator().manual_seed(2))
+    for name, weight in weights.items():
+        if weight.dim() == 2:
+            scale, integers = quantize(weight, bits)
+            weights[name] = scale[:, None] * integers
+    rounded = GPT.from_weights(model.config, weights)
+    with torch.no_grad():
+        expected = rounded(ids[None])[0][0]
+    assert (all_logits(page, ids.tolist()) - expected).abs().max() <= 1e-4
+    # The cache is used again for another text with the same beginning, and after a walk back
+    other = [*ids[: block_size // 2].tolist(), 0]
+    with torch.no_grad():
+        expected = rounded(torch.tensor([other[:block_size]]))[0][0, -1]
+    assert (torch.tensor(array(page, "logits", other[:block_size])) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "byte", "bpe"])
+def test_ids_are_the_tokenizers(opened, kind):
+    tokenizer = of_kind(kind)
+    page = opened(make_model(tokenizer), tokenizer)
+    any_character = [*range(0xD800), *range(0xE000, 0x110000)]
+    texts = [*SCRIPTS, TEXT, "".join(map(chr, random.Random(0).choices(any_character, k=5000)))]
+    if kind == "char":
+        texts = ["", TEXT, TEXT[::-1], "".join(c for c in tokenizer.vocabulary() if len(c) == 1)]
+    for text in texts:
+        for special in (False, True):
+            ids = tokenizer.encode(text, special=special)
+            assert ask(page, "encode", text, special) == ids, (text, special)
+            assert ask(page, "decode", ids) == tokenizer.decode(ids)
+    if kind != "char":
+        lone = page.evaluate("ask('encode', 'a\\ud800b\\udc00\\ud83d', false)")
+        assert lone == tokenizer.encode("a\ufffdb\ufffd\ufffd")
+
+
+def test_a_character_that_the_model_does_not_know_is_named(opened):
+    tokenizer = make_tokenizer("char", ["abc"], 0)
+    page = opened(make_model(tokenizer), tokenizer, start="ab")
+    page.fill("#prompt", "abψ")
+    sync_api.expect(page.locator("#error")).to_contain_text("“ψ”")
+    page.fill("#prompt", "abc")
+    sync_api.expect(page.locator("#error")).to_be_empty()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "byte", "bpe"])
+def test_greedy_ids_are_torchs_beyond_block_size(opened, kind):
+    tokenizer = of_kind(kind)
+    model = make_model(tokenizer)
+    page = opened(model, tokenizer, bits=16)
+    for length in (3, 24, 31):
+        prompt = tokenizer.encode(TEXT)[:length]
+        expected = list(model.generate(prompt, 60, temperature=0.0))
+        greedy = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
+        script = """async ([ids, prompt, sampling]) => {
+          while (ids.length < prompt + 60) ids.push((await ask("next", ids, prompt, sampling))[0]);
+          return ids.slice(prompt);
+        }"""
+        assert page.evaluate(script, [prompt, len(prompt), greedy]) == expected
+
+
+def test_greedy_text_and_score_are_those_of_sample_py(opened, tiny_run, tmp_path):
+    model, tokenizer = load_model(tiny_run / "best")
+    page = opened(model, tokenizer, name=str(tiny_run / "best"), start="tree and")
+    assert page.inner_text("#name") == tiny_run.name
+    page.click("text=How tokens are drawn")
+    page.evaluate("$('temperature').value = 0, $('length').value = 100")
+    page.click("#go")
+    sync_api.expect(page.locator("#status")).to_contain_text("100 tokens")
+    flags = ["--temperature=0", "--max_new_tokens=100", "--dtype=float32", "--start=tree and"]
+    written = run_main("sample", f"--out_dir={tiny_run}", *flags).out
+    page.wait_for_timeout(100)  # a frame
+    assert page.text_content("#text") == written.removesuffix("\n")
+
+    text = tmp_path / "scored.txt"
+    text.write_text(TEXT[-200:])
+    said = run_main("sample", f"--out_dir={tiny_run}", f"--score={text}", "--dtype=float32").out
+    page.click("#tab-score")
+    page.fill("#scored", TEXT[-200:])
+    page.click("#score-go")
+    sync_api.expect(page.locator("#figures")).to_contain_text("200tokens")
+    bits = float(page.inner_text("#figures .big >> nth=0"))
+    assert bits == pytest.approx(float(re.search(r"([\d.]+) bits per byte", said)[1]), abs=2e-4)
+
+
+@pytest.mark.parametrize("vary", ["seed", "index"])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(0.7, 5), Sampling(1.3, 0, 0.8), Sampling(1.0, 7, 0.9, 0.08), Sampling(0.8, min_p=0.1)],
+)
+def test_sampling_follows_the_distribution(opened, sampling, vary):
+    tokenizer = make_tokenizer("char", ["abc"], 0)
+    page = opened(make_model(tokenizer), tokenizer)
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 1.5
+    p, ids = candidates(logits, sampling)
+    expected = torch.zeros(12, dtype=torch.float64)
+    expected[ids[0] if ids is not None else torch.arange(12)] = p[0].double() / p.sum()
+    settings = {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+    }
+    n = 20000
+    script = """async ([logits, sampling, n, vary]) => {
+      const counts = new Array(12).fill(0), all = [], typed = Float32Array.from(logits);
+      for (let i = 0; i < n; i++)
+        all.push(ask("draw", typed, { ...sampling, seed: vary === "seed" ? i : 1337 }, vary === "index" ? i : 40));
+      for (const id of await Promise.all(all)) counts[id]++;
+      return counts;
+    }"""
+    counts = torch.tensor(page.evaluate(script, [logits[0].tolist(), settings, n, vary]), dtype=torch.float64)
+    assert (counts[expected == 0] == 0).all()
+    possible = expected > 0
+    chi_squared = ((counts - n * expected)[possible] ** 2 / (n * expected[possible])).sum().item()
+    freedom = int(possible.sum()) - 1
+    assert chi_squared < freedom + 4 * math.sqrt(2 * freedom) + 4  # once in some ten thousand times by chance
+
+
+def test_tokens_their_alternatives_and_a_branch(opened, tiny_run):
+    model, tokenizer = load_model(tiny_run / "best")
+    tokenizer.end_of_text = None  # so that the text has a known length
+    page = opened(model, tokenizer, start="tree and")
+    page.check("#as-tokens")
+    page.click("#go")
+    sync_api.expect(page.locator("#status")).to_contain_text("200 tokens")
+    sync_api.expect(page.locator("#text .chip")).to_have_count(208)
+    page.locator("#text .chip").first.focus()
+    for _ in range(10):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#choice-bars li")).to_have_count(10)
+    ids = page.evaluate("story.ids")
+    with torch.no_grad():
+        p = model(torch.tensor([ids[:10]]))[0][0, -1].softmax(-1)
+    top = p.topk(2)
+    assert float(page.inner_text("#choice-bars li >> nth=0").split()[-2]) == pytest.approx(
+        100 * top.values[0].item(), abs=0.6
+    )
+    assert f"{-math.log2(p[ids[10]]):.1f} bits" in page.inner_text("#choice-says")
+    page.click("#choice-bars li >> nth=1")
+    sync_api.expect(page.locator("#status")).to_contain_text("200 tokens")
+    branched = page.evaluate("story.ids")
+    assert branched[:11] == [*ids[:10], int(top.indices[1])] and len(branched) == 211
+    page.evaluate("$('length').value = 1000")
+    page.click("#more")
+    page.click("#stop")
+    sync_api.expect(page.locator("#status")).to_contain_text("Stopped")
+    stopped = page.evaluate("story.ids")
+    assert stopped[:211] == branched and len(stopped) < 1211
+
+
+def test_the_views_show_the_models_own_numbers(opened, tiny_run):
+    model, tokenizer = load_model(tiny_run / "best")
+    page = opened(model, tokenizer, name=str(tiny_run / "best"), start="stone and rain")
+    wte, wpe = (table.weight.detach() for table in (model.transformer.wte, model.transformer.wpe))
+    near = ask(page, "neighbours", 5)
+    cosines = torch.nn.functional.cosine_similarity(wte[: tokenizer.vocab_size], wte[5], dim=1)
+    cosines[5] = -2
+    assert near[0][0] == int(cosines.argmax()) and near[0][1] == pytest.approx(cosines.max().item(), abs=1e-3)
+    ids = tokenizer.encode("stone and rain")
+    plain = "(key, value) => value?.buffer ? [...value] : value"  # typed arrays as lists
+    walk = page.evaluate(f"async ids => JSON.stringify(await ask('walk', ids), {plain})", ids)
+    walk = json.loads(walk)
+    for block in walk["blocks"]:
+        assert len(block["heads"]) == model.config.n_head
+        assert all(sum(head) == pytest.approx(1, abs=1e-4) and len(head) == len(ids) for head in block["heads"])
+    assert [i for i, _ in walk["blocks"][-1]["lens"]] == [i for i, _, _ in walk["logits"][:3]]
+    x = wte[ids[-1]] + wpe[len(ids) - 1]
+    assert walk["size"] == pytest.approx(x.norm().item(), abs=1e-3)
+    page.click("#tab-walk")
+    sync_api.expect(page.locator("#steps > li")).to_have_count(model.config.n_layer + 4)
+    page.click("#walk-text .chip >> nth=4")
+    sync_api.expect(page.locator("#steps")).to_contain_text("Position 4 is")
+    page.click("#tab-run")
+    for fact in (f"{model.num_parameters():,} parameters", "bits per byte", "tiny"):
+        sync_api.expect(page.locator("#facts")).to_contain_text(fact)
+    assert page.locator("#curves path.train, #curves path.val").count() == 2
+    assert "learning_rate" in page.inner_text("#settings") and str(tiny_run.parent) not in page.content()
+
+
+HOSTILE = "<script>document.title='run'</script><!--<img src=x onerror=alert(1)>${alert(1)}`{{policy}}</style>"
+
+
+def test_nothing_in_a_model_becomes_markup_or_script(opened, tmp_path):
+    tokenizer = make_tokenizer("bpe", [f"{HOSTILE} " * 50], 320)
+    assert {"</", "script", "${"} <= {token.strip("Ġ") for token in tokenizer.vocabulary()}
+    out_dir = tmp_path / "<img src=x onerror=alert(1)>" / "last"
+    out_dir.mkdir(parents=True)
+    model = make_model(tokenizer)
+    save_model(out_dir, model, tokenizer)
+    settings = {"dataset": HOSTILE, "data_dir": "data", HOSTILE: HOSTILE, "dropout": HOSTILE}
+    training = {"step": 1, "seconds": 1.0, "settings": settings}
+    (out_dir / "training.json").write_text(json.dumps(training))
+    (out_dir.parent / "metrics.jsonl").write_text('{"step": 1, "train_loss": 3.0}\n{"step": 1, "val_loss": 3.1}\n')
+    path = tmp_path / "page.html"
+    write_page(path, str(out_dir), model, tokenizer, start=HOSTILE)
+    assert "onerror" not in path.read_text()
+    page = opened(path=path)
+    page.check("#as-tokens")
+    page.click("#go")
+    sync_api.expect(page.locator("#status")).to_contain_text("a second")
+    for view in ("tables", "walk", "run", "score"):
+        page.click(f"#tab-{view}")
+    page.click("#score-go")
+    sync_api.expect(page.locator("#figures")).to_contain_text("bits per byte")
+    assert HOSTILE in page.text_content("#settings") and page.inner_text("#name").startswith("<img")
+    assert page.title().startswith("<img") and page.locator("img").count() == 0
+    assert page.locator("script").count() == 2  # the worker's and the page's
+    assert page.text_content("#score-text") == HOSTILE
+    refused = """url => new Promise(done => {
+      document.addEventListener("securitypolicyviolation", event => done(event.effectiveDirective));
+      fetch(url).catch(() => {});
+    })"""
+    assert page.evaluate(refused, "https://example.org") == "connect-src"
+    opened.troubles.clear()  # the browser reports it
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_view_fits_its_screen(opened, tiny_run, size, dark, tmp_path):
+    model, tokenizer = load_model(tiny_run / "best")
+    page = opened(model, tokenizer, name=str(tiny_run / "best"), size=size, dark=dark, start="tree")
+    for view in ("write", "tables", "walk", "run", "score"):
+        page.click(f"#tab-{view}")
+        sync_api.expect(page.locator(f"#{view}")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        page.screenshot(path=tmp_path / f"{view}.png", full_page=True)
+    page.locator("[role=tab]").last.focus()
+    page.keyboard.press("ArrowLeft")
+    sync_api.expect(page.locator("#run")).to_be_visible()
+
+
+def test_what_the_page_cannot_have_is_refused_in_one_line(tmp_path, tiny_run):
+    large = tmp_path / "large"
+    large.mkdir()
+    shape = {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024, "vocab_size": 50257}
+    (large / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
+    for model, out, reason in (
+        (large, tmp_path / "page.html", f"355M parameters: a page can have {MOST_PARAMETERS // 10**6}M at most"),
+        (tiny_run / "best", tmp_path, "that is no file"),
+        (tiny_run / "best", tmp_path / "none" / "page.html", "cannot be written"),
+    ):
+        ended = run_main("tools.page", model, f"--out={out}")
+        assert (ended.status, ended.out) == (2, "") and reason in ended.err, ended.err
+    assert not list(tmp_path.glob("*.html*"))
+
+
+def test_the_command_says_size_and_tolerance(tmp_path, tiny_run, opened):
+    ended = run_main("tools.page", tiny_run / "best", f"--out={tmp_path / 'page.html'}", "--start=sea")
+    assert ended.status == 0 and "a page of about" in ended.err and "of torch's" in ended.err
+    assert opened(path=tmp_path / "page.html").input_value("#prompt") == "sea"
+
+
+def test_the_page_in_docs_opens(opened):
+    path = ROOT / "docs" / "model.html"
+    assert path.stat().st_size < 3e6
+    page = opened(path=path)
+    page.click("#go")
+    sync_api.expect(page.locator("#status")).to_contain_text("a second", timeout=60000)
