@@ -11,7 +11,6 @@ import functools
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,151 +23,14 @@ from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, write_sample
 from plaingpt.files import existing, make_writable, set_aside
 from plaingpt.metrics import Metrics, Progress, Stopwatch
-from plaingpt.optimizer import (
-    SkippedUpdates,
-    apply_gradients,
-    check_gradients,
-    make_optimizers,
-    scheduled_learning_rate,
-)
+from plaingpt.optimizer import SkippedUpdates, apply_gradients, check_gradients, make_optimizers
 from plaingpt.parallel import exchange_gradients, shard_count, wrap
 from plaingpt.plan import announce, check_memory, dry_run, memory
 from plaingpt.run import check_schedule, closing_lines, initial_model, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
-from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, load_settings
+from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set
-
-DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that are computed from others unless given
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    out_dir: PathName = "out"
-    """directory for checkpoints (last/, best/), metrics.jsonl and loss.png"""
-    dataset: str = "openwebtext"
-    """prepared data set to train on, a directory in data_dir"""
-    data_dir: PathName = "data"
-    """directory of the prepared data sets"""
-    init_from: PathName = "scratch"
-    """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); or a model: gpt2, a directory"""
-    max_iters: PositiveInt = 600000
-    """number of training steps"""
-    batch_size: PositiveInt = 12
-    """sequences per micro-step"""
-    gradient_accumulation_steps: PositiveInt = 40
-    """micro-steps per training step over all processes, so that adding GPUs does not change the recipe"""
-    eval_interval: PositiveInt = 2000
-    """steps between evaluations; each is followed by a checkpoint"""
-    eval_iters: NonNegativeInt = 200
-    """batches per evaluation, the same ones each time (0: the entire validation split)"""
-    patience: NonNegativeInt = 0
-    """stop after this many evaluations without improvement (0: never)"""
-    keep_every: NonNegativeInt = 0
-    """steps between permanent checkpoints, out_dir/step-001000 and so on (0: none)"""
-    eval_only: bool = False
-    """evaluate once and exit; nothing is written"""
-    dry_run: bool = False
-    """time a few steps, print memory, speed and hours, and exit; nothing is written"""
-    seed: NonNegativeInt = 1337
-    """random seed of initialization, data order and dropout"""
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    n_layer: PositiveInt = 12
-    """number of blocks"""
-    n_head: PositiveInt = 12
-    """attention heads per block"""
-    n_embd: PositiveInt = 768
-    """width of the model, in channels"""
-    block_size: PositiveInt = 1024
-    """context length, in tokens"""
-    dropout: BelowOne = 0.0
-    """dropout probability: 0 for pretraining, 0.1 or more for small data sets"""
-    bias: bool = False
-    """biases in linear layers and LayerNorms, as in GPT-2; without them it is slightly faster and just as good"""
-
-
-@dataclass(frozen=True)
-class OptimizationSettings:
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """muon (for the matrices of the blocks, AdamW for the rest) or adamw (for everything)"""
-    learning_rate: Positive = 6e-4
-    """peak learning rate"""
-    lr_schedule: Literal["linear", "cosine"] = "linear"
-    """shape of the decay from learning_rate to min_lr; nanoGPT uses cosine, with adamw"""
-    decay_lr: bool = True
-    """decay the learning rate after warmup (False: keep it constant)"""
-    warmup_iters: NonNegativeInt | None = None
-    """steps of linear warmup (None: max_iters / 20, at most 2000)"""
-    lr_decay_iters: PositiveInt | None = None
-    """step at which the learning rate reaches min_lr (None: max_iters)"""
-    min_lr: NonNegative | None = None
-    """final learning rate (None: 0 for linear, learning_rate / 10 for cosine)"""
-    weight_decay: NonNegative = 0.1
-    """weight decay of matrices and embeddings"""
-    momentum: BelowOne = 0.95
-    """Muon's momentum; 0.85 is better for runs of a few hundred steps"""
-    beta1: BelowOne = 0.9
-    """AdamW's decay rate of the gradient average"""
-    beta2: BelowOne = 0.95
-    """AdamW's decay rate of the squared-gradient average"""
-    grad_clip: NonNegative = 1.0
-    """maximum gradient norm (0: no clipping)"""
-
-
-@dataclass(frozen=True)
-class LoggingSettings:
-    log_interval: PositiveInt = 10
-    """steps between log lines"""
-    sample_tokens: NonNegativeInt = 48
-    """length of the sample printed at each evaluation, in tokens (0: no sample)"""
-    wandb_log: bool = False
-    """log to Weights & Biases"""
-    wandb_project: str = "plaingpt"
-    """Weights & Biases project"""
-    wandb_run_name: str | None = None
-    """name of the Weights & Biases run (None: a random one)"""
-    tensorboard_log: bool = False
-    """write TensorBoard event files to out_dir/tensorboard"""
-
-
-@dataclass(frozen=True)
-class HardwareSettings:
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of matrix products (auto: bfloat16 if the hardware supports it; float32 on CUDA means TF32)"""
-    compile: bool | None = None
-    """compile the forward and backward pass with torch.compile (None: on CUDA)"""
-    recompute: bool = False
-    """activation checkpointing: less memory for a third more compute"""
-    sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
-    """ddp: each process holds the full model; fsdp: one shard of it; hybrid: fsdp within a node, ddp across nodes"""
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of gradient communication; bfloat16 halves the traffic"""
-    timeout: Positive = 600
-    """seconds that a process waits for the others before the run fails"""
-
-
-@dataclass(frozen=True)
-class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSettings, HardwareSettings):
-    SYNONYMS: ClassVar = {"lr": "learning_rate", "epochs": "max_iters", "steps": "max_iters", "resume": "init_from"}
-    RETIRED: ClassVar = {
-        "backend": "ignored: the device determines it (nccl on CUDA, gloo elsewhere)",
-        "always_save_checkpoint": "ignored: out_dir/last is always saved, and out_dir/best at each improvement",
-    }
-
-    def __post_init__(self):
-        lowest = self.learning_rate / 10 if self.lr_schedule == "cosine" else 0.0
-        values = (min(2000, self.max_iters // 20), self.max_iters, lowest)
-        for name, value in zip(DERIVED, values):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-
-    def learning_rate_at(self, step: int) -> float:
-        between = (self.learning_rate, self.warmup_iters, self.lr_decay_iters, self.min_lr)
-        return scheduled_learning_rate(step, *between, self.lr_schedule if self.decay_lr else "constant")
+from plaingpt.train_config import DERIVED, TrainConfig
 
 
 @dataclass

@@ -23,7 +23,7 @@ LAYERS = [
     ["plaingpt.parallel", "plaingpt.card"],
     ["plaingpt.optimizer", "plaingpt.evaluate"],
     ["plaingpt.run_state", "plaingpt.plan"],
-    ["plaingpt.run"],
+    ["plaingpt.run", "plaingpt.train_config"],
     ["train", "sample", "prepare_data", "tools.to_gguf", "tools.compare_runs", "tools.page"],
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
