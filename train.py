@@ -79,7 +79,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     metrics = Metrics(out_dir, dist.is_main, until_step=start or None)
     metrics.track(state.settings)
     progress = Progress(start, config.max_iters, dist.is_main)
-    saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist, progress.tell)
+    saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist, progress.print)
     watch, skipped = Stopwatch(state.seconds, start), SkippedUpdates(state.skipped, dist.device)
     stop, stopping, paused_at = StopSignal(), 0, None
     gc.disable()  # an update leaves no garbage, and searching for it causes pauses
@@ -98,14 +98,14 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
                 val_loss = evaluate(run.model, run.eval_batches, dist)
                 bpb = bits_per_byte(val_loss, run.data.val)
                 metrics.write(step=step, tokens=step * run.update_tokens, val_loss=val_loss, val_bpb=bpb)
-                progress.tell(f"step {step}: {describe_loss(val_loss, run.data)}")
+                progress.print(f"step {step}: {describe_loss(val_loss, run.data)}")
             if step > start:
                 state.seconds, state.skipped, state.scaler = watch.seconds, skipped.all, run.scaler.state_dict()
                 saver.save(val_loss, keeping)
             metrics.draw()
             if evaluating and config.sample_tokens:
                 text = write_sample(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
-                progress.tell(text, indent="  ")
+                progress.print(text, indent="  ")
                 metrics.sample(step, text)
         if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_best:
             break
@@ -126,7 +126,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
                 metrics.write(**record)
                 progress.show(record, seconds_left=(config.max_iters - state.step) / rate)
                 if spike := metrics.spike(train_loss):
-                    progress.tell(f"step {state.step}: {spike}")
+                    progress.print(f"step {state.step}: {spike}")
             progress.advance()
         stopping, failing = dist.max(stop.number, skipped.in_a_row)
         check_gradients(failing, state.step)
@@ -143,8 +143,15 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
     train_batches = TrainBatches(data.train, config.block_size, update_tokens // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
     model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, config.compile)
-    decays = ((config.beta1, config.beta2), config.momentum, dist.dtype)
-    optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, config.weight_decay, *decays)
+    optimizers = make_optimizers(
+        raw_model,
+        config.optimizer,
+        config.learning_rate,
+        config.weight_decay,
+        betas=(config.beta1, config.beta2),
+        momentum=config.momentum,
+        dtype=dist.dtype,
+    )
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches, update_tokens)
 

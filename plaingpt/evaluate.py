@@ -1,4 +1,4 @@
-"""How good a model is: its loss on the same batches each time, bits per byte, and a few words of its own."""
+"""How good a model is: its loss on fixed batches, bits per byte, and a short sample."""
 
 import math
 
@@ -17,11 +17,12 @@ from plaingpt.tokens import DataSet, Tokens
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed) -> float:
-    """Mean loss in nats over every target of `batches`, shared out over the ranks. All ranks."""
+    """Mean loss in nats over every target of `batches`, divided among the ranks. All ranks."""
     model.eval()
     losses, count = [], 0
-    for first in range(0, len(batches), dist.world_size):  # as many passes on every rank: sharded, each needs all
-        inputs, targets = batches.batch(first + dist.rank)  # one after the last has no targets
+    # The same number of passes on every rank, as a sharded model needs; a batch beyond the last has no targets.
+    for first in range(0, len(batches), dist.world_size):
+        inputs, targets = batches.batch(first + dist.rank)
         counted = int((targets != IGNORED).sum())
         inputs, targets = dist.to_device(inputs, targets)
         with dist.autocast():
@@ -35,7 +36,7 @@ def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed) -> float
 
 
 def bits_per_byte(loss: float, tokens: Tokens) -> float | None:
-    """The loss per byte of text, which compares between tokenizers; None where the text's size is not known."""
+    """The loss per byte of text, comparable between tokenizers; None if the size of the text is unknown."""
     return loss / math.log(2) * len(tokens) / tokens.n_bytes if tokens.n_bytes else None
 
 
@@ -44,9 +45,11 @@ def describe_loss(loss: float, data: DataSet) -> str:
     return f"val_loss {loss:.4f}, perplexity {perplexity(loss)}" + (f", {bpb:.4f} bits per byte" if bpb else "")
 
 
-def whole_copy(model: GPT, dist: Distributed) -> GPT | None:
-    """A sharded model, whole, to sample from; none off main. All ranks. Its blocks' matrices are in the precision of
-    the products already: a card that needs sharding has no room for more, and the text is the same."""
+def gathered_copy(model: GPT, dist: Distributed) -> GPT | None:
+    """An unsharded copy of a sharded model, to sample from; None except on main. All ranks.
+
+    The matrices of its blocks are in the precision of the products: a GPU that needs sharding has no room for more.
+    """
     weights = gather(model.weights(), dist)
     if not dist.is_main:
         return None
@@ -55,10 +58,8 @@ def whole_copy(model: GPT, dist: Distributed) -> GPT | None:
 
 
 def write_sample(model: GPT, data: DataSet, length: int, dist: Distributed, seed: int) -> str:
-    """A few words by the model as it is, going on from the first token of the validation split; none off main.
-    All ranks: of a sharded model main gathers a copy.
-    """
-    model = whole_copy(model, dist) if any(map(is_sharded, model.parameters())) else model
+    """A short text that starts from the first token of the validation split; empty except on main. All ranks."""
+    model = gathered_copy(model, dist) if any(map(is_sharded, model.parameters())) else model
     if not dist.is_main:
         return ""
     prompt = [int(next(iter(data.val.all()))[0])]

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl and loss.png; other tools are told when asked."""
+"""The record of a run: metrics.jsonl, loss.png, what the terminal shows, and trackers."""
 
 import collections
 import contextlib
@@ -15,35 +15,35 @@ from plaingpt.console import UserError, escaped, note, one_line
 from plaingpt.files import claim, new_file, release
 from plaingpt.tracking import TensorBoard, WandB
 
-SPIKE_WINDOW = 50  # logged losses that the next is compared with
+SPIKE_WINDOW = 50  # logged losses to compare the next one with
 
 
 class Metrics:
-    """The record of one run, on the main process; elsewhere every call does nothing."""
+    """Records one run. In processes other than main, every method does nothing."""
 
     def __init__(self, out_dir: Path, active: bool, until_step: int | None = None):
-        """Start anew, or with `until_step` go on after the lines of an interrupted run up to that step."""
+        """Start a record, or with `until_step` continue that of an interrupted run from this step."""
         self.active, self.path, self.trackers = active, Path(out_dir) / "metrics.jsonl", []
-        self.resumed_from = until_step  # until the first record after it says so
+        self.resumed_from = until_step  # goes into the next record
         self.losses = collections.deque(maxlen=SPIKE_WINDOW)
         if not active:
             return
-        kept = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
-        self.losses.extend(record["train_loss"] for record in kept if "train_loss" in record)
+        earlier = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
+        self.losses.extend(record["train_loss"] for record in earlier if "train_loss" in record)
         self.lock = claim(self.path.parent)
         try:
             with new_file(self.path) as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept)
+                file.writelines(json.dumps(record) + "\n" for record in earlier)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {one_line(error)}") from error
 
     def track(self, settings: dict) -> None:
-        """Tell Weights & Biases or TensorBoard too, where `wandb_log` or `tensorboard_log` asks for it."""
+        """Start Weights & Biases or TensorBoard, if `wandb_log` or `tensorboard_log` is set."""
         for asked, tracker in (("wandb_log", WandB), ("tensorboard_log", TensorBoard)):
             if self.active and settings[asked]:
                 try:
                     self.trackers.append(tracker(settings, self.path.parent, self.resumed_from))
-                except Exception as error:  # missing, no login, no network: of many kinds
+                except Exception as error:  # of many kinds: not installed, no login, no network
                     note(f"{tracker.name} is off: {one_line(error)} ({tracker.remedy})")
 
     def write(self, **record) -> None:
@@ -56,20 +56,20 @@ class Metrics:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:  # a full disk does not stop training
             note(f"{self.path}: {one_line(error)}")
-        self._tell_trackers("log", record)
+        self._call_trackers("log", record)
 
     def sample(self, step: int, text: str) -> None:
-        """A text by the model as it is, for the trackers: elsewhere it was told already."""
-        self._tell_trackers("sample", step, text)
+        """Send a sample to the trackers."""
+        self._call_trackers("sample", step, text)
 
     def spike(self, loss: float) -> str | None:
-        """What to tell of a logged loss that stands far above those before it; None of an ordinary one.
+        """A message if the loss is far above the recent ones, otherwise None.
 
-        Far: ten median absolute deviations above the running median, nearly seven standard deviations
-        of a normal distribution, so that noise is not taken for it; and at least a tenth of a nat.
+        Far: 0.1 nats and ten median absolute deviations above the running median. Ten of them are almost seven
+        standard deviations of a normal distribution, which noise does not reach.
         """
         if not math.isfinite(loss):
-            return None  # its update was skipped, and is counted as such
+            return None  # the update was skipped and counted
         before = list(self.losses)
         self.losses.append(loss)
         if len(before) < 10:
@@ -87,16 +87,16 @@ class Metrics:
             note(f"loss.png: {one_line(error)}")
 
     def close(self) -> None:
-        self._tell_trackers("close")
+        self._call_trackers("close")
         if self.active:
             release(self.lock)
 
-    def _tell_trackers(self, method: str, *arguments) -> None:
+    def _call_trackers(self, method: str, *arguments) -> None:
         for tracker in list(self.trackers):
             try:
                 getattr(tracker, method)(*arguments)
-            except Exception as error:  # the network, a full disk, the tool itself: of many kinds
-                note(f"{tracker.name} is off from here on: {one_line(error)}")
+            except Exception as error:  # of many kinds: the network, a full disk, the tool itself
+                note(f"{tracker.name} is off from now on: {one_line(error)}")
                 self.trackers.remove(tracker)
 
 
@@ -124,7 +124,7 @@ class Stopwatch:
 
 
 class Progress:
-    """What a person sees of a run, on standard error: a bar on a terminal, plain lines elsewhere. Main only."""
+    """Progress on standard error: a bar on a terminal, otherwise lines. Main only."""
 
     def __init__(self, start: int, max_iters: int, active: bool):
         self.active, self.max_iters = active, max_iters
@@ -136,9 +136,9 @@ class Progress:
             dynamic_ncols=True,
         )
 
-    def tell(self, text: str, indent: str = "") -> None:
+    def print(self, text: str, indent: str = "") -> None:
         if self.active:
-            with contextlib.suppress(OSError):  # the terminal has gone, or who read: a run goes on, or has yet to save
+            with contextlib.suppress(OSError):  # the terminal is gone: the run continues
                 self.bar.write(escaped(indent + text.replace("\n", "\n" + indent)), file=sys.stderr)
 
     def show(self, record: dict, seconds_left: float) -> None:
@@ -150,7 +150,7 @@ class Progress:
         )
         if self.bar.disable:
             left = tqdm.format_interval(seconds_left)
-            self.tell(f"step {record['step']}/{self.max_iters} | {figures} | {left} left")
+            self.print(f"step {record['step']}/{self.max_iters} | {figures} | {left} left")
         else:
             self.bar.set_postfix_str(figures)
 
@@ -162,7 +162,7 @@ class Progress:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a line that a kill cut short is left out."""
+    """The records of a metrics.jsonl, without damaged lines, such as one cut short by a kill."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):

@@ -105,10 +105,10 @@ class Saver:
         optimizers: list,
         tokenizer: Tokenizer,
         dist: Distributed,
-        tell: Callable[[str], None] = note,
+        report: Callable[[str], None] = note,
     ):
         self.out_dir, self.state, self.model, self.optimizers = out_dir, state, model, optimizers
-        self.tokenizer, self.dist, self.tell = tokenizer, dist, tell
+        self.tokenizer, self.dist, self.report = tokenizer, dist, report
         self._problem: str | None = None
         self._best: tuple[float, int] = (math.inf, 0)  # loss and step of the model that is being saved as `best`
         self._best_saved = False
@@ -151,7 +151,7 @@ class Saver:
             try:
                 write_card(new, self.out_dir, self.model, dataclasses.asdict(state))
             except Exception as error:  # the data set's meta.json is gone, say: no reason to lose a model
-                self.tell(f"no model card: {one_line(error)}")
+                self.report(f"no model card: {one_line(error)}")
 
         def all_files(new: Path) -> None:
             model_files(new)
@@ -178,7 +178,7 @@ class Saver:
 
     def _failed(self, problem: str) -> None:
         self._problem = problem
-        self.tell(f"{problem}; the earlier checkpoint is intact")
+        self.report(f"{problem}; the earlier checkpoint is intact")
 
 
 def load_optimizers(

@@ -139,5 +139,7 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
                 object.__setattr__(self, name, value)
 
     def learning_rate_at(self, step: int) -> float:
-        between = (self.learning_rate, self.warmup_iters, self.lr_decay_iters, self.min_lr)
-        return scheduled_learning_rate(step, *between, self.lr_schedule if self.decay_lr else "constant")
+        shape = self.lr_schedule if self.decay_lr else "constant"
+        return scheduled_learning_rate(
+            step, self.learning_rate, self.warmup_iters, self.lr_decay_iters, self.min_lr, shape
+        )

@@ -196,7 +196,7 @@ def test_a_stopwatch_counts_updates_per_second_of_training():
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
     progress = Progress(0, 10, active=True)
-    progress.tell("a\nb", indent="  ")
+    progress.print("a\nb", indent="  ")
     progress.show(dict(step=4, train_loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_second=1234.5, mfu=0.4), 65)
     progress.advance()
     progress.close()
@@ -210,7 +210,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
 
 def test_progress_of_other_processes_is_silent(capsys):
     progress = Progress(0, 10, active=False)
-    progress.tell("a")
+    progress.print("a")
     progress.show(dict(step=4, train_loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_second=1234.5), 65)
     progress.close()
     assert capsys.readouterr().err == ""
@@ -224,7 +224,7 @@ def test_a_run_goes_on_when_nobody_listens_any_more(monkeypatch):
     with pytest.raises(BrokenPipeError):
         print("nobody hears it", file=sys.stderr)
     note("nor this")
-    Progress(0, 10, active=True).tell("nor this")
+    Progress(0, 10, active=True).print("nor this")
     with pytest.raises(BrokenPipeError):
         stderr.close()
 

@@ -219,7 +219,7 @@ def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
     model, optimizers = trained()
     told = []
     state = RunState(step=1)
-    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, tell=told.append)
+    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, report=told.append)
     saver.save(val_loss=float("nan"))  # of an overflow, say: the weights are sound
     assert saver.wait() is None
     assert not (tmp_path / "best").exists()
@@ -242,7 +242,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     model, optimizers = trained()
     state = RunState(step=1)
-    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, tell=lambda text: None)
+    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, report=lambda text: None)
     saver.save(val_loss=2.0)
     saver.wait()
     sizes = [path.stat().st_size for path in (tmp_path / "last").iterdir()]

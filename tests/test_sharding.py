@@ -169,7 +169,7 @@ sys.path.insert(0, {root!r})
 import torch
 from plaingpt.console import UserError
 from plaingpt.distributed import connect
-from plaingpt.evaluate import whole_copy
+from plaingpt.evaluate import gathered_copy
 from model import GPT, GPTConfig
 from plaingpt.parallel import exchange_gradients, full, gather, wrap
 from plaingpt.optimizer import apply_gradients, make_optimizers, split_among_processes
@@ -201,7 +201,7 @@ def work(dist):
         model(idx)
     assert sum(p.to_local().numel() for p in model.parameters()) == held  # also after a pass without gradients
     assert not full(model.transformer.wte.weight)[65:].any()
-    copy, weights = whole_copy(model, dist), gather(model.weights(), dist)
+    copy, weights = gathered_copy(model, dist), gather(model.weights(), dist)
     if dist.is_main:  # a sample needs half the memory of a copy in float32, and is the same
         assert {{p.dtype for p in copy.transformer.h.parameters() if p.dim() == 2}} == {{torch.bfloat16}}
         with dist.autocast():
