@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -273,7 +274,7 @@ def read_prompts(path: str) -> list[str]:
 def read_start(start: str) -> str:
     if start == "-":
         return sys.stdin.buffer.read().decode("utf-8", errors="replace")
-    return read_text(start.removeprefix("FILE:")) if start.startswith("FILE:") else start
+    return read_text(os.path.expanduser(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
 
 
 def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:

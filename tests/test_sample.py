@@ -82,10 +82,12 @@ def test_standard_output_is_only_the_text(learned):
     assert len(text) == len("a ") + 20 + 1
 
 
-def test_a_prompt_from_a_file_and_from_standard_input(learned, tmp_path):
+def test_a_prompt_from_a_file_and_from_standard_input(learned, tmp_path, monkeypatch):
     expected = sample(learned, start="and the sea")
     (tmp_path / "prompt.txt").write_text("and the sea")
     assert sample(learned, start=f"FILE:{tmp_path / 'prompt.txt'}") == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sample(learned, start="FILE:~/prompt.txt") == expected
     assert sample(learned, start="-", stdin="and the sea") == expected
 
 
