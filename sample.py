@@ -25,7 +25,7 @@ import torch
 from model import GPT
 from plaingpt.batches import mix
 from plaingpt.checkpoint import load_model
-from plaingpt.console import UserError, note, one_line, perplexity, run_script
+from plaingpt.console import UserError, escaped, note, one_line, perplexity, run_script
 from plaingpt.cpu import has_fp16_products
 from plaingpt.distributed import connect
 from plaingpt.evaluate import log_probabilities
@@ -125,7 +125,7 @@ def write(samples: "Samples", last: bool = True) -> None:
             print(json.dumps(record, ensure_ascii=False), flush=True)
             continue
         for piece in itertools.chain([start], samples.text(i)):
-            print(piece, end="", flush=True)
+            print(escaped(piece) if sys.stdout.isatty() else piece, end="", flush=True)  # terminals obey escape codes
         print("" if last and i + 1 == len(samples.prompts) else "\n---------------", flush=True)
 
 

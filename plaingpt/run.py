@@ -57,7 +57,8 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
         else:
             raise UserError(
                 f"{asked}, but the checkpoint was trained with {trained[name]}; "
-                "leave it out, choose another --out_dir, or start anew with --init_from=scratch"
+                "leave it out, or start a new run: --init_from=scratch, or from this model "
+                f"--init_from={shlex.quote(str(directory.parent / 'best'))} with another --out_dir"
             )
     kept = {name: value for name, value in trained.items() if name in hints.keys() - flags - LOCAL | {"init_from"}}
     for setting in dataclasses.fields(config):  # derived settings are derived again, from what may have changed
