@@ -37,17 +37,13 @@ FIGURES = ("step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb")  # 
 
 
 def write_card(directory: Path, out_dir: Path, model: GPT, training: dict) -> None:
-    """Write README.md into a model directory. training: as for `Saver.save`; what it lacks is left out."""
+    """Write README.md into a model directory. training: the content of training.json."""
     settings, c, last = training.get("settings", {}), model.config, {}
     for record in read_metrics(out_dir / "metrics.jsonl"):
         last |= record if record["step"] <= training["step"] else {}
-    rows = {
-        "model": f"{model.num_parameters():,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels"
-    }
-    rows |= {
-        "context": f"{c.block_size:,} positions",
-        "started from": public(shlex.quote(settings.get("init_from", ""))),
-    }
+    size = f"{model.num_parameters():,} parameters, n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd}"
+    rows = {"model": size, "context": f"{c.block_size:,} tokens"}
+    rows["started from"] = public(shlex.quote(settings.get("init_from", "scratch")))
     meta = Path(settings.get("data_dir", "")) / settings.get("dataset", "") / "meta.json"
     if meta.is_file():
         data = json.loads(meta.read_bytes())
