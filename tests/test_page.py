@@ -107,9 +107,8 @@ def test_logits_are_torchs_at_every_position(opened, kind, bias, shape, bits):
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.15
         model.transformer.wte.weight[tokenizer.vocab_size :] = 0
-    tokenizer.end_of_text = None  # the text for the stated tolerance starts with id 0
     page = opened(model, tokenizer, bits=bits, start="a")
-    ids, weights = own_text(model, None), model.weights()
+    ids, weights = own_text(model, tokenizer.end_of_text), model.weights()
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0][0]
     stated = page.evaluate("model.difference")
@@ -288,7 +287,7 @@ def test_the_views_show_the_models_own_numbers(opened, tiny_run):
     page.click("#walk-text .chip >> nth=4")
     sync_api.expect(page.locator("#steps")).to_contain_text("Position 4 is")
     page.click("#tab-run")
-    for fact in (f"{model.num_parameters():,} parameters", "bits per byte", "tiny"):
+    for fact in (f"parameters{model.num_parameters():,}", "val_bpb", "tiny, from tiny.txt"):
         sync_api.expect(page.locator("#facts")).to_contain_text(fact)
     assert page.locator("#curves path.training, #curves path.unseen").count() == 2
     assert "learning_rate" in page.inner_text("#settings") and str(tiny_run.parent) not in page.content()
