@@ -7,6 +7,7 @@ quickstart: .venv/ready
 	$(BIN)/python prepare_data.py python
 	$(BIN)/python train.py config/quickstart.py
 	printf 'class Server:\n    def' | $(BIN)/python sample.py --out_dir=out-quickstart --start=- --max_new_tokens=200
+	$(BIN)/python tools/page.py out-quickstart/best --out=out-quickstart/model.html --start="$$(printf 'class Server:\n    def')"
 
 test: .venv/ready-dev
 	$(BIN)/ruff check .

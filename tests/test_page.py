@@ -19,7 +19,7 @@ from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, save_model
 from plaingpt.generate import Sampling, candidates
 from plaingpt.tokenizer import make_tokenizer
-from tools.page import MOST_PARAMETERS, own_text, quantize, write_page
+from tools.page import own_text, quantize, write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -47,9 +47,9 @@ def opened(browser, tmp_path):
     """Write the page of a model and open it; at the end there must have been no error and no request."""
     contexts, troubles = [], []
 
-    def open_page(model=None, tokenizer=None, path=None, name="a model", bits=0, dark=False, size="desktop", **more):
+    def open_page(model=None, tokenizer=None, path=None, name="a model", bits=16, dark=False, size="desktop", **more):
         if path is None:
-            write_page(path := tmp_path / "model.html", name, model, tokenizer, bits=bits, **more)
+            write_page(path := tmp_path / "model.html", name, model, tokenizer, bits, **more)
         scheme = "dark" if dark else "light"
         context = browser.new_context(offline=True, viewport=SIZES[size], color_scheme=scheme)
         contexts.append(context)
@@ -107,9 +107,8 @@ def test_logits_are_torchs_at_every_position(opened, kind, bias, shape, bits):
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.15
         model.transformer.wte.weight[tokenizer.vocab_size :] = 0
-    tokenizer.end_of_text = None  # the text for the stated tolerance starts with id 0
-    page = opened(model, tokenizer, bits=bits)
-    ids, weights = own_text(model, None), model.weights()
+    page = opened(model, tokenizer, bits=bits, start="a")
+    ids, weights = own_text(model, tokenizer.end_of_text), model.weights()
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0][0]
     stated = page.evaluate("model.difference")
@@ -288,9 +287,9 @@ def test_the_views_show_the_models_own_numbers(opened, tiny_run):
     page.click("#walk-text .chip >> nth=4")
     sync_api.expect(page.locator("#steps")).to_contain_text("Position 4 is")
     page.click("#tab-run")
-    for fact in (f"{model.num_parameters():,} parameters", "bits per byte", "tiny"):
+    for fact in (f"parameters{model.num_parameters():,}", "val_bpb", "tiny, from tiny.txt"):
         sync_api.expect(page.locator("#facts")).to_contain_text(fact)
-    assert page.locator("#curves path.train, #curves path.val").count() == 2
+    assert page.locator("#curves path.training, #curves path.unseen").count() == 2
     assert "learning_rate" in page.inner_text("#settings") and str(tiny_run.parent) not in page.content()
 
 
@@ -346,18 +345,22 @@ def test_every_view_fits_its_screen(opened, tiny_run, size, dark, tmp_path):
     sync_api.expect(page.locator("#run")).to_be_visible()
 
 
-def test_what_the_page_cannot_have_is_refused_in_one_line(tmp_path, tiny_run):
-    large = tmp_path / "large"
-    large.mkdir()
-    shape = {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024, "vocab_size": 50257}
-    (large / "config.json").write_text(json.dumps({"model_type": "gpt2", **shape}))
+def test_what_cannot_be_a_page_is_refused_in_one_line(tmp_path, tiny_run, monkeypatch):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tiny_run / "best", foreign)
+    (foreign / "SHA256SUMS").unlink()
+    description = json.loads((foreign / "tokenizer.json").read_text())
+    description["normalizer"] = {"type": "Lowercase"}
+    (foreign / "tokenizer.json").write_text(json.dumps(description))
     for model, out, reason in (
-        (large, tmp_path / "page.html", f"355M parameters: a page can have {MOST_PARAMETERS // 10**6}M at most"),
-        (tiny_run / "best", tmp_path, "that is no file"),
-        (tiny_run / "best", tmp_path / "none" / "page.html", "cannot be written"),
+        (foreign, tmp_path / "page.html", "the page cannot encode with it"),
+        (tiny_run / "best", tmp_path / "none" / "page.html", "No such file or directory"),
     ):
         ended = run_main("tools.page", model, f"--out={out}")
-        assert (ended.status, ended.out) == (2, "") and reason in ended.err, ended.err
+        assert (ended.status, ended.out) == (2, "") and reason in ended.err.splitlines()[-1], ended.err
+    monkeypatch.setattr("tools.page.MOST_PARAMETERS", 1_000)
+    ended = run_main("tools.page", tiny_run / "best", f"--out={tmp_path / 'page.html'}")
+    assert ended.status == 2 and "browsers do not open larger pages" in ended.err
     assert not list(tmp_path.glob("*.html*"))
 
 

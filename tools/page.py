@@ -15,7 +15,6 @@ import re
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,32 +25,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plaingpt.startup
+
 from model import GPT
-from plaingpt.card import PRIVATE, data_rows, describe, training_rows
-from plaingpt.checkpoint import load_model, read_json
-from plaingpt.console import UserError, note, one_line, run_script
-from plaingpt.files import existing
+from plaingpt.card import FIGURES, LOCAL, public
+from plaingpt.checkpoint import load_model
+from plaingpt.console import UserError, note, run_script
+from plaingpt.files import existing, new_file, read_json
 from plaingpt.metrics import read_metrics
-from plaingpt.settings import load_settings
+from plaingpt.settings import PathName, load_settings
 from plaingpt.text.bulk import of_our_form
 from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_PARAMETERS = 130_000_000  # GPT-2 124M in 8 bits is a page of about 150 MB, and takes 400 MB of memory to open
 SMALL = 20_000_000  # parameters; up to here 16 bits, a page of at most 50 MB
-BLOCK = 1 << 22  # bytes of data in one <script>
+BLOCK = 3 << 20  # bytes of data in one <script>; a multiple of 3, so that base64 has no padding inside
 
 
 @dataclass(frozen=True)
 class PageConfig:
-    models: list[str] = field(default_factory=list)
+    models: list[PathName] = field(default_factory=list)
     """the model: a directory such as out/best, gpt2 or another GPT-2 on the hub, or nanoGPT's ckpt.pt"""
-    out: str = "model.html"
+    out: PathName = "model.html"
     """the file to write"""
     start: str = ""
     """the prompt that the page opens with; empty: the first words that the model writes by itself"""
-    bits: Literal[0, 8, 16] = 0
-    """bits per weight; 0: 16 up to 20M parameters, 8 above"""
+    bits: Literal["auto", "8", "16"] = "auto"
+    """bits per weight; auto: 16 up to 20M parameters, 8 above"""
 
 
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -115,25 +116,33 @@ def code_points(kind: str) -> list[tuple[int, int]]:
 
 def run_data(directory: Path, model: GPT) -> dict:
     """Facts, settings and losses of the run that a model directory belongs to, as far as they are known."""
-    facts = {"model": describe(model.config, model.num_parameters())}
+    facts, c = {"parameters": f"{model.num_parameters():,}"}, model.config
+    facts["shape"] = f"{c.n_layer} blocks, {c.n_head} heads, {c.n_embd} channels, {c.block_size:,} positions"
     records, last = read_metrics(directory.parent / "metrics.jsonl"), existing(directory.parent / "last")
-    if not records or not last:
+    if not records or not last or not (last / "training.json").is_file():
         return {"facts": facts, "settings": {}, "records": []}
-    training = read_json(last, "training.json")
-    settings = training["settings"]
-    facts |= data_rows(settings) | training_rows(settings, training["step"], training["seconds"], records)
-    every = math.ceil(len(records) / 2000)  # lines of a long run; all evaluations are shown
+    settings = read_json(last, "training.json")["settings"]
+    meta = Path(settings["data_dir"]) / settings["dataset"]
+    if (meta / "meta.json").is_file():
+        data = read_json(meta, "meta.json")
+        facts |= {"data": f"{settings['dataset']}, from {public(data['source'])}", "tokenizer": data["tokenizer"]}
+        facts |= {
+            name: f"{split['tokens']:,} tokens, {split['bytes']:,} bytes" for name, split in data["splits"].items()
+        }
+    figures = {name: value for record in records for name, value in record.items()}
+    facts |= {name: f"{figures[name]:,.4f}".removesuffix(".0000") for name in FIGURES if name in figures}
+    every = math.ceil(len(records) / 2000)  # of a long run; all evaluations are shown
     shown = [r for i, r in enumerate(records) if i % every == 0 or "val_loss" in r]
     return {
         "facts": facts,
-        "settings": {name: value for name, value in settings.items() if name not in PRIVATE},
+        "settings": {name: value for name, value in settings.items() if name not in LOCAL},
         "records": [{key: r[key] for key in ("step", "train_loss", "val_loss") if key in r} for r in shown],
     }
 
 
-def write_page(path: Path, name: str, model: GPT, tokenizer: Tokenizer, start: str = "", bits: int = 0) -> float:
+def write_page(path: Path, name: str, model: GPT, tokenizer: Tokenizer, bits: int = 16, start: str = "") -> float:
     """Write the page of the model that is called `name` or lies there. Returns its largest `logit_difference`."""
-    weights, bits = model.weights(), bits or default_bits(model.num_parameters())
+    weights = model.weights()
     matrices = {key: quantize(weight, bits) for key, weight in weights.items() if weight.dim() == 2}
     vectors = {key: weight for key, weight in weights.items() if weight.dim() == 1}
     points, map_share = token_map(weights["transformer.wte.weight"])
@@ -159,26 +168,16 @@ def write_page(path: Path, name: str, model: GPT, tokenizer: Tokenizer, start: s
     floats = [points, *vectors.values(), *(scale for scale, _ in matrices.values())]  # first, so that all is aligned
     rows_of_four = [F.pad(integers, (0, 0, 0, -len(integers) % 4)) for _, integers in matrices.values()]
     numbers = [*(tensor.float() for tensor in floats), *rows_of_four]
-    data = [struct.pack("<I", len(text)), text, *(tensor.contiguous().numpy().tobytes() for tensor in numbers)]
+    parts = [struct.pack("<I", len(text)), text, *(tensor.contiguous().numpy().tobytes() for tensor in numbers)]
+    data = zlib.compress(b"".join(parts), 1)  # higher levels gain nothing on weights
     before, after = with_policy(TEMPLATE.read_text(encoding="utf-8")).split("<!-- data -->")
-    with open(path, "w", encoding="utf-8") as file:
+    with new_file(path) as file:
         file.write(before)
-        for block in compressed(data):
-            file.write(f'<script type="text/plain" class="data">{base64.b64encode(block).decode()}</script>\n')
+        for first in range(0, len(data), BLOCK):  # the browser needs less memory for several blocks than for one
+            block = base64.b64encode(data[first : first + BLOCK]).decode()
+            file.write(f'<script type="text/plain" class="data">{block}</script>\n')
         file.write(after)
     return header["difference"]
-
-
-def compressed(parts: list[bytes]) -> Iterator[bytes]:
-    """One zlib stream of all parts, in blocks of BLOCK bytes."""
-    stream, ready = zlib.compressobj(1), b""
-    for part in parts:
-        for first in range(0, len(part), BLOCK):
-            ready += stream.compress(part[first : first + BLOCK])
-            if len(ready) >= BLOCK:
-                yield ready
-                ready = b""
-    yield ready + stream.flush()
 
 
 def with_policy(template: str) -> str:
@@ -191,48 +190,21 @@ def with_policy(template: str) -> str:
     return template.replace("{{policy}}", policy)
 
 
-def default_bits(parameters: int) -> int:
-    """Bits per weight; UserError for a model that is too large for a page."""
-    if parameters > MOST_PARAMETERS:
-        found, most = (f"{number / 1e6:,.0f}M" for number in (parameters, MOST_PARAMETERS))
-        raise UserError(
-            f"{found} parameters: a page can have {most} at most; browsers do not open larger ones reliably"
-        )
-    return 16 if parameters <= SMALL else 8
-
-
-def parameters_of(directory: Path) -> int:
-    """Parameters of a model directory, from its configuration: a large model is refused before it is loaded."""
-    found = read_json(directory, "config.json")
-    try:
-        c = found["n_embd"]
-        return (found["vocab_size"] + found["n_positions"] + 2) * c + found["n_layer"] * (12 * c * c + 13 * c)
-    except (KeyError, TypeError):
-        return 0  # `load_model` says what is wrong
-
-
 def main() -> None:
     config, _ = load_settings(PageConfig, positional="models")
     if len(config.models) != 1:
         raise UserError("name one model: python tools/page.py out/best --out=model.html")
-    name, path, new = config.models[0], Path(config.out), Path(f"{config.out}.new")
-    if path.exists() and not path.is_file():
-        raise UserError(f"--out={config.out}: that is no file")
-    if (Path(name) / "config.json").is_file():
-        default_bits(parameters_of(Path(name)))
-    model, tokenizer = load_model(name)
-    parameters = model.num_parameters()
-    bits = config.bits or default_bits(parameters)
-    note(f"{parameters:,} parameters in {bits} bits: a page of about {parameters * bits / 6e6:,.0f} MB")
-    try:
-        difference = write_page(new, name, model, tokenizer, config.start, bits)
-        new.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
-    finally:
-        new.unlink(missing_ok=True)
+    model, tokenizer = load_model(config.models[0])
+    millions, most, path = model.num_parameters() / 1e6, MOST_PARAMETERS / 1e6, Path(config.out)
+    if millions > most:
+        raise UserError(
+            f"{millions:,.0f}M parameters, at most {most:.0f}M fit: browsers do not open larger pages reliably"
+        )
+    bits = (16 if millions <= SMALL / 1e6 else 8) if config.bits == "auto" else int(config.bits)
+    note(f"{millions:,.2f}M parameters in {bits} bits: a page of about {millions * bits / 6:,.0f} MB")
+    difference = write_page(path, config.models[0], model, tokenizer, bits, config.start)
     size = path.stat().st_size / 1e6
-    note(f"{path}: {size:.2f} MB, logits within {difference:.1g} of torch's; next: open it in a browser")
+    note(f"wrote {path}: {size:.2f} MB, logits within {difference:.2g} of torch's; open it in a browser")
 
 
 if __name__ == "__main__":
