@@ -120,7 +120,7 @@ class Stopwatch:
     def rate(self, step: int) -> float:
         """Updates per second since the last call."""
         (seconds, before), self._last = self._last, (self.seconds, step)
-        return (step - before) / (self._last[0] - seconds)
+        return (step - before) / max(self._last[0] - seconds, 1e-9)
 
 
 class Progress:

@@ -104,9 +104,9 @@ def test_a_learning_rate_that_is_hardly_meant_is_told_in_one_line(tmp_path, trai
         return [line for line in lines if "learning rate" in line]
 
     (line,) = told(max_iters=10, warmup_iters=10)
-    assert line.startswith("warmup_iters=10 is not below max_iters=10: the whole run is warm-up, and the learning rate")
+    assert line.startswith("warmup_iters=10 is not below max_iters=10: the learning rate never reaches 0.01")
     (line,) = told(learning_rate=3e-5, min_lr=6e-5)
-    assert line.startswith("min_lr=6e-05 is above learning_rate=3e-05: after the warm-up the learning rate rises to it")
+    assert line.startswith("min_lr=6e-05 is above learning_rate=3e-05: after the warmup the learning rate rises to it")
     assert told(learning_rate=3e-5, min_lr=6e-5, decay_lr=False) == []  # nanoGPT's finetune_shakespeare.py
     assert told(max_iters=10, warmup_iters=9, min_lr=1e-2) == []
 
