@@ -1,9 +1,8 @@
-"""Text in, token files out: data/<name>/ with train.bin, val.bin (numbered where large), meta.json and tokenizer.json.
+"""Text in, token files out: data/<name>/ with train.bin, val.bin (numbered if large), meta.json and tokenizer.json.
 
-python prepare_data.py python                # Python's own library: nothing to download
+python prepare_data.py python                # Python's standard library: nothing to download
 python prepare_data.py my/books 'notes/*.md' --name=books --tokenizer=bpe --vocab_size=4096
 python prepare_data.py hf:owner/name --column=text --part=3/16          # one of 16 machines
-python prepare_data.py --inspect=books
 """
 
 import plaingpt.startup
@@ -13,102 +12,109 @@ import dataclasses
 import hashlib
 import os
 import re
+import secrets
+import shlex
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from filelock import FileLock, Timeout
 
-from plaingpt.console import UserError, cores, counted, note, one_line, run_script
-from plaingpt.files import flush, put_in_place
-from plaingpt.settings import PositiveInt, Range, load_settings
-from plaingpt.text.job import MAX_UNITS, UNIT_BYTES, UNIT_FORMAT, Job, make_units, read_json
-from plaingpt.text.merger import Merger
-from plaingpt.text.pipeline import encode_units
-from plaingpt.text.shards import READY, fetch_tokens, write_meta
-from plaingpt.text.sources import Source, find_source
+from plaingpt.console import UserError, cores, counted, escaped, note, one_line, run_script
+from plaingpt.files import fsync, put_in_place
+from plaingpt.settings import PathName, PositiveInt, Range, load_settings
+from plaingpt.text.pipeline import Work, encode_part, read_json, write_json
+from plaingpt.text.shards import READY, fetch_tokens, name_files, write_meta
+from plaingpt.text.sources import Source, find_source, read_options
+from plaingpt.text.streams import ReadOptions
 from plaingpt.tokenizer import Tokenizer, make_tokenizer, tokenizer_of
+from plaingpt.tokens import SPLITS
 
-MANY_DOCUMENTS = 200  # from here on whole documents go to validation; below, the tail of each
-TRAINING_BYTES = 1 << 28  # of text that a BPE is learned from: more hardly changes it
+FORMAT = 4  # of unfinished work; that of another version starts anew
+MARKER = "plaingpt_preparation"  # the key in plan.json that makes a folder ours to delete
+MANY_DOCUMENTS = 200  # from here on whole documents go to validation; with fewer, the tail of each
+TRAINING_BYTES = 1 << 28  # of text that a BPE is trained on: more hardly changes it
+RECIPES = {"python": "quickstart", "shakespeare_char": "train_shakespeare_cpu"}  # that name the data set themselves
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    sources: list[str] = field(default_factory=list)
-    """a named source, hf:owner/name, - (standard input), or files, folders and globs of text, JSON Lines and Parquet"""
+    sources: list[PathName] = field(default_factory=list)
+    """a named source, hf:owner/name, - (standard input), or files, folders and globs: text, JSON, CSV, TSV, Parquet"""
     name: str | None = None
-    """the data set's name, a folder of data_dir: what train.py's `dataset` says (by default from the source)"""
-    inspect: str | None = None
-    """print and draw what the prepared data set of this name holds, and verify its checksums; nothing is prepared"""
-    tokenizer: str | None = None
-    """gpt2, char, byte, bpe trained on the text, or a model's directory: its own (by default what suits the source)"""
+    """name of the data set, a folder of data_dir: train.py's `dataset` (default: from the source)"""
+    tokenizer: PathName | None = None
+    """gpt2, char, byte, bpe (trained on the text), or a model directory (default: what suits the source)"""
     vocab_size: PositiveInt = 2048
-    """ids of a bpe tokenizer, end of text included"""
+    """ids of a bpe tokenizer, including end of text"""
     val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
-    """share of the text that is kept for validation (by default what suits the source)"""
+    """share of the text that is held out for validation (default: what suits the source)"""
     dedup: bool = False
-    """leave out documents that came before, byte for byte"""
+    """drop exact copies of documents; takes about 100 bytes of memory a document"""
+    split_documents: bool = False
+    """split text files into documents at <|endoftext|>"""
     bad_files: Literal["stop", "skip", "replace"] = "stop"
-    """text that is not UTF-8: stop, skip the document, or write U+FFFD for what is wrong"""
+    """text that is not UTF-8: stop, skip the document, or write U+FFFD for the wrong bytes"""
+    encoding: str | None = None
+    """encoding of text files, such as latin-1 (default: by byte order mark, else UTF-8)"""
     column: str = "text"
-    """where JSON Lines, Parquet and Hugging Face data sets have the text; given with -, standard input is JSON Lines"""
+    """the text's column in JSON, CSV, TSV, Parquet and Hugging Face data sets; with -, standard input is JSON Lines"""
     config: str | None = None
-    """the configuration of a Hugging Face data set, such as sample-10BT"""
+    """configuration of a Hugging Face data set, such as sample-10BT"""
     split: str = "train"
-    """the split of a Hugging Face data set that is read"""
+    """split of a Hugging Face data set to read"""
     revision: str | None = None
-    """the revision of a Hugging Face data set (by default the newest)"""
+    """revision of a Hugging Face data set (default: the newest)"""
     streaming: bool = True
-    """read a Hugging Face data set as it comes; False: keep a copy in Hugging Face's cache first"""
+    """read a Hugging Face data set while it downloads; False: download it to Hugging Face's cache first"""
     site_packages: bool = False
-    """with `python`: also every installed package"""
+    """with `python`: every installed package, too"""
     shard_tokens: PositiveInt = 1 << 28
-    """ids in a file; a split of more has several"""
+    """ids in a file; a larger split has several files"""
     part: str | None = None
-    """such as 3/16: do the third of 16 shares; torchrun and Slurm arrays give it themselves. The last to end merges"""
+    """such as 3/16: the third of 16 parts; set by torchrun and Slurm arrays. The last to finish writes meta.json"""
     threads: PositiveInt | None = None
-    """threads that encode (by default one a core)"""
-    data_dir: str = "data"
-    """the folder of the data sets"""
+    """threads that encode (default: one a core)"""
+    data_dir: PathName = "data"
+    """folder of the data sets"""
+
+    RETIRED: ClassVar = {"inspect": "use python tools/inspect_data.py data/NAME"}
 
 
 def main() -> None:
     config, given = load_settings(PrepareConfig, positional="sources")
-    if config.inspect:
-        from plaingpt.text.report import inspect_data_set
-
-        return inspect_data_set(Path(config.data_dir) / config.inspect)
-    if len(config.sources) == 1 and config.sources[0] in READY and not Path(config.sources[0]).exists():
-        return fetch(config.sources[0], Path(config.data_dir) / (config.name or config.sources[0]))
+    data_dir = Path(config.data_dir)
+    if len(config.sources) == 1 and config.sources[0] in READY and not os.path.exists(config.sources[0]):
+        return fetch(config.sources[0], data_dir / (config.name or config.sources[0]))
     source = find_source(config.sources, config, json_lines="column" in given)
     name = config.name or source.name
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"{name!r} cannot be the data set's name: letters, digits, '.', '_' and '-'; give --name=…")
-    directory = Path(config.data_dir) / name
-    if directory.exists() and not (directory / "meta.json").exists():
-        raise UserError(f"{directory} is there and is not a data set of ours; choose another --name")
-    held = (read_json(directory / "meta.json") or {}).get("source")
-    if config.name is None and directory.exists() and (held != source.description or "-" in config.sources):
-        raise UserError(f"{directory} holds {held}: give --name=… (with --name={name} it is replaced)")
-    part, parts = share(config.part)
-    if parts > 1 and "-" in config.sources:
-        raise UserError("standard input cannot be shared out: save it to a file first")
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > 200:
+        raise UserError(f"{name[:50]!r} cannot be the data set's name: up to 200 letters, digits, '.', '_' and '-'")
+    directory = data_dir / name
+    found = read_json(directory / "meta.json") or {}
+    if os.path.exists(directory) and not {"format_version", "splits"} <= found.keys():
+        raise UserError(f"{directory} exists and is not a data set of ours; choose another --name")
+    if config.name is None and found and (found.get("source") != source.description or source.once):
+        raise UserError(f"{directory} was made from {found.get('source')}: give --name=… (--name={name} replaces it)")
+    part, parts = part_of(config.part)
+    if parts > 1 and source.once:
+        raise UserError("standard input cannot be split into parts: save it to a file first")
+    if parts > 1 and config.dedup:
+        raise UserError("--dedup compares each document with all others, which only one process can: leave out --part")
     started = time.perf_counter()
     try:
         meta = prepare(directory, source, config, part, parts)
     except OSError as error:
-        raise UserError(f"{directory} cannot be made: {one_line(error)}") from error
+        raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
     except KeyboardInterrupt:
-        note("stopped" if "-" in config.sources else "stopped; the same command goes on from here")
+        note("stopped" if source.once else "stopped; the same command continues from here")
         raise
     if meta:
-        from plaingpt.text.report import say_what_was_made
-
-        say_what_was_made(directory, meta, time.perf_counter() - started)
+        report(directory, meta, time.perf_counter() - started)
 
 
 def fetch(name: str, directory: Path) -> None:
@@ -117,139 +123,179 @@ def fetch(name: str, directory: Path) -> None:
     note(f"{directory}: GPT-2's tokens; next: python train.py config/train_gpt2.py --dataset={directory.name}")
 
 
+@dataclass(frozen=True)
+class Job:
+    """What all parts have in common. `partial` has plan.json, the tokenizer, each part's progress, and the shards."""
+
+    directory: Path
+    partial: Path
+    source: Source
+    config: PrepareConfig
+    kind: str  # what meta.json calls the tokenizer
+    digest: str  # of everything that the result depends on
+
+    @property
+    def shards(self) -> Path:
+        return self.partial / "shards"
+
+    def progress(self, part: int) -> Path:
+        return self.partial / f"part-{part}.json"
+
+    def plan(self) -> dict:
+        return read_json(self.partial / "plan.json") or {}
+
+    def is_done(self) -> bool:
+        return (read_json(self.directory / "meta.json") or {}).get("plan") == self.digest
+
+
 def prepare(directory: Path, source: Source, config: PrepareConfig, part: int, parts: int) -> dict | None:
-    """Do share `part` of `parts`; whoever finds everything done makes `directory` and gets what meta.json says."""
-    place = directory.resolve() if directory.is_symlink() else directory  # a link leads to another disk, say
-    partial = place.with_name(f"{place.name}.partial")
-    if partial.exists() and any(partial.iterdir()) and not any(partial.glob("*.lock")):
-        raise UserError(f"{partial} is there and is no unfinished preparation; choose another --name")
-    partial.mkdir(parents=True, exist_ok=True)
-    with hold_part(directory, partial, part, parts) as lock:
-        try:
-            with FileLock(partial / "plan.lock"):
-                job = make_job(partial, source, config, lock)
-            meta = do_part(directory, source, job, part, parts, threads_of(config))
-        except (FileNotFoundError, UserError) as error:
-            if parts > 1 and not partial.exists() and (directory / "meta.json").exists():
-                return None  # another part has merged
-            if parts == 1 and isinstance(error, UserError):
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-    if is_made(directory, job):
-        remove(partial)
-    return meta
-
-
-@contextlib.contextmanager
-def hold_part(directory: Path, partial: Path, part: int, parts: int) -> Iterator[Path]:
-    """Hold the lock of this part, which is given; UserError where another process is at the same."""
-    lock = partial / f"part-{part}-of-{parts}.lock"
-    try:
-        held = FileLock(lock).acquire(timeout=1)  # others take it for an instant, to see whether it is held
-    except (Timeout, FileNotFoundError) as error:  # not found: the other has just ended
-        raise UserError(f"{directory} is being prepared by another process ({lock} is held)") from error
-    with held:
-        if other := next(held_locks(partial, "part-*.lock" if parts == 1 else "part-1-of-1.lock", but=lock), None):
-            raise UserError(f"{directory} is being prepared by another process ({other} is held)")
-        working(lock).unlink(missing_ok=True)
-        yield lock
-
-
-def do_part(directory: Path, source: Source, job: Job, part: int, parts: int, threads: int) -> dict | None:
-    put_in_place_before = job.progress.exists() and not job.merged.exists()
-    if (parts > 1 or put_in_place_before) and is_made(directory, job):
-        note(f"{directory} is prepared already")
-        return None
-    mine = range(part - 1, len(job.units), parts)
-    if parts == 1 and not job.dedup:  # then the units can be merged while others are encoded
-        return finish(directory, source, job, threads, mine)
-    encode_units(job, mine, threads)
-    with FileLock(job.partial / "plan.lock"):  # of several that end together one merges
-        if parts > 1 and is_made(directory, job):
-            return None
-        if left := len(job.left()):
-            note(f"part {part} of {parts} is done; left to the others: {left} of {counted(len(job.units), 'unit')}")
-            return None
-        return finish(directory, source, job, threads)
-
-
-def make_job(partial: Path, source: Source, config: PrepareConfig, lock: Path) -> Job:
-    """What is to be done. What an earlier run left of the same job stays; of another it is removed.
-
-    The job depends on the source and the settings alone, so that processes on many machines come to the same.
-    """
-    source = source.fetched(partial)
+    """Do one part. Whoever finishes last makes `directory` and returns the content of its meta.json."""
+    place = directory.resolve() if directory.is_symlink() else directory  # a link may lead to another disk
     kind, tokenizer = tokenizer_of(config.tokenizer or source.tokenizer)
-    source = dataclasses.replace(source, val_fraction=config.val_fraction or source.val_fraction)
-    documents = source.count_documents(MANY_DOCUMENTS)
-    if not documents:
-        raise UserError(f"{' '.join(config.sources)}: there is no text in it")
-    by_content = documents == MANY_DOCUMENTS
-    unit_bytes = max(UNIT_BYTES, source.size // MAX_UNITS)
-    units = make_units(source.items(unit_bytes, by_content, config.dedup), unit_bytes)
-    settings = (source.val_fraction, by_content, source.column, source.bad_files, config.dedup, config.shard_tokens)
-    of_tokenizer = kind, config.vocab_size if kind == "bpe" else None
-    digest = hashlib.sha256(repr((UNIT_FORMAT, settings, of_tokenizer, units)).encode()).hexdigest()
-    path = partial / "plan"
-    if path.exists() and path.read_text() == digest:
-        tokenizer = Tokenizer.load(partial)
+    partial = place.with_name(f"{place.name}.partial")
+    job = Job(directory, partial, source, config, kind, digest_of(source, config, kind, parts))
+    lock, over = FileLock(partial / f"part-{part}.lock", blocking=False), False
+    try:
+        if parts > 1 and job.is_done() and not partial.exists():
+            return note(f"{directory} is prepared already")
+        claim(partial)
+        with FileLock(partial / "plan.lock"):  # for the plan and the end; the part's lock is for all of its work
+            planned = job.plan().get("digest") == job.digest
+            if job.is_done() and (parts > 1 or (planned and not job.shards.exists())):  # killed just before removing
+                over = planned
+                return note(f"{directory} is prepared already")
+            work = make_work(job, tokenizer, lock, part, parts)
+        encode_part(work, config.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        with FileLock(partial / "plan.lock"):
+            meta = finish(job, work, part, parts)
+            over = meta is not None
+        return meta
+    except UserError:
+        over = parts == 1 and lock.is_locked
+        raise
+    except FileNotFoundError:
+        if not partial.exists() and parts > 1 and job.is_done():  # the last part has just removed it
+            return None
+        raise
+    finally:
+        lock.release()
+        if over:
+            remove(partial)
+
+
+def digest_of(source: Source, config: PrepareConfig, kind: str, parts: int) -> str:
+    """A name for the result: the same source and settings have the same on every machine."""
+    read = read_options(config), config.val_fraction, config.dedup, config.shard_tokens, parts
+    once = secrets.token_hex(8) if source.once else None
+    described = FORMAT, source.description, source.files, read, kind, config.vocab_size if kind == "bpe" else None, once
+    return hashlib.sha256(repr(described).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def claim(partial: Path) -> None:
+    """Create the folder of unfinished work; UserError if the user has another folder of that name."""
+    partial.mkdir(parents=True, exist_ok=True)
+    old = partial / "plan"  # of the version before
+    ours = MARKER in (read_json(partial / "plan.json") or {}) or (old.is_file() and old.stat().st_size == 64)
+    if not ours and {path.name for path in partial.iterdir()} - {"plan.lock", ".plan.json.new"}:
+        raise UserError(f"{partial} exists and is not unfinished work of ours; choose another --name")
+
+
+def make_work(job: Job, tokenizer: Tokenizer | None, lock: FileLock, part: int, parts: int) -> Work:
+    """What this part has to do. Unfinished work for the same result is continued, any other removed."""
+    config, plan = job.config, job.plan()
+    new = plan.get("digest") != job.digest
+    if new:
+        if other := next(locked(job.partial), None):
+            raise UserError(f"{job.partial} is in use for other sources or settings ({other.name} is locked)")
+        write_json(job.partial / "plan.json", {MARKER: FORMAT})  # the folder is ours, and what is in it counts no more
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{job.directory} is being prepared by another process ({lock.lock_file} is locked)") from error
+    if new:
+        if plan.get("digest") or (job.partial / "plan").exists():
+            note(f"{job.partial} has unfinished work of another text or other settings: it is removed")
+        clear(job.partial, keep={"plan.json", "plan.lock", Path(lock.lock_file).name})
+    source = job.source.fetched(job.partial)
+    options = dataclasses.replace(
+        read_options(config),
+        bad_files=source.bad_files or config.bad_files,
+        val_fraction=config.val_fraction or source.val_fraction,
+    )
+    if new:
+        documents = source.count_documents(options, MANY_DOCUMENTS)
+        if not documents:
+            raise UserError(f"{' '.join(config.sources)}: there is no text in it")
+        if source.summary:
+            note(source.summary)
+        plan = {MARKER: FORMAT, "digest": job.digest, "by_content": documents >= MANY_DOCUMENTS}
+        tokenizer = tokenizer or make_tokenizer(job.kind, sample(source, options, job.kind), config.vocab_size)
+        tokenizer.save(job.partial)
+        fsync(job.partial / "tokenizer.json")
+        job.shards.mkdir()
+        write_json(job.partial / "plan.json", plan)
     else:
-        others = (other for other in held_locks(partial, "part-*.lock", but=lock) if working(other).exists())
-        if held := next(others, None):  # who holds a lock and does not work yet waits to make the same job
-            raise UserError(f"{partial} is in use for other sources or settings ({held.name} is held)")
-        if path.exists():
-            note(f"{partial} has unfinished work of another text or other settings: it is removed")
-            path.unlink()  # first: of that work a half is no use
-        for old in partial.iterdir():
-            if old.is_dir():
-                shutil.rmtree(old)
-            elif old.suffix != ".lock" and old.stem != "stdin":
-                old.unlink()
-        tokenizer = tokenizer or make_tokenizer(kind, _sample(source, kind), config.vocab_size)
-        tokenizer.save(partial)
-        flush(partial / "tokenizer.json")  # before the plan, which tells that it is there
-        path.write_text(digest)
-    working(lock).touch()
-    return Job(partial, digest, units, tokenizer, kind, *settings)
+        tokenizer = Tokenizer.load(job.partial)
+    options = dataclasses.replace(options, by_content=plan["by_content"])
+    items = source.items(options)[part - 1 :: parts]
+    return Work(job.shards, job.progress(part), part, items, options, tokenizer, config.dedup, config.shard_tokens)
 
 
-def working(lock: Path) -> Path:
-    """What stands beside the lock of a process that works by the plan."""
-    return lock.with_suffix(".working")
-
-
-def held_locks(partial: Path, pattern: str, but: Path) -> Iterator[Path]:
-    """The locks that other processes hold."""
-    for lock in sorted(set(partial.glob(pattern)) - {but}):
+def locked(partial: Path) -> Iterator[Path]:
+    """The lock files of parts that other processes are working on."""
+    for path in sorted(partial.glob("part-*.lock")):
         try:
-            FileLock(lock, blocking=False).acquire().lock.release()
+            FileLock(path, blocking=False).acquire().lock.release()
         except Timeout:
-            yield lock
+            yield path
 
 
-def finish(directory: Path, source: Source, job: Job, threads: int, left: Sequence[int] = ()) -> dict:
-    """Merge the units into `directory`, which appears when it is whole; encode those that are `left` meanwhile."""
-    merger = Merger(job)
-    if left:
-        encode_units(job, left, threads, merger)
-    splits = merger.close()
-    for split, figures in splits.items():
-        if not figures["tokens"]:
-            raise UserError(f"too little text: nothing of it fell to the {split} split; give more, or --val_fraction")
-    job.tokenizer.save(job.merged)
-    meta = write_meta(job.merged, job.tokenizer, job.kind, source.description, splits, job.digest)
-    put_in_place(job.merged, directory)
+def clear(partial: Path, keep: set[str]) -> None:
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in keep:
+            path.unlink()
+
+
+def sample(source: Source, options: ReadOptions, kind: str) -> Iterator[str]:
+    """The text that a tokenizer is made from: the first part of it for bpe; char has to see every character."""
+    size = 0
+    for text in map(bytes.decode, source.texts(options)):
+        yield text[: TRAINING_BYTES - size] if kind == "bpe" else text
+        size += len(text)
+        if kind == "bpe" and size >= TRAINING_BYTES:
+            return
+
+
+def finish(job: Job, work: Work, part: int, parts: int) -> dict | None:
+    """Make the data set if all parts are done. It appears complete, or not at all."""
+    done = [found for p in range(1, parts + 1) if (found := read_json(job.progress(p)) or {}).get("finished")]
+    if len(done) < parts:
+        return note(f"part {part} of {parts} is done; not done yet: {counted(parts - len(done), 'part')}")
+    splits = {}
+    for split in SPLITS:
+        files = [file for found in done for file in found["splits"][split]["files"] if file["tokens"]]
+        if not files:
+            raise UserError(f"too little text: the {split} split is empty; give more, or another --val_fraction")
+        numbers = {key: sum(found["splits"][split][key] for found in done) for key in ("tokens", "bytes", "documents")}
+        splits[split] = numbers | {"files": name_files(job.shards, split, files)}
+    for empty in job.shards.glob("part*.bin"):
+        empty.unlink()
+    work.tokenizer.save(job.shards)
+    meta = write_meta(job.shards, work.tokenizer, job.kind, job.source.description, splits, job.digest)
+    put_in_place(job.shards, job.directory)
     return meta
 
 
 def remove(partial: Path) -> None:
-    """Remove it at once, and no lock of ours in it is held any more: who waits for one never sees a half of it."""
-    with contextlib.suppress(OSError):  # another does it, or is in it (Windows, NFS): that is no failure any more
+    """Delete the folder at once: who waits for a lock in it never sees half of it."""
+    with contextlib.suppress(OSError):  # another process does it, or has a file in it open (Windows, NFS)
         shutil.rmtree(partial.rename(f"{partial}.{os.getpid()}"), ignore_errors=True)
 
 
-def share(given: str | None) -> tuple[int, int]:
-    """Which part of how many this process does, counted from 1: as given, of a Slurm array, under torchrun, or all."""
+def part_of(given: str | None) -> tuple[int, int]:
+    """Which part of how many this process does, counted from 1: as given, by the Slurm array or torchrun, or all."""
     env = os.environ
     if given is not None:
         what, match = f"--part={given}", re.fullmatch(r"(\d+)/(\d+)", given)
@@ -259,28 +305,30 @@ def share(given: str | None) -> tuple[int, int]:
         part = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // int(env.get("SLURM_ARRAY_TASK_STEP", 1)) + 1
         parts = int(env["SLURM_ARRAY_TASK_COUNT"])
     else:
-        return int(env.get("RANK", 0)) + 1, int(env.get("WORLD_SIZE", 1))
+        what, part, parts = "torchrun", int(env.get("RANK") or 0) + 1, int(env.get("WORLD_SIZE") or 1)
     if not 1 <= part <= parts:
         raise UserError(f"{what}: write --part=3/16 for the third of 16 parts")
     return part, parts
 
 
-def threads_of(config: PrepareConfig) -> int:
-    return config.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def is_made(directory: Path, job: Job) -> bool:
-    return (read_json(directory / "meta.json") or {}).get("plan") == job.digest
-
-
-def _sample(source: Source, kind: str) -> Iterator[str]:
-    """What the tokenizer is learned from: for a BPE a bounded part; every character has to be seen."""
-    size = 0
-    for text in map(bytes.decode, source.texts()):
-        yield text[: TRAINING_BYTES - size] if kind == "bpe" else text
-        size += len(text)
-        if kind == "bpe" and size >= TRAINING_BYTES:
-            return
+def report(directory: Path, meta: dict, seconds: float) -> None:
+    """The last lines. Under torchrun the process that finishes last prints them, whatever its rank."""
+    lines = []
+    for split, figures in meta["splits"].items():
+        tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
+        files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
+        lines.append(f"{split}: {tokens} of {figures['bytes'] / figures['tokens']:.2f} bytes, {documents}{files}")
+    size = sum(figures["bytes"] for figures in meta["splits"].values())
+    rate = f"{size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
+    lines.append(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
+    name, place = directory.name, f" --data_dir={shlex.quote(str(directory.parent))}"
+    place = "" if directory.parent == Path("data") else place
+    if name in RECIPES and not place:
+        lines.append(f"next: python train.py config/{RECIPES[name]}.py")
+    else:
+        recipe = "train_gpt2" if meta["splits"]["train"]["tokens"] > 1e8 else "quickstart"
+        lines.append(f"next: python train.py config/{recipe}.py --dataset={name}{place} --out_dir=out-{name}")
+    print(escaped("\n".join(lines)), file=sys.stderr)
 
 
 if __name__ == "__main__":
