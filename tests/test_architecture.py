@@ -21,6 +21,7 @@ LAYERS = [
     ["plaingpt.text.walk"],
     ["plaingpt.text.sources", "plaingpt.text.shards"],
     ["plaingpt.text.pipeline", "plaingpt.batches"],
+    ["plaingpt.text.job"],
     ["plaingpt.distributed", "plaingpt.metrics", "plaingpt.checkpoint"],
     ["plaingpt.parallel", "plaingpt.card"],
     ["plaingpt.optimizer", "plaingpt.evaluate"],

@@ -134,7 +134,7 @@ class Encoder:
         if self.look_for_end_of_text and any(b"|" in text and SEPARATOR in text for text in documents.texts):
             note_once(
                 "<|endoftext|> occurs in the text and is encoded letter by letter; if it stands between documents, "
-                "give --split_documents=True"
+                "give --split_documents"
             )
         encoded, begins = {}, documents.begins
         for split, texts in self._splits(documents).items():

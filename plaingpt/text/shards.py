@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plaingpt.console import RunFailed, one_line
+from plaingpt.console import RunFailed, UserError, one_line
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import FORMAT_VERSION, id_dtype
 
@@ -99,6 +99,8 @@ def fetch_tokens(name: str, directory: Path) -> None:
     import huggingface_hub
 
     partial = directory.with_name(f"{directory.name}.partial")
+    if partial.exists() and any(partial.iterdir()) and not (partial / ".cache" / "huggingface").exists():
+        raise UserError(f"{partial} exists and is not an unfinished download of ours; choose another --name")
     try:
         huggingface_hub.snapshot_download(READY[name], repo_type="dataset", local_dir=partial)
     except Exception as error:  # of any library below: network, server, disk
