@@ -7,23 +7,21 @@ byte-level BPE trained on the user's text. Any other tokenizer.json that comes w
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
 from plaingpt.console import UserError, one_line
 from plaingpt.files import inside, read_json
+from plaingpt.text.bpe import learn_bpe
 
 END_OF_TEXT = "<|endoftext|>"
 KINDS = ("gpt2", "char", "byte", "bpe")
-RICH_BYTES = 1 << 24  # of a text, in which a BPE's words are counted
 
 
 class Tokenizer:
@@ -160,46 +158,8 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
         raise UserError(
             f"--vocab_size={vocab_size}: a byte-level BPE has 256 bytes and {END_OF_TEXT}: at least 257 ids"
         )
-    return Tokenizer(_byte_level(_learn_bpe(documents, vocab_size - 1)))  # end of text is the last id, as in GPT-2
-
-
-def _learn_bpe(documents: Iterable[str], vocab_size: int) -> models.BPE:
-    """The merges that `tokenizers` learns, from gigatoken where it learns the same, in a fifteenth of the time."""
-    border, joined = secrets.token_hex(16).encode(), io.BytesIO()
-    for document in documents:
-        joined.write(border + document.encode())
-    text, alphabet = joined.getvalue(), sorted(pre_tokenizers.ByteLevel.alphabet())
-    if merges := _learn_fast(text, border, vocab_size):
-        symbols, ids = byte_symbols(), {symbol: i for i, symbol in enumerate(alphabet)}
-        pairs = [tuple("".join(symbols[byte] for byte in part) for part in pair) for pair in merges]
-        for pair in pairs:
-            ids.setdefault("".join(pair), len(ids))
-        return models.BPE(ids, pairs)
-    learned = tokenizers.Tokenizer(models.BPE())
-    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    learned.train_from_iterator(map(bytes.decode, text.split(border)), trainer)
-    return learned.model
-
-
-def _learn_fast(text: bytes, border: bytes, vocab_size: int) -> list[tuple[bytes, bytes]] | None:
-    """gigatoken's merges; None where it is not installed, or a pair would run out: then it goes on with any."""
-    try:
-        from gigatoken import gigatoken_rs
-    except ImportError:  # no wheel for this machine
-        return None
-    kept = [os.dup(stream) for stream in (1, 2)]  # it prints what it is at, past Python's streams
-    with open(os.devnull, "wb") as nowhere:
-        for stream in (1, 2):
-            os.dup2(nowhere.fileno(), stream)
-    try:
-        words = gigatoken_rs.pretokenized_counts(text[:RICH_BYTES], separator=border)
-        # of more words than ids one at least has a pair left
-        return gigatoken_rs.train_bpe(text, vocab_size, [], separator=border)[1] if len(words) > vocab_size else None
-    finally:
-        for stream, copy in zip((1, 2), kept):
-            os.dup2(copy, stream)
-            os.close(copy)
+    learned = learn_bpe(documents, vocab_size - 1, byte_symbols())
+    return Tokenizer(_byte_level(learned))  # end of text is the last id, as in GPT-2
 
 
 def tokenizer_of(wanted: str) -> tuple[str, Tokenizer | None]:

@@ -33,8 +33,9 @@ LLM_C_HEADER, LLM_C_GPT2, LLM_C_LLAMA3 = 1024, 20240520, 20240801
 LLM_C_NAME = re.compile(r"(?:.*[_-])?(train|val)(?:[_-]\d+)?\.bin")  # the corpus may be called `medieval`
 
 
-def id_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+def id_dtype(largest_id: int) -> np.dtype:
+    """The type of token files. A vocabulary with gaps has larger ids than it has tokens."""
+    return np.dtype("<u2" if largest_id < 1 << 16 else "<u4")
 
 
 @dataclass(frozen=True)

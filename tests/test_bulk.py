@@ -1,5 +1,6 @@
 """Encoding in bulk: the ids are tiktoken's, whatever the text; where gigatoken is not installed too."""
 
+import json
 import random
 import sys
 import unicodedata
@@ -7,12 +8,14 @@ import unicodedata
 import numpy as np
 import pytest
 import tokenizers
+from conftest import run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import ANY_TEXT, TEXTS
 
-from plaingpt.text.bulk import BulkEncoder
+from plaingpt.text.bulk import BulkEncoder, of_our_form
 from plaingpt.tokenizer import END_OF_TEXT, KINDS, Tokenizer, gpt2, make_tokenizer
+from plaingpt.tokens import open_data_set
 
 WORDS = [*"a 1!é字²ǅ👍\n\t\u00a0", "tree", "  ", "23", "'s", "'S", "<|endoftext|>"]
 
@@ -99,7 +102,7 @@ def test_every_kind_of_tokenizer_encodes_in_bulk_as_one_by_one(monkeypatch, kind
     texts = [text for text in TEXTS.values() if text]
     tokenizer = make_tokenizer(kind, texts, vocab_size)
     encoder = BulkEncoder(tokenizer)
-    assert (encoder._json is not None) == (installed and kind in ("gpt2", "bpe"))
+    assert (encoder._json is not None) == (installed and kind in ("gpt2", "bpe") and vocab_size > 257)
     assert encoded(encoder, texts) == [tokenizer.encode(text) for text in texts]
 
 
@@ -118,17 +121,67 @@ def of_another_form(form: str) -> tokenizers.Tokenizer:
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(before)
     elif form == "more special tokens":
         backend.add_special_tokens(["<|user|>"])
-    return backend
+    elif form == "a token that is not special":
+        backend.add_tokens(["tree"])
+    description = json.loads(backend.to_str())
+    model = description["model"]
+    merged = [token for token in model["vocab"] if model["vocab"][token] >= 300]
+    if form == "ids in another order":
+        model["vocab"] |= {token: model["vocab"][other] for token, other in zip(merged, merged[::-1])}
+    elif form == "gaps between ids":
+        model["vocab"] |= {token: model["vocab"][token] + 65_536 for token in merged}
+    elif form == "a token that no merge makes":
+        model["vocab"] |= {"Tree": model["vocab"].pop(merged[-1])}
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) != merged[-1]]
+    elif form == "a suffix":
+        model["end_of_word_suffix"] = "e"
+    return tokenizers.Tokenizer.from_str(json.dumps(description))
 
 
-@pytest.mark.parametrize(
-    "form", ["normalizer", "merges across words", "space before", "digits apart", "more special tokens"]
-)
+FORMS = [
+    "normalizer", "merges across words", "space before", "digits apart", "more special tokens",
+    "a token that is not special", "ids in another order", "gaps between ids",
+    "a token that no merge makes", "a suffix",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_tokenizer_of_another_form_has_its_own_ids_in_bulk(form):
-    texts = [*TEXTS.values(), "Tree 123 TREE", f"a {END_OF_TEXT}<|user|> b"]
+    texts = [*TEXTS.values(), "Tree 123 TREE tree", f"a {END_OF_TEXT}<|user|> b"]
     backend = of_another_form(form)
+    assert not of_our_form(json.loads(backend.to_str()))
     encoder = BulkEncoder(Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str())))
-    backend.encode_special_tokens = True  # of a document every word is text
+    backend.encode_special_tokens = True  # in a document everything is text
     assert encoded(encoder, texts) == [backend.encode(text, add_special_tokens=False).ids for text in texts]
-    ours = make_tokenizer("bpe", list(TEXTS.values()), vocab_size=400)
-    assert form == "more special tokens" or encoded(encoder, texts) != encoded(BulkEncoder(ours), texts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dropout", 0.5), ("end_of_word_suffix", "x"), ("continuing_subword_prefix", "x"), ("unk_token", "x"),
+     ("fuse_unk", True), ("byte_fallback", True), ("ignore_merges", True)],
+)  # fmt: skip
+def test_every_setting_of_a_model_is_looked_at(kind, key, value):
+    description = json.loads(make_tokenizer(kind, list(TEXTS.values()), 400).to_json())
+    assert of_our_form(description)
+    if key in description["model"]:
+        assert not of_our_form(description | {"model": description["model"] | {key: value}})
+    special = description["added_tokens"][0]
+    assert not of_our_form(description | {"added_tokens": [special | {"lstrip": True}]})
+    assert not of_our_form(description | {"normalizer": {"type": "NFC"}})
+    assert not of_our_form(description | {"pre_tokenizer": None})
+
+
+def test_ids_above_65_535_are_written_as_uint32(tmp_path):
+    description = json.loads(of_another_form("gaps between ids").to_str())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(description))
+    (tmp_path / "a.txt").write_text(TEXTS["code"] * 30)
+    ended = run_main(
+        "prepare_data", tmp_path / "a.txt", f"--tokenizer={tmp_path}/model", f"--data_dir={tmp_path}", "--name=set"
+    )
+    assert ended.status == 0, ended.err
+    data = open_data_set(tmp_path / "set")
+    ids = np.concatenate(list(data.train.all()))
+    assert ids.dtype == np.uint32 and ids.max() > 65_535
+    assert data.tokenizer.decode(ids.tolist()) == (TEXTS["code"] * 30)[: len(data.tokenizer.decode(ids.tolist()))]

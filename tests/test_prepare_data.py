@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,11 @@ import xxhash
 
 import prepare_data
 from plaingpt.console import UserError
-from plaingpt.text import pipeline
-from plaingpt.text.readers import split_of
-from plaingpt.text.report import RECIPES
+from plaingpt.text import sources, streams
+from plaingpt.text.streams import split_of
 from plaingpt.tokenizer import END_OF_TEXT, KINDS
 from plaingpt.tokens import open_data_set
+from prepare_data import RECIPES
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = (
@@ -135,7 +136,7 @@ def test_the_share_of_many_documents_that_is_validation_is_the_fraction_asked_fo
 @pytest.mark.parametrize("at_a_time", [1, 500, 10_000])
 def test_the_order_does_not_depend_on_how_much_is_encoded_at_a_time(prepare, folder, monkeypatch, at_a_time):
     size = 300
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", at_a_time)
+    monkeypatch.setattr(sources, "PIECE", at_a_time)
     texts = {f"{letter}.txt": letter * size for letter in "abc"}
     directory = prepare(folder(texts), "--tokenizer=char", "--val_fraction=0.25")
     runs = [(i, len(list(group))) for i, group in itertools.groupby(np.fromfile(directory / "train.bin", "<u2"))]
@@ -165,7 +166,7 @@ def test_another_text_replaces_a_data_set_only_by_its_name(prepare, folder, monk
     before = (made / "train.bin").read_bytes()
     more = folder({"b.txt": "other " * 100}, "more")
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", str(books), str(more)])
-    with pytest.raises(UserError, match=r"data/books holds .*with --name=books it is replaced"):
+    with pytest.raises(UserError, match=r"data/books was made from .*--name=books replaces it"):
         prepare_data.main()
     assert (made / "train.bin").read_bytes() == before
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", str(books)])
@@ -252,21 +253,34 @@ def test_a_new_preparation_replaces_the_old_one_wholly(prepare, folder):
 # failures
 
 
-def test_bad_files_are_named_and_with_skip_left_out(prepare, folder, capsys):
-    source = folder({"a.txt": "a" * 100, "c.txt": "c" * 100})
-    (source / "b.bin").write_bytes(b"\x89PNG\r\n\0")
-    with pytest.raises(UserError, match=r"b\.bin is not UTF-8 text \(byte 0x89 at 0\)"):
-        prepare(source, "--tokenizer=byte")
-    directory = prepare(source, "--tokenizer=byte", "--bad_files=skip")
+def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, folder, capsys):
+    source = folder({"a.txt": "a" * 100, "c.txt": "c" * 100, "c.json": "{}", "node_modules/d.txt": "d", "e.csv": "x,y"})
+    for name, data in {
+        "b.png": b"\x89PNG\r\n\0", "b2.PNG": b"\x89PNG\r\n\0", "b.pdf": b"%PDF-1.4", "b.doc": b"{\\rtf1", "b": b"\0"
+    }.items():  # fmt: skip
+        (source / name).write_bytes(data)
+    directory = prepare(source, "--tokenizer=byte")
     assert split_texts(directory, "train") == ["a" * 95, "c" * 95]
-    assert f"skipped: {source / 'b.bin'} is not UTF-8 text" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "reading 2 files: 2 text; 7 skipped: 2 images, " in told
+    for kind in ("1 PDF", "1 RTF", "1 binary file", "1 JSON without 'text'", "1 CSV without 'text'"):
+        assert kind in told.splitlines()[0]
+    for name, message in {
+        "b.png": "not text (image): convert", "b.pdf": "not text (PDF)", "c.json": "has no 'text'", "e.csv": "no column"
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=re.escape(message)):
+            prepare(source / name)
+    (source / "a.txt").unlink()
+    (source / "c.txt").unlink()
+    with pytest.raises(UserError, match="texts: 7 skipped: 2 images"):
+        prepare(source)
 
 
 def failed(arguments, directory: Path) -> str:
     """The one line, besides the progress bar, with which the process ends in status 2."""
     command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=directory)
-    lines = [line for line in ended.stderr.splitlines() if line and not line.startswith("encoding:")]
+    lines = [line for line in ended.stderr.splitlines() if line and not line.startswith(("encoding:", "reading "))]
     assert (ended.returncode, ended.stdout, len(lines)) == (2, "", 1), ended.stderr
     return lines[0]
 
@@ -277,9 +291,9 @@ def failed(arguments, directory: Path) -> str:
         (["nowhere.txt"], "prepare_data.py: nowhere.txt: no such file, folder or source"),
         (["nothing/*.txt"], "prepare_data.py: nothing/*.txt: no such file"),
         (["empty.txt"], "prepare_data.py: empty.txt: there is no text in it"),
-        (["good.txt", "binary.txt"], "prepare_data.py: binary.txt is not UTF-8 text (byte 0xff at 2)"),
+        (["good.txt", "binary.txt"], "prepare_data.py: binary.txt is not text (binary file): if it is UTF-16, "),
         (["good.txt", "--tokenizer=bpe", "--vocab_size=256"], "prepare_data.py: --vocab_size=256: a byte-level BPE"),
-        (["one.txt"], "prepare_data.py: too little text: nothing of it fell to the train split"),
+        (["one.txt"], "prepare_data.py: too little text: the train split is empty"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -296,10 +310,10 @@ def test_a_failure_is_one_line_and_leaves_an_existing_data_set_as_it_was(prepare
 def test_what_the_system_refuses_is_named_with_its_reason(folder, tmp_path):
     folder({"a.txt": "text " * 100, "file": ""}, ".")
     line = failed(["a.txt", "--name=set", "--data_dir=file"], tmp_path)
-    assert line == "prepare_data.py: file/set cannot be made: file/set.partial: Not a directory"
+    assert line == "prepare_data.py: file/set cannot be prepared: file/set.partial: Not a directory"
 
 
-@pytest.mark.parametrize("name", ["../out", "a/b", ".hidden", "with space", "-", "ends\n"])
+@pytest.mark.parametrize("name", ["../out", "a/b", ".hidden", "with space", "-", "ends\n", "x" * 300, "é" * 150])
 def test_a_name_that_is_no_plain_folder_name_is_refused(prepare, folder, tmp_path, name):
     source = folder({"a.txt": "text " * 100})
     before = contents(tmp_path)
@@ -312,7 +326,7 @@ def test_a_folder_that_is_not_a_data_set_is_left_alone(prepare, folder, tmp_path
     source = folder({"a.txt": "text " * 100})
     folder({"train.bin": "from nanoGPT", "prepare.py": "code"}, "data/set")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="set is there and is not a data set of ours; choose another --name"):
+    with pytest.raises(UserError, match="set exists and is not a data set of ours; choose another --name"):
         prepare(source)
     assert contents(tmp_path) == before
 
@@ -327,3 +341,17 @@ def test_end_of_text_in_a_document_is_text_and_parts_nothing(prepare, folder):
     for kind in KINDS:
         directory = prepare(folder({"a.txt": text}), f"--tokenizer={kind}", "--vocab_size=300", "--val_fraction=0.5")
         assert split_texts(directory, "train") + split_texts(directory, "val") == [text[:95], text[95:]]
+
+
+def test_end_of_text_in_a_text_gets_a_note_and_splits_documents_on_request(prepare, folder, capsys):
+    streams.note_once.cache_clear()
+    source = folder({"a.txt": "\n<|endoftext|>\n".join(["one " * 20, "two " * 20])})
+    prepare(source, "--tokenizer=byte")
+    told = capsys.readouterr().err
+    assert told.count("<|endoftext|> occurs in the text and is encoded letter by letter") == 1
+    assert "--split_documents" in told
+    directory = prepare(source, "--tokenizer=byte", "--split_documents", "--val_fraction=0.5")
+    assert split_texts(directory, "train") == ["one " * 10, "two " * 10]
+    assert "encoded letter by letter" not in capsys.readouterr().err
+    prepare(folder({"b.txt": "a | b " * 20}, "other"), "--tokenizer=byte")
+    assert "encoded letter by letter" not in capsys.readouterr().err

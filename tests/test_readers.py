@@ -1,6 +1,10 @@
-"""Readers: text, JSON Lines, Parquet and Hugging Face data sets, as wholes and in parts that fit together."""
+"""Readers: text, JSON, CSV, Parquet and Hugging Face data sets, in batches that fit together."""
 
+import contextlib
+import csv
+import dataclasses
 import gzip
+import io
 import json
 import random
 import re
@@ -17,8 +21,8 @@ from hypothesis import strategies as st
 from test_tokenizer import ANY_TEXT
 
 from plaingpt.console import RunFailed, UserError
-from plaingpt.text import arrow, readers, sources
-from plaingpt.text.sources import find_source
+from plaingpt.text import arrow, readers, records, sources, streams
+from plaingpt.text.sources import find_source, read_options
 from plaingpt.tokenizer import gpt2, make_tokenizer
 from prepare_data import PrepareConfig
 
@@ -31,10 +35,25 @@ def source(*wanted, **options):
     return find_source(list(map(str, wanted)), PrepareConfig(**options))
 
 
-def read(*wanted, unit_bytes: int = 1 << 62, **options) -> list[str]:
-    found = source(*wanted, **options)
-    documents = [d for item in found.items(unit_bytes) for d in item.documents(found.column, found.bad_files)]
-    return [text.decode() for d in documents for text in d.texts]
+def batches(*wanted, by_content: bool = True, **options) -> list[readers.Documents]:
+    read_by = dataclasses.replace(read_options(PrepareConfig(**options)), by_content=by_content)
+    return [b.documents() for item in source(*wanted, **options).items(read_by) for b in item.batches(read_by)]
+
+
+def read(*wanted, **options) -> list[str]:
+    return [text.decode() for documents in batches(*wanted, **options) for text in documents.texts]
+
+
+@contextlib.contextmanager
+def pieces(size: int, large: int | None = None, window: int = 1 << 20):
+    """Read `size` bytes at a time, and text files of more than `large` bytes in pieces."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (streams, readers, records, sources):
+            patch.setattr(module, "PIECE", size)
+        patch.setattr(streams, "WINDOW", window)
+        if large:
+            patch.setattr(sources, "LARGE", large)
+        yield
 
 
 def json_lines(texts: list[str], column: str = "text") -> bytes:
@@ -49,7 +68,7 @@ def write_parquet(path: Path, texts: list, column: str = "text", kind=None, rows
 def compressed(folder: Path, suffix: str, data: bytes) -> Path:
     path = folder / f"texts.{suffix}"
     pack = {"gz": gzip.compress, "zst": partial(pa.compress, codec="zstd", asbytes=True)}.get(
-        suffix.split(".")[-1], bytes
+        suffix.lower().split(".")[-1], bytes
     )
     path.write_bytes(pack(data))
     return path
@@ -58,15 +77,71 @@ def compressed(folder: Path, suffix: str, data: bytes) -> Path:
 # JSON Lines
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "jsonl.gz", "jsonl.zst", "json.gz"])
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "jsonl.gz", "jsonl.zst", "json.gz", "JSONL", "Json.GZ", "json"])
 def test_each_line_is_a_document_plain_or_compressed(tmp_path, suffix):
     path = compressed(tmp_path, suffix, json_lines(TEXTS).replace(b"\n", b"\r\n\n", 3) + b"\n")
     assert read(path) == WHOLE
 
 
-@pytest.mark.parametrize("unit_bytes", [1, 7, 100, 5000])
-def test_parts_of_a_file_hold_each_line_once(tmp_path, unit_bytes):
-    assert read(compressed(tmp_path, "jsonl", json_lines(TEXTS)), unit_bytes=unit_bytes) == WHOLE
+@pytest.mark.parametrize("size", [2, 7, 100, 5000])
+def test_blocks_have_each_line_once(tmp_path, size):
+    with pieces(size):
+        assert read(compressed(tmp_path, "jsonl", json_lines(TEXTS))) == WHOLE
+
+
+@pytest.mark.parametrize("suffix", ["json", "JSON", "json.gz", "jsonl"])
+def test_an_array_of_objects_is_read_too(tmp_path, suffix):
+    data = json.dumps([{"text": text} for text in [*TEXTS, None]], indent=1)
+    for size in (10, 1 << 20):
+        with pieces(size):
+            assert read(compressed(tmp_path, suffix, b" \n" + data.encode())) == WHOLE
+    with pytest.raises(UserError, match=r"the array's value 2, has no 'text'; name the --column: other"):
+        read(compressed(tmp_path, suffix, b'[{"text": "one"}, {"other": "two"}]'))
+    with pytest.raises(UserError, match="the array, is not JSON"):
+        read(compressed(tmp_path, suffix, b'[{"text": "one"}, {"text"'))
+
+
+def test_a_json_file_that_is_no_documents_is_refused_when_it_is_named_and_left_out_of_a_folder(tmp_path):
+    for name, text in {
+        "a.json": '{\n"x": 1\n}',
+        "b.json": '["a"]',
+        "c.csv": "a,b\n1,2",
+        "d.tsv": "",
+        "e.txt": "text",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert read(tmp_path) == ["text"]
+    assert source(tmp_path).summary.endswith(
+        ": 1 text; 4 skipped: 2 JSON without 'text', 1 CSV without 'text', 1 TSV without 'text'"
+    )
+    for name in ("a.json", "b.json", "c.csv", "d.tsv"):
+        with pytest.raises(UserError, match=name):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "CSV", "tsv", "csv.gz", "tsv.zst"])
+@pytest.mark.parametrize("size", [10, 1 << 20])
+def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter="\t" if suffix.startswith("t") else ",")
+    writer.writerows([["id", "text"], *([i, text] for i, text in enumerate(TEXTS))])
+    for data in (file.getvalue().encode(), b"\xef\xbb\xbf" + file.getvalue().replace("\r\n", "\n").encode()):
+        with pieces(size):
+            assert read(compressed(tmp_path, suffix, data)) == [text.replace("\r\n", "\n") for text in WHOLE]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"id,content\n1,a", "has no column 'text'; name the --column: id, content"),
+        (b"text,text\na,b", "has more than one column 'text': rename one of them"),
+        (b"id,text\n1,a\n2\n", "line 3: 1 columns, 'text' is column 2"),
+        (b"id,text\n1,a\n2,\xff\n", "line 3 is not UTF-8 text (byte 0xff at 0)"),
+    ],
+)
+def test_a_csv_row_that_is_no_document_is_refused_with_its_place(tmp_path, data, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(compressed(tmp_path, "csv", data))
 
 
 def test_the_column_is_named_and_a_missing_one_refused_with_the_nearest(tmp_path):
@@ -82,8 +157,8 @@ def test_the_column_is_named_and_a_missing_one_refused_with_the_nearest(tmp_path
     ("line", "message"),
     [
         (b'{"text": "one"', "the line at byte 16, is not JSON"),
-        (b'["one"]', "has no 'text'; a line has to be a JSON object"),
-        (b'{"text": 1}', "'text' is no text"),
+        (b'["one"]', "has no 'text'; it has to be a JSON object"),
+        (b'{"text": 1}', "'text' is not text"),
         (b'{"text": "\xff"}', "is not UTF-8 text (byte 0xff at 10)"),
         (b'{"text": "\\ud800"}', "is not UTF-8 text (byte 0xed at 0)"),
         (b"[" * 100_000, "is not JSON"),
@@ -100,9 +175,8 @@ def test_a_line_that_is_no_document_is_refused_with_its_place(tmp_path, line, me
 def test_lines_read_at_once_are_those_read_one_by_one(tmp_path_factory, rows, data):
     lines = [json.dumps({"other": [other], "text": text}, ensure_ascii=ascii) for text, ascii, other in rows]
     path = compressed(tmp_path_factory.mktemp("lines"), "jsonl", "\n".join(lines).encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "PIECE", data.draw(st.integers(2, 200)))
-        assert read(path, unit_bytes=data.draw(st.integers(1, 300))) == [text for text, _, _ in rows if text]
+    with pieces(data.draw(st.integers(2, 200))):
+        assert read(path) == [text for text, _, _ in rows if text]
 
 
 def test_lines_are_read_at_once_where_each_has_a_text_and_none_is_very_long(monkeypatch):
@@ -116,7 +190,8 @@ def test_lines_are_read_at_once_where_each_has_a_text_and_none_is_very_long(monk
 def test_a_line_that_has_to_be_looked_at_alone_changes_nothing_in_those_around(tmp_path):
     lines = ['{{"text": "line {}"}}', '{{"text": "no", "text": "line {}"}}', '{{"text": null, "number": {}}}']
     path = compressed(tmp_path, "jsonl", "\n".join(lines[i % 3].format(i) for i in range(30)).encode())
-    assert read(path, unit_bytes=100) == [f"line {i}" for i in range(30) if i % 3 < 2]
+    with pieces(100):
+        assert read(path) == [f"line {i}" for i in range(30) if i % 3 < 2]
 
 
 @pytest.mark.parametrize(
@@ -181,38 +256,41 @@ def test_text_is_found_to_be_utf8_without_making_a_string(data):
         pa.dictionary(pa.int32(), pa.string()),
     ],
 )
-@pytest.mark.parametrize("unit_bytes", [1, 200, 1 << 62])
-def test_each_row_is_a_document(tmp_path, kind, unit_bytes):
+@pytest.mark.parametrize("size", [1, 200, 1 << 20])
+def test_each_row_is_a_document(tmp_path, kind, size):
     texts = [text.encode() for text in TEXTS] if kind in (pa.binary(), pa.large_binary()) else TEXTS
     path = write_parquet(tmp_path / "texts.parquet", [*texts, None], kind=kind)
-    assert read(path, unit_bytes=unit_bytes) == WHOLE
+    with pieces(size):
+        assert read(path) == WHOLE
 
 
 def test_a_file_without_the_column_or_without_text_in_it_is_refused(tmp_path):
     path = write_parquet(tmp_path / "texts.parquet", ["one"], "content")
     with pytest.raises(UserError, match=r"has no column 'text'.*name the --column: id, content"):
         read(path)
-    with pytest.raises(UserError, match="column 'id' is int64, no text"):
+    with pytest.raises(UserError, match="column 'id' is int64, not text"):
         read(path, column="id")
     assert read(path, column="content") == ["one"]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_the_parts_of_a_file_are_together_as_large_as_it(tmp_path, suffix):
-    path = tmp_path / f"texts.{suffix}"
-    path.write_bytes(json_lines(TEXTS)) if suffix == "jsonl" else write_parquet(path, TEXTS)
-    few, many = ([readers.size_of(item) for item in source(path).items(size)] for size in (1 << 62, 200))
-    assert sum(few) == sum(many) and len(few) == 1 and len(many) > 5
+def test_a_column_of_nulls_alone_has_no_documents_and_one_named_twice_is_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [None, None], kind=pa.null())
+    write_parquet(tmp_path / "b.parquet", ["b"])
+    assert read(tmp_path) == ["b"]
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
+    pq.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c\.parquet has more than one column 'text'"):
+        read(tmp_path)
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path):
     path = write_parquet(tmp_path / "texts.parquet", TEXTS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    with pytest.raises(UserError, match=r"texts\.parquet is no Parquet file, or a damaged one"):
+    with pytest.raises(UserError, match=r"texts\.parquet is not a Parquet file, or is damaged"):
         read(path)
     path.write_bytes(b"\xff" * 200 + whole[200:])
-    with pytest.raises(UserError, match=r"texts\.parquet is no Parquet file, or a damaged one"):
+    with pytest.raises(UserError, match=r"texts\.parquet is not a Parquet file, or is damaged"):
         read(path)
 
 
@@ -251,59 +329,150 @@ def made_text(rng: random.Random, n: int) -> str:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_large_file_in_parts_has_the_text_and_the_tokens_of_the_whole(tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(sources, "LARGE", 100)
-    monkeypatch.setattr(readers, "PIECE", 70)
+def test_a_large_file_in_pieces_has_the_text_and_the_tokens_of_the_whole(tmp_path, seed):
     text = made_text(random.Random(seed), 1500)
     path = tmp_path / "large.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    found = source(path, val_fraction=None)
-    for unit_bytes in (40, 150, 1 << 62):
-        parts = [d for i in found.items(unit_bytes) for d in i.documents("text", "stop")]
-        texts = [text.decode() for part in parts for text in part.texts]
-        assert len(texts) == len(parts) and "".join(texts) == text
-        assert len({part.split for part in parts}) == 1
-        for tokenizer in (gpt2(), make_tokenizer("bpe", [text], 300)):
-            assert [i for part in texts for i in tokenizer.encode(part)] == tokenizer.encode(text)
-        assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
+    for data in (b"\xef\xbb\xbf" + text.encode(), text.encode("utf-16"), text.encode("utf-32")):
+        path.write_bytes(data)
+        for size in (40, 150, 1 << 20):
+            with pieces(size, large=100):
+                parts = batches(path)
+            texts = [text.decode() for part in parts for text in part.texts]
+            assert len(texts) == len(parts) and "".join(texts) == text
+            assert len({part.split for part in parts}) == 1
+            for tokenizer in (gpt2(), make_tokenizer("bpe", [text], 300)):
+                assert [i for part in texts for i in tokenizer.encode(part)] == tokenizer.encode(text)
+            assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
 
 
-def test_of_few_documents_the_tail_of_a_large_one_goes_to_validation(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGE", 100)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_of_few_documents_the_tail_of_a_large_one_goes_to_validation(tmp_path, encoding):
     path = tmp_path / "large.txt"
-    path.write_text("some words " * 100)
-    found = source(path)
-    parts = [d for i in found.items(300, by_content=False) for d in i.documents("text", "stop")]
+    path.write_text("some words " * 100, encoding)
+    with pieces(300, large=100):
+        parts = batches(path, by_content=False)
     texts = {split: b"".join(d.texts[0] for d in parts if d.split == split).decode() for split in ("train", "val")}
     assert texts["train"] + texts["val"] == "some words " * 100
     assert len(texts["val"]) == pytest.approx(0.05 * 1100, abs=12)
+    for split in ("train", "val"):
+        begins = [d.begins for d in parts if d.split == split]
+        assert begins == [True] + [False] * (len(begins) - 1)
 
 
-def test_a_text_without_spaces_is_cut_between_characters(tmp_path, monkeypatch):
-    for name, value in {"PIECE": 50, "WINDOW": 60}.items():
-        monkeypatch.setattr(readers, name, value)
-    monkeypatch.setattr(sources, "LARGE", 100)
+def test_a_text_without_spaces_is_cut_between_characters(tmp_path):
     path = tmp_path / "large.txt"
     path.write_text("字é👍" * 300, "utf-8")
-    assert "".join(read(path, unit_bytes=77)) == "字é👍" * 300
+    with pieces(50, large=100, window=60):
+        assert "".join(read(path)) == "字é👍" * 300
+        assert len(read(path)) > 20
 
 
-def test_bytes_that_are_no_text_in_a_large_file_are_named_by_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGE", 100)
+def test_bytes_that_are_no_text_in_a_large_file_are_named_by_their_place(tmp_path):
     path = tmp_path / "large.txt"
     path.write_bytes(b"some words " * 100 + b"\xff" + b" more words" * 100)
-    with pytest.raises(UserError, match=r"byte 0xff at 1,100\)"):
-        read(path, unit_bytes=300)
-    assert "".join(read(path, unit_bytes=300, bad_files="replace")).count("\ufffd") == 1
+    with pieces(300, large=100):
+        with pytest.raises(UserError, match=r"byte 0xff at 1,100\)"):
+            read(path)
+        assert "".join(read(path, bad_files="replace")).count("\ufffd") == 1
 
 
-def test_a_large_file_that_is_no_text_is_skipped_whole_with_one_note(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sources, "LARGE", 100)
+def test_a_large_file_that_is_no_text_is_skipped_completely_with_one_note(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes(b"some words " * 100 + b"\xff" + b" more words" * 100)
     (tmp_path / "b.txt").write_text("good " * 100)
-    for _ in range(2):
-        assert "".join(read(tmp_path, unit_bytes=300, bad_files="skip")) == "good " * 100
+    with pieces(300, large=100):
+        for _ in range(2):
+            assert "".join(read(tmp_path, bad_files="skip")) == "good " * 100
     assert capsys.readouterr().err == f"skipped: {tmp_path}/a.txt is not UTF-8 text (byte 0xff at 1,100)\n"
+
+
+# encodings
+
+SAMPLE = "Größe, naïve, 字 👍\r\nline\n\u2028end"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "tsv", "json"])
+def test_a_byte_order_mark_names_the_encoding(tmp_path, encoding, suffix):
+    data = SAMPLE if suffix == "txt" else json.dumps([{"text": SAMPLE}], ensure_ascii=False)
+    if suffix == "jsonl":
+        data = data[1:-1]
+    elif suffix in ("csv", "tsv"):
+        data = f'text\n"{SAMPLE}"\n'
+    (tmp_path / f"a.{suffix}").write_bytes(data.encode(encoding))
+    for bad_files in ("stop", "skip", "replace"):
+        assert read(tmp_path, bad_files=bad_files) == [SAMPLE]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16-le", "utf-16-be", "koi8-r"])
+def test_another_encoding_is_named(tmp_path, encoding):
+    text = "Привет" * 9 if encoding == "koi8-r" else "Größe, naïve" * 9
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "b.txt").write_text("with a mark", "utf-8-sig")
+    for large in (20, None):
+        with pieces(30, large):
+            assert "".join(read(tmp_path, encoding=encoding)) == text + "with a mark"
+
+
+def test_an_unknown_encoding_and_text_in_another_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Größe".encode("utf-16")[:-1])
+    for name in ("nothing", "base64", "utf\0"):
+        with pytest.raises(UserError, match=r"--encoding=.*: unknown; examples: latin-1"):
+            read(tmp_path, encoding=name)
+    with pytest.raises(UserError, match=r"a\.txt is not text in utf-16: truncated data; leave it out"):
+        read(tmp_path)
+    assert read(tmp_path, bad_files="skip") == [] and read(tmp_path, bad_files="replace") == ["Größ\ufffd"]
+    with pieces(4, large=4), pytest.raises(UserError, match=r"a\.txt is not text in utf-16"):
+        read(tmp_path)
+
+
+def test_replacing_leaves_no_nul(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"text " * 2000 + b"\0\xff end")
+    assert read(tmp_path, bad_files="replace") == ["text " * 2000 + "\ufffd\ufffd end"]
+    (tmp_path / "b.txt").write_bytes("UTF-16 without a mark".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"b\.txt is not text \(binary file\): if it is UTF-16, name the --encoding"):
+        read(tmp_path / "b.txt", bad_files="replace")
+
+
+# <|endoftext|> between documents
+
+
+def test_text_files_are_split_at_end_of_text_on_request(tmp_path):
+    texts = [f"Document {i}\nof many" for i in range(40)]
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(texts) + "<|endoftext|>")
+    assert len(read(tmp_path)) == 1
+    for size, large in ((1 << 20, None), (3, 100), (30, 100), (1 << 20, 100)):
+        with pieces(size, large):
+            assert read(tmp_path, split_documents=True) == texts
+
+
+# bounded memory
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "csv", "csv.zst", "json.gz", "txt"])
+def test_what_is_longer_than_any_document_is_refused_while_it_is_read(tmp_path, monkeypatch, suffix):
+    for module in (streams, readers, records):
+        monkeypatch.setattr(module, "MAX_RECORD", 1000)
+    start = {"c": b'text\n"', "t": b""}.get(suffix[0], b'[{"text": "' if suffix == "json.gz" else b'{"text": "')
+    path = compressed(tmp_path, suffix, start + b"a" * 100_000)
+    with pieces(100, large=100), pytest.raises(UserError, match=r"texts\..*(longer|more|larger) than "):
+        read(path, split_documents=True)
+
+
+def test_equal_rows_that_take_little_room_in_a_file_are_read_in_little_memory(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": ["a" * 100_000] * 300}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 1000
+    assert [len(documents.texts) for documents in batches(tmp_path)] == [11] * 27 + [3]
+    monkeypatch.setattr(records, "MAX_RECORD", 50)
+    pq.write_table(pa.table({"text": ["a" * 100_000]}), tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(UserError, match="has rows of more than"):
+        read(tmp_path)
+
+
+def test_a_window_that_zstd_refuses_is_explained(tmp_path):
+    """The header of `zstd --long=31`: a window of 2 GB."""
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00\xa8" + b"\x09\x00\x00a")
+    with pytest.raises(UserError, match=r"cannot be decompressed: .*; compress it again without --long"):
+        read(tmp_path)
 
 
 # Hugging Face data sets: a folder here has the form of a repository there
@@ -327,7 +496,7 @@ def test_a_data_set_is_read_streamed_or_from_a_copy(repository, streaming):
     found = source(f"hf:{repository}", streaming=streaming)
     assert found.name == "stories"
     assert read(f"hf:{repository}", streaming=streaming) == [text for i in range(3) for text in WHOLE[i::3]]
-    assert len(list(found.items(1))) >= 3  # which can be read apart
+    assert len(found.items(read_options(PrepareConfig()))) >= (3 if streaming else 1)
     assert read(f"hf:{repository}", streaming=streaming, split="validation") == ["for validation"]
 
 
@@ -338,11 +507,14 @@ def test_what_a_data_set_does_not_have_is_refused(repository):
         read(f"hf:{repository}", column="content")
     with pytest.raises(UserError, match="cannot be opened"):
         read(f"hf:{repository}", config="french")
+    with pytest.raises(UserError, match=r"--split=train\[:10%\]: a part of a split requires --streaming=False"):
+        read(f"hf:{repository}", split="train[:10%]")
+    assert len(read(f"hf:{repository}", split="train[:10%]", streaming=False)) == round(len(WHOLE) / 10)
 
 
 def test_another_state_of_a_folder_is_another_source(repository):
     def described() -> str:
-        return repr(list(source(f"hf:{repository}").items(1)))
+        return source(f"hf:{repository}").description
 
     before = described()
     assert described() == before
@@ -354,7 +526,7 @@ def test_a_data_set_that_breaks_off_is_a_failure_to_be_tried_again(repository):
     found = source(f"hf:{repository}")
     next(repository.glob("data/train-00001*")).unlink()
     with pytest.raises(RunFailed, match=r"shard 1 cannot be read: .*; run again to go on"):
-        [d for item in found.items(1) for d in item.documents("text", "stop")]
+        list(found.texts(read_options(PrepareConfig())))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plaingpt.console import UserError
+from plaingpt.text.bpe import _learn_fast as learn_fast
 from plaingpt.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer
-from plaingpt.tokenizer import _learn_fast as learn_fast
 
 TEXTS = {
     "english": "It's the King's; they'll say 'twas 1599, won't they?  Two  spaces.\n\n\tA tab.\r\n",

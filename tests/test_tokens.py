@@ -13,7 +13,7 @@ import pytest
 import plaingpt.tokens
 from plaingpt.console import UserError
 from plaingpt.files import new_directory
-from plaingpt.text.shards import ShardWriter, write_meta
+from plaingpt.text.shards import ShardWriter, name_files, write_meta
 from plaingpt.tokenizer import make_tokenizer
 from plaingpt.tokens import Tokens, id_dtype, open_data_set
 
@@ -31,7 +31,7 @@ def data_set(tmp_path):
             writer = ShardWriter(new, split, np.dtype("<u2"), shard_tokens=100)
             writer.write(ids)
             figures = {"tokens": len(ids), "bytes": sum(len(t.encode()) for t in texts), "documents": len(texts)}
-            splits[split] = figures | {"files": writer.close()}
+            splits[split] = figures | {"files": name_files(new, split, writer.close())}
         tokenizer.save(new)
         write_meta(new, tokenizer, "byte", "a test", splits)
     return tmp_path / "tiny"
@@ -97,7 +97,7 @@ def test_meta_json_says_what_the_files_are(data_set):
 
 def test_ids_are_little_endian_and_as_short_as_the_vocabulary_allows(data_set):
     assert (data_set / "val.bin").read_bytes() == b"".join(bytes([byte, 0]) for byte in VAL[0].encode())
-    assert [id_dtype(n).str for n in (257, 50257, 65536, 65537)] == ["<u2", "<u2", "<u2", "<u4"]
+    assert [id_dtype(n).str for n in (256, 50256, 65535, 65536)] == ["<u2", "<u2", "<u2", "<u4"]
 
 
 def test_a_data_set_whose_replacement_was_interrupted_is_opened(data_set):

@@ -1,168 +1,221 @@
-"""From items of text to token files: threads encode the units of a job."""
+"""One pass in order: a thread reads batches of documents, a pool encodes them, and shards are written in their order.
 
+Progress is a small file: how far reading had come, and the length of what was written and fsynced by then. Whoever
+goes on cuts the files to that length and reads from there, so a stop at any moment changes nothing in the result.
+"""
+
+import collections
 import concurrent.futures
-import contextlib
+import json
 import os
+import queue
 import threading
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from plaingpt.console import counted, note
-from plaingpt.files import flush
+from plaingpt.console import RunFailed, note
+from plaingpt.files import new_file
 from plaingpt.text.bulk import BulkEncoder
-from plaingpt.text.job import RECORD, Job, write_json
-from plaingpt.text.merger import Merger
-from plaingpt.text.readers import Documents, check_state, size_of, split_of
+from plaingpt.text.readers import SEPARATOR, Batch, Documents, LargeText, OneFile
+from plaingpt.text.records import Item, Shard
+from plaingpt.text.shards import ShardWriter
+from plaingpt.text.streams import ReadOptions, note_once, split_of
+from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
 
-BATCH_BYTES = 1 << 20  # of text encoded at a time
-HELD_TOKENS = 1 << 24  # of a unit that stay in memory until it is merged; of a larger one none do
+SAVE_TOKENS = 1 << 25  # ids between two saves of the progress, about a second's work
 
 
-def encode_units(job: Job, mine: Sequence[int], threads: int, merger: Merger | None = None) -> None:
-    """Encode those of the units `mine` that are not done yet; `merger` puts them together meanwhile."""
-    todo = sorted(set(mine).intersection(job.left()))
-    if len(todo) < len(mine):
-        note(f"going on after {len(mine) - len(todo):,} of {counted(len(mine), 'unit')} of work")
-    sizes = {unit: sum(map(size_of, job.units[unit])) for unit in mine}
-    options = {"unit": "B", "unit_scale": True}
-    if not all(sizes.values()):  # of a data set that is streamed the size is not known: then the bar counts shards
-        sizes, options = dict.fromkeys(mine, 1), {"unit": "shard"}
-    bar = tqdm(
-        total=sum(sizes.values()),
-        initial=sum(sizes.values()) - sum(sizes[unit] for unit in todo),
-        desc="encoding",
-        disable=True if os.environ.get("RANK", "0") != "0" else None,
-        **options,
-    )
-    encoder = Encoder(job, merger)
-    # reading Parquet, encoding, hashing and writing leave Python's lock to others: threads are enough
-    pool = concurrent.futures.ThreadPoolExecutor(min(threads, len(todo)) or 1)
-    try:
-        with bar:
-            for ended in concurrent.futures.as_completed([pool.submit(encoder.encode, unit) for unit in todo]):
-                bar.update(sizes[ended.result()])
-                if merger:
-                    merger.add_units()
-    finally:
-        encoder.stop.set()  # after a failure or Ctrl-C the others leave what they are at
-        pool.shutdown(cancel_futures=True)
-        if merger:
-            merger.add_units()  # what is done is not done again
+@dataclass(frozen=True)
+class Work:
+    """What one process has to do. Other processes do other parts."""
+
+    directory: Path  # of the shards
+    progress: Path
+    part: int  # from 1
+    items: list[Item]
+    options: ReadOptions
+    tokenizer: Tokenizer
+    dedup: bool
+    shard_tokens: int
+
+
+def encode_part(work: Work, threads: int) -> None:
+    """Read, encode and write all items of `work`, from where an earlier process stopped."""
+    output, encode = Output(work), Encoder(work).encode
+    if output.finished:
+        return
+    if output.position > (0, 0):
+        note(f"going on after {sum(output.splits[split]['tokens'] for split in SPLITS):,} tokens")
+    starts = np.cumsum([0, *(item.size for item in work.items)]).tolist()
+    encoded, room, stop = queue.SimpleQueue(), threading.Semaphore(8 * threads), threading.Event()
+
+    def feed() -> None:
+        for position, batch in read(work, output.position):
+            room.acquire()
+            if stop.is_set():
+                return
+            encoded.put((position, starts[position[0]] + batch.done, pool.submit(encode, batch)))
+
+    with (
+        progress_bar(work.items) as bar,
+        concurrent.futures.ThreadPoolExecutor(1) as reader,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,  # Arrow, gigatoken and hashing release the GIL
+    ):
+        feeding = reader.submit(feed)
+        feeding.add_done_callback(lambda _: encoded.put(None))
+        try:
+            while found := encoded.get():
+                position, done, batch = found
+                output.write(position, batch.result())
+                room.release()
+                bar.update(done - bar.n)
+            feeding.result()  # raises what stopped the reading
+        finally:  # also after a failure or Ctrl-C
+            stop.set()
+            room.release()
+            pool.shutdown(cancel_futures=True)
+    output.finish()
+
+
+def progress_bar(items: list[Item]) -> tqdm:
+    options = {"unit": "shard"} if items and isinstance(items[0], Shard) else {"unit": "B", "unit_scale": True}
+    hidden = True if os.environ.get("RANK", "0") != "0" else None  # None: where standard error is no terminal
+    return tqdm(total=sum(item.size for item in items), desc="encoding", disable=hidden, **options)
+
+
+Position = tuple[int, int]  # (item, batches of it that are done)
+
+
+def read(work: Work, start: Position) -> Iterator[tuple[Position, Batch]]:
+    """The batches after `start`. Those before are read, not encoded; from the beginning where copies are left out."""
+    seen = set() if work.dedup else None  # 64 bits a document: of ten million one is lost with a chance of 1 in 400,000
+    for i, item in enumerate(work.items):
+        if seen is None and i < start[0]:
+            continue
+        if seen is not None and isinstance(item, LargeText):
+            if (digest := item.digest()) in seen:
+                continue
+            seen.add(digest)
+        for n, batch in enumerate(item.batches(work.options), 1):
+            if seen is not None and not isinstance(item, LargeText):
+                batch = _without_copies(batch, seen)
+            if (i, n) > start:
+                yield (i, n), batch
+        if isinstance(item, OneFile):
+            item.file.check()
+
+
+def _without_copies(batch: Batch, seen: set[int]) -> Batch:
+    texts = {}
+    for text in batch.documents().texts:
+        texts.setdefault(xxhash.xxh3_64_intdigest(text), text)
+    new = [text for digest, text in texts.items() if digest not in seen]
+    seen.update(texts)
+    return batch._replace(documents=lambda: Documents(new))
 
 
 class Encoder:
-    """Encodes units, in any number of threads, until `stop` is set."""
+    """Encodes batches, in any number of threads."""
 
-    def __init__(self, job: Job, merger: Merger | None):
-        self.job, self.merger, self.stop = job, merger, threading.Event()
-        self.bulk = BulkEncoder(job.tokenizer)
+    def __init__(self, work: Work):
+        self.options, self.bulk = work.options, BulkEncoder(work.tokenizer)
+        self.dtype = id_dtype(work.tokenizer.vocab_size - 1)
+        self.look_for_end_of_text = not work.options.split_documents
 
-    def encode(self, unit: int) -> int:
-        """Encode the unit and have it merged, or write its files, the manifest last; return `unit`."""
-        job = self.job
-        with contextlib.ExitStack() as stack:
-            writers = {split: stack.enter_context(UnitWriter(job, self.bulk, unit, split)) for split in SPLITS}
-            for item in job.units[unit]:
-                for documents in item.documents(job.column, job.bad_files):
-                    if self.stop.is_set():
-                        return unit
-                    for split, text, digest in self.shares(documents):
-                        writers[split].add(text, digest, documents.begins)
-                check_state(item)
-            for writer in writers.values():
-                writer.flush()
-            if self.merger and not any(writer.file for writer in writers.values()):
-                held = {split: (writer.figures, writer.held) for split, writer in writers.items()}
-                if self.merger.keep(unit, held):
-                    return unit
-            figures = {split: writer.close() for split, writer in writers.items()}
-        write_json(job.manifest(unit), figures)
-        return unit
+    def encode(self, batch: Batch) -> dict[str, tuple[np.ndarray, int, int]]:
+        """Of each split that gets something: ids with end of text before each document, bytes, documents."""
+        documents = batch.documents()
+        if self.look_for_end_of_text and any(b"|" in text and SEPARATOR in text for text in documents.texts):
+            note_once(
+                "<|endoftext|> occurs in the text and is encoded letter by letter; if it stands between documents, "
+                "give --split_documents"
+            )
+        encoded, begins = {}, documents.begins
+        for split, texts in self._splits(documents).items():
+            ids = self.bulk.encode(texts)[not begins :].astype(self.dtype)
+            encoded[split] = ids, sum(map(len, texts)), len(texts) - (not begins)
+        return encoded
 
-    def shares(self, documents: Documents) -> Iterator[tuple[str, bytes, int]]:
-        """What of the documents goes to which split: (split, text, digest)."""
+    def _splits(self, documents: Documents) -> dict[str, list[bytes]]:
+        splits = collections.defaultdict(list)
         if documents.split:
+            splits[documents.split] = documents.texts
+        elif self.options.by_content:
             for text in documents.texts:
-                yield documents.split, text, int.from_bytes(os.urandom(8))
-            return
-        for text in documents.texts:
-            digest = xxhash.xxh3_64_intdigest(text)
-            if self.job.by_content:
-                yield split_of(digest, self.job.val_fraction), text, digest
-            else:
-                characters = text.decode()
-                border = int(len(characters) * (1 - self.job.val_fraction))
-                for split, part in (("train", characters[:border]), ("val", characters[border:])):
-                    if part:
-                        yield split, part.encode(), digest
+                splits[split_of(xxhash.xxh3_64_intdigest(text), self.options.val_fraction)].append(text)
+        else:
+            for text in map(bytes.decode, documents.texts):
+                border = int(len(text) * (1 - self.options.val_fraction))
+                for split, tail in (("train", text[:border]), ("val", text[border:])):
+                    if tail:
+                        splits[split].append(tail.encode())
+        return splits
 
 
-class UnitWriter:
-    """One split of one unit: documents in, a file of ids out, end of text before each document that begins."""
+class Output:
+    """The shards of one part, and its progress."""
 
-    def __init__(self, job: Job, bulk: BulkEncoder, unit: int, split: str):
-        self.bulk, self.end_of_text, self.dtype = bulk, job.tokenizer.end_of_text, id_dtype(job.tokenizer.vocab_size)
-        self.path = job.tokens(unit, split)
-        self.records_path = job.records(unit, split) if job.dedup else None
-        self.new = self.path.with_suffix(f".{os.getpid()}")
-        self.file, self.held = None, []
-        self.figures = {"tokens": 0, "bytes": 0, "documents": 0, "crc32": 0}
-        self.records = [np.empty(0, RECORD)]
-        self.texts, self.digests, self.waiting, self.begins = [], [], 0, True
+    def __init__(self, work: Work):
+        self.path = work.progress
+        dtype = id_dtype(work.tokenizer.vocab_size - 1)
+        found = read_json(self.path) or {}
+        self.finished = found.get("finished", False)
+        self.position = tuple(found.get("position", (0, 0)))
+        self.splits = found.get("splits") or {s: {"tokens": 0, "bytes": 0, "documents": 0, "files": []} for s in SPLITS}
+        self.first = work.part == 1
+        self.unsaved = 0
+        if not self.finished:
+            try:
+                self.writers = {
+                    split: ShardWriter(
+                        work.directory, f"part{work.part}_{split}", dtype, work.shard_tokens, figures["files"]
+                    )
+                    for split, figures in self.splits.items()
+                }
+            except ValueError as error:
+                self.path.unlink()
+                raise RunFailed(f"{error}; run again: this part is made anew") from error
 
-    def __enter__(self) -> "UnitWriter":
-        return self
+    def write(self, position: Position, encoded: dict[str, tuple[np.ndarray, int, int]]) -> None:
+        for split, (ids, n_bytes, n_documents) in encoded.items():
+            figures = self.splits[split]
+            if self.first and not figures["tokens"]:
+                ids = ids[1:]  # end of text stands between documents, not before the first one
+            self.writers[split].write(ids)
+            figures["tokens"] += len(ids)
+            figures["bytes"] += n_bytes
+            figures["documents"] += n_documents
+            self.unsaved += len(ids)
+        self.position = position
+        if self.unsaved >= SAVE_TOKENS:
+            self.save({split: writer.saved() for split, writer in self.writers.items()})
 
-    def __exit__(self, *_) -> None:
-        if self.file:
-            self.file.close()
-            self.new.unlink(missing_ok=True)  # still there after a failure only
+    def finish(self) -> None:
+        self.finished = True
+        self.save({split: writer.close() for split, writer in self.writers.items()})
 
-    def add(self, text: bytes, digest: int, begins: bool) -> None:
-        if self.waiting >= BATCH_BYTES or not begins:
-            self.flush()
-            self.begins = begins
-        self.texts.append(text)
-        self.digests.append(digest)
-        self.waiting += len(text)
+    def save(self, files: dict[str, list[dict]]) -> None:
+        for split, figures in self.splits.items():
+            figures["files"] = files[split]
+        write_json(self.path, {"position": self.position, "splits": self.splits, "finished": self.finished})
+        self.unsaved = 0
 
-    def flush(self) -> None:
-        """Encode what waits: documents of which only the first may go on with the one before."""
-        if not self.texts:
-            return
-        ids = self.bulk.encode(self.texts).astype(self.dtype)
-        if self.records_path:
-            records = np.empty(len(self.texts), RECORD)
-            records["digest"] = self.digests
-            records["tokens"] = np.diff(np.flatnonzero(ids == self.end_of_text), append=len(ids))
-            records["tokens"][0] -= not self.begins
-            records["bytes"] = [len(text) for text in self.texts]
-            self.records.append(records)
-        self.held.append(ids[not self.begins :])
-        self.figures["tokens"] += len(self.held[-1])
-        self.figures["bytes"] += self.waiting
-        self.figures["documents"] += len(self.texts) - (not self.begins)
-        self.texts, self.digests, self.waiting, self.begins = [], [], 0, True
-        if sum(map(len, self.held)) > HELD_TOKENS:
-            self.write()
 
-    def write(self) -> None:
-        self.file = self.file or open(self.new, "wb")  # noqa: SIM115 (closed on leaving)
-        for ids in self.held:
-            self.file.write(ids)
-            self.figures["crc32"] = zlib.crc32(ids, self.figures["crc32"])
-        self.held = []
+def read_json(path: Path) -> dict | None:
+    """What the file says; None if it is missing, or was left empty or cut by a loss of power."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
-    def close(self) -> dict:
-        self.write()
-        self.file.close()
-        if self.records_path:
-            np.concatenate(self.records).tofile(self.records_path)
-            flush(self.records_path)  # what stays of any unit hangs on it, and no checksum of it is kept
-        self.new.replace(self.path)
-        return self.figures
+
+def write_json(path: Path, content: dict) -> None:
+    with new_file(path) as file:
+        json.dump(content, file)

@@ -8,73 +8,74 @@ from pathlib import Path
 
 import numpy as np
 
-from plaingpt.console import RunFailed, one_line
+from plaingpt.console import RunFailed, UserError, one_line
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import FORMAT_VERSION, id_dtype
 
-READY = {"fineweb10B-gpt2": "kjj0/fineweb10B-gpt2"}  # repositories of the hub with such shards
-FLUSHED = 1 << 25  # ids after which what is written goes to the disk itself, so that the end has not to wait for all
+READY = {"fineweb10B-gpt2": "kjj0/fineweb10B-gpt2"}  # repositories of the hub with llm.c's shards
 
 
 class ShardWriter:
-    """Writes one split in one file or, where it has more than `shard_tokens` ids, in numbered files.
+    """Writes ids to numbered files of `shard_tokens` each.
 
-    It goes on after `files`, which is what `state` gave; ValueError where they are not like that any more.
+    `files` is what `saved` returned before a stop: what was written after it is cut off. ValueError if the last file
+    has other content.
     """
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int, files: Sequence[dict] = ()):
-        self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
-        self._single = directory / f"{split}.bin"
+    def __init__(self, directory: Path, prefix: str, dtype: np.dtype, shard_tokens: int, files: Sequence[dict] = ()):
+        self._directory, self._prefix, self._shard_tokens = directory, prefix, shard_tokens
         self._files = list(files)
         if not files:
             return self._open()
         path = directory / files[-1]["name"]
-        if self._single.exists():  # closed already
-            self._single.rename(path)
-        if not path.exists():
-            raise ValueError(f"{path} is gone")
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path} is missing")
         self._file = open(path, "r+b")  # noqa: SIM115 (closed when it is full)
         self._file.truncate(files[-1]["tokens"] * dtype.itemsize)
         self._digest = hashlib.file_digest(self._file, "sha256")
         if self._digest.hexdigest() != files[-1]["sha256"]:
-            raise ValueError(f"{path} is not as it was written")
+            raise ValueError(f"{path} is damaged")
 
     def _open(self) -> None:
-        name = f"{self._split}_{len(self._files):06}.bin"
-        self._file = open(self._directory / name, "wb")  # noqa: SIM115 (closed when it is full)
+        path = self._directory / f"{self._prefix}_{len(self._files):06}.bin"
+        path.unlink(missing_ok=True)
+        self._file = open(path, "xb")  # noqa: SIM115 (closed when it is full)
         self._digest = hashlib.sha256()
-        self._files.append({"name": name, "tokens": 0, "sha256": self._digest.hexdigest()})
+        self._files.append({"name": path.name, "tokens": 0, "sha256": self._digest.hexdigest()})
 
     def write(self, ids: np.ndarray) -> None:
         while len(ids):
             if self._files[-1]["tokens"] == self._shard_tokens:
-                self._close()
+                self.close()
                 self._open()
             room = self._shard_tokens - self._files[-1]["tokens"]
-            part, ids = ids[:room], ids[room:]
-            self._file.write(part)
-            self._digest.update(part)
-            self._files[-1]["tokens"] += len(part)
-            if self._files[-1]["tokens"] // FLUSHED > (self._files[-1]["tokens"] - len(part)) // FLUSHED:
-                os.fsync(self._file.fileno())
+            fitting, ids = ids[:room], ids[room:]
+            self._file.write(fitting)
+            self._digest.update(fitting)
+            self._files[-1]["tokens"] += len(fitting)
 
-    def _close(self) -> None:
-        self.state()
-        os.fsync(self._file.fileno())  # whoever goes on looks at the last file alone
-        self._file.close()
-
-    def state(self) -> list[dict]:
-        """Name, tokens and SHA-256 of each file so far."""
+    def saved(self) -> list[dict]:
+        """Name, tokens and SHA-256 of each file, all of them on the disk."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         self._files[-1]["sha256"] = self._digest.hexdigest()
         return self._files
 
     def close(self) -> list[dict]:
-        self._close()
-        if len(self._files) == 1:
-            (self._directory / self._files[0]["name"]).rename(self._single)
-            self._files[0]["name"] = self._single.name
-        return self._files
+        files = self.saved()
+        self._file.close()
+        return files
+
+
+def name_files(directory: Path, split: str, files: list[dict]) -> list[dict]:
+    """Give a split's files their final names: train.bin, or train_000000.bin and so on. Can be repeated."""
+    named = []
+    for i, file in enumerate(files):
+        name = f"{split}.bin" if len(files) == 1 else f"{split}_{i:06}.bin"
+        if (directory / file["name"]).exists():
+            (directory / file["name"]).rename(directory / name)
+        named.append(file | {"name": name})
+    return named
 
 
 def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, splits: dict, plan: str = "") -> dict:
@@ -83,7 +84,7 @@ def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, sp
         "format_version": FORMAT_VERSION,
         "tokenizer": kind,
         "vocab_size": tokenizer.vocab_size,
-        "dtype": id_dtype(tokenizer.vocab_size).name,
+        "dtype": id_dtype(tokenizer.vocab_size - 1).name,
         "end_of_text": tokenizer.end_of_text,
         "source": source,
         "plan": plan,
@@ -98,6 +99,8 @@ def fetch_tokens(name: str, directory: Path) -> None:
     import huggingface_hub
 
     partial = directory.with_name(f"{directory.name}.partial")
+    if partial.exists() and any(partial.iterdir()) and not (partial / ".cache" / "huggingface").exists():
+        raise UserError(f"{partial} exists and is not an unfinished download of ours; choose another --name")
     try:
         huggingface_hub.snapshot_download(READY[name], repo_type="dataset", local_dir=partial)
     except Exception as error:  # of any library below: network, server, disk

@@ -2,8 +2,6 @@
 
 import codecs
 import dataclasses
-import functools
-import glob
 import hashlib
 import os
 import re
@@ -18,29 +16,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from plaingpt.console import UserError, closest, note, one_line
-from plaingpt.text import arrow
-from plaingpt.text.readers import (
-    COMPRESSED,
-    JSON_LINES,
-    LARGE,
-    WHOLE,
-    File,
-    Item,
-    Lines,
-    Rows,
-    Shard,
-    TextFile,
-    TextPart,
-    checked_text,
-    split_of,
-)
+from plaingpt.console import UserError, one_line
+from plaingpt.files import new_file
+from plaingpt.text.readers import LARGE, File, LargeText, SplitText, TextFiles
+from plaingpt.text.records import KINDS, Item, Shard, kind_of
+from plaingpt.text.streams import PIECE, ReadOptions, checked_text
+from plaingpt.text.walk import find_files, walk
 from plaingpt.tokens import NAMED
 
 CACHE = Path(__file__).parents[2] / "data" / ".downloads"
 HUB = {  # repository, share for validation, and what is pinned
     "tinystories": ("roneneldan/TinyStories", 0.01, {}),
-    # the revision that has Parquet files in place of a script
+    # the revision that has Parquet files instead of a script
     "openwebtext": ("Skylion007/openwebtext", 0.0005, {"revision": "79d93d786212f7344586290adb811d4ae6a1762c"}),
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", 0.0005, {"config": "sample-10BT"}),
 }
@@ -48,104 +35,119 @@ HUB = {  # repository, share for validation, and what is pinned
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in files or in a Hugging Face data set, how they are to be read, and what suits the text."""
+    """Documents in files or in a Hugging Face data set, and what suits them."""
 
     name: str
     description: str
-    column: str
-    bad_files: str
     files: tuple[File, ...] = ()
     dataset: Any = None
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
-    fetch: Callable[[Path], Path] | None = None  # makes the one file, in the given folder or where it is kept
+    bad_files: str | None = None  # instead of the setting
+    fetch: Callable[[Path], Path] | None = None  # downloads the only file, or copies it to the given folder
+    once: bool = False  # it cannot be read again later
+    summary: str = ""  # of the files read and skipped
 
-    @property
-    def size(self) -> int:
-        """Bytes of the files."""
-        return sum(file.size for file in self.files)
+    def fetched(self, directory: Path) -> "Source":
+        return dataclasses.replace(self, files=(File.at(str(self.fetch(directory))),)) if self.fetch else self
 
-    def items(self, unit_bytes: int, by_content: bool = True, dedup: bool = False) -> Iterator[Item]:
-        """What can be read apart, in an order and of sizes that depend on the source alone."""
+    def items(self, options: ReadOptions) -> list[Item]:
+        """What is read one after another, in an order that depends on the source alone."""
         if self.dataset is not None:
-            shards = getattr(self.dataset, "num_shards", None)  # one that is on disk already has none
+            shards = getattr(self.dataset, "num_shards", None)  # a data set on disk has none
             if shards is None:
-                shards = max(1, min(len(self.dataset), (self.dataset.dataset_size or 0) // unit_bytes))
-            yield from (Shard(self.description, index, shards, self.dataset) for index in range(shards))
-        seen = set() if dedup else None
+                shards = max(1, min(len(self.dataset), (self.dataset.dataset_size or 0) >> 23))
+            return [Shard(self.description, index, shards, self.dataset) for index in range(shards)]
+        items, group = [], []
         for file in self.files:
-            if file.size <= LARGE or self.bad_files != "skip" or _is_text(file):
-                yield from file_items(file, unit_bytes, self.val_fraction, by_content, seen)
+            if (kind := kind_of(file.path)) in KINDS:
+                items.append(KINDS[kind](file))
+            elif file.size > LARGE:
+                items.append((SplitText if options.split_documents else LargeText)(file))
+            elif file.size:
+                group.append(file)
+                if sum(f.size for f in group) >= PIECE:
+                    items.append(TextFiles(tuple(group)))
+                    group = []
+        return [*items, TextFiles(tuple(group))] if group else items
 
-    def texts(self) -> Iterator[bytes]:
-        """The documents, for a look at them. A large file comes in pieces."""
-        for item in self.items(1 << 62):
-            for documents in item.documents(self.column, self.bad_files):
-                yield from documents.texts
+    def texts(self, options: ReadOptions) -> Iterator[bytes]:
+        """The documents; a large text file in pieces."""
+        for item in self.items(options):
+            for batch in item.batches(options):
+                yield from batch.documents().texts
 
-    def count_documents(self, most: int) -> int:
-        """How many there are, up to `most`; no text file is read for it."""
+    def count_documents(self, options: ReadOptions, most: int) -> int:
+        """How many there are, up to `most`."""
         found = 0
-        for item in self.items(1 << 62, by_content=False):
-            if isinstance(item, TextFile | TextPart):
-                counts = [isinstance(item, TextFile) or item.split == "train"]
+        for item in self.items(options):
+            if isinstance(item, LargeText):
+                counts = [1]
+            elif isinstance(item, TextFiles) and not options.split_documents:
+                counts = [len(item.files)]
             else:
-                counts = (len(documents.texts) for documents in item.documents(self.column, self.bad_files))
+                counts = (len(batch.documents().texts) for batch in item.batches(options))
             for count in counts:
                 if (found := found + count) >= most:
                     return most
         return found
 
-    def fetched(self, directory: Path) -> "Source":
-        """The same with its file at hand: downloaded, or standard input copied to `directory`."""
-        return dataclasses.replace(self, files=(File.at(str(self.fetch(directory))),)) if self.fetch else self
+
+def read_options(config: Any) -> ReadOptions:
+    """What prepare_data.py's settings say about reading."""
+    encoding = config.encoding
+    try:
+        if encoding is not None and ("".encode(encoding), codecs.lookup(encoding).name)[1] == "utf-8":
+            encoding = None
+    except (LookupError, ValueError) as error:
+        raise UserError(f"--encoding={encoding}: unknown; examples: latin-1, cp1252, utf-16-le, gb18030") from error
+    return ReadOptions(config.column, config.bad_files, encoding, config.split_documents)
 
 
 def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> Source:
-    """The source that the words of the command line name. `options`: prepare_data's settings."""
-    named = next((w for w in wanted if w == "-" or w.startswith("hf:") or (w in NAMED and not Path(w).exists())), None)
+    """The source that the command line names. `options`: the settings of prepare_data.py."""
+    is_named = (w == "-" or w.startswith("hf:") or (w in NAMED and not os.path.exists(w)) for w in wanted)
+    named = next((word for word, found in zip(wanted, is_named) if found), None)
     if named and len(wanted) > 1:
-        others = " ".join(word for word in wanted if word != named)
-        raise UserError(f"{named} is a source of its own: prepare it without {others}")
+        others = shlex.join(word for word in wanted if word != named)
+        raise UserError(f"{named} cannot be combined with other sources: prepare it without {others}")
     if not wanted:
         raise UserError(
             f"name a source: one of {', '.join(NAMED)}, or files, folders and globs of text, or hf:owner/name"
         )
     if options.site_packages and named != "python":
-        raise UserError("--site_packages goes with the source python only")
-    reading = {"column": options.column, "bad_files": options.bad_files}
+        raise UserError("--site_packages belongs to the source python")
     if named == "-":
         path = "stdin.jsonl" if json_lines else "stdin.txt"
-        return Source("stdin", "standard input", fetch=lambda folder: _standard_input(folder / path), **reading)
+        return Source("stdin", "standard input", fetch=lambda folder: _standard_input(folder / path), once=True)
     if named == "python":
-        files = _python_files(options.site_packages)
-        return Source("python", "python", files=files, tokenizer="bpe", **reading | {"bad_files": "skip"})
+        return Source("python", "python", _python_files(options.site_packages), tokenizer="bpe", bad_files="skip")
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
-        return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1, **reading)
+        return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
     if named:
         repository, val_fraction, pinned = HUB.get(named) or (named.removeprefix("hf:").rstrip("/"), 0.01, {})
         name = named if named in HUB else Path(repository).name
-        return _hub(repository, name, val_fraction, options, reading, pinned)
-    paths = {os.path.normpath(path) for word in wanted for path in _files(word)}
-    files = tuple(File.at(path) for path in sorted(paths, key=_parts))
-    if not files:
-        raise UserError(f"{' '.join(wanted)}: no files there")
-    return Source(Path(wanted[0]).stem.split(".")[0] or "text", shlex.join(wanted), files=files, **reading)
+        return _hub(repository, name, val_fraction, options, pinned)
+    files, summary = find_files(wanted, read_options(options))
+    name = Path(wanted[0]).stem.split(".")[0] or "text"
+    return Source(name, shlex.join(wanted), files, summary=summary)
 
 
-def _hub(repository: str, name: str, val_fraction: float, options: Any, reading: dict, pinned: dict) -> Source:
+def _hub(repository: str, name: str, val_fraction: float, options: Any, pinned: dict) -> Source:
     """A data set of the Hugging Face hub, or a local folder of that form."""
+    if options.streaming and "[" in options.split:
+        raise UserError(f"--split={options.split}: a part of a split requires --streaming=False")
     import datasets
     import huggingface_hub
 
     config, revision = (getattr(options, key) or pinned.get(key) for key in ("config", "revision"))
     try:
         local = Path(repository).is_dir()
-        if local:  # a name for its state: work that was begun with another is not gone on with
-            files = [File.at(path) for path in sorted(_below(repository))]
+        if local:  # its state in place of a revision: work that was begun with another is not continued
+            files = sorted(File.at(path) for path in walk(repository))
             revision = hashlib.sha256(repr(files).encode()).hexdigest()[:40]
-        elif not re.fullmatch("[0-9a-f]{40}", revision or ""):  # every process and machine reads the same state of it
+        elif not re.fullmatch("[0-9a-f]{40}", revision or ""):  # every process and machine reads the same revision
             revision = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
         dataset = datasets.load_dataset(
             repository, config, split=options.split, revision=None if local else revision, streaming=options.streaming
@@ -156,71 +158,11 @@ def _hub(repository: str, name: str, val_fraction: float, options: Any, reading:
         raise UserError(f"hf:{repository} cannot be opened: {one_line(error)}") from error
     flags = {"config": config, "split": options.split, "revision": revision}
     words = [f"hf:{repository}", *(f"--{key}={value}" for key, value in flags.items() if value)]
-    return Source(name, shlex.join(words), dataset=dataset, val_fraction=val_fraction, **reading)
-
-
-def file_items(file: File, unit_bytes: int, val_fraction: float, by_content: bool, seen: set | None) -> Iterator[Item]:
-    """The items of a file, each of about `unit_bytes` where the file can be parted.
-
-    A large text file goes to one split `by_content`, or its tail goes to validation. One whose digest has been
-    `seen` has no items.
-    """
-    path, size, _ = file
-    if path.endswith(".parquet"):
-        yield from _row_items(file, unit_bytes)
-    elif path.endswith(COMPRESSED):
-        yield Lines(file, 0, WHOLE)
-    elif path.endswith(JSON_LINES):
-        for start in range(0, size, unit_bytes):
-            yield Lines(file, start, min(start + unit_bytes, size))
-    elif size > LARGE:
-        border = int(size * (1 - val_fraction))
-        ranges = [("train", 0, border), ("val", border, size)]
-        if by_content or seen is not None:
-            import xxhash  # train.py, which imports this module, does without
-
-            with open(path, "rb") as opened:
-                digest = hashlib.file_digest(opened, xxhash.xxh3_64).intdigest()
-            if seen is not None:
-                if digest in seen:
-                    return
-                seen.add(digest)
-            if by_content:
-                ranges = [(split_of(digest, val_fraction), 0, size)]
-        for split, start, stop in ranges:
-            for begin in range(start, stop, unit_bytes):
-                yield TextPart(file, begin, min(begin + unit_bytes, stop), split, first=begin == start)
-    elif size:
-        yield TextFile(file)
-
-
-@functools.cache
-def _is_text(file: File) -> bool:
-    """Whether a large file can be read; a note where not. Its parts, once they are written, cannot be left out."""
-    if file.path.endswith((".parquet", *COMPRESSED, *JSON_LINES)):
-        return True
-    try:
-        for _ in TextPart(file, 0, file.size, "train", first=False).documents("", "stop"):
-            pass
-    except UserError as error:
-        note(f"skipped: {str(error).partition('; leave it out')[0]}")
-        return False
-    return True
-
-
-def _row_items(file: File, unit_bytes: int) -> Iterator[Rows]:
-    with arrow.open_parquet(file.path) as parquet:
-        sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
-    start = size = 0
-    for i, of_group in enumerate(sizes, 1):
-        size += of_group
-        if i == len(sizes) or size >= unit_bytes:
-            yield Rows(file, start, i, size)
-            start, size = i, 0
+    return Source(name, shlex.join(words), dataset=dataset, val_fraction=val_fraction)
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file of any size, for a prompt say; UserError if it is no text."""
+    """The text of a UTF-8 file, such as a prompt; UserError if it is not text."""
     try:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
         return checked_text(data, str(path), bad_files="refuse", binary=True).decode()
@@ -229,11 +171,11 @@ def read_text(path: Path) -> str:
 
 
 def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:
-    """`path`, downloaded if it is not there yet; kept only if size and checksum are right."""
+    """`path`, downloaded if it is missing or damaged; kept only if size and checksum are right."""
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
     import http.client
-    import urllib.request  # slow, and needed here alone
+    import urllib.request  # slow to import
 
     instead = f"fetch it by other means and put it at {path}"
     data = bytearray()
@@ -249,47 +191,24 @@ def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) 
         raise UserError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)}); {instead}") from error
     if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{url} gave {len(data):,} bytes that are not the expected file; try again, or {instead}")
-    partial = path.with_name(path.name + ".new")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(data)
-    return partial.replace(path)
-
-
-def _files(word: str) -> Iterator[str]:
-    if os.path.isdir(word):
-        yield from _below(word)
-    elif os.path.isfile(word):
-        yield word
-    elif matches := glob.glob(word, recursive=True):
-        yield from (match for match in matches if os.path.isfile(match))
-    else:
-        raise UserError(f"{word}: no such file, folder or source{closest(word, NAMED)}")
-
-
-def _parts(path: str) -> list[str]:
-    return path.split(os.sep)  # a folder's files stay together, whatever signs come before the separator
-
-
-def _below(folder: str, left_out: frozenset[str] = frozenset()) -> Iterator[str]:
-    """The files in a folder and its folders, but for hidden ones and those below a folder named in `left_out`."""
-    for entry in os.scandir(folder):  # not os.walk: it passes over a folder that may not be read
-        if not entry.name.startswith(".") and entry.name not in left_out:
-            deeper = entry.is_dir(follow_symlinks=False)
-            yield from _below(entry.path, left_out) if deeper else filter(os.path.isfile, [entry.path])
+    with new_file(path, "wb") as file:
+        file.write(data)
+    return path
 
 
 def _python_files(site_packages: bool) -> tuple[File, ...]:
-    """Python's own library without its tests and, where asked for, every installed package."""
+    """Python's standard library without its tests and, on request, every installed package."""
     paths = sysconfig.get_paths()
-    left_out = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
-    found = list(_below(paths["stdlib"], left_out))
+    found = walk(paths["stdlib"], {"site-packages", "dist-packages", "test", "tests", "idle_test"})
     if site_packages:
-        found += [path for folder in {paths["purelib"], paths["platlib"]} for path in _below(folder)]
-    return tuple(File.at(path) for path in sorted(found, key=_parts) if path.endswith(".py"))
+        found = [*found, *(path for folder in {paths["purelib"], paths["platlib"]} for path in walk(folder))]
+    files = {path for path in found if path.endswith(".py")}
+    return tuple(File.at(path) for path in sorted(files, key=lambda path: path.split(os.sep)))
 
 
 def _standard_input(path: Path) -> Path:
-    with open(path, "wb") as file:
+    with new_file(path, "wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
     return path
 

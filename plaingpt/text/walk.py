@@ -1,0 +1,124 @@
+"""Which files a preparation reads: one walk over folders and globs, each real file once, and what it leaves out."""
+
+import collections
+import fnmatch
+import glob
+import mimetypes
+import os
+from collections.abc import Container, Iterator
+
+from plaingpt.console import UserError, closest, counted
+from plaingpt.text.readers import File
+from plaingpt.text.records import KINDS, kind_of
+from plaingpt.text.streams import ReadOptions, encoding_of
+from plaingpt.tokens import NAMED
+
+HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
+OFTEN_NOT_DOCUMENTS = ("JSON", "CSV", "TSV")  # settings and tables as well as texts
+
+
+def walk(folder: str, left_out: Container[str] = ("node_modules",), entered: set | None = None) -> Iterator[str]:
+    """The files in a folder and below, except hidden ones. Links are followed; no folder is entered twice."""
+    entered, status = set() if entered is None else entered, os.stat(folder)
+    if (status.st_dev, status.st_ino) in entered:
+        return
+    entered.add((status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:  # not os.walk, which ignores a folder that cannot be read
+        found = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+    for entry in found:
+        if entry.name.startswith(".") or entry.name in left_out:
+            continue
+        if entry.is_dir():
+            yield from walk(entry.path, left_out, entered)
+        elif entry.is_file():  # not a pipe, a device or a broken link
+            yield entry.path
+
+
+def find_files(words: list[str], options: ReadOptions) -> tuple[tuple[File, ...], str]:
+    """The files that are read, in the order of their paths, and a summary of these and of those left out.
+
+    What is not text is left out, but UserError where such a file is named itself.
+    """
+    named = {os.path.normpath(word) for word in words if os.path.isfile(word)}
+    paths = {os.path.normpath(path): None for word in words for path in _files(word)}
+    files, read, skipped, seen = [], collections.Counter(), collections.Counter(), set()
+    for path in sorted(paths, key=lambda path: (os.path.islink(path), path.split(os.sep))):
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        if kind := _not_text(path, options, path in named):
+            skipped[kind] += 1
+        else:
+            files.append(File.at(path))
+            read[kind_of(path)] += 1
+    of_each = ", ".join(f"{n:,} {kind}" for kind, n in read.most_common())
+    column = f" (column {options.column!r})" if set(read) - {"text"} else ""
+    left_out = ", ".join(counted(n, kind) if kind.islower() else f"{n:,} {kind}" for kind, n in skipped.most_common())
+    left_out = f"{skipped.total():,} skipped: {left_out}" if skipped else ""
+    if not files:
+        raise UserError(f"{' '.join(words)}: {left_out or 'no files there'}")
+    summary = f"reading {counted(len(files), 'file')}: {of_each}{column}" + (f"; {left_out}" if left_out else "")
+    return tuple(sorted(files, key=lambda file: file.path.split(os.sep))), summary
+
+
+def _files(word: str) -> Iterator[str]:
+    if os.path.isdir(word):
+        yield from walk(word)
+    elif os.path.isfile(word):
+        yield word
+    elif matches := list(_matches(word)):
+        yield from filter(os.path.isfile, matches)
+    else:
+        raise UserError(f"{word}: no such file, folder or source{closest(word, NAMED)}")
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What a glob matches. Below ** the walk decides, so that a circle of links ends."""
+    if "**" not in pattern:
+        yield from glob.iglob(pattern)
+        return
+    start = os.path.dirname(pattern.partition("**")[0])
+    parts = os.path.relpath(pattern, start or os.curdir).split(os.sep)
+    for folder in filter(os.path.isdir, glob.iglob(start or os.curdir)):
+        yield from (path for path in walk(folder) if _fits(os.path.relpath(path, folder).split(os.sep), parts))
+
+
+def _fits(names: list[str], parts: list[str]) -> bool:
+    if not names or not parts:
+        return names == parts or parts == ["**"]
+    if parts[0] == "**":
+        return _fits(names, parts[1:]) or _fits(names[1:], parts)
+    return fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
+def _not_text(path: str, options: ReadOptions, named: bool) -> str | None:
+    """What a file is that cannot be read as documents; None if it can. UserError if it is `named`."""
+    kind = kind_of(path)
+    if kind in OFTEN_NOT_DOCUMENTS and not named:
+        try:
+            next((batch.documents() for batch in KINDS[kind](File.at(path)).batches(options)), None)
+        except UserError:
+            return f"{kind} without {options.column!r}"
+    if kind != "text":
+        return None
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if head.startswith((b"%PDF-", b"{\\rtf")):
+        kind = "PDF" if head.startswith(b"%") else "RTF"
+    elif b"\0" in head and not encoding_of(head[:4], options.encoding):
+        kind = _binary_kind(path)
+    else:
+        return None
+    if named and options.bad_files != "skip":
+        hint = "if it is UTF-16, name the --encoding" if kind == "binary file" else "convert it to text first"
+        raise UserError(f"{path} is not text ({kind}): {hint}, or leave it out: --bad_files=skip")
+    return kind
+
+
+def _binary_kind(path: str) -> str:
+    guess = (mimetypes.guess_type(path)[0] or "text").split("/")
+    if guess[0] == "text" or guess[-1] == "octet-stream":
+        return "binary file"
+    kinds = {"audio": "audio file", "video": "video file", "image": "image", "font": "font"}
+    return kinds.get(guess[0], os.path.splitext(path)[1][1:].upper())

@@ -1,0 +1,64 @@
+"""tools/inspect_data.py: figures, documents, checksums and a picture of a data set."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from conftest import run_main
+
+DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260)]
+
+
+@pytest.fixture
+def made(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+    flags = [f"--data_dir={tmp_path}", "--name=set", "--tokenizer=gpt2"]
+    assert run_main("prepare_data", tmp_path / "text.jsonl", *flags).status == 0
+    return tmp_path / "set"
+
+
+def test_it_prints_figures_and_documents_and_draws(made):
+    before = {path.name: path.read_bytes() for path in made.iterdir()}
+    told = run_main("tools.inspect_data", made)
+    assert told.status == 0
+    meta = json.loads((made / "meta.json").read_text())
+    for split in ("train", "val"):
+        figures = meta["splits"][split]
+        assert (
+            f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes: "
+            f"{figures['bytes'] / figures['tokens']:.2f} bytes a token"
+        ) in told.err
+    assert "of 50,257 ids of the vocabulary occur" in told.err and "checksums and ids are right" in told.err
+    assert "document 1, 4 tokens: 'Document 0: ' (ends here)" in told.err
+    assert "shortest, 4 tokens: 'Document " in told.err and "longest, " in told.err
+    assert (made / "inspect.png").read_bytes().startswith(b"\x89PNG")
+    (made / "inspect.png").unlink()
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+
+
+def test_the_picture_is_not_drawn_through_a_link_and_a_folder_in_its_place_is_refused(made, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (made / "inspect.png").symlink_to(tmp_path / "mine")
+    assert run_main("tools.inspect_data", made).status == 0
+    assert (tmp_path / "mine").read_text() == "mine" and not (made / "inspect.png").is_symlink()
+    (made / "inspect.png").unlink()
+    (made / "inspect.png").mkdir()
+    refused = run_main("tools.inspect_data", made)
+    assert refused.status == 2 and "inspect.png cannot be written: " in refused.err
+
+
+def test_every_checksum_is_verified(made):
+    status, ids = (made / "train.bin").stat(), np.fromfile(made / "train.bin", np.uint16)
+    ids[5] ^= 1
+    ids.tofile(made / "train.bin")
+    os.utime(made / "train.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
+    told = run_main("tools.inspect_data", made)
+    assert told.status == 2 and "train.bin" in told.err and "checksums and ids are right" not in told.err
+
+
+def test_a_missing_data_set_is_refused_with_the_command_that_makes_it(tmp_path):
+    missing = run_main("tools.inspect_data", tmp_path / "openwebtext")
+    assert missing.status == 2 and "to get it: python prepare_data.py openwebtext" in missing.err
+    old = run_main("prepare_data", "--inspect=books")
+    assert old.status == 2 and "python tools/inspect_data.py data/NAME" in old.err
