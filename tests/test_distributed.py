@@ -188,3 +188,11 @@ def test_a_mistake_is_what_the_last_lines_of_torchrun_say(script):
     *_, cause, border = summary.strip().splitlines()
     told = r": --data_di: there is no setting data_di; did you mean --data_dir\?"
     assert re.fullmatch(rf"  traceback : {re.escape(script)}( \[rank 1\])?{told}", cause) and set(border) == {"="}
+
+
+def test_the_old_launcher_works_and_names_the_new_one(tmp_path, tiny_flags):
+    command = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2", "train.py"]
+    flags = tiny_flags(tmp_path / "run", max_iters=2, gradient_accumulation_steps=2)
+    ended = subprocess.run([*command, *flags], env=child_environment(), cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "start processes with torchrun instead of python -m torch.distributed.launch" in ended.stderr

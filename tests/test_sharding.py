@@ -19,6 +19,7 @@ PLAN = SHAPE | dict(max_iters=8, eval_interval=4, keep_every=4, warmup_iters=2, 
 MODES = {"ddp": dict(sharding="ddp"), "fsdp": dict(sharding="fsdp")}
 STARTS = ("one", *MODES)
 OTHERS = {  # at most so far from one process
+    "compiled-fsdp": (dict(compile=True, recompute=True, sharding="fsdp"), 1e-5),
     "bfloat16-ddp": (dict(dtype="bfloat16"), 2e-2),
     "bfloat16-fsdp": (dict(dtype="bfloat16", reduce_dtype="bfloat16", recompute=True, sharding="fsdp"), 2e-2),
     "float16-fsdp": (dict(dtype="float16", sharding="fsdp"), 2e-2),
@@ -50,6 +51,9 @@ def work():
             argv, sys.argv = sys.argv, ["train.py", *flags]
             assert train.main() == 0
             sys.argv = argv
+            if "--compile=True" in flags:
+                from torch._dynamo.utils import counters
+                assert counters["stats"] and not counters["graph_break"], counters
     return 0
 
 run_script(record(work))
@@ -130,7 +134,9 @@ def test_precision_and_recomputation_under_sharding(runs, train, tmp_path, name)
     """fp16 skips its first updates, until the loss scale fits, on all processes alike."""
     folder, ended = runs
     changes, tolerance = OTHERS[name]
-    alone = {key: value for key, value in changes.items() if key not in ("sharding", "recompute", "reduce_dtype")}
+    alone = {
+        key: value for key, value in changes.items() if key not in ("sharding", "recompute", "reduce_dtype", "compile")
+    }
     train(tmp_path / "one", **PLAN | alone)
     found, expected = losses(folder / name, "train_loss"), losses(tmp_path / "one", "train_loss")
     assert found == pytest.approx(expected, abs=tolerance), ended.stderr
