@@ -1,126 +1,104 @@
-"""Tokens per second of a training step: ours (the one train.py runs, imported), transformers' and nanoGPT's.
+"""Tokens per second of a training step: ours (as train.py runs it), transformers' and nanoGPT's.
 
 python bench/train.py baby shake 124M --nanogpt=PATH        # PATH: a checkout of nanoGPT
 
-Every contestant has a process of its own, so that peak memory is its own; they take turns, round by
-round, and the medians count. Each step draws its batch, goes forward and backward, clips and updates.
+Each contestant has a process of its own, so that peak memory can be compared. They take turns; the table shows medians
+over the rounds. A step draws a batch, runs forward and backward, clips the gradients and updates the weights.
 """
 
 import contextlib
-import importlib.util
 import io
-import multiprocessing
+import itertools
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from common import SIZES, VOCAB_SIZES, Worker, nanogpt_model
 
 from model import GPT, GPTConfig
-from plaingpt.batches import TrainBatches
 from plaingpt.console import UserError, run_script
 from plaingpt.distributed import Distributed, connect
-from plaingpt.optimizer import make_optimizers
-from plaingpt.parallel import wrap
-from plaingpt.settings import Positive, PositiveInt, load_settings
-from plaingpt.tokens import Tokens
-from train import Run, TrainConfig, train_step
+from plaingpt.settings import PathName, Positive, PositiveInt, load_settings
+from plaingpt.tokenizer import gpt2
+from plaingpt.tokens import DataSet, Tokens
+from train import TrainConfig, set_up, train_step
 
-SIZES = {  # layers, heads, width, T, sequences, vocabulary
-    "baby": (4, 4, 128, 64, 12, 65),
-    "shake": (6, 6, 384, 256, 16, 65),
-    "124M": (12, 12, 768, 1024, 1, 50257),
-}
 CONTESTANTS = ("nanogpt", "transformers-fp32", "transformers-bf16", "ours-adamw", "ours-muon")
 LIMITS = ("matmul-float32", "matmul-bfloat16")
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    sizes: tuple[str, ...] = ()
-    """baby, shake, 124M; by default all three"""
+    sizes: tuple[Literal[tuple(SIZES)], ...] = ()
+    """baby, shake, 124M (default: all)"""
     contestants: str = ",".join(CONTESTANTS)
-    """separated by commas: those, and each with -compiled"""
-    nanogpt: str | None = None
-    """a checkout of nanoGPT, for the contestants of that name; nanogpt is fp32 on the CPU, bf16 on CUDA"""
+    """separated by commas; each also with -compiled"""
+    nanogpt: PathName | None = None
+    """checkout of nanoGPT, which runs in fp32 on a CPU and in bf16 on CUDA"""
     rounds: PositiveInt = 5
     """turns of each contestant"""
     turn_seconds: Positive = 2.0
-    """a turn lasts about as long"""
+    """approximate length of a turn"""
     sequences: PositiveInt | None = None
-    """of a batch, in place of the size's own: on a GPU 124M wants 32 or 64"""
+    """sequences per step (default: by size); on a GPU, 32 or 64 for 124M"""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """where"""
+    """cpu or cuda"""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a contestant is given: the model's shape and where the tokens are."""
+    """What all contestants train on."""
 
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    batch_size: int
+    shape: dict[str, int]
     vocab_size: int
+    batch_size: int
     tokens: str
-
-    def shape(self) -> dict:
-        return {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    """file of token ids"""
 
 
 def ours(work: Work, dist: Distributed, options: list[str]) -> Callable[[int], None]:
+    optimizer, compiled = options[0], "compiled" in options
     config = TrainConfig(
-        **work.shape(), batch_size=work.batch_size, gradient_accumulation_steps=1, optimizer=options[0], max_iters=10**6
+        **work.shape, batch_size=work.batch_size, gradient_accumulation_steps=1, optimizer=optimizer, compile=compiled
     )
-    raw_model = GPT(GPTConfig(vocab_size=work.vocab_size, bias=False, **work.shape()))
-    model = wrap(raw_model, dist, compiled="compiled" in options)
-    optimizers = make_optimizers(raw_model, config.optimizer, config.learning_rate, 0.1, (0.9, 0.95), dtype=dist.dtype)
-    scaler = torch.amp.GradScaler(dist.device.type, enabled=False)
-    batches = TrainBatches(Tokens([np.memmap(work.tokens, np.uint16, "r")]), work.block_size, work.batch_size, seed=0)
-    tokens = work.batch_size * work.block_size
-    run = Run(config, dist, None, raw_model, model, optimizers, scaler, batches, None, tokens)
+    tokens = Tokens([np.memmap(work.tokens, np.uint16, "r")])
+    model = GPT(GPTConfig(vocab_size=work.vocab_size, bias=False, **work.shape))
+    run = set_up(config, DataSet(tokens, tokens, gpt2(), ""), model, 1, dist)
     return lambda step: train_step(run, step)
 
 
 def nanogpt(work: Work, dist: Distributed, options: list[str], checkout: str) -> Callable[[int], None]:
-    """The step of its train.py, with its model, its optimizer and its way of drawing a batch."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(checkout) / "model.py")
-    its = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(its)
-    cuda = dist.device.type == "cuda"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py
+    """The step of nanoGPT's train.py, with its model, optimizer and batches."""
+    module, cuda = nanogpt_model(checkout), dist.device.type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as in its train.py
     vocab_size = 50304 if work.vocab_size == 50257 else work.vocab_size
     with contextlib.redirect_stdout(io.StringIO()):
-        model = its.GPT(its.GPTConfig(vocab_size=vocab_size, bias=False, **work.shape())).to(dist.device)
+        model = module.GPT(module.GPTConfig(vocab_size=vocab_size, bias=False, **work.shape)).to(dist.device)
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), dist.device.type)
     forward = torch.compile(model) if "compiled" in options else model
+    T = work.shape["block_size"]
 
-    def batch() -> list[torch.Tensor]:
-        ids, T = np.memmap(work.tokens, np.uint16, "r"), work.block_size
+    def batch() -> Iterator[torch.Tensor]:
+        ids = np.memmap(work.tokens, np.uint16, "r")
         starts = torch.randint(len(ids) - T, (work.batch_size,))
-        pair = [
-            torch.stack([torch.from_numpy(ids[i + o : i + o + T].astype(np.int64)) for i in starts]) for o in (0, 1)
-        ]
-        return [x.pin_memory().to(dist.device, non_blocking=True) if cuda else x for x in pair]
+        for i in (0, 1):
+            x = torch.stack([torch.from_numpy(ids[s + i : s + i + T].astype(np.int64)) for s in starts])
+            yield x.pin_memory().to(dist.device, non_blocking=True) if cuda else x
 
     def step(_: int) -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
             _, loss = forward(*batch())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(model, loss, optimizer)
 
     return step
 
@@ -129,146 +107,128 @@ def transformers(work: Work, dist: Distributed, options: list[str]) -> Callable[
     """GPT2LMHeadModel in a plain loop, with torch's fused AdamW."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=work.n_layer, n_head=work.n_head, n_embd=work.n_embd, n_positions=work.block_size,
-            vocab_size=work.vocab_size, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, use_cache=False,
-        )
-    ).to(dist.device)  # fmt: skip
+    shape = dict(work.shape)
+    T = shape.pop("block_size")
+    no_dropout = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    config = GPT2Config(vocab_size=work.vocab_size, n_positions=T, use_cache=False, **shape, **no_dropout)
+    model = GPT2LMHeadModel(config).to(dist.device)
     forward = torch.compile(model) if "compiled" in options else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     ids = torch.from_numpy(np.fromfile(work.tokens, np.uint16).astype(np.int64))
 
     def step(_: int) -> None:
-        starts = torch.randint(len(ids) - work.block_size, (work.batch_size, 1))
-        inputs = ids[starts + torch.arange(work.block_size)].to(dist.device)
+        starts = torch.randint(len(ids) - T, (work.batch_size, 1))
+        inputs = ids[starts + torch.arange(T)].to(dist.device)
         with torch.autocast(dist.device.type, torch.bfloat16, enabled="bf16" in options):
             loss = forward(input_ids=inputs, labels=inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(model, loss, optimizer)
 
     return step
 
 
+def update(model: torch.nn.Module, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def side(device: str) -> int:
+    """Rows of the square matrices whose product shows what the machine can reach."""
+    return 8192 if device == "cuda" else 1024
+
+
 def matrix_products(dist: Distributed, dtype: torch.dtype) -> Callable[[int], None]:
-    n = side(dist.device)
+    n = side(dist.device.type)
     a, b = torch.randn(2, n, n, device=dist.device, dtype=dtype)
     return lambda _: [a @ b for _ in range(10)]
 
 
-def side(device: torch.device) -> int:
-    """Of the square matrices whose product shows the machine's limit."""
-    return 8192 if device.type == "cuda" else 1024
-
-
-def contestant(name: str, work: Work, config: BenchConfig, pipe) -> None:
-    """The process of a contestant: for each number of steps that it is sent, the seconds of one and the peak memory."""
-    torch.manual_seed(0)
-    kind, *options = name.split("-")
-    # `connect` tunes the process for us (glibc's memory, tf32); the others get it as Python starts
-    dist = connect(config.device) if kind == "ours" else Distributed(torch.device(config.device), torch.float32)
-    if kind == "ours":
-        step = ours(work, dist, options)
-    elif kind == "nanogpt":
-        step = nanogpt(work, dist, options, config.nanogpt)
-    elif kind == "transformers":
-        step = transformers(work, dist, options)
-    else:
-        step = matrix_products(dist, getattr(torch, options[0]))
-    count = 0
-    for _ in range(3):
-        step(count := count + 1)
-    while n := pipe.recv():
-        dist.synchronize()
-        started = time.perf_counter()
-        for _ in range(n):
-            step(count := count + 1)
-        dist.synchronize()
-        seconds = (time.perf_counter() - started) / n
-        if dist.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        pipe.send((seconds, memory))
-
-
 class Contestant:
-    def __init__(self, *arguments):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=contestant, args=(*arguments, other), daemon=True)
-        self.process.start()
-        other.close()
+    """Runs in a process of its own."""
+
+    def __init__(self, name: str, work: Work, config: BenchConfig):
+        torch.manual_seed(0)
+        kind, *options = name.split("-")
+        # `connect` sets up memory allocation and tf32 for ours; the others run as Python starts them
+        is_ours = kind == "ours"
+        self.dist = connect(config.device) if is_ours else Distributed(torch.device(config.device), torch.float32)
+        if kind == "nanogpt":
+            self.step = nanogpt(work, self.dist, options, config.nanogpt)
+        elif kind == "matmul":
+            self.step = matrix_products(self.dist, getattr(torch, options[0]))
+        else:
+            self.step = (ours if is_ours else transformers)(work, self.dist, options)
+        self.numbers = itertools.count()
+        self.seconds(3)  # warm-up
+
+    def seconds(self, steps: int) -> float:
+        """Mean seconds per step."""
+        self.dist.synchronize()
+        started = time.perf_counter()
+        for number in itertools.islice(self.numbers, steps):
+            self.step(number)
+        self.dist.synchronize()
+        return (time.perf_counter() - started) / steps
 
     def turn(self, seconds: float) -> tuple[float, int]:
-        """(seconds of a step, peak bytes) over as many steps as fit into `seconds`."""
-        self.pipe.send(1)
-        one, _ = self.pipe.recv()
-        self.pipe.send(max(1, round(seconds / one)))
-        return self.pipe.recv()
-
-    def stop(self) -> None:
-        self.pipe.send(0)
-        self.process.join()
+        """Seconds per step, over as many steps as fit into `seconds`, and peak memory in bytes."""
+        found = self.seconds(max(1, round(seconds / self.seconds(1))))
+        if self.dist.device.type == "cuda":
+            return found, torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def compete(work: Work, names: list[str], config: BenchConfig) -> dict[str, SimpleNamespace]:
-    """{name: median seconds of a step and peak bytes}. On CUDA only one process at a time holds memory."""
-    together = config.device == "cpu"
-    standing = {}
-    times, memory = {name: [] for name in names}, dict.fromkeys(names, 0)
+def compete(work: Work, names: list[str], config: BenchConfig) -> dict[str, tuple[float, int]]:
+    """For each contestant, the median seconds of a step and the peak memory in bytes."""
+    workers, seconds, memory = {}, {name: [] for name in names}, {}
     for _ in range(config.rounds):
         for name in names:
-            runner = standing.get(name) or Contestant(name, work, config)
-            seconds, memory[name] = runner.turn(config.turn_seconds)
-            times[name].append(seconds)
-            if together:
-                standing[name] = runner
-            else:
-                runner.stop()
-    for runner in standing.values():
-        runner.stop()
-    return {name: SimpleNamespace(seconds=statistics.median(times[name]), memory=memory[name]) for name in names}
+            if name not in workers:
+                workers[name] = Worker(Contestant, name, work, config)
+            found, memory[name] = workers[name](Contestant.turn, config.turn_seconds)
+            seconds[name].append(found)
+            if config.device == "cuda":  # whose memory one process at a time can use
+                workers.pop(name).stop()
+    for worker in workers.values():
+        worker.stop()
+    return {name: (statistics.median(seconds[name]), memory[name]) for name in names}
 
 
-def bench(size: str, config: BenchConfig, tokens: str) -> None:
-    *shape, sequences, vocab_size = SIZES[size]
-    work = Work(*shape, config.sequences or sequences, vocab_size, tokens)
-    names = [name for name in config.contestants.split(",") if config.nanogpt or not name.startswith("nanogpt")]
+def bench(size: str, names: list[str], config: BenchConfig, tokens: str) -> None:
+    shape, vocab_size = dict(SIZES[size]), VOCAB_SIZES[size]
+    work = Work(shape, vocab_size, config.sequences or shape["batch_size"], tokens)
+    del shape["batch_size"]
     found = compete(work, [*names, *LIMITS], config)
-    fp32, bf16 = (10 * 2 * side(torch.device(config.device)) ** 3 / found[name].seconds for name in LIMITS)
+    fp32, bf16 = (10 * 2 * side(config.device) ** 3 / found[name][0] for name in LIMITS)
     with torch.device("meta"):
-        flop = GPT(GPTConfig(vocab_size=vocab_size, bias=False, **work.shape())).flop_per_token()
-    tokens_per_step = work.batch_size * work.block_size
-    print(f"\n{size}: {work.n_layer} layers, {work.n_embd} wide, {work.batch_size} x {work.block_size} tokens a step")
+        flop = GPT(GPTConfig(vocab_size=vocab_size, bias=False, **shape)).flop_per_token()
+    print(f"\n{size}: {shape['n_layer']} layers, width {shape['n_embd']},", end=" ")
+    print(f"{work.batch_size} x {shape['block_size']} tokens per step")
     print(f"matrix products alone reach {fp32 / 1e9:,.0f} GFLOP/s in fp32, {bf16 / 1e9:,.0f} in bf16\n")
-    print("| step | ms | tokens/s | GFLOP/s | of bf16's limit | peak memory, GB | times nanoGPT |")
+    print("| step | ms | tokens/s | GFLOP/s | of the bf16 limit | peak memory, GB | times nanoGPT |")
     print("| --- " * 7 + "|")
     for name in names:
-        speed, memory = tokens_per_step / found[name].seconds, found[name].memory / 1e9
-        ratio = f"{found['nanogpt'].seconds / found[name].seconds:.2f}" if "nanogpt" in found else ""
-        print(
-            f"| {name} | {found[name].seconds * 1e3:.1f} | {speed:,.0f} | {speed * flop / 1e9:,.0f} "
-            f"| {speed * flop / bf16:.0%} | {memory:.2f} | {ratio} |",
-            flush=True,
-        )
+        seconds, memory = found[name]
+        speed = work.batch_size * shape["block_size"] / seconds
+        cells = [name, f"{seconds * 1e3:.1f}", f"{speed:,.0f}"]
+        cells += [f"{speed * flop / 1e9:,.0f}", f"{speed * flop / bf16:.0%}"]
+        cells += [f"{memory / 1e9:.2f}", f"{found['nanogpt'][0] / seconds:.2f}" if "nanogpt" in found else ""]
+        print("|", " | ".join(cells), "|", flush=True)
 
 
 def main() -> None:
     config, _ = load_settings(BenchConfig, positional="sizes")
-    for name in config.contestants.split(","):
-        if name.removesuffix("-compiled") not in CONTESTANTS:
-            raise UserError(f"--contestants: there is no {name}; --help lists them")
-    for size in config.sizes:
-        if size not in SIZES:
-            raise UserError(f"there is no size {size}: {', '.join(SIZES)}")
+    names = config.contestants.split(",")
+    if unknown := [name for name in names if name.removesuffix("-compiled") not in CONTESTANTS]:
+        raise UserError(f"--contestants: no contestant {unknown[0]}; there are {', '.join(CONTESTANTS)}")
+    names = [name for name in names if config.nanogpt or not name.startswith("nanogpt")]
     with tempfile.TemporaryDirectory() as folder:
         for size in config.sizes or SIZES:
             tokens = Path(folder) / "train.bin"
-            np.random.default_rng(0).integers(0, SIZES[size][-1], 2_000_000).astype(np.uint16).tofile(tokens)
-            bench(size, config, str(tokens))
+            np.random.default_rng(0).integers(0, VOCAB_SIZES[size], 2_000_000).astype(np.uint16).tofile(tokens)
+            bench(size, names, config, str(tokens))
 
 
 if __name__ == "__main__":
