@@ -104,7 +104,7 @@ def test_control_characters_are_escaped_and_letters_of_any_language_are_not():
 
 def test_a_sample_cannot_control_the_terminal(capsys):
     progress = Progress(0, 1, True)
-    progress.tell("red: \x1b[31m\nnext line")
+    progress.print("red: \x1b[31m\nnext line")
     progress.close()
     assert capsys.readouterr().err == "red: \\x1b[31m\nnext line\n"
 
