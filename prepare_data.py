@@ -87,7 +87,7 @@ def main() -> None:
     started = time.perf_counter()
     try:
         job = make_job(directory, source, config, parts)
-        meta = prepare(job, part, config.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        meta = prepare(job, part, config.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
     except OSError as error:
         raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
     except KeyboardInterrupt:

@@ -47,8 +47,7 @@ def run_script(main: Callable[[], int | None], less_memory: str = "--batch_size"
         status, message = _explain(error, less_memory)
         if not message:
             raise
-        rank = os.environ.get("RANK", "0")
-        script = os.path.basename(sys.argv[0]) + ("" if rank == "0" else f" [rank {rank}]")
+        script = os.path.basename(sys.argv[0]) + ("" if is_rank_0() else f" [rank {os.environ['RANK']}]")
         line = escaped(f"{script}: {message}")
         with contextlib.suppress(OSError):  # a closed terminal
             print(line, file=sys.stderr)
@@ -84,9 +83,14 @@ def _report_to_torchrun(line: str) -> None:
             os.replace(file.name, path)  # torchrun may read it at any time
 
 
+def is_rank_0() -> bool:
+    """Whether torchrun started this process as rank 0, or did not start it."""
+    return (os.environ.get("RANK") or "0") == "0"
+
+
 def note(message: str) -> None:
     """Print one line to standard error; under torchrun, only rank 0 does."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         with contextlib.suppress(OSError):  # a closed terminal does not stop a run
             print(escaped(message), file=sys.stderr)
 

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from plaingpt.console import UserError, cores, counted, one_line
+from plaingpt.console import UserError, cores, counted, is_rank_0, one_line
 from plaingpt.cpu import keep_freed_memory
 from plaingpt.workarounds import rendezvous_store, silence_gloo_all_to_all
 
@@ -127,7 +127,7 @@ class StopSignal:
 
     def _asked(self, number: int, frame) -> None:
         self.number = number
-        if (os.environ.get("RANK") or "0") == "0":
+        if is_rank_0():
             with contextlib.suppress(OSError):  # the terminal may be gone; os.write, as the signal may interrupt print
                 os.write(2, b"\nending after this update; Ctrl-C leaves at once\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # even inside a collective that hangs

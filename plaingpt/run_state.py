@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 import typing
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from model import GPT
 from plaingpt.card import write_card
 from plaingpt.checkpoint import read_tensors, write_model
-from plaingpt.console import UserError, note, one_line
+from plaingpt.console import UserError, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
 from plaingpt.files import SUMS, check_sums, existing, new_directory, read_json
 from plaingpt.parallel import fill, gather
@@ -68,7 +67,7 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
         remedy = f"there are {others}" if others else "start a run with --init_from=scratch"
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
     with naming_others(found):
-        if os.environ.get("RANK", "0") == "0":  # one process is enough: if it refuses, torchrun ends the others
+        if is_rank_0():  # one process is enough: if it refuses, torchrun ends the others
             check_sums(found)
         state = _read_state(found)
     # After a return to an earlier checkpoint `best` stays the best of all: only a better model replaces it.

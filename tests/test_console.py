@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plaingpt.console import counted, escaped, perplexity, run_script
+from plaingpt.console import counted, escaped, note, perplexity, run_script
 from plaingpt.metrics import Progress
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +107,15 @@ def test_a_sample_cannot_control_the_terminal(capsys):
     progress.print("red: \x1b[31m\nnext line")
     progress.close()
     assert capsys.readouterr().err == "red: \\x1b[31m\nnext line\n"
+
+
+@pytest.mark.parametrize(("rank", "printed"), [(None, "hello\n"), ("", "hello\n"), ("0", "hello\n"), ("1", "")])
+def test_only_rank_0_speaks_and_an_empty_rank_is_none(capsys, monkeypatch, rank, printed):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    note("hello")
+    assert capsys.readouterr().err == printed
 
 
 def test_numbers_are_short():

@@ -7,7 +7,6 @@ goes on cuts the files to that length and reads from there, so a stop at any mom
 import collections
 import concurrent.futures
 import json
-import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from plaingpt.console import RunFailed, note
+from plaingpt.console import RunFailed, is_rank_0, note
 from plaingpt.files import new_file
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.readers import SEPARATOR, Batch, Documents, LargeText, OneFile
@@ -85,7 +84,7 @@ def encode_part(work: Work, threads: int) -> None:
 
 def progress_bar(items: list[Item]) -> tqdm:
     options = {"unit": "shard"} if items and isinstance(items[0], Shard) else {"unit": "B", "unit_scale": True}
-    hidden = True if os.environ.get("RANK", "0") != "0" else None  # None: where standard error is no terminal
+    hidden = None if is_rank_0() else True  # None: where standard error is no terminal
     return tqdm(total=sum(item.size for item in items), desc="encoding", disable=hidden, **options)
 
 
