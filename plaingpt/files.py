@@ -221,6 +221,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-flush = fsync  # its earlier name, which preparation still uses

@@ -171,26 +171,16 @@ def test_killed_while_other_work_is_removed_that_work_can_be_done_after_all(tmp_
     assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed" / "set")
 
 
-def test_unfinished_work_of_the_version_before_is_replaced(tmp_path, text):
-    (tmp_path / "set.partial" / "merged").mkdir(parents=True)
-    for name, data in {
-        "plan": "0" * 64,
-        "000001.json": "{}",
-        "part-1-of-1.lock": "",
-        "merged/train_000000.bin": "0",
-    }.items():
-        (tmp_path / "set.partial" / name).write_text(data)
-    assert "unfinished work of another text or other settings: it is removed" in prepare(text, tmp_path).err
-    assert len(documents(tmp_path, "train")) > 200 and not (tmp_path / "set.partial").exists()
-
-
 @pytest.mark.parametrize("names", [["poem.txt"], ["poem.txt", "yarn.lock"], ["plan.json"], ["part-1.lock", "plan"]])
 def test_a_folder_of_the_user_in_the_place_of_unfinished_work_is_left_alone(tmp_path, text, names):
     (tmp_path / "set.partial").mkdir()
     for name in names:
         (tmp_path / "set.partial" / name).write_text("{}")
     before = contents(tmp_path)
-    assert "is not unfinished work of ours; choose another --name" in prepare(text, tmp_path, status=2).err
+    assert (
+        "is not unfinished work of ours; move it away, or choose another --name"
+        in prepare(text, tmp_path, status=2).err
+    )
     assert contents(tmp_path) == before
 
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, child_environment
 
 from plaingpt.console import UserError
-from plaingpt.text.sources import Source, download, find_source, read_options, read_text
+from plaingpt.text.sources import Source, download, find_source, read_options
 from prepare_data import PrepareConfig
 
 
@@ -188,15 +188,6 @@ def test_with_site_packages_every_installed_package_is_there_too():
     assert library < files and pytest.__file__ in files and len(files) > 3 * len(library)
     with pytest.raises(UserError, match="--site_packages belongs to the source python"):
         source("shakespeare", site_packages=True)
-
-
-def test_read_text_is_the_text_of_one_file_or_a_refusal(here):
-    assert read_text(here / "a.txt") == "text of a.txt"
-    with pytest.raises(UserError, match=r"c\.txt: No such file"):
-        read_text(here / "c.txt")
-    (here / "d.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"d\.txt is not UTF-8 text \(byte 0xff at 0\)$"):  # no flag leaves out a prompt
-        read_text(here / "d.txt")
 
 
 def test_a_file_of_that_name_comes_before_a_named_source(here):

@@ -5,7 +5,7 @@ Arrow is imported inside the functions: the import takes a third of a second, an
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 from plaingpt.console import UserError, closest, one_line
 
@@ -112,9 +112,3 @@ def _all_utf8(texts: Any) -> bool:
     except pyarrow.ArrowInvalid:
         return False
     return True
-
-
-def zstd_stream(file: IO[bytes]) -> Any:
-    import pyarrow
-
-    return pyarrow.CompressedInputStream(file, "zstd")

@@ -108,10 +108,9 @@ def prepare(job: Job, part: int, threads: int) -> dict | None:
 def claim(partial: Path) -> None:
     """Create the folder of unfinished work; UserError if the user has another folder of that name."""
     partial.mkdir(parents=True, exist_ok=True)
-    old = partial / "plan"  # of the version before
-    ours = MARKER in (read_json(partial / "plan.json") or {}) or (old.is_file() and old.stat().st_size == 64)
+    ours = MARKER in (read_json(partial / "plan.json") or {})
     if not ours and {path.name for path in partial.iterdir()} - {"plan.lock", ".plan.json.new"}:
-        raise UserError(f"{partial} exists and is not unfinished work of ours; choose another --name")
+        raise UserError(f"{partial} exists and is not unfinished work of ours; move it away, or choose another --name")
 
 
 def make_work(job: Job, lock: FileLock, part: int) -> Work:
@@ -127,7 +126,7 @@ def make_work(job: Job, lock: FileLock, part: int) -> Work:
     except Timeout as error:
         raise UserError(f"{job.directory} is being prepared by another process ({lock.lock_file} is locked)") from error
     if new:
-        if plan.get("digest") or (job.partial / "plan").exists():
+        if plan.get("digest"):
             note(f"{job.partial} has unfinished work of another text or other settings: it is removed")
         clear(job.partial, but={"plan.json", "plan.lock", Path(lock.lock_file).name})
     source = job.source.fetched(job.partial)

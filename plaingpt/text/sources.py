@@ -20,7 +20,7 @@ from plaingpt.console import UserError, one_line
 from plaingpt.files import new_file
 from plaingpt.text.readers import LARGE, File, LargeText, SplitText, TextFiles
 from plaingpt.text.records import KINDS, Item, Shard, kind_of
-from plaingpt.text.streams import PIECE, ReadOptions, checked_text
+from plaingpt.text.streams import PIECE, ReadOptions
 from plaingpt.text.walk import find_files, walk
 from plaingpt.tokens import NAMED
 
@@ -159,15 +159,6 @@ def _hub(repository: str, name: str, val_fraction: float, options: Any, pinned: 
     flags = {"config": config, "split": options.split, "revision": revision}
     words = [f"hf:{repository}", *(f"--{key}={value}" for key, value in flags.items() if value)]
     return Source(name, shlex.join(words), dataset=dataset, val_fraction=val_fraction)
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, such as a prompt; UserError if it is not text."""
-    try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        return checked_text(data, str(path), bad_files="refuse", binary=True).decode()
-    except OSError as error:
-        raise UserError(one_line(error)) from error
 
 
 def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:

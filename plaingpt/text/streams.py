@@ -7,7 +7,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
@@ -53,12 +53,16 @@ def open_utf8(path: str, options: ReadOptions) -> Iterator[tuple[IO[bytes], IO[b
         if path.lower().endswith(".gz"):
             stream = gzip.open(raw)  # noqa: SIM115 (closing `raw` is enough)
         elif path.lower().endswith(".zst"):
-            stream = io.BufferedReader(arrow.zstd_stream(raw), PIECE)
+            import pyarrow  # slow to import
+
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), PIECE)
         try:
             encoding = encoding_of(stream.peek(4)[:4], options.encoding)
             if encoding == "utf-8-sig":
                 stream.read(len(codecs.BOM_UTF8))
-            yield raw, Recoded(stream, encoding, path, options) if encoding not in (None, "utf-8-sig") else stream
+            yield raw, stream if encoding in (None, "utf-8-sig") else Recoded(stream, encoding, options.errors)
+        except UnicodeError as error:
+            raise bad_text(f"{path} is not text in {encoding}: {getattr(error, 'reason', error)}") from error
         except (EOFError, OSError, zlib.error) as error:  # gzip's, zstd's
             if stream is raw or getattr(error, "errno", None):  # the operating system's error, not a fault of the file
                 raise
@@ -69,21 +73,14 @@ def open_utf8(path: str, options: ReadOptions) -> Iterator[tuple[IO[bytes], IO[b
 class Recoded:
     """A stream in another encoding, read as UTF-8."""
 
-    def __init__(self, stream: IO[bytes], encoding: str, path: str, options: ReadOptions):
-        self._text = io.TextIOWrapper(stream, encoding, options.errors, newline="\n")
-        self._problem, self._bad_files = f"{path} is not text in {encoding}", options.bad_files
+    def __init__(self, stream: IO[bytes], encoding: str, errors: str):
+        self._text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
 
     def read(self, size: int) -> bytes:
-        return self._utf8(self._text.read, size)
+        return self._text.read(size).encode()
 
     def readline(self, size: int) -> bytes:
-        return self._utf8(self._text.readline, size)
-
-    def _utf8(self, read: Callable[[int], str], size: int) -> bytes:
-        try:
-            return read(size).encode()
-        except UnicodeError as error:
-            raise bad_text(f"{self._problem}: {getattr(error, 'reason', error)}", "stop") from error
+        return self._text.readline(size).encode()
 
 
 def encoding_of(head: bytes, given: str | None) -> str | None:
@@ -105,10 +102,7 @@ def decoded_text(data: bytes, path: str, options: ReadOptions) -> bytes | None:
 
 
 def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, position: int = 0) -> bytes | None:
-    """`data` if it is UTF-8 (with `binary`: without NUL), else by `bad_files`: repaired, None and a note, or UserError.
-
-    The message names flags of prepare_data.py for "stop", and none for "refuse".
-    """
+    """`data` if UTF-8 (with `binary`: without NUL), else by `bad_files`: repaired, None and a note, or UserError."""
     bad = data.find(b"\0") if binary else -1
     try:
         if not data.isascii() and not (len(data) > LARGE_TEXT and arrow.is_utf8(data)):
@@ -125,13 +119,13 @@ def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, 
 
 def skip_or_raise(problem: str, bad_files: str) -> None:
     if bad_files != "skip":
-        raise bad_text(problem, bad_files)
+        raise bad_text(problem)
     note_once(f"skipped: {problem}")
 
 
-def bad_text(problem: str, bad_files: str) -> UserError:
-    remedy = "; leave it out: --bad_files=skip, write U+FFFD for it: --bad_files=replace, or name the --encoding"
-    return UserError(problem + (remedy if bad_files == "stop" else ""))
+def bad_text(problem: str) -> UserError:
+    remedy = "leave it out: --bad_files=skip, write U+FFFD for it: --bad_files=replace, or name the --encoding"
+    return UserError(f"{problem}; {remedy}")
 
 
 @functools.lru_cache(maxsize=4096)
