@@ -233,7 +233,7 @@ def server():
 def test_a_good_download_is_kept_and_not_fetched_again(server, tmp_path):
     path = tmp_path / "cache" / "text.txt"
     for _ in range(2):
-        assert download(f"{server.url}/good", path, len(BODY), DIGEST) == path
+        assert download(f"{server.url}/good", path, DIGEST) == path
         assert path.read_bytes() == BODY
     assert server.asked == ["/good"]
     assert os.listdir(path.parent) == ["text.txt"]
@@ -242,20 +242,20 @@ def test_a_good_download_is_kept_and_not_fetched_again(server, tmp_path):
 def test_a_file_put_there_by_hand_is_taken_and_a_damaged_one_replaced(server, tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(BODY)
-    download(f"{server.url}/missing", path, len(BODY), DIGEST)
+    download(f"{server.url}/missing", path, DIGEST)
     assert server.asked == []
     path.write_bytes(BODY[:-1])
-    download(f"{server.url}/good", path, len(BODY), DIGEST)
+    download(f"{server.url}/good", path, DIGEST)
     assert path.read_bytes() == BODY
 
 
 @pytest.mark.parametrize(
     ("page", "message"),
     [
-        ("missing", "the server answered 404 Not Found"),
-        ("short", "gave 1,000 bytes that are not the expected file"),
-        ("other", "gave 200,000 bytes that are not the expected file"),
-        ("stall", "cannot be downloaded (timed out)"),
+        ("missing", "cannot be downloaded: HTTP Error 404: Not Found"),
+        ("short", "the 1,000 bytes received are not the expected file"),
+        ("other", "the 200,000 bytes received are not the expected file"),
+        ("stall", "cannot be downloaded: timed out"),
     ],
 )
 def test_a_failed_download_is_refused_with_address_reason_and_remedy_and_leaves_nothing(
@@ -263,7 +263,7 @@ def test_a_failed_download_is_refused_with_address_reason_and_remedy_and_leaves_
 ):
     path = tmp_path / "cache" / "text.txt"
     with pytest.raises(UserError, match=re.escape(message)) as caught:
-        download(f"{server.url}/{page}", path, len(BODY), DIGEST, timeout=0.3 if page == "stall" else 10)
+        download(f"{server.url}/{page}", path, DIGEST, timeout=0.3 if page == "stall" else 10)
     assert str(caught.value).startswith(f"{server.url}/{page}")
     assert f"fetch it by other means and put it at {path}" in str(caught.value)
     assert not path.exists() and list(tmp_path.rglob("*.new")) == []
@@ -273,15 +273,15 @@ def test_a_failed_download_leaves_the_file_that_was_there(server, tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"edited by hand")
     with pytest.raises(UserError):
-        download(f"{server.url}/short", path, len(BODY), DIGEST)
+        download(f"{server.url}/short", path, DIGEST)
     assert path.read_bytes() == b"edited by hand"
 
 
 def test_nobody_listening_is_a_refusal_with_the_reason(tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
         url = f"http://127.0.0.1:{closed.server_port}/good"
-    with pytest.raises(UserError, match=r"cannot be downloaded .*refused"):
-        download(url, tmp_path / "text.txt", len(BODY), DIGEST, timeout=10)
+    with pytest.raises(UserError, match=r"cannot be downloaded: .*refused"):
+        download(url, tmp_path / "text.txt", DIGEST, timeout=10)
 
 
 # token files that are downloaded as they are, from a server that answers as the hub does

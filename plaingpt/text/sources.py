@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from plaingpt.console import UserError, one_line
-from plaingpt.files import new_file
+from plaingpt.files import new_file, sha256
 from plaingpt.text.readers import LARGE, File, LargeText, SplitText, TextFiles
 from plaingpt.text.records import KINDS, Item, Shard, kind_of
 from plaingpt.text.streams import PIECE, ReadOptions
@@ -161,27 +159,21 @@ def _hub(repository: str, name: str, val_fraction: float, options: Any, pinned: 
     return Source(name, shlex.join(words), dataset=dataset, val_fraction=val_fraction)
 
 
-def download(url: str, path: Path, size: int, sha256: str, timeout: float = 30) -> Path:
-    """`path`, downloaded if it is missing or damaged; kept only if size and checksum are right."""
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+def download(url: str, path: Path, digest: str, timeout: float = 30) -> Path:
+    """`path`, downloaded if it is missing or its SHA-256 is not `digest`."""
+    if path.exists() and sha256(path) == digest:
         return path
     import http.client
     import urllib.request  # slow to import
 
-    instead = f"fetch it by other means and put it at {path}"
-    data = bytearray()
     try:
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], disable=None)
-        with bar, urllib.request.urlopen(url, timeout=timeout) as response:
-            while len(data) <= size and (chunk := response.read(1 << 16)):
-                data += chunk
-                bar.update(len(chunk))
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{url}: the server answered {error.code} {error.reason}; {instead}") from error
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            data = response.read(1 << 24)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise OSError(f"the {len(data):,} bytes received are not the expected file")
     except (OSError, http.client.HTTPException) as error:  # no network, refused, timed out, broken off
-        raise UserError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)}); {instead}") from error
-    if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{url} gave {len(data):,} bytes that are not the expected file; try again, or {instead}")
+        remedy = f"try again, or fetch it by other means and put it at {path}"
+        raise UserError(f"{url} cannot be downloaded: {one_line(error)}; {remedy}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path, "wb") as file:
         file.write(data)
@@ -207,4 +199,4 @@ def _standard_input(path: Path) -> Path:
 def _shakespeare(_: Path) -> Path:
     url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     digest = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    return download(url, CACHE / "tinyshakespeare.txt", size=1_115_394, sha256=digest)
+    return download(url, CACHE / "tinyshakespeare.txt", digest)
