@@ -209,6 +209,7 @@ def main() -> int:
     if how == "resume" or (how == "auto" and existing(directory)):
         state, checkpoint = load_state(directory)
         config = resumed_settings(config, given, state, checkpoint)
+        given = {name: source for name, source in given.items() if source.startswith("--")}  # recipes did not count
     dist = connect(config.device, config.dtype, config.timeout)
     status = run(config, given, state, checkpoint, dist)
     dist.close()  # not after an error: it might wait for processes that still compute

@@ -279,6 +279,17 @@ def test_a_resume_with_another_batch_size_evaluates_the_same_sequences(tmp_path,
     assert losses[0] == losses[1] != resume(tmp_path / "run", eval_only=True, eval_iters=1).err.splitlines()[-1]
 
 
+def test_a_recipe_given_again_on_resume_changes_neither_evaluations_nor_what_is_derived(tmp_path, train, data_dir):
+    train(tmp_path / "run", max_iters=2)
+    (tmp_path / "recipe.py").write_text("eval_iters = 2\nmin_lr = 0.001\n")
+    where = [f"--out_dir={tmp_path / 'run'}", f"--data_dir={data_dir}", "--init_from=resume", "--max_iters=3"]
+    changed = [f"--{name}={value}" for name, value in TWICE.items()]
+    ended = run_main("train", tmp_path / "recipe.py", *where, *changed, "--device=cpu", "--dtype=float32")
+    assert ended.status == 0, ended.err
+    state, _ = load_state(tmp_path / "run" / "last")
+    assert state.eval_sequences == 2 * 4 and "min_lr" in state.derived
+
+
 def test_a_resume_on_other_data_is_told(tmp_path, train, resume, data_dir):
     train(tmp_path / "run", max_iters=1)
     path = tmp_path / "run" / "last" / "training.json"

@@ -101,7 +101,7 @@ def prepare(job: Job, part: int, threads: int) -> dict | None:
         raise
     finally:
         lock.release()
-        if over:
+        if over and job.plan().get("digest") in (None, job.digest):  # another job may have claimed the folder by now
             remove(partial)
 
 
