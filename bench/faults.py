@@ -1,9 +1,9 @@
 """Hundreds of faults: kills, damaged inputs, loading while a run saves, and full disks.
 
-python bench/faults.py kills 200      # SIGKILL, at least half of them during a save; are the final weights the same?
-python bench/faults.py damage 1000    # damage one file of a checkpoint or data set: the right result, or one line?
-python bench/faults.py loads 200      # load a model while a run replaces it: is it one of those saved?
-python bench/faults.py disk           # a small tmpfs, full after 0, 1, 2 ... pages and files (needs root to mount)
+python bench/faults.py kills 200      # SIGKILL, most of them during a save; are the final weights the same?
+python bench/faults.py damage 1000    # damage one file of a checkpoint or data set; right result or one-line error?
+python bench/faults.py loads 200      # load a model while it is replaced; is it one of those saved?
+python bench/faults.py disk           # save on a tmpfs with room for 0, 1, 2 ... pages and files; needs root
 
 Runs are real runs of train.py in other processes, forked from one that has imported everything.
 """
@@ -109,13 +109,13 @@ def ok(work) -> bool:
 
 
 def kills(folder: Path, count: int) -> None:
-    """Kill and resume a run that saves at every update `count` times; compare it with an undisturbed run."""
+    """Kill and resume a run `count` times while it saves after every step; compare it with an undisturbed run."""
     data_dir, out_dir, rng = prepare(folder), folder / "killed", random.Random(1)
     settings = TINY | dict(data_dir=data_dir, max_iters=10**6)
-    found, updates, started = Counter(), 0, time.monotonic()
+    found, reached, started = Counter(), 0, time.monotonic()
 
     def wait_for(pid: int, names: list[str], seconds: float) -> None:
-        """Wait until one of the temporary folders of a save exists."""
+        """Wait until a save has made one of these temporary directories."""
         end = time.monotonic() + seconds
         while not any(os.path.exists(out_dir / name) for name in names) and time.monotonic() < end:
             assert os.waitpid(pid, os.WNOHANG)[0] == 0, (folder / "log").read_text()
@@ -138,27 +138,27 @@ def kills(folder: Path, count: int) -> None:
         for name in ("last", "best"):
             if there := existing(out_dir / name):
                 found[f"{name} loads" if ok(lambda there=there: load_model(there)) else f"{name} LOST"] += 1
-            elif updates:
+            elif reached:
                 found[f"{name} LOST"] += 1
         if existing(out_dir / "last"):
             step = load_state(out_dir / "last")[0].step
-            assert step >= updates, "a later checkpoint was lost"
-            updates = step
+            assert step >= reached, "a later checkpoint was lost"
+            reached = step
         if (i + 1) % 20 == 0:
-            print(f"{i + 1} kills, update {updates}, {time.monotonic() - started:.0f} s", flush=True)
-    last = updates + 3
+            print(f"{i + 1} kills, step {reached}, {time.monotonic() - started:.0f} s", flush=True)
+    last = reached + 3
     run(folder / "log", **settings | dict(max_iters=last), out_dir=out_dir, init_from="auto", eval_interval=1)
     run(folder / "log", **settings | dict(max_iters=last), out_dir=folder / "straight", eval_interval=1000)
     same = [
         (out_dir / "last" / name).read_bytes() == (folder / "straight" / "last" / name).read_bytes()
         for name in ("model.safetensors", "optimizer.safetensors")
     ]
-    print(f"{count} kills over {last} updates: {dict(found)}")
+    print(f"{count} kills over {last} steps: {dict(found)}")
     print(f"weights and optimizer state are identical to those of an undisturbed run: {same}")
 
 
 def damaged(folder: Path, count: int) -> None:
-    """Damage one file `count` times; each time resume, train one update, save, and load the model."""
+    """Damage one file `count` times; each time resume, train one step, save, and load the model."""
     data_dir, sound, rng = prepare(folder), folder / "sound", random.Random(2)
     settings = TINY | dict(max_iters=7)
     run(folder / "log", **settings | dict(max_iters=6), out_dir=sound, eval_interval=3, data_dir=data_dir)
@@ -185,7 +185,7 @@ def damaged(folder: Path, count: int) -> None:
         else:
             ended = load_file(out_dir / "last" / "model.safetensors")
             equal = ended.keys() == expected.keys() and all(torch.equal(ended[n], expected[n]) for n in ended)
-            plain = "the same result" if equal else "what the files said, checksums rewritten or removed"
+            plain = "the same result" if equal else "the files as damaged, checksums rewritten or removed"
             outcome = plain if equal or (sums != "kept" and (believed or intact)) else "WRONG RESULT"
         found[outcome] += 1
         if outcome.isupper() or outcome.split()[0].isupper():
@@ -213,7 +213,7 @@ def loads(folder: Path, count: int) -> None:
             save(number)
             if stop.exists():
                 os._exit(number % 256)
-            time.sleep(0.02)  # the time of an update
+            time.sleep(0.02)  # the time of a step
     found, longest, started = Counter(), 0.0, time.monotonic()
     for _ in range(count):
         began = time.monotonic()
@@ -242,18 +242,20 @@ def disk(folder: Path) -> None:
 
     def save(step: int, val_loss: float) -> str | None:
         state = RunState(step=step, best_val_loss=val_loss + 1)
-        saver = Saver(place / "out", state, model, optimizers, tokenizer, HERE, tell=lambda text: None)
+        saver = Saver(place / "out", state, model, optimizers, tokenizer, HERE, report=lambda text: None)
         saver.save(val_loss)
         return saver.wait()
 
     def attempt(kind: str) -> bool:
-        """Save update 2; returns whether it succeeded. Either way, both checkpoints have to be complete."""
+        """Save step 2; returns whether that succeeded. In any case both checkpoints must be complete."""
         problem = save(2, val_loss=2.0)
         step = load_state(place / "out" / "last")[0].step
         load_model(place / "out" / "best")
         assert problem is None or (step == 1 and "could not be saved" in problem), problem
         assert not list((place / "out").glob(".*.new"))
-        found[f"{kind}: {'succeeded' if problem is None else 'reported, the earlier checkpoint complete'}"] += 1
+        found[
+            f"{kind}: {'succeeded' if problem is None else 'failed with a message, earlier checkpoint complete'}"
+        ] += 1
         return problem is None
 
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], check=True)

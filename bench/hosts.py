@@ -1,9 +1,9 @@
-"""Faults between hosts by the dozen: two hosts in network namespaces, each with a torchrun, and how soon they go on.
+"""Faults between two hosts, simulated by network namespaces with a torchrun each: how soon training continues.
 
-python bench/hosts.py                  # every fault ten times: needs root and iproute2
+python bench/hosts.py                  # each fault ten times; needs root and iproute2
 python bench/hosts.py host cut --times=3
 
-Each run has to end with the weights, the optimizer's state and the losses of an undisturbed run, bit for bit.
+Each run must end with exactly the weights, optimizer state and losses of an undisturbed run.
 """
 
 import contextlib
@@ -28,28 +28,28 @@ from test_train import same_run
 from plaingpt.console import UserError, run_script
 from plaingpt.settings import PositiveInt, load_settings
 
-TIMEOUT = 10  # seconds that a process waits for another
+TIMEOUT = 10  # seconds that a process waits for the other
 CUT = 1.0
 
 
 def worker(two: list[Host], start: Callable[[Host], None]) -> None:
-    """SIGKILL of the worker of the second host: both torchruns start theirs anew"""
+    """SIGKILL of the second host's worker; both torchruns restart their workers"""
     two[1].kill(two[1].workers())
 
 
 def first_worker(two: list[Host], start: Callable[[Host], None]) -> None:
-    """SIGKILL of the worker of the first host, rank 0, which writes the checkpoints"""
+    """SIGKILL of the first host's worker, rank 0, which writes the checkpoints"""
     two[0].kill(two[0].workers())
 
 
 def host(two: list[Host], start: Callable[[Host], None]) -> None:
-    """SIGKILL of everything on the second host; its torchrun is started again at once"""
+    """SIGKILL of every process on the second host; its torchrun is restarted at once"""
     two[1].kill()
     start(two[1])
 
 
 def first_host(two: list[Host], start: Callable[[Host], None]) -> None:
-    """SIGKILL of everything on the first host, with torchrun's store; both are started again once the other ended"""
+    """SIGKILL of every process on the first host, which has torchrun's store; both restart once the second ends"""
     two[0].kill()
     two[1].torchruns[-1].wait(120)
     start(two[0])
@@ -64,7 +64,7 @@ def cut(two: list[Host], start: Callable[[Host], None]) -> None:
 
 
 def long_cut(two: list[Host], start: Callable[[Host], None]) -> None:
-    """The second host's link is down for twice the time-out; a torchrun that has ended is then started again"""
+    """The second host's link is down for twice the timeout; a torchrun that has ended is then restarted"""
     two[1].link("down")
     time.sleep(2 * TIMEOUT)
     two[1].link("up")
@@ -80,14 +80,13 @@ FAULTS = {f.__name__.replace("_", "-"): f for f in (worker, first_worker, host, 
 @dataclass(frozen=True)
 class HostsConfig:
     faults: tuple[str, ...] = ()
-    """by default all"""
+    """worker, first-worker, host, first-host, cut, long-cut (default: all)"""
     times: PositiveInt = 10
-    """of each"""
+    """repetitions of each fault"""
 
 
 def trial(fault: Callable | None, folder: Path, arguments: list[str]) -> float:
-    """Run once, with the fault after update 12 of 32; seconds from it (from its end, where it ends by itself) to the
-    next update that is made."""
+    """Run once, with the fault after step 12 of 32; seconds from the start of the fault to the next logged step."""
     seconds = 0.0
     with hosts(folder) as two:
 
@@ -113,7 +112,7 @@ def trial(fault: Callable | None, folder: Path, arguments: list[str]) -> float:
 def main() -> None:
     config, _ = load_settings(HostsConfig, positional="faults")
     if unknown := set(config.faults) - set(FAULTS):
-        raise UserError(f"there is no fault {unknown.pop()}: {', '.join(FAULTS)}")
+        raise UserError(f"no fault {unknown.pop()}; there are {', '.join(FAULTS)}")
     if reason := why_not():
         raise UserError(reason)
     with tempfile.TemporaryDirectory() as name:
@@ -127,7 +126,7 @@ def main() -> None:
             return flags(**(TINY | RUN | dict(data_dir=folder, out_dir=folder / out, timeout=TIMEOUT)))
 
         trial(None, folder, arguments("straight"))
-        print("| fault | the same run in the end | seconds until the next update: median, longest |")
+        print("| fault | same result | seconds until the next step: median, longest |")
         print("| --- | --- | --- |")
         for name in config.faults or FAULTS:
             times, same = [], 0

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,7 +24,7 @@ from common import SIZES, VOCAB_SIZES, as_flags, copy_nanogpt, timed_command
 
 from plaingpt.console import run_script
 from plaingpt.metrics import read_metrics
-from plaingpt.settings import PathName, PositiveInt, load_settings
+from plaingpt.settings import PathName, PositiveInt, Range, load_settings
 
 STEPS = {"baby": 900, "shake": 24, "124M": 12}  # saved after each third
 OPTIMIZERS = {"plainGPT": "muon", "plainGPT, AdamW": "adamw"}
@@ -38,7 +38,7 @@ class BenchConfig:
     """checkout of nanoGPT"""
     rounds: PositiveInt = 3
     """runs of each command"""
-    steps: PositiveInt | None = None
+    steps: Annotated[int, Range(min=6)] | None = None
     """training steps, a multiple of 3 (default: 900, 24 and 12)"""
 
 
