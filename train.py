@@ -120,9 +120,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
                 rate = watch.rate(state.step)
                 record = dict(step=state.step, tokens=state.step * run.update_tokens, seconds=watch.seconds)
                 record |= dict(train_loss=train_loss, lr=config.learning_rate_at(step), grad_norm=norm.item())
-                record |= dict(skipped=skipped.all or None, tokens_per_second=rate * run.update_tokens)
-                if dist.peak_flops:
-                    record["mfu"] = record["tokens_per_second"] * run.raw_model.flop_per_token() / dist.peak_flops
+                record |= dict(skipped=skipped.all or None) | speed(run, rate)
                 metrics.write(**record)
                 progress.show(record, seconds_left=(config.max_iters - state.step) / rate)
                 if spike := metrics.spike(train_loss):
@@ -135,6 +133,14 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     problem = saver.wait()
     metrics.close()
     return closing_lines(config, state, stopping, problem)
+
+
+def speed(run: Run, updates_per_second: float) -> dict[str, float]:
+    tokens_per_second = updates_per_second * run.update_tokens
+    if not run.dist.peak_flops:
+        return {"tokens_per_second": tokens_per_second}
+    mfu = tokens_per_second * run.raw_model.flop_per_token() / run.dist.peak_flops
+    return {"tokens_per_second": tokens_per_second, "mfu": mfu}
 
 
 def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:
