@@ -22,6 +22,9 @@ settings.load_profile("no deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "gradient_accumulation_steps": 1,
     "max_iters": 6, "eval_interval": 3, "eval_iters": 2, "log_interval": 1, "sample_tokens": 4,
