@@ -48,7 +48,11 @@ def test_the_settings_of_a_command_are_accepted(monkeypatch, script, arguments):
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     classes = [value for value in vars(module).values() if dataclasses.is_dataclass(value)]
     (config,) = (value for value in classes if value.__name__.endswith("Config") and value.__name__ != "GPTConfig")
-    lists = [field.name for field in dataclasses.fields(config) if field.name in ("sources", "models", "out_dirs", "data_sets")]
+    lists = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name in ("sources", "models", "out_dirs", "data_sets")
+    ]
     load_settings(config, shlex.split(arguments), positional=lists[0] if lists else "recipes")
 
 
