@@ -1,45 +1,56 @@
-"""What a user gets to read about settings: --help, and suggestions for a name or a file that does not exist."""
+"""What a user reads about settings: --help, and suggestions for a name or a file that does not exist."""
 
+import argparse
+import ast
 import dataclasses
 import glob
+import inspect
+import itertools
 import os
 import shlex
 import sys
-import typing
 from collections.abc import Iterable
-from typing import Annotated, Any, NoReturn
+from typing import NoReturn
 
 from plaingpt.console import closest
 
-TYPES = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}
+
+def show_help(cls: type, positional: str, kinds: dict[str, str]) -> NoReturn:
+    """Print the fields of a dataclass with their docstrings, grouped by the dataclasses it inherits from, and exit.
+
+    kinds: what each setting accepts, for people.
+    """
+    parser = argparse.ArgumentParser(
+        usage=f"%(prog)s [{positional.upper()} ...] [--name=value ...]",
+        description=sys.modules[cls.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    for group in [base for base in cls.__bases__ if dataclasses.is_dataclass(base)] or [cls]:
+        section = parser.add_argument_group("Settings" if group is cls else group.__name__.removesuffix("Settings"))
+        meanings = docstrings(group)
+        for setting in dataclasses.fields(group):
+            about = meanings[setting.name].replace("%", "%%")
+            if setting.name == positional:
+                section.add_argument(positional, metavar=positional.upper(), help=about)
+                continue
+            if setting.default is not None:
+                about += f" (default: {setting.default!r})".replace("%", "%%")
+            section.add_argument(f"--{setting.name}", metavar=kinds[setting.name], help=about)
+    if positional not in kinds:
+        parser.add_argument_group(positional.capitalize(), "Python files that assign settings; flags override them.")
+    parser.print_help()
+    sys.exit(0)
 
 
-def show_help(cls: type, positional: str) -> NoReturn:
-    """Print the fields of a dataclass with their docstrings, grouped by the dataclasses it inherits from, and exit."""
-    import tyro  # a tenth of a second that nothing else needs
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def describe(info: Any) -> Any:
-        kinds = [getattr(kind, "__origin__", kind) for kind in typing.get_args(info.type) or [info.type]]
-        if kinds := [TYPES.get(kind, kind) for kind in kinds if kind in TYPES or isinstance(kind, str)]:
-            return tyro.constructors.PrimitiveConstructorSpec(1, "|".join(kinds), str, lambda value: True, _shown)
-
-    groups = [base for base in cls.__bases__ if dataclasses.is_dataclass(base)]
-    members = [(group.__name__.removesuffix("Settings"), tyro.conf.OmitArgPrefixes[group], group()) for group in groups]
-    recipes = "Python files that assign settings; flags override them" if positional == "recipes" else None
-    look = tyro.conf.arg(metavar=f"[{positional.upper()} ...]", help_behavior_hint="", help=recipes)
-    members.insert(0, (positional, tyro.conf.Positional[Annotated[str, look]], ""))
-    bases, frozen = () if groups else (cls,), cls.__dataclass_params__.frozen
-    parser = dataclasses.make_dataclass("Help", members, bases=bases, frozen=frozen)
-    print(sys.modules[cls.__module__].__doc__ or "")
-    config = (tyro.conf.FlagConversionOff,)
-    tyro.cli(parser, args=["--help"], description="", use_underscores=True, config=config, registry=registry)
-
-
-def _shown(default: Any) -> list[str]:
-    return [repr(default)[1:-1] if isinstance(default, str) else str(default)]  # a line break as \n
+def docstrings(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass."""
+    lines = itertools.pairwise(ast.parse(inspect.getsource(cls)).body[0].body)
+    return {
+        field.target.id: text.value.value
+        for field, text in lines
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
 
 def no_setting(name: str, source: str, cls: type, names: Iterable[str]) -> str:

@@ -51,10 +51,10 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     is ignored} and SYNONYMS {wrong name: right name; "" stands for an argument that is not a recipe}. Raises UserError.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & {*argv}:
-        show_help(cls, positional)
     hints = typing.get_type_hints(cls, include_extras=True)
     hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    if {"-h", "--help"} & {*argv}:
+        show_help(cls, positional, {name: _kinds(hint) for name, hint in hints.items()})
     retired, values, given = getattr(cls, "RETIRED", {}), {}, {}
     files, flags = _split(argv, cls, hints | dict.fromkeys(retired, str))
     if hint := hints.pop(positional, None):
@@ -91,7 +91,7 @@ def _split(argv: list[str], cls: type, hints: dict[str, Any]) -> tuple[list[str]
             raise UserError(no_setting(name, flag, cls, hints))
         if equals:
             flags.append((name, text))
-        elif bool in _leaves(hints[name]) and (words[0] if words else "").lower() not in SWITCH:
+        elif bool in _leaves(hints[name]) and (words[0] if words else "").lower() not in (*SWITCH, "none"):
             flags.append((name, "True"))
         elif words and not words[0].startswith("--"):
             flags.append((name, words.pop(0)))
@@ -121,6 +121,12 @@ def _leaves(hint: Any) -> list[Any]:
     return [leaf for part in typing.get_args(hint) for leaf in _leaves(part)] or [hint]
 
 
+def _kinds(hint: Any) -> str:
+    """What a setting accepts, for people: `int`, `float`, `ddp|fsdp`."""
+    kinds = [leaf for leaf in _leaves(hint) if isinstance(leaf, type | str | int) and leaf is not types.NoneType]
+    return "|".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+
+
 def _parse(text: str, hint: Any) -> Any:
     """The value of a flag's text. Text that fits no type stays text, for `check_value` to refuse."""
     allowed = _leaves(hint)
@@ -129,7 +135,7 @@ def _parse(text: str, hint: Any) -> Any:
             return None
         if bool in allowed:
             return SWITCH[text.lower()]
-        if int in allowed or float in allowed:
+        if any(leaf in (int, float) or isinstance(leaf, int) for leaf in allowed):
             return int(text) if text.lstrip("+-").isdigit() else float(text)
     return text
 
@@ -142,9 +148,8 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     if type(value) is float and int in allowed and value.is_integer():
         value = int(value)  # people write 1e5 for 100000
     ranges = [leaf for leaf in allowed if isinstance(leaf, Range)]
-    fits = type(value) in allowed or (isinstance(value, str) and value in allowed)
+    fits = type(value) in allowed or (type(value) in (str, int) and value in allowed)
     if not fits or (value is not None and any(value not in bounds for bounds in ranges)):
-        kinds = [leaf for leaf in allowed if isinstance(leaf, type | str) and leaf is not types.NoneType]
-        wanted = "|".join(getattr(kind, "__name__", kind) for kind in kinds) + "".join(f" ({r})" for r in ranges)
+        wanted = _kinds(hint) + "".join(f" ({bounds})" for bounds in ranges)
         raise UserError(f"{source}: {name} must be {wanted}, not {value!r:.100}")
     return os.path.expanduser(value) if value is not None and os.path.expanduser in allowed else value
