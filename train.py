@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing import errors
 
 from model import GPT
 from plaingpt.batches import EvalBatches, TrainBatches, mix
@@ -46,11 +46,11 @@ class Run:
     scaler: torch.amp.GradScaler
     train_batches: TrainBatches
     eval_batches: EvalBatches
-    update_tokens: int
+    tokens_per_step: int
 
 
 def train_step(run: Run, step: int, stop: StopSignal | None = None) -> tuple[Tensor, Tensor] | None:
-    """One update. Returns the mean loss of this rank's micro-batches and the norm of the gradients, on the device.
+    """One training step. Returns the mean loss of this rank's micro-batches and the gradients' norm, on the device.
 
     If `stop` asks for it between two micro-steps, returns None with nothing changed. All ranks.
     """
@@ -61,7 +61,7 @@ def train_step(run: Run, step: int, stop: StopSignal | None = None) -> tuple[Ten
         if i and stop and dist.max(stop.number)[0]:
             run.model.zero_grad(set_to_none=True)
             return None
-        index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in an update
+        index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in a step
         inputs, targets = dist.to_device(*run.train_batches.micro_batch(step, index, config.batch_size))
         torch.manual_seed(mix(config.seed, step, index))  # dropout: no random state has to be saved
         exchange_gradients(run.model, last=i == micro_steps - 1)
@@ -74,7 +74,7 @@ def train_step(run: Run, step: int, stop: StopSignal | None = None) -> tuple[Ten
 
 
 def train(run: Run, state: RunState, out_dir: Path) -> int:
-    """The training loop: evaluate, save, update, log. All ranks. Returns the exit status."""
+    """The training loop: evaluate, save, step, log. All ranks. Returns the exit status."""
     config, dist, start = run.config, run.dist, state.step
     metrics = Metrics(out_dir, dist.is_main, until_step=start or None)
     metrics.track(state.settings)
@@ -82,7 +82,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist, progress.print)
     watch, skipped = Stopwatch(state.seconds, start), SkippedUpdates(state.skipped, dist.device)
     stop, stopping, paused_at = StopSignal(), 0, None
-    gc.disable()  # an update leaves no garbage, and searching for it causes pauses
+    gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # spares the collections below a search through all that exists by now
     while True:
         step = state.step
@@ -97,7 +97,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
             if evaluating:
                 val_loss = evaluate(run.model, run.eval_batches, dist)
                 bpb = bits_per_byte(val_loss, run.data.val)
-                metrics.write(step=step, tokens=step * run.update_tokens, val_loss=val_loss, val_bpb=bpb)
+                metrics.write(step=step, tokens=step * run.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
                 progress.print(f"step {step}: {describe_loss(val_loss, run.data)}")
             if step > start:
                 state.seconds, state.skipped, state.scaler = watch.seconds, skipped.all, run.scaler.state_dict()
@@ -118,13 +118,11 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
             if state.step % config.log_interval == 0 or state.step == config.max_iters:
                 (train_loss,) = dist.sum(loss.item() / dist.world_size)  # waits for the device: only here
                 rate = watch.rate(state.step)
-                record = dict(step=state.step, tokens=state.step * run.update_tokens, seconds=watch.seconds)
+                record = dict(step=state.step, tokens=state.step * run.tokens_per_step, seconds=watch.seconds)
                 record |= dict(train_loss=train_loss, lr=config.learning_rate_at(step), grad_norm=norm.item())
                 record |= dict(skipped=skipped.all or None) | speed(run, rate)
                 metrics.write(**record)
                 progress.show(record, seconds_left=(config.max_iters - state.step) / rate)
-                if spike := metrics.spike(train_loss):
-                    progress.print(f"step {state.step}: {spike}")
             progress.advance()
         stopping, failing = dist.max(stop.number, skipped.in_a_row)
         check_gradients(failing, state.step)
@@ -135,8 +133,8 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     return closing_lines(config, state, stopping, problem)
 
 
-def speed(run: Run, updates_per_second: float) -> dict[str, float]:
-    tokens_per_second = updates_per_second * run.update_tokens
+def speed(run: Run, steps_per_second: float) -> dict[str, float]:
+    tokens_per_second = steps_per_second * run.tokens_per_step
     if not run.dist.peak_flops:
         return {"tokens_per_second": tokens_per_second}
     mfu = tokens_per_second * run.raw_model.flop_per_token() / run.dist.peak_flops
@@ -145,8 +143,8 @@ def speed(run: Run, updates_per_second: float) -> dict[str, float]:
 
 def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:
     """Everything but the state of the run. All ranks."""
-    update_tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    train_batches = TrainBatches(data.train, config.block_size, update_tokens // config.block_size, config.seed)
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    train_batches = TrainBatches(data.train, config.block_size, tokens_per_step // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
     model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, config.compile)
     optimizers = make_optimizers(
@@ -159,7 +157,7 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
         dtype=dist.dtype,
     )
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches, update_tokens)
+    return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches, tokens_per_step)
 
 
 def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed) -> int:
@@ -179,17 +177,17 @@ def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint:
     if config.eval_only:
         note(describe_loss(evaluate(run.model, run.eval_batches, dist), data))
         return 0
-    announce(raw_model, dist, config.max_iters, run.update_tokens, len(data.train))
+    announce(raw_model, dist, config.max_iters, run.tokens_per_step, len(data.train))
     if state.step < config.max_iters:
         check_schedule(config)
     if config.dry_run:
 
-        def update(micro_steps: int) -> None:
+        def step(micro_steps: int) -> None:
             short = dataclasses.replace(config, gradient_accumulation_steps=micro_steps * dist.world_size)
             train_step(dataclasses.replace(run, config=short), 0)
 
         micro_steps = dist.per_process(config.gradient_accumulation_steps)
-        dry_run(raw_model, dist, update, micro_steps, run.update_tokens, config.max_iters, cost(raw_model))
+        dry_run(raw_model, dist, step, micro_steps, run.tokens_per_step, config.max_iters, cost(raw_model))
         return 0
 
     out_dir = Path(config.out_dir)
@@ -212,10 +210,10 @@ def main() -> int:
     how, _, name = config.init_from.partition(":")
     directory = Path(config.out_dir) / (name or "last")
     state, checkpoint = RunState(), None
-    if how == "resume" or (how == "auto" and existing(directory)):
+    if how == "resume" or (config.init_from == "auto" and existing(directory)):
         state, checkpoint = load_state(directory)
         config = resumed_settings(config, given, state, checkpoint)
-        given = {name: source for name, source in given.items() if source.startswith("--")}  # recipes did not count
+        given = {name: source for name, source in given.items() if source.startswith("--")}  # a recipe changes nothing
     dist = connect(config.device, config.dtype, config.timeout)
     status = run(config, given, state, checkpoint, dist)
     dist.close()  # not after an error: it might wait for processes that still compute
@@ -223,4 +221,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(record(main))  # so that torchrun reports the error that came first, on whatever rank and node
+    run_script(errors.record(main))  # so that torchrun reports the error that came first, on whatever rank and node

@@ -56,7 +56,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 class TrainBatches:
-    """The training batches of a run. Each update reads `sequences` windows of `block_size` tokens."""
+    """The training batches of a run. Each step reads `sequences` windows of `block_size` tokens."""
 
     def __init__(self, tokens: Tokens, block_size: int, sequences: int, seed: int):
         check_length(tokens, block_size, "train")
@@ -65,7 +65,7 @@ class TrainBatches:
         self._block = functools.lru_cache(2)(self._starts_of_block)
 
     def starts(self, step: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Positions in the corpus of `count` (or all) sequences of update `step` from number `first` on."""
+        """Positions in the corpus of `count` (or all) sequences of step `step` from number `first` on."""
         begin = step * self.sequences + first
         end = (step + 1) * self.sequences if count is None else begin + count
         blocks = [self._block(block) for block in range(begin // AHEAD, -(-end // AHEAD))]
@@ -84,7 +84,7 @@ class TrainBatches:
         return starts
 
     def micro_batch(self, step: int, index: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (batch_size, block_size) int64: micro-batch `index` of update `step`."""
+        """Inputs and targets, (batch_size, block_size) int64: micro-batch `index` of step `step`."""
         starts = self.starts(step, index * batch_size, batch_size)
         ids = self.tokens.windows(starts, self.block_size + 1)
         return torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, 1:])

@@ -55,7 +55,7 @@ class Distributed:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def per_process(self, micro_steps: int) -> int:
-        """Micro-steps that each process makes of an update's."""
+        """Micro-steps that each process makes of a step's."""
         if micro_steps % self.world_size:
             raise UserError(
                 f"gradient_accumulation_steps={micro_steps} must be a multiple of the number of processes, "
@@ -129,7 +129,7 @@ class StopSignal:
         self.number = number
         if is_rank_0():
             with contextlib.suppress(OSError):  # the terminal may be gone; os.write, as the signal may interrupt print
-                os.write(2, b"\nending after this update; Ctrl-C leaves at once\n")
+                os.write(2, b"\nending after this step; Ctrl-C leaves at once\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # even inside a collective that hangs
 
 

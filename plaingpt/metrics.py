@@ -1,21 +1,17 @@
-"""The record of a run: metrics.jsonl, loss.png, what the terminal shows, and trackers."""
+"""The record of a run: metrics.jsonl, loss.png, Weights & Biases, and what the terminal shows."""
 
-import collections
 import contextlib
 import json
 import math
-import statistics
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
+from plaingpt import tracking
 from plaingpt.console import UserError, escaped, note, one_line
 from plaingpt.files import claim, new_file, release
-from plaingpt.tracking import TensorBoard, WandB
-
-SPIKE_WINDOW = 50  # logged losses to compare the next one with
 
 
 class Metrics:
@@ -23,14 +19,12 @@ class Metrics:
 
     def __init__(self, out_dir: Path, active: bool, until_step: int | None = None):
         """Start a record, or with `until_step` continue that of an interrupted run from this step."""
-        self.active, self.path, self.trackers = active, Path(out_dir) / "metrics.jsonl", []
+        self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
         self.resumed_from = until_step  # goes into the next record
-        self.losses = collections.deque(maxlen=SPIKE_WINDOW)
         if not active:
             return
-        earlier = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
-        self.losses.extend(record["train_loss"] for record in earlier if "train_loss" in record)
         self.lock = claim(self.path.parent)
+        earlier = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
         try:
             with new_file(self.path) as file:
                 file.writelines(json.dumps(record) + "\n" for record in earlier)
@@ -38,13 +32,12 @@ class Metrics:
             raise UserError(f"{self.path} cannot be written: {one_line(error)}") from error
 
     def track(self, settings: dict) -> None:
-        """Start Weights & Biases or TensorBoard, if `wandb_log` or `tensorboard_log` is set."""
-        for asked, tracker in (("wandb_log", WandB), ("tensorboard_log", TensorBoard)):
-            if self.active and settings[asked]:
-                try:
-                    self.trackers.append(tracker(settings, self.path.parent, self.resumed_from))
-                except Exception as error:  # of many kinds: not installed, no login, no network
-                    note(f"{tracker.name} is off: {one_line(error)} ({tracker.remedy})")
+        """Start Weights & Biases, if `wandb_log` is set."""
+        if self.active and settings["wandb_log"]:
+            try:
+                self.wandb = tracking.WandB(settings, self.path.parent, resumed=self.resumed_from is not None)
+            except Exception as error:  # of many kinds: not installed, no login, no network
+                note(f"wandb is off: {one_line(error)} ({tracking.REMEDY})")
 
     def write(self, **record) -> None:
         if not self.active:
@@ -56,27 +49,11 @@ class Metrics:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:  # a full disk does not stop training
             note(f"{self.path}: {one_line(error)}")
-        self._call_trackers("log", record)
+        self._call_wandb("log", record)
 
     def sample(self, step: int, text: str) -> None:
-        """Send a sample to the trackers."""
-        self._call_trackers("sample", step, text)
-
-    def spike(self, loss: float) -> str | None:
-        """A message if the loss is far above the recent ones, otherwise None.
-
-        Far: 0.1 nats and ten median absolute deviations above the running median. Ten of them are almost seven
-        standard deviations of a normal distribution, which noise does not reach.
-        """
-        if not math.isfinite(loss):
-            return None  # the update was skipped and counted
-        before = list(self.losses)
-        self.losses.append(loss)
-        if len(before) < 10:
-            return None
-        median = statistics.median(before)
-        usual = max(10 * statistics.median(abs(other - median) for other in before), 0.1)
-        return f"loss spike: {loss:.4f}, the running median is {median:.4f}" if loss - median > usual else None
+        """Send a sample to Weights & Biases."""
+        self._call_wandb("sample", step, text)
 
     def draw(self) -> None:
         if not self.active:
@@ -87,21 +64,21 @@ class Metrics:
             note(f"loss.png: {one_line(error)}")
 
     def close(self) -> None:
-        self._call_trackers("close")
+        self._call_wandb("close")
         if self.active:
             release(self.lock)
 
-    def _call_trackers(self, method: str, *arguments) -> None:
-        for tracker in list(self.trackers):
+    def _call_wandb(self, method: str, *arguments) -> None:
+        if self.wandb:
             try:
-                getattr(tracker, method)(*arguments)
-            except Exception as error:  # of many kinds: the network, a full disk, the tool itself
-                note(f"{tracker.name} is off from now on: {one_line(error)}")
-                self.trackers.remove(tracker)
+                getattr(self.wandb, method)(*arguments)
+            except Exception as error:  # of many kinds: the network, a full disk, wandb itself
+                note(f"wandb is off from now on: {one_line(error)}")
+                self.wandb = None
 
 
 class Stopwatch:
-    """Seconds of training, without evaluations and saves, and updates per second."""
+    """Seconds of training, without evaluations and saves, and steps per second."""
 
     def __init__(self, seconds: float, step: int = 0):
         self._before, self._started = seconds, None
@@ -131,7 +108,7 @@ class Progress:
         self.bar = tqdm(
             total=max_iters,
             initial=start,
-            unit="update",
+            unit="step",
             disable=not (active and sys.stderr.isatty()),
             dynamic_ncols=True,
         )
@@ -210,7 +187,7 @@ def curves(out_dirs: list[Path]):
         for resumed in sorted({record["resumed_from"] for record in records if "resumed_from" in record}):
             for axes in panels.values():
                 axes.axvline(resumed, color=colors[0], ls=":", lw=1, label=f"{label}resumed at {resumed:,}")
-    panels["loss"].set_xlabel("updates")
+    panels["loss"].set_xlabel("steps")
     panels["tokens_per_second"].set_ylim(bottom=0)
     if not panels["loss"].lines:
         return None

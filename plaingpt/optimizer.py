@@ -1,4 +1,4 @@
-"""AdamW and Muon, the learning rate schedule, and updates that skip non-finite gradients.
+"""AdamW and Muon, the learning rate schedule, and steps that skip non-finite gradients.
 
 optimizers = make_optimizers(model, "muon", 1e-3, weight_decay=0.1, betas=(0.9, 0.95))
 norm = apply_gradients(model, optimizers, scaler, learning_rate, grad_clip=1.0)
@@ -16,7 +16,7 @@ from plaingpt.parallel import full, is_sharded
 
 MATRICES_AT_ONCE = 2**27  # elements, 0.5 GB in float32 for each of five temporary tensors
 
-MAX_SKIPPED = 20  # consecutive updates with non-finite gradients after which the run ends
+MAX_SKIPPED = 20  # consecutive steps with non-finite gradients after which the run ends
 
 
 def make_optimizers(
@@ -56,8 +56,8 @@ class Muon(torch.optim.Optimizer):
 
     With W processes, each orthogonalises a W-th of the matrices. Under DDP an all-gather in `dtype` then brings the
     other updates. Under FSDP a process stores some rows of every matrix: an all-to-all brings the rows of its matrices
-    in float32, and another returns their updates in `dtype`. For N parameters each process receives 2 N bytes an
-    update under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
+    in float32, and another returns their updates in `dtype`. For N parameters each process receives 2 N bytes a
+    step under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
     """
 
     def __init__(
@@ -229,14 +229,14 @@ def apply_gradients(
 
 
 class SkippedUpdates:
-    """Counts the updates with non-finite gradients, on the device, so that the host never waits."""
+    """Counts the steps with non-finite gradients, on the device, so that the host never waits."""
 
     def __init__(self, before: int, device: torch.device):
         self._total, self._in_a_row = torch.tensor([before, 0], device=device)
         self._on_host = torch.zeros((), dtype=torch.long, pin_memory=device.type == "cuda")  # copy of `_in_a_row`
 
     def count(self, norm: Tensor) -> None:
-        """After each update, with the norm of its gradients."""
+        """After each step, with the norm of its gradients."""
         bad = ~norm.isfinite()
         self._total, self._in_a_row = self._total + bad, (self._in_a_row + 1) * bad
         self._on_host.copy_(self._in_a_row, non_blocking=True)
@@ -248,14 +248,14 @@ class SkippedUpdates:
 
     @property
     def in_a_row(self) -> int:
-        """How many since the last good update, as far as the device has come: no sync point."""
+        """How many since the last good step, as far as the device has come: no sync point."""
         return int(self._on_host)
 
 
 def check_gradients(failing: int, step: int) -> None:
-    """RunFailed if the gradients were not finite in too many consecutive updates."""
+    """RunFailed if the gradients were not finite in too many consecutive steps."""
     if failing >= MAX_SKIPPED:
         raise RunFailed(
-            f"the gradients were not finite in {failing} consecutive updates, seen after update {step}; "
+            f"the gradients were not finite in {failing} consecutive steps, seen after step {step}; "
             "no weights were changed: resume from the last save, or start anew, with a lower --learning_rate"
         )

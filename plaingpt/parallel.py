@@ -96,6 +96,7 @@ def _compile(model: nn.Module, device: torch.device, sharded: bool) -> None:
         note(f"torch.compile does not work here, continuing without it: {_reason(error)}")
         return
     fall_back_to_eager(_reason)
+    torch._dynamo.config.optimize_ddp = False  # it splits graphs so that DDP can overlap; blocks are small enough
     for block in model.transformer.h:
         for module in (block.ln_1, block.attn, block.ln_2, block.mlp) if sharded else (block,):
             module.__class__ = _compiled_class(type(module), "forward")
@@ -120,7 +121,7 @@ def _reason(error: BaseException) -> str:
 
 
 def exchange_gradients(model: nn.Module, last: bool) -> None:
-    """Before a micro-step: whether it is the `last` of its update, after which gradients are averaged.
+    """Before a micro-step: whether it is the `last` of its step, after which gradients are averaged.
 
     Sharded gradients are averaged within the node each time, so that no process ever has all of them; in bfloat16
     also between nodes, so that they are summed in float32.

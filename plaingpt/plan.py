@@ -1,4 +1,4 @@
-"""What a run needs, before it starts: parameters, memory, tokens, and hours here and on other machines.
+"""What a run needs, before it starts: parameters, memory, tokens, and hours.
 
 python train.py RECIPE --dry_run=True
 """
@@ -15,12 +15,8 @@ from tqdm import tqdm
 
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, counted, millions, note
-from plaingpt.distributed import PEAK_TFLOPS, Distributed
+from plaingpt.distributed import Distributed
 from plaingpt.optimizer import MATRICES_AT_ONCE
-
-# Share of a card's half-precision limit that GPT-2 124M is known to reach; to be replaced by our own measurements.
-# A100: nanoGPT, compiled, 0.85M tokens/s on eight. H100: llm.c, 468k tokens/s on one; H200: the same chip.
-MFU = {"A100": 0.29, "H100": 0.40, "H200": 0.40}
 
 
 def state_memory(model: GPT, optimizer: str, shards: int = 1) -> dict[str, float]:
@@ -106,17 +102,12 @@ def free_memory(dist: Distributed) -> float | None:
     return free / dist.local_world_size
 
 
-def hours(model: GPT, tokens: float, card: str, cards: int) -> float:
-    """Predicted from the FLOP of a token, the card's data sheet and MFU, without evaluations and saves."""
-    return tokens * model.flop_per_token() / (PEAK_TFLOPS[card] * 1e12 * MFU[card] * cards) / 3600
-
-
-def announce(model: GPT, dist: Distributed, max_iters: int, update_tokens: int, epoch_tokens: int) -> None:
+def announce(model: GPT, dist: Distributed, max_iters: int, tokens_per_step: int, epoch_tokens: int) -> None:
     """Print the run in one line."""
-    precision, epochs = str(dist.dtype).removeprefix("torch."), max_iters * update_tokens / epoch_tokens
+    precision, epochs = str(dist.dtype).removeprefix("torch."), max_iters * tokens_per_step / epoch_tokens
     note(
         f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
-        f"{counted(max_iters, 'update')} of {counted(update_tokens, 'token')}, "
+        f"{counted(max_iters, 'step')} of {counted(tokens_per_step, 'token')}, "
         f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {epoch_tokens:,}"
     )
 
@@ -124,29 +115,25 @@ def announce(model: GPT, dist: Distributed, max_iters: int, update_tokens: int, 
 def dry_run(
     model: GPT,
     dist: Distributed,
-    update: Callable[[int], object],
+    step: Callable[[int], object],
     micro_steps: int,
-    update_tokens: int,
+    tokens_per_step: int,
     max_iters: int,
     parts: dict[str, float],
 ) -> None:
-    """Print memory, speed and hours of a run from a few timed updates. All ranks.
+    """Print memory, speed and hours of a run from a few timed steps. All ranks.
 
-    update: makes an update of so many micro-steps in each process. micro_steps: of a real update in each process.
+    step: makes a training step of so many micro-steps in each process. micro_steps: those of a real step.
     parts: what `memory` predicts.
     """
-    one, two = (_median_seconds(dist, lambda n=n: update(n)) for n in (1, 2))
+    one, two = (_median_seconds(dist, lambda n=n: step(n)) for n in (1, 2))
     seconds = one + (micro_steps - 1) * max(two - one, 0.0)
     if not dist.is_main:
         return
     note(f"memory of a process, predicted: {', '.join(f'{name} {gb(size)}' for name, size in parts.items())}")
     note(f"in total {gb(sum(parts.values()))}; {_measured_memory(dist)}")
-    speed, span = update_tokens / seconds, tqdm.format_interval
-    note(f"here {seconds:.3g} s an update, {speed:,.0f} tokens/s: {span(seconds * max_iters)} in total")
-    tokens = max_iters * update_tokens
-    if hours(model, tokens, "A100", 1) > 0.1:  # small models do not fill a card: a prediction would be wrong
-        there = [f"{n} x {card} {span(3600 * hours(model, tokens, card, n))}" for card in MFU for n in (1, 8)]
-        note(f"predicted elsewhere: {', '.join(there)}")
+    speed, span = tokens_per_step / seconds, tqdm.format_interval
+    note(f"here {seconds:.3g} s a step, {speed:,.0f} tokens/s: {span(seconds * max_iters)} in total")
 
 
 def _median_seconds(dist: Distributed, run: Callable[[], object]) -> float:

@@ -25,7 +25,7 @@ LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout"}
 # These may differ from the checkpoint's; the others decide what is trained.
 CHANGEABLE = LOCAL | {
     "data_dir", "dtype", "compile", "eval_interval", "eval_iters", "log_interval", "sample_tokens",
-    "wandb_log", "wandb_project", "wandb_run_name", "tensorboard_log", "batch_size",
+    "wandb_log", "wandb_project", "wandb_run_name", "batch_size",
     "gradient_accumulation_steps", "learning_rate", "max_iters", "patience", "keep_every", "decay_lr", "lr_schedule",
     "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip", "dropout", "momentum", "sharding",
     "reduce_dtype", "recompute",
@@ -51,7 +51,7 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
             continue
         asked = f"{given[name]}: {name}={getattr(config, name)}"
         if name not in flags:
-            note(f"kept from the checkpoint: {name}={trained[name]} (not {asked}; a flag would change it)")
+            note(f"using the checkpoint's {name}={trained[name]} (not {asked}; a flag would change it)")
         elif name in CHANGEABLE:
             note(f"changed on resume: {asked}, until now {trained[name]}")
         else:
@@ -69,22 +69,22 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
     if now != before:
         raise UserError(
             f"gradient_accumulation_steps x batch_size is {now}, but the checkpoint was trained with {before} "
-            "sequences an update: keep the product"
+            "sequences a step: keep the product"
         )
-    updates = counted(state.step, "update")
+    steps = counted(state.step, "step")
     if config.max_iters < state.step:
-        raise UserError(f"max_iters={config.max_iters}, but the checkpoint in {directory} has {updates}")
+        raise UserError(f"max_iters={config.max_iters}, but the checkpoint in {directory} has {steps}")
     if config.max_iters == state.step and not config.eval_only:
-        note(f"the run has {updates} already: --max_iters=… for more, or --init_from=scratch")
+        note(f"the run has {steps} already: --max_iters=… for more, or --init_from=scratch")
     return config
 
 
 def check_schedule(config: Any) -> None:
-    """Note what is probably a mistake; UserError if the last updates would change nothing: their learning rate is 0."""
+    """Note what is probably a mistake; UserError if the last steps would change nothing: their learning rate is 0."""
     if config.learning_rate_at(config.max_iters - 1) == 0:
         zero = max(config.lr_decay_iters, config.warmup_iters)
         raise UserError(
-            f"the learning rate would be 0 from update {zero} of {config.max_iters} on: "
+            f"the learning rate would be 0 from step {zero} of {config.max_iters} on: "
             f"give --lr_decay_iters={config.max_iters}, or a --min_lr above 0"
         )
     if config.decay_lr and config.warmup_iters >= config.max_iters:
@@ -105,8 +105,8 @@ def initial_model(
     """The model that `config` asks for, on the CPU, and `config` with the shape of that model.
 
     checkpoint: the directory that a run is resumed from. check: is called with the shape of a new model before it is
-    made, and may refuse it. UserError if a setting in `given`, or the tokenizer of the
-    data set, contradicts a model that exists.
+    made, and may refuse it. UserError if a setting in `given`, or the tokenizer of the data set, contradicts a model
+    that exists.
     """
     if not checkpoint and config.init_from in ("scratch", "auto"):
         if config.n_embd % config.n_head:
@@ -142,9 +142,8 @@ def prepare_command(data_dir: str, dataset: str, name: str, model: str | Path, t
     """The command that prepares the text of a data set again, as `name`, with the tokenizer of a model."""
     meta = Path(data_dir) / dataset / "meta.json"
     text = json.loads(meta.read_bytes())["source"] if meta.is_file() else "FILES"
-    text = (
-        "-" if text == "standard input" else shlex.join(shlex.split(text))
-    )  # quoted anew: meta.json may come from anyone
+    # quoted again, because meta.json may come from anyone
+    text = "-" if text == "standard input" else shlex.join(shlex.split(text))
     wanted = "gpt2" if tokenizer.same_as(gpt2()) else model_directory(model)
     folder = "" if data_dir == "data" else f" --data_dir={shlex.quote(data_dir)}"
     return f"python prepare_data.py {text} --name={shlex.quote(name)} --tokenizer={shlex.quote(str(wanted))}{folder}"
@@ -155,14 +154,14 @@ def closing_lines(config: Any, state: RunState, stopping: int, problem: str | No
     if problem:
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
-    if stopping:
+    if stopping and state.step < config.max_iters:
         remedy = f", saved; to continue: --init_from=resume --out_dir={out_dir}" if state.step else ""
-        note(f"stopped by {signal.Signals(stopping).name} after update {state.step}{remedy}")
+        note(f"stopped by {signal.Signals(stopping).name} after step {state.step}{remedy}")
         return 128 + stopping
     if state.best_val_loss is None:
         raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
     if state.step < config.max_iters:
-        note(f"ended early, after update {state.step}: {config.patience} evaluations without improvement (--patience)")
+        note(f"ended early, after step {state.step}: {config.patience} evaluations without improvement (--patience)")
     rise = "" if not state.evaluations_since_best else ", and has risen since: the model has begun to overfit"
     note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{rise}")
     note(f"next: python sample.py --out_dir={out_dir}")

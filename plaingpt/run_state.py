@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT
-from plaingpt.card import write_card
 from plaingpt.checkpoint import read_tensors, write_model
 from plaingpt.console import UserError, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
@@ -41,7 +40,7 @@ class RunState:
     seconds: NonNegative = 0.0
     """of training, without evaluations and saves"""
     skipped: NonNegativeInt = 0
-    """updates whose gradients were not finite"""
+    """steps whose gradients were not finite"""
     best_val_loss: float | None = None
     """of the model in `best`, if there is one"""
     best_step: NonNegativeInt = 0
@@ -93,7 +92,7 @@ def _read_state(directory: Path) -> RunState:
 class Saver:
     """Saves a run in a background thread: training waits until its state is copied, but not for the disk.
 
-    A save waits until the one before has ended. If a save fails, the user is told, and the earlier checkpoint remains.
+    A save waits until the one before has ended. If a save fails, that is reported, and the earlier checkpoint remains.
     """
 
     def __init__(
@@ -143,14 +142,10 @@ class Saver:
         self._problem = None
         bad = next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None)
         if bad:
-            return self._failed(f"update {state.step} is not saved: {bad} has values that are not finite numbers")
+            return self._failed(f"step {state.step} is not saved: {bad} has values that are not finite numbers")
 
         def model_files(new: Path) -> None:
             write_model(new, self.model.config, weights, self.tokenizer)
-            try:
-                write_card(new, self.out_dir, self.model, dataclasses.asdict(state))
-            except Exception as error:  # the data set's meta.json is gone, say: no reason to lose a model
-                self.report(f"no model card: {one_line(error)}")
 
         def all_files(new: Path) -> None:
             model_files(new)
@@ -172,7 +167,7 @@ class Saver:
                 fill(new)
             return True
         except Exception as error:  # a full disk, no permission, a quota: training has to hear of it, whatever it is
-            self._failed(f"update {step} could not be saved in {self.out_dir / name}: {one_line(error)}")
+            self._failed(f"step {step} could not be saved in {self.out_dir / name}: {one_line(error)}")
             return False
 
     def _failed(self, problem: str) -> None:

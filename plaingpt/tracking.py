@@ -1,16 +1,15 @@
-"""Metrics for Weights & Biases and TensorBoard. Both are optional, and an error in them never stops a run."""
+"""Metrics for Weights & Biases. `Metrics` calls it, and continues without it after any error."""
 
 import html
-import textwrap
 from pathlib import Path
+
+REMEDY = "pip install wandb; `wandb offline` or WANDB_MODE=offline needs no account"
 
 
 class WandB:
-    """Weights & Biases. A resumed run continues the same W&B run."""
+    """A run of Weights & Biases. A resumed run continues the same W&B run."""
 
-    name, remedy = "wandb", "pip install wandb; `wandb offline` or WANDB_MODE=offline needs no account"
-
-    def __init__(self, settings: dict, out_dir: Path, resumed_from: int | None):
+    def __init__(self, settings: dict, out_dir: Path, resumed: bool):
         import wandb
 
         # The mode may come from WANDB_MODE or from a settings file. `init` would wait for a login forever.
@@ -22,7 +21,7 @@ class WandB:
             name=settings["wandb_run_name"],
             config=settings,
             dir=out_dir,
-            id=run_id.read_text().strip() if resumed_from is not None and run_id.is_file() else None,
+            id=run_id.read_text().strip() if resumed and run_id.is_file() else None,
             resume="allow",
             allow_val_change=True,  # of settings changed on resume
         )
@@ -41,27 +40,3 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
-
-
-class TensorBoard:
-    """Event files in out_dir/tensorboard. A resumed run removes what was logged after its checkpoint."""
-
-    name, remedy = "tensorboard", "pip install tensorboard"
-
-    def __init__(self, settings: dict, out_dir: Path, resumed_from: int | None):
-        from torch.utils.tensorboard import SummaryWriter
-
-        first_step = None if resumed_from is None else resumed_from + 1
-        self.writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=first_step, flush_secs=10)
-        self.writer.add_text("settings", "\n".join(f"    {name} = {value!r}" for name, value in settings.items()))
-
-    def log(self, record: dict) -> None:
-        for name, value in record.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, record["step"])
-
-    def sample(self, step: int, text: str) -> None:
-        self.writer.add_text("sample", textwrap.indent(text, "    ", lambda line: True), step)  # a Markdown code block
-
-    def close(self) -> None:
-        self.writer.close()

@@ -101,8 +101,6 @@ class LoggingSettings:
     """Weights & Biases project"""
     wandb_run_name: str | None = None
     """name of the Weights & Biases run (None: a random one)"""
-    tensorboard_log: bool = False
-    """write TensorBoard event files to out_dir/tensorboard"""
 
 
 @dataclass(frozen=True)
@@ -129,6 +127,7 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
     RETIRED: ClassVar = {
         "backend": "ignored: the device determines it (nccl on CUDA, gloo elsewhere)",
         "always_save_checkpoint": "ignored: out_dir/last is always saved, and out_dir/best at each improvement",
+        "tensorboard_log": "ignored: metrics.jsonl has the same figures",
         "local_rank": "ignored; start processes with torchrun instead of python -m torch.distributed.launch",
     }
 

@@ -23,7 +23,7 @@ LAYERS = [
     ["plaingpt.text.pipeline", "plaingpt.batches"],
     ["plaingpt.text.job"],
     ["plaingpt.distributed", "plaingpt.metrics", "plaingpt.checkpoint"],
-    ["plaingpt.parallel", "plaingpt.card"],
+    ["plaingpt.parallel"],
     ["plaingpt.optimizer", "plaingpt.evaluate"],
     ["plaingpt.run_state", "plaingpt.plan"],
     ["plaingpt.run", "plaingpt.train_config"],

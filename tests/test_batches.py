@@ -24,7 +24,7 @@ def batches(length=100, block_size=BLOCK, sequences=4, seed=1) -> TrainBatches:
 
 
 def epoch_starts(length: int, epoch: int, seed: int = 1) -> list[int]:
-    """Where the windows of an epoch begin; an update of one sequence makes a step a window."""
+    """Where the windows of an epoch begin; a step of one sequence makes a step a window."""
     one_a_step = batches(length, sequences=1, seed=seed)
     return [int(one_a_step.starts(epoch * one_a_step.windows + i)[0]) for i in range(one_a_step.windows)]
 

@@ -15,7 +15,6 @@ from conftest import made_text
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
-from plaingpt.card import write_card
 from plaingpt.checkpoint import load_model, save_model
 from plaingpt.console import UserError
 from plaingpt.files import new_directory
@@ -232,7 +231,7 @@ def test_a_model_loaded_while_a_run_saves_is_one_of_those_saved(tmp_path):
 
     def save_always() -> None:
         number = 1
-        while not stop.wait(0.02):  # the time of an update
+        while not stop.wait(0.02):  # the time of a step
             save(number := number + 1)
 
     save(1)
@@ -493,26 +492,3 @@ def test_an_absurd_size_is_refused_before_a_model_of_it_is_made(saved):
     edit_json(saved / "config.json", n_layer=10**9)
     with pytest.raises(UserError, match="weights do not fit"):
         load_model(saved)
-
-
-# the model card
-
-
-def test_nothing_of_unknown_origin_is_html_in_the_model_card(saved):
-    evil = "<script>alert(1)</script> | x"
-    data = saved / "data" / "d"
-    data.mkdir(parents=True)
-    split = {"tokens": 1000, "bytes": 4000}
-    meta = {"source": f"'{evil}'", "tokenizer": evil, "vocab_size": 9, "splits": {"train": split, "val": split}}
-    (data / "meta.json").write_text(json.dumps(meta))
-    out_dir = saved / "out <script>"
-    out_dir.mkdir()
-    (out_dir / "metrics.jsonl").write_text('{"step": 3, "val_loss": 2.5, "tokens": 96}\n{"step": 9, "val_loss": 1}\n')
-    settings = {"data_dir": str(data.parent), "dataset": "d", "init_from": evil, "start": evil, "seed": 1}
-    write_card(saved, out_dir, make_model(of_kind("char")), {"settings": settings, "step": 3, "seconds": 1.0})
-    card = (saved / "README.md").read_text("utf-8")
-    assert "<" not in card and "# out &lt;script&gt;\n" in card
-    assert {"| val_loss | 2.5000 |", "| tokens | 96 |", "| train | 1,000 tokens, 4,000 bytes |", "seed = 1"} <= set(
-        card.splitlines()
-    )
-    assert all(row.count("|") == 3 for row in card.splitlines() if row.startswith("|"))

@@ -10,7 +10,6 @@ import torch
 from conftest import ROOT, Ended, flags, made_text, run_main
 from test_checkpoint import nanogpt_checkpoint, transformers_model
 
-from plaingpt.card import public
 from plaingpt.tokens import open_data_set
 
 BLOCK = 24
@@ -120,36 +119,3 @@ def test_eval_only_tells_transformers_own_loss(tmp_path, words, pretrained):
     assert perplexity == pytest.approx(expected.exp().item(), rel=1e-4)
     assert bpb == pytest.approx(expected.item() / 0.6931472 * len(val) / val.n_bytes, abs=1e-4)
     assert not (tmp_path / "none").exists()
-
-
-def test_the_model_card_names_what_the_model_is_and_no_private_path(finetuned, pretrained, words):
-    card = (finetuned / "best" / "README.md").read_text("utf-8")
-    meta = json.loads((words / "words" / "meta.json").read_text())
-    rows = dict(re.findall(r"^\| ([a-z_ ]+) \| (.+) \|$", card, flags=re.M))
-    assert card.split("\n# ")[1].startswith("words-run\n")
-    assert rows["data"] == "words, from words.txt"
-    for split, size in meta["splits"].items():
-        assert rows[split] == f"{size['tokens']:,} tokens, {size['bytes']:,} bytes"
-    assert rows["tokenizer"] == "gpt2, 50,257 ids"
-    step = losses(finetuned).index(min(losses(finetuned)))  # evaluated after each update, and before the first
-    assert (rows["step"], rows["tokens"]) == (f"{step}", f"{step * 2 * BLOCK}")
-    assert rows["val_loss"] == f"{losses(finetuned)[step]:.4f}"
-    assert float(rows["val_bpb"]) > 0 and float(rows["train_loss"]) > 0
-    assert rows["started from"] == pretrained.name
-    assert {"optimizer = 'adamw'", "learning_rate = 3e-05", f"block_size = {BLOCK}"} <= set(card.splitlines())
-    assert "](loss.png)" in card and (finetuned / "best" / "loss.png").stat().st_size > 1000
-    for private in (finetuned.parent, pretrained.parent, words.parent, "out_dir", "data_dir", "secret-place"):
-        assert str(private) not in card
-
-
-@pytest.mark.parametrize(
-    ("words", "shown"),
-    [
-        ("/home/me/text.txt", "text.txt"),
-        ("'/home/me/my books/a.txt' notes", "a.txt notes"),
-        ("my/books /tmp/a.md hf:owner/name", "my/books a.md hf:owner/name"),
-        ("-", "-"),
-    ],
-)
-def test_of_a_path_that_begins_elsewhere_only_the_name_is_shown(words, shown):
-    assert public(words) == shown

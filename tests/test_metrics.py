@@ -1,7 +1,5 @@
 import json
-import math
 import os
-import random
 import sys
 import time
 
@@ -79,7 +77,7 @@ def test_the_curves_are_the_records_and_a_resume_is_marked(tmp_path):
     metrics = Metrics(tmp_path, active=True)
     metrics.write(step=2, val_loss=5.0, val_bpb=2.5)
     metrics.write(step=2, train_loss=4.0, lr=0.5, grad_norm=1.5, tokens_per_second=10.0)
-    metrics.write(step=9, train_loss=1.0)  # lost: the run goes on from update 4
+    metrics.write(step=9, train_loss=1.0)  # lost: the run goes on from step 4
     metrics.close()
     metrics = Metrics(tmp_path, active=True, until_step=4)
     metrics.write(step=6, train_loss=3.0, lr=0.25, grad_norm=1.25, tokens_per_second=20.0)
@@ -227,32 +225,6 @@ def test_a_run_goes_on_when_nobody_listens_any_more(monkeypatch):
     Progress(0, 10, active=True).print("nor this")
     with pytest.raises(BrokenPipeError):
         stderr.close()
-
-
-def spikes(losses: list[float], metrics: Metrics) -> list[int]:
-    return [i for i, loss in enumerate(losses) if metrics.spike(loss)]
-
-
-def test_a_loss_far_above_the_running_median_is_told(tmp_path):
-    rng = random.Random(0)
-    losses = [4 + 6 * math.exp(-i / 20) + rng.gauss(0, 0.05) for i in range(500)]
-    assert not spikes(losses, Metrics(tmp_path, active=True))
-    losses[3] = losses[100] = losses[300] = 9.0  # the first has too little before it
-    assert spikes(losses, Metrics(tmp_path, active=True)) == [100, 300]
-
-
-def test_equal_losses_have_no_spikes_and_losses_that_are_not_numbers_do_not_count(tmp_path):
-    assert spikes([1.0] * 20 + [1.05] + [math.nan] * 30 + [1.2], Metrics(tmp_path, active=True)) == [51]
-
-
-def test_a_resumed_run_knows_the_losses_before(tmp_path):
-    metrics = Metrics(tmp_path, active=True)
-    for step in range(20):
-        metrics.write(step=step, train_loss=3.0)
-    metrics.close()
-    told = Metrics(tmp_path, active=True, until_step=15).spike(5.0)
-    assert told == "loss spike: 5.0000, the running median is 3.0000"
-    assert not Metrics(tmp_path, active=True).spike(5.0)
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path):

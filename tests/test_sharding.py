@@ -89,7 +89,7 @@ def losses(out_dir: Path, name: str) -> dict[int, float]:
 
 
 def apart(left: Path, right: Path) -> float:
-    """The largest difference of two runs: losses at every update, weights, optimizer state."""
+    """The largest difference of two runs: losses at every step, weights, optimizer state."""
     found = []
     for name in ("train_loss", "val_loss"):
         a, b = losses(left, name), losses(right, name)
@@ -131,7 +131,7 @@ def test_a_shared_model_is_saved_as_any_other(runs):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_precision_and_recomputation_under_sharding(runs, train, tmp_path, name):
-    """fp16 skips its first updates, until the loss scale fits, on all processes alike."""
+    """fp16 skips its first steps, until the loss scale fits, on all processes alike."""
     folder, ended = runs
     changes, tolerance = OTHERS[name]
     alone = {

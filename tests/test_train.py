@@ -56,7 +56,7 @@ def same_run(left: Path, right: Path) -> bool:
 def test_a_run_leaves_its_files(tiny_run):
     assert sorted(path.name for path in tiny_run.iterdir()) == ["best", "last", "loss.png", "metrics.jsonl"]
     model_files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    model_files |= {"tokenizer_config.json", "README.md", "loss.png", "SHA256SUMS"}
+    model_files |= {"tokenizer_config.json", "SHA256SUMS"}
     assert {path.name for path in (tiny_run / "best").iterdir()} == model_files
     assert {path.name for path in (tiny_run / "last").iterdir()} == model_files | {
         "optimizer.safetensors",
@@ -206,7 +206,7 @@ def test_what_was_derived_from_max_iters_is_derived_again(tmp_path, train, resum
     resume(tmp_path / "given", max_iters=3)
     assert load_state(tmp_path / "given" / "last")[0].settings["lr_decay_iters"] == 3
     told = resume(tmp_path / "given", status=2, max_iters=4).err
-    assert "the learning rate would be 0 from update 3 of 4 on: give --lr_decay_iters=4, or" in told
+    assert "the learning rate would be 0 from step 3 of 4 on: give --lr_decay_iters=4, or" in told
     resume(tmp_path / "given", max_iters=4, lr_decay_iters=4)
 
 
@@ -214,9 +214,9 @@ def test_what_was_derived_from_max_iters_is_derived_again(tmp_path, train, resum
     ("changes", "zero"), [(dict(lr_decay_iters=20), 20), (dict(lr_decay_iters=10, warmup_iters=25), 25)]
 )
 def test_a_schedule_that_ends_before_the_run_does_is_refused(tmp_path, train, changes, zero):
-    """Those updates would be computed and change nothing."""
+    """Those steps would be computed and change nothing."""
     told = train(tmp_path / "run", status=2, max_iters=40, **changes).err
-    assert f"the learning rate would be 0 from update {zero} of 40 on: give --lr_decay_iters=40" in told
+    assert f"the learning rate would be 0 from step {zero} of 40 on: give --lr_decay_iters=40" in told
     assert not (tmp_path / "run").exists()
     train(tmp_path / "run", max_iters=4, lr_decay_iters=2, min_lr=1e-3)
 
@@ -230,7 +230,7 @@ def test_what_an_interrupted_save_left_is_resumed(tmp_path, train, resume):
 
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory, train) -> Path:
-    """Two updates; only for resumes that are refused."""
+    """Two steps; only for resumes that are refused."""
     out_dir = tmp_path_factory.mktemp("runs") / "short"
     train(out_dir, max_iters=2)
     return out_dir
@@ -392,7 +392,6 @@ def test_a_cropped_block_survives_a_resume(tmp_path, train, resume, tiny_run):
     resume(tmp_path / "halves", max_iters=6)
     assert same_run(tmp_path / "straight", tmp_path / "halves")
     assert load_model(tmp_path / "halves" / "last")[0].config.block_size == 8
-    assert "| started from | last |\n" in (tmp_path / "halves" / "last" / "README.md").read_text("utf-8")
 
 
 def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tiny_run):
@@ -457,7 +456,7 @@ def test_a_run_of_nothing_but_nans_ends_with_status_1_and_is_not_saved(tmp_path,
     """However rarely it logs, evaluates and saves."""
     changes = dict(max_iters=60, eval_interval=40, log_interval=50, learning_rate=1e30, warmup_iters=0, grad_clip=0)
     ended = train(tmp_path / "run", status=1, **changes)
-    assert "the gradients were not finite in 20 consecutive updates" in ended.err.splitlines()[-1]
+    assert "the gradients were not finite in 20 consecutive steps" in ended.err.splitlines()[-1]
     assert [line["step"] for line in records(tmp_path / "run")] == [0]
     assert not (tmp_path / "run" / "last").exists()
 
@@ -485,12 +484,12 @@ def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_f
     assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
 
 
-@pytest.mark.parametrize("updates", [0, 2])
-def test_a_stop_is_heard_within_a_long_update_and_leaves_no_half_of_it(tmp_path, tiny_flags, train, resume, updates):
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_stop_is_heard_within_a_long_step_and_leaves_no_half_of_it(tmp_path, tiny_flags, train, resume, steps):
     settings = dict(gradient_accumulation_steps=8, sample_tokens=0, eval_interval=100, max_iters=4) | PLAN
     train(tmp_path / "straight", **settings)
-    if updates:
-        train(tmp_path / "run", **settings | {"max_iters": updates})
+    if steps:
+        train(tmp_path / "run", **settings | {"max_iters": steps})
     code = """
 import os, signal, sys
 import train
@@ -502,7 +501,7 @@ def counted(self, *arguments):
     calls += 1
     if calls == 3:
         os.kill(os.getpid(), signal.SIGINT)
-    assert calls < 5, "the update went on"
+    assert calls < 5, "the step went on"
     return micro_batch(self, *arguments)
 
 train.TrainBatches.micro_batch = counted
@@ -512,8 +511,8 @@ run_script(train.main)
     command = [sys.executable, "-c", code, *flags]
     ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 128 + signal.SIGINT, ended.stderr
-    assert f"stopped by SIGINT after update {updates}" in ended.stderr
-    assert (tmp_path / "run" / "last").exists() == (updates > 0)
+    assert f"stopped by SIGINT after step {steps}" in ended.stderr
+    assert (tmp_path / "run" / "last").exists() == (steps > 0)
     train(tmp_path / "run", **settings, init_from="auto")
     assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
 
@@ -576,7 +575,7 @@ def test_two_processes_make_the_same_run_as_one(tmp_path, train, both):
 
 
 def test_two_processes_stop_together_and_any_number_goes_on(tmp_path, tiny_flags, both, resume):
-    """One of the two gets the signal, and both stop after the same update: else they would wait for each other."""
+    """One of the two gets the signal, and both stop after the same step: else they would wait for each other."""
     flags = tiny_flags(tmp_path / "two", **TWO)
     ended = torchrun(flags, at="step 3/", do=lambda pids: os.kill(pids[-1], signal.SIGUSR1))
     assert "stopped by SIGUSR1" in ended.stderr
@@ -622,8 +621,8 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     assert "no checkpoint there; there are last, step-000002, step-000004, step-000006" in told
     before = (tmp_path / "run" / "last" / "training.json").read_bytes()
     told = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
-    assert "max_iters=3, but the checkpoint in" in told and "has 4 updates" in told
-    assert "has 3 updates already" in resume(tmp_path / "run", max_iters=3).err
+    assert "max_iters=3, but the checkpoint in" in told and "has 4 steps" in told
+    assert "has 3 steps already" in resume(tmp_path / "run", max_iters=3).err
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
 
 
@@ -635,7 +634,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
     losses = [line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line][1:]
     best = min(range(len(losses)), key=losses.__getitem__)
     assert len(losses) == best + 1 + 3 < 30
-    assert f"ended early, after update {len(losses)}: 3 evaluations without improvement" in ended.err
+    assert f"ended early, after step {len(losses)}: 3 evaluations without improvement" in ended.err
     assert (
         f"lowest val_loss {min(losses):.4f} at step {best + 1}, saved in {tmp_path}/run/best, and has risen"
         in ended.err
@@ -656,7 +655,7 @@ def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"best_val_loss": 0.0, "evaluations_since_best": 2}))
     (path.parent / "SHA256SUMS").unlink()
     ended = resume(tmp_path / "run", max_iters=9, patience=3)
-    assert "ended early, after update 3: 3 evaluations without improvement (--patience)" in ended.err
+    assert "ended early, after step 3: 3 evaluations without improvement (--patience)" in ended.err
     assert "lowest val_loss 0.0000 at step" in ended.err
 
 
@@ -731,9 +730,9 @@ def test_a_full_disk_is_told_and_the_next_save_tried_and_the_last_has_to_succeed
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ended.status == 1
-    told = [line for line in ended.err.splitlines() if line.startswith("update ")]
-    assert [line.split(" could not be saved")[0] for line in told[::2]] == ["update 3", "update 6"]
-    assert ended.err.splitlines()[-1].startswith("train.py: the last save failed: update 6 could not be saved in ")
+    told = [line for line in ended.err.splitlines() if "could not be saved in" in line and line.startswith("step")]
+    assert [line.split(" could not be saved")[0] for line in told[::2]] == ["step 3", "step 6"]
+    assert ended.err.splitlines()[-1].startswith("train.py: the last save failed: step 6 could not be saved in ")
     assert records(tmp_path / "run")[-1]["step"] == 6
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import struct
 import sys
 import zlib
@@ -28,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plaingpt.startup
 
 from model import GPT
-from plaingpt.card import FIGURES, LOCAL, public
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError, note, run_script
 from plaingpt.files import existing, new_file, read_json
@@ -114,6 +114,15 @@ def code_points(kind: str) -> list[tuple[int, int]]:
     return [(ord(run[0]), ord(run[-1])) for run, _ in runs]
 
 
+PRIVATE = ("out_dir", "data_dir", "init_from", "eval_only", "dry_run", "wandb_log", "wandb_project", "wandb_run_name")
+FIGURES = ("step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb")  # of metrics.jsonl
+
+
+def public(words: str) -> str:
+    """Shell words without the folders of this machine: only the last name of an absolute path."""
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in shlex.split(words))
+
+
 def run_data(directory: Path, model: GPT) -> dict:
     """Facts, settings and losses of the run that a model directory belongs to, as far as they are known."""
     facts, c = {"parameters": f"{model.num_parameters():,}"}, model.config
@@ -135,7 +144,7 @@ def run_data(directory: Path, model: GPT) -> dict:
     shown = [r for i, r in enumerate(records) if i % every == 0 or "val_loss" in r]
     return {
         "facts": facts,
-        "settings": {name: value for name, value in settings.items() if name not in LOCAL},
+        "settings": {name: value for name, value in settings.items() if name not in PRIVATE},
         "records": [{key: r[key] for key in ("step", "train_loss", "val_loss") if key in r} for r in shown],
     }
 
