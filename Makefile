@@ -12,7 +12,7 @@ quickstart: .venv/ready
 test: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # On Linux, torch and NVIDIA's libraries are 2.7 GB to download, torch for CPUs is 0.2 GB. It is chosen where there is no
 # NVIDIA GPU, unless pip is configured to use an index of its own; where it cannot be fetched, the default build follows.
