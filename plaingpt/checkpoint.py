@@ -26,7 +26,6 @@ from plaingpt.files import check_sums, existing, inside, read_json
 from plaingpt.hub import TOKENIZER_FILES, download, how_to_convert
 from plaingpt.tokenizer import Tokenizer, gpt2
 
-REOPENED = 1 << 24  # bytes
 PATIENCE = 30  # seconds of trying to read a directory that a run replaces again and again
 
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
@@ -224,15 +223,12 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
                 shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
     _check_shape(directory, config, shapes)
     config, weights = _cropped(directory, config, tokenizer), {}
-    # Files are mapped into memory: reopening them after REOPENED bytes, the largest first, releases what was read.
-    names = sorted(shapes, key=lambda name: (places[name][0], -math.prod(shapes[name])))
-    while names:
-        file, size = places[names[0]][0], 0
+    # A file is mapped into memory, and closing it releases what was read: the largest first, while little is loaded.
+    for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+        file, theirs = places[name]
         with _opened(directory, file) as tensors:
-            while names and places[names[0]][0] == file and size < REOPENED:
-                tensor = tensors.get_tensor(places[name := names.pop(0)][1])
-                weights[name] = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
-                size += tensor.nbytes
+            tensor = tensors.get_tensor(theirs)
+            weights[name] = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
         del tensor
     if not config.bias:
         biases = {name: weights.pop(name) for name in list(weights) if name.endswith("bias")}

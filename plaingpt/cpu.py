@@ -176,7 +176,7 @@ class PackedLinear(nn.Module):
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next: giving it back and taking it anew costs a tenth of the time."""
+    """Let glibc keep what a step frees for the next: returning it and asking for it again costs a tenth of the time."""
     if mallopt := _glibc("mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         mallopt(M_TRIM_THRESHOLD, -1)  # never

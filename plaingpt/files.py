@@ -211,7 +211,7 @@ def fsync(path: Path) -> None:
 
 
 def _sibling(path: Path, suffix: str) -> Path:
-    """A hidden name beside `path`. We delete such files unasked, and `books.old` may be somebody's copy."""
+    """A hidden name beside `path`. We delete such files without asking, and `books.old` may be somebody's copy."""
     return path.parent / f".{path.name}.{suffix}"  # `with_name` fails for "/"
 
 

@@ -257,5 +257,5 @@ def check_gradients(failing: int, step: int) -> None:
     if failing >= MAX_SKIPPED:
         raise RunFailed(
             f"the gradients were not finite in {failing} consecutive steps, seen after step {step}; "
-            "no weights were changed: resume from the last save, or start anew, with a lower --learning_rate"
+            "no weights were changed: resume from the last save or start again, with a lower --learning_rate"
         )

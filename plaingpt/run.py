@@ -60,11 +60,11 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
                 "leave it out, or start a new run: --init_from=scratch, or from this model "
                 f"--init_from={shlex.quote(str(directory.parent / 'best'))} with another --out_dir"
             )
-    kept = {name: value for name, value in trained.items() if name in hints.keys() - flags - LOCAL | {"init_from"}}
+    saved = {name: value for name, value in trained.items() if name in hints.keys() - flags - LOCAL | {"init_from"}}
     for setting in dataclasses.fields(config):  # derived settings are derived again, from what may have changed
         if setting.default is None and setting.name in state.derived and setting.name not in flags:
-            kept[setting.name] = None
-    config = dataclasses.replace(config, **kept)
+            saved[setting.name] = None
+    config = dataclasses.replace(config, **saved)
     before, now = (c["gradient_accumulation_steps"] * c["batch_size"] for c in (trained, vars(config)))
     if now != before:
         raise UserError(

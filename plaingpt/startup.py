@@ -12,7 +12,7 @@ SCRIPT = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "
 
 
 def end_process(*_) -> None:
-    """Handle Ctrl-C during imports, where an exception may be swallowed and the process go on."""
+    """Handle Ctrl-C during imports, where an exception might be caught and the process continue."""
     os._exit(130)
 
 

@@ -186,8 +186,8 @@ def test_a_mistake_is_what_the_last_lines_of_torchrun_say(script):
     summary = ended.stderr.partition(f"{script} FAILED")[2]
     assert "Traceback" not in summary
     *_, cause, border = summary.strip().splitlines()
-    told = r": --data_di: there is no setting data_di; did you mean --data_dir\?"
-    assert re.fullmatch(rf"  traceback : {re.escape(script)}( \[rank 1\])?{told}", cause) and set(border) == {"="}
+    printed = r": --data_di: there is no setting data_di; did you mean --data_dir\?"
+    assert re.fullmatch(rf"  traceback : {re.escape(script)}( \[rank 1\])?{printed}", cause) and set(border) == {"="}
 
 
 def test_the_old_launcher_works_and_names_the_new_one(tmp_path, tiny_flags):

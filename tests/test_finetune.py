@@ -111,8 +111,8 @@ def test_eval_only_tells_transformers_own_loss(tmp_path, words, pretrained):
     given = SMALL | {"eval_only": True, "init_from": pretrained, "eval_iters": 0, "batch_size": 3}
     ended = run_main("train", *flags(**given, data_dir=words, out_dir=tmp_path / "none"))
     assert ended.status == 0, ended.err
-    told = re.search(r"val_loss (\S+), perplexity (\S+), (\S+) bits per byte", ended.err)
-    loss, perplexity, bpb = map(float, told.groups())
+    printed = re.search(r"val_loss (\S+), perplexity (\S+), (\S+) bits per byte", ended.err)
+    loss, perplexity, bpb = map(float, printed.groups())
     expected = torch.tensor(their_loss(pretrained, words), dtype=torch.float64)
     val = open_data_set(words / "words").val
     assert loss == pytest.approx(expected.item(), abs=1e-4)

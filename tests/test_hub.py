@@ -144,13 +144,13 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(tmp_path, hub, tiny_run):
     assert float(first) == pytest.approx(float(total), rel=1e-6) and by_commit == first, online.stderr
     assert "no weights in safetensors" in later and "no weights in safetensors" in pickled
     assert 'python -c \'import transformers as t; [c.from_pretrained("some/pickle")' in pickled
-    for name, told, reason in (
+    for name, printed, reason in (
         ("me/mine@nowhere", nowhere, "it has no such branch, tag or commit"),
         ("me/none", none, "no model has this name, or it is private; if so, log in: hf auth login"),
         ("some/gated", gated, "its owner has to grant you access, on its page there; then log in: hf auth login"),
         ("a/b/c", no_name, "names there have the form owner/name"),
     ):
-        assert told == f"{name} is not a directory here, and cannot be loaded from the hub: {reason}"
+        assert printed == f"{name} is not a directory here, and cannot be loaded from the hub: {reason}"
     assert "a model of type llama, not a GPT-2" in llama
     assert not [path for path in hub.asked if path.endswith((".bin", "llama/resolve/main/model.safetensors"))]
     asked = len(hub.asked)

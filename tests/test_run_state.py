@@ -207,9 +207,9 @@ def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
 
 def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
     model, optimizers = trained()
-    told = []
+    printed = []
     state = RunState(step=1)
-    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, report=told.append)
+    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, report=printed.append)
     saver.save(val_loss=float("nan"))  # of an overflow, say: the weights are sound
     assert saver.wait() is None
     assert not (tmp_path / "best").exists()
@@ -221,7 +221,7 @@ def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
     state.step = 3
     saver.save(val_loss=2.0, keep=True)
     assert "wpe.weight has values that are not finite" in saver.wait()
-    assert told == [f"{saver.wait()}; the earlier checkpoint is intact"]
+    assert printed == [f"{saver.wait()}; the earlier checkpoint is intact"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last"]
     assert load_state(tmp_path / "last")[0].step == 2
 

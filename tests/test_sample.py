@@ -239,7 +239,7 @@ def test_interactive_answers_line_by_line(learned):
     assert ended.out.startswith(sample(learned))
     assert ended.out[len(sample(learned)) :].startswith("east")
     assert ended.err.count("> ") == 4
-    assert "Ω" in ended.err  # told, and asked again
+    assert "Ω" in ended.err  # printed, and asked again
 
 
 def test_score_is_the_loss_of_the_text(learned, tmp_path):

@@ -161,7 +161,7 @@ def test_processes_that_find_different_checkpoints_say_so(tmp_path, runs, tiny_f
 
 
 def test_four_processes_on_two_nodes_share_within_each(tmp_path, runs, tiny_flags):
-    """The nodes are told apart by the number of processes on each alone."""
+    """Only the number of processes on each distinguishes the nodes."""
     folder, _ = runs
     ended = work(tmp_path, 4, [{"flags": tiny_flags(tmp_path / "hybrid", **PLAN | {"sharding": "hybrid"})}])
     assert ended.returncode == 0, ended.stderr

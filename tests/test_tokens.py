@@ -292,10 +292,10 @@ def test_a_tokenizer_that_does_not_fit_or_is_missing_is_refused(data_set):
 def test_a_data_set_without_its_meta_json_is_not_taken_for_gpt2_tokens(data_set):
     (data_set / "meta.json").unlink()
     command = f"python prepare_data.py FILES --name={data_set.name}"
-    told = f"{data_set} has lost its meta.json: remove the folder and prepare the text again: {command}"
-    assert refusal(data_set) == told
+    printed = f"{data_set} has lost its meta.json: remove the folder and prepare the text again: {command}"
+    assert refusal(data_set) == printed
     (data_set / "tokenizer.json").unlink()  # the other file of the tokenizer is enough
-    assert refusal(data_set) == told
+    assert refusal(data_set) == printed
 
 
 # nanoGPT's folders

@@ -186,7 +186,7 @@ def test_lora_learns_by_peft_and_comes_back_as_a_model(tmp_path, tiny_run, data_
     before = train(tmp_path / "none", eval_only=True, eval_iters=0, init_from=tiny_run / "best").err
     exec(compile(code, "docs/finetuning.md", "exec"), {})
     after = train(tmp_path / "none", eval_only=True, eval_iters=0, init_from=tmp_path / "lora").err
-    loss = [float(told.split("val_loss ")[1].split(",")[0]) for told in (before, after)]
+    loss = [float(printed.split("val_loss ")[1].split(",")[0]) for printed in (before, after)]
     assert loss[1] < loss[0]
 
 

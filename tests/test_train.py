@@ -205,8 +205,8 @@ def test_what_was_derived_from_max_iters_is_derived_again(tmp_path, train, resum
     train(tmp_path / "given", max_iters=2, lr_decay_iters=3)
     resume(tmp_path / "given", max_iters=3)
     assert load_state(tmp_path / "given" / "last")[0].settings["lr_decay_iters"] == 3
-    told = resume(tmp_path / "given", status=2, max_iters=4).err
-    assert "the learning rate would be 0 from step 3 of 4 on: give --lr_decay_iters=4, or" in told
+    printed = resume(tmp_path / "given", status=2, max_iters=4).err
+    assert "the learning rate would be 0 from step 3 of 4 on: give --lr_decay_iters=4, or" in printed
     resume(tmp_path / "given", max_iters=4, lr_decay_iters=4)
 
 
@@ -215,8 +215,8 @@ def test_what_was_derived_from_max_iters_is_derived_again(tmp_path, train, resum
 )
 def test_a_schedule_that_ends_before_the_run_does_is_refused(tmp_path, train, changes, zero):
     """Those steps would be computed and change nothing."""
-    told = train(tmp_path / "run", status=2, max_iters=40, **changes).err
-    assert f"the learning rate would be 0 from step {zero} of 40 on: give --lr_decay_iters=40" in told
+    printed = train(tmp_path / "run", status=2, max_iters=40, **changes).err
+    assert f"the learning rate would be 0 from step {zero} of 40 on: give --lr_decay_iters=40" in printed
     assert not (tmp_path / "run").exists()
     train(tmp_path / "run", max_iters=4, lr_decay_iters=2, min_lr=1e-3)
 
@@ -316,8 +316,8 @@ def test_auto_starts_a_run_and_then_goes_on_with_it(tmp_path, train):
 def test_eval_only_tells_the_loss_and_writes_nothing(tmp_path, train, resume, tiny_run):
     val_loss = [line["val_loss"] for line in records(tiny_run) if "val_loss" in line][-1]
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
-    told = resume(tiny_run, eval_only=True).err
-    assert told.startswith(f"val_loss {val_loss:.4f}") and told.count("\n") == 1
+    printed = resume(tiny_run, eval_only=True).err
+    assert printed.startswith(f"val_loss {val_loss:.4f}") and printed.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
     train(tmp_path / "new", eval_only=True)
     assert not (tmp_path / "new").exists()
@@ -401,8 +401,8 @@ def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tin
 
 
 def test_the_command_that_is_named_prepares_the_data_with_the_models_tokenizer(tmp_path, train, tiny_run, data_dir):
-    told = train(tmp_path / "run", status=2, init_from=tiny_run / "last", dataset="other").err
-    command = shlex.split(told.split("python prepare_data.py ")[1].split(", then train")[0])
+    printed = train(tmp_path / "run", status=2, init_from=tiny_run / "last", dataset="other").err
+    command = shlex.split(printed.split("python prepare_data.py ")[1].split(", then train")[0])
     (tmp_path / "low.txt").write_text("a road, the sea")
     ended = run_main("prepare_data", tmp_path / "low.txt", *command[1:], "--val_fraction=0.5")
     assert "--name=other-again" in command and ended.status == 0, ended.err
@@ -417,9 +417,9 @@ def test_a_run_whose_data_were_prepared_in_another_way_goes_on_after_the_command
     assert run_main("prepare_data", *prepare, "--tokenizer=char").status == 0
     train(tmp_path / "run", **place, max_iters=2)
     assert run_main("prepare_data", *prepare, "--tokenizer=byte").status == 0
-    told = resume(tmp_path / "run", status=2, data_dir=tmp_path, max_iters=4).err
-    assert "choose another --out_dir for a new run, or prepare it as it was: " in told
-    command = shlex.split(told.split("python prepare_data.py ")[1])
+    printed = resume(tmp_path / "run", status=2, data_dir=tmp_path, max_iters=4).err
+    assert "choose another --out_dir for a new run, or prepare it as it was: " in printed
+    command = shlex.split(printed.split("python prepare_data.py ")[1])
     assert run_main("prepare_data", *command, "--val_fraction=0.2").status == 0
     resume(tmp_path / "run", data_dir=tmp_path, max_iters=4)
     assert load_state(tmp_path / "run" / "last")[0].step == 4
@@ -617,11 +617,11 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     assert same_run(tmp_path / "run", tiny_run)
     resume(tmp_path / "run", init_from="resume:step-000002", max_iters=3)
     assert load_state(tmp_path / "run" / "last")[0].step == 3
-    told = resume(tmp_path / "run", status=2, init_from="resume:step-9").err
-    assert "no checkpoint there; there are last, step-000002, step-000004, step-000006" in told
+    printed = resume(tmp_path / "run", status=2, init_from="resume:step-9").err
+    assert "no checkpoint there; there are last, step-000002, step-000004, step-000006" in printed
     before = (tmp_path / "run" / "last" / "training.json").read_bytes()
-    told = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
-    assert "max_iters=3, but the checkpoint in" in told and "has 4 steps" in told
+    printed = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
+    assert "max_iters=3, but the checkpoint in" in printed and "has 4 steps" in printed
     assert "has 3 steps already" in resume(tmp_path / "run", max_iters=3).err
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
 
@@ -730,8 +730,8 @@ def test_a_full_disk_is_told_and_the_next_save_tried_and_the_last_has_to_succeed
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ended.status == 1
-    told = [line for line in ended.err.splitlines() if "could not be saved in" in line and line.startswith("step")]
-    assert [line.split(" could not be saved")[0] for line in told[::2]] == ["step 3", "step 6"]
+    printed = [line for line in ended.err.splitlines() if "could not be saved in" in line and line.startswith("step")]
+    assert [line.split(" could not be saved")[0] for line in printed[::2]] == ["step 3", "step 6"]
     assert ended.err.splitlines()[-1].startswith("train.py: the last save failed: step 6 could not be saved in ")
     assert records(tmp_path / "run")[-1]["step"] == 6
 
