@@ -19,6 +19,7 @@ PLAN = SHAPE | dict(max_iters=8, eval_interval=4, keep_every=4, warmup_iters=2, 
 MODES = {"ddp": dict(sharding="ddp"), "fsdp": dict(sharding="fsdp")}
 STARTS = ("one", *MODES)
 OTHERS = {  # at most so far from one process
+    "compiled-ddp": (dict(compile=True), 1e-5),
     "compiled-fsdp": (dict(compile=True, recompute=True, sharding="fsdp"), 1e-5),
     "bfloat16-ddp": (dict(dtype="bfloat16"), 2e-2),
     "bfloat16-fsdp": (dict(dtype="bfloat16", reduce_dtype="bfloat16", recompute=True, sharding="fsdp"), 2e-2),
