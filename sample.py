@@ -86,6 +86,7 @@ class SampleConfig:
     }  # fmt: skip
 
 
+INTERACTIVE = (*(field.name for field in dataclasses.fields(Sampling)), "max_new_tokens", "stop", "seed", "output")
 MODES = ("start", "prompts", "interactive", "score")  # mutually exclusive
 
 
@@ -94,7 +95,7 @@ def main() -> None:
     modes = [f"--{name}" for name in MODES if name in given and getattr(config, name) not in (None, False)]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} exclude each other: give one of them")
-    model, tokenizer = load_model(find_model(config))
+    model, tokenizer = load_model(which_model(config))
     decoder = make_decoder(model, config)
     if config.score:
         score(decoder, tokenizer, config)
@@ -140,11 +141,7 @@ class Samples:
         self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in parts if part]
         sampling = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
         generators = [torch.Generator().manual_seed(mix(config.seed, first + i)) for i in range(len(prompts))]
-        try:
-            self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
-        except RuntimeError as error:  # what torch raises on a CPU and on a card
-            problem = f"not enough memory for the keys and values of {len(prompts)} samples"
-            raise UserError(f"{problem}: use a smaller --batch_size or --max_new_tokens") from error
+        self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
         self.unread = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet
         self.counts, self.seconds = [0] * len(prompts), [0.0] * len(prompts)
         self.reasons: list[str | None] = [None] * len(prompts)
@@ -187,18 +184,18 @@ class Samples:
 
 def before_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
     """The text before the first stop string. What may be the start of one is held back until it is not."""
-    held = ""
+    pending = ""
     for piece in pieces:
-        held += piece
-        if found := [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]:
-            yield held[: min(found)[1]]  # of the one that ends first
+        pending += piece
+        if found := [(at + len(stop), at) for stop in stops if (at := pending.find(stop)) >= 0]:
+            yield pending[: min(found)[1]]  # of the one that ends first
             return
-        starts = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if held.endswith(stop[:n]))
-        free = len(held) - max(starts, default=0)
+        starts = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if pending.endswith(stop[:n]))
+        free = len(pending) - max(starts, default=0)
         if free:
-            yield held[:free]
-            held = held[free:]
-    yield held
+            yield pending[:free]
+            pending = pending[free:]
+    yield pending
 
 
 def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
@@ -215,6 +212,8 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
             if line.startswith("/"):
                 name, _, text = line[1:].partition(" ")
                 changed, given = load_settings(SampleConfig, [f"--{name}={text.strip()}"])
+                if fixed := given.keys() - INTERACTIVE:
+                    raise UserError(f"{', '.join(fixed)} cannot change here; what can: {', '.join(INTERACTIVE)}")
                 config = dataclasses.replace(config, **{name: getattr(changed, name) for name in given})
             else:
                 write(Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=i))
@@ -243,16 +242,13 @@ def score(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
     print(f"loss {loss:.4f}, perplexity {perplexity(loss)}, {bits:.4f} bits per byte; {len(found):,} tokens")
 
 
-def find_model(config: SampleConfig) -> str | Path:
+def which_model(config: SampleConfig) -> str | Path:
     if config.init_from not in (None, "resume"):
         return config.init_from
     out_dir = Path(config.out_dir)
-    if (out_dir / "config.json").is_file():
-        return out_dir
-    for name in ("best", "last"):
-        if existing(out_dir / name):
-            return out_dir / name
-    raise UserError(f"{out_dir} has no model; train one first, or name its directory: --out_dir=…")
+    if not (out_dir / "config.json").is_file() and not any(existing(out_dir / name) for name in ("best", "last")):
+        raise UserError(f"{out_dir} has no model; train one first, or name its directory: --out_dir=…")
+    return out_dir
 
 
 def read_text(path: str) -> str:

@@ -20,13 +20,13 @@ from model import GPT
 from plaingpt.batches import EvalBatches, TrainBatches, mix
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
-from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, write_sample
-from plaingpt.files import existing, make_writable, set_aside
+from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
+from plaingpt.files import check_writable, existing, set_aside
 from plaingpt.metrics import Metrics, Progress, Stopwatch
 from plaingpt.optimizer import SkippedUpdates, apply_gradients, check_gradients, make_optimizers
 from plaingpt.parallel import exchange_gradients, shard_count, wrap
 from plaingpt.plan import announce, check_memory, dry_run, memory
-from plaingpt.run import check_schedule, closing_lines, initial_model, resumed_settings
+from plaingpt.run import closing_lines, initial_model, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set
@@ -49,16 +49,19 @@ class Run:
     tokens_per_step: int
 
 
-def train_step(run: Run, step: int, stop: StopSignal | None = None) -> tuple[Tensor, Tensor] | None:
+def train_step(
+    run: Run, step: int, stop: StopSignal | None = None, micro_steps: int | None = None
+) -> tuple[Tensor, Tensor] | None:
     """One training step. Returns the mean loss of this rank's micro-batches and the gradients' norm, on the device.
 
-    If `stop` asks for it between two micro-steps, returns None with nothing changed. All ranks.
+    If `stop` asks for it before a micro-step, returns None with nothing changed. micro_steps: other than the run's, to
+    measure their time. All ranks.
     """
     config, dist = run.config, run.dist
-    micro_steps = dist.per_process(config.gradient_accumulation_steps)
+    micro_steps = micro_steps or dist.per_process(config.gradient_accumulation_steps)
     total = torch.zeros((), device=dist.device)
     for i in range(micro_steps):
-        if i and stop and dist.max(stop.number)[0]:
+        if stop and dist.max(stop.number)[0]:
             run.model.zero_grad(set_to_none=True)
             return None
         index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in a step
@@ -73,20 +76,21 @@ def train_step(run: Run, step: int, stop: StopSignal | None = None) -> tuple[Ten
     return total, apply_gradients(run.model, run.optimizers, run.scaler, lr, config.grad_clip)
 
 
-def train(run: Run, state: RunState, out_dir: Path) -> int:
-    """The training loop: evaluate, save, step, log. All ranks. Returns the exit status."""
+def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
+    """The training loop: evaluate, save, step, log. branch: see `Metrics`. All ranks. Returns the exit status."""
     config, dist, start = run.config, run.dist, state.step
-    metrics = Metrics(out_dir, dist.is_main, until_step=start or None)
+    metrics = Metrics(out_dir, dist.is_main, start or None, branch)
     metrics.track(state.settings)
     progress = Progress(start, config.max_iters, dist.is_main)
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist, progress.print)
     watch, skipped = Stopwatch(state.seconds, start), SkippedUpdates(state.skipped, dist.device)
     stop, stopping, paused_at = StopSignal(), 0, None
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
-    gc.freeze()  # spares the collections below a search through all that exists by now
+    gc.freeze()  # the collections below skip everything that exists now
     while True:
         step = state.step
-        evaluating = step == 0 or (step > start and (step == config.max_iters or step % config.eval_interval == 0))
+        due = step == config.max_iters or step % config.eval_interval == 0
+        evaluating = due and step != state.evaluated_at and not (stopping and step < config.max_iters)
         keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
         if (evaluating or keeping or stopping) and step != paused_at:
             paused_at, val_loss = step, None
@@ -94,17 +98,17 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
             watch.pause()
             gc.collect()
             check_gradients(skipped.in_a_row, step)
-            if evaluating:
-                val_loss = evaluate(run.model, run.eval_batches, dist)
+            if evaluating and (val_loss := evaluate(run.model, run.eval_batches, dist, stop)) is not None:
+                state.evaluated_at = step
                 bpb = bits_per_byte(val_loss, run.data.val)
                 metrics.write(step=step, tokens=step * run.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
                 progress.print(f"step {step}: {describe_loss(val_loss, run.data)}")
             if step > start:
-                state.seconds, state.skipped, state.scaler = watch.seconds, skipped.all, run.scaler.state_dict()
+                state.seconds, state.skipped, state.scaler = watch.seconds, skipped.total, run.scaler.state_dict()
                 saver.save(val_loss, keeping)
             metrics.draw()
-            if evaluating and config.sample_tokens:
-                text = write_sample(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
+            if val_loss is not None and config.sample_tokens:
+                text = sample_text(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
                 progress.print(text, indent="  ")
                 metrics.sample(step, text)
         if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_best:
@@ -120,7 +124,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
                 rate = watch.rate(state.step)
                 record = dict(step=state.step, tokens=state.step * run.tokens_per_step, seconds=watch.seconds)
                 record |= dict(train_loss=train_loss, lr=config.learning_rate_at(step), grad_norm=norm.item())
-                record |= dict(skipped=skipped.all or None) | speed(run, rate)
+                record |= dict(skipped=skipped.total or None) | speed(run, rate)
                 metrics.write(**record)
                 progress.show(record, seconds_left=(config.max_iters - state.step) / rate)
             progress.advance()
@@ -141,12 +145,14 @@ def speed(run: Run, steps_per_second: float) -> dict[str, float]:
     return {"tokens_per_second": tokens_per_second, "mfu": mfu}
 
 
-def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:
+def set_up(
+    config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, compiled: bool, dist: Distributed
+) -> Run:
     """Everything but the state of the run. All ranks."""
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
     train_batches = TrainBatches(data.train, config.block_size, tokens_per_step // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
-    model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, config.compile)
+    model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, compiled)
     optimizers = make_optimizers(
         raw_model,
         config.optimizer,
@@ -166,43 +172,47 @@ def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint:
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if checkpoint and state.data != data.digest:
         note(f"the data set {config.dataset} is not the one that {checkpoint} was trained on")
+        state.forget_best()
+    out_dir, writes = Path(config.out_dir), not (config.eval_only or config.dry_run)
+    if writes and dist.is_main:
+        check_writable(out_dir)
     compiled = dist.device.type == "cuda" if config.compile is None else config.compile
     shards = shard_count(dist, config.sharding)
     cost = functools.partial(memory, config.batch_size, config.optimizer, config.recompute, compiled, shards)
     check = (lambda shape: None) if config.eval_only else (lambda shape: check_memory(shape, dist, cost))
     raw_model, config = initial_model(config, given, data, checkpoint, check)
     if state.eval_sequences is None or "eval_iters" in given:
-        state.eval_sequences = config.eval_iters * config.batch_size
-    run = set_up(config, data, raw_model, state.eval_sequences, dist)
+        sequences = config.eval_iters * config.batch_size
+        if state.eval_sequences != sequences:
+            state.eval_sequences = sequences
+            state.forget_best()
+    run = set_up(config, data, raw_model, state.eval_sequences, compiled, dist)
     if config.eval_only:
         note(describe_loss(evaluate(run.model, run.eval_batches, dist), data))
         return 0
     announce(raw_model, dist, config.max_iters, run.tokens_per_step, len(data.train))
     if state.step < config.max_iters:
-        check_schedule(config)
+        config.check_schedule()
     if config.dry_run:
 
         def step(micro_steps: int) -> None:
-            short = dataclasses.replace(config, gradient_accumulation_steps=micro_steps * dist.world_size)
-            train_step(dataclasses.replace(run, config=short), 0)
+            train_step(run, 0, micro_steps=micro_steps)
 
         micro_steps = dist.per_process(config.gradient_accumulation_steps)
         dry_run(raw_model, dist, step, micro_steps, run.tokens_per_step, config.max_iters, cost(raw_model))
         return 0
 
-    out_dir = Path(config.out_dir)
     if not dist.all_equal(state.step):
         raise UserError(f"the processes found different checkpoints in {out_dir}: all nodes need the same disk")
     if checkpoint:
         load_optimizers(checkpoint, state.scaler, raw_model, run.optimizers, run.scaler)
     elif dist.is_main:
         set_aside(out_dir)
-    if dist.is_main:
-        make_writable(out_dir)
     derived = state.derived if checkpoint else DERIVED
     state.derived = [name for name in derived if name not in given]
     state.settings, state.data = dataclasses.asdict(config), data.digest
-    return train(run, state, out_dir)
+    branch = checkpoint.name if checkpoint and checkpoint.name.startswith("step-") else ""
+    return train(run, state, out_dir, branch)
 
 
 def main() -> int:
@@ -212,6 +222,7 @@ def main() -> int:
     state, checkpoint = RunState(), None
     if how == "resume" or (config.init_from == "auto" and existing(directory)):
         state, checkpoint = load_state(directory)
+        note(f"resuming {checkpoint} at step {state.step}")
         config = resumed_settings(config, given, state, checkpoint)
         given = {name: source for name, source in given.items() if source.startswith("--")}  # a recipe changes nothing
     dist = connect(config.device, config.dtype, config.timeout)

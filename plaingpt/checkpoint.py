@@ -101,13 +101,15 @@ def load_model(
 
 
 def model_directory(path_or_name: str | Path) -> Path:
-    """The directory of that name or, for a model on the hub, its copy in the cache."""
+    """The directory of that name; of the folder of a run, `best`, else `last`; of a model on the hub, its copy in the
+    cache."""
     found = existing(Path(path_or_name))
     if found and not (found / "config.json").exists():
-        for name in ("best", "last", "ckpt.pt"):
-            if (found / name).exists():
-                raise UserError(f"{found} is the folder of a run: name the model in it, {found / name}")
-    return found or download(str(path_or_name), _read_config)
+        if inner := existing(found / "best") or existing(found / "last"):
+            return inner
+        if (found / "ckpt.pt").exists():
+            raise UserError(f"{found} is the folder of a nanoGPT run: name the model in it, {found / 'ckpt.pt'}")
+    return found or download(str(path_or_name), read_config)
 
 
 def _read_unchanged(path_or_name: str | Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
@@ -141,7 +143,7 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
     with ThreadPoolExecutor(1) as thread:  # checksums beside reading: each takes half a second for 124M
         sums = thread.submit(check_sums, directory) if check else None
         try:
-            config = _read_config(directory)
+            config = read_config(directory)
             if config.vocab_size != 50257 or any(os.path.lexists(directory / name) for name in TOKENIZER_FILES):
                 tokenizer = Tokenizer.load(directory)
             else:
@@ -156,9 +158,6 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
 def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:
     """Raise UserError if `config` does not describe a GPT-2 with these shapes, before any weight is read."""
     c = config
-    sizes = (c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-    if not all(type(n) is int and n > 0 for n in sizes) or c.n_embd % c.n_head or type(c.bias) is not bool:
-        raise UserError(f"{source}: its configuration does not describe a GPT-2")
     layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
     found = [shapes.get(WTE), shapes.get(WPE), layers]
     wanted = [[c.vocab_size, c.n_embd], [c.block_size, c.n_embd], c.n_layer]
@@ -168,6 +167,14 @@ def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[i
     for name, shape in shapes.items():
         if name.endswith(TRANSPOSED) and len(shape) != 2:
             raise UserError(f"{misfit}: {name} is {shape}, not a matrix")
+
+
+def _checked(source: str | Path, config: GPTConfig) -> GPTConfig:
+    c = config
+    sizes = (c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+    if not all(type(n) is int and n > 0 for n in sizes) or c.n_embd % c.n_head or type(c.bias) is not bool:
+        raise UserError(f"{source}: its configuration does not describe a GPT-2")
+    return config
 
 
 def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
@@ -193,7 +200,7 @@ def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Te
     return copy
 
 
-def _read_config(directory: Path) -> GPTConfig:
+def read_config(directory: Path) -> GPTConfig:
     path = directory / "config.json"
     found = read_json(directory, path.name)
     if found.get("model_type") != "gpt2":
@@ -203,7 +210,8 @@ def _read_config(directory: Path) -> GPTConfig:
             raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {expected}")
     if missing := set(CONFIG_NAMES.values()) - {"bias", "resid_pdrop"} - set(found):
         raise UserError(f"{path} does not describe a GPT-2: {', '.join(sorted(missing))} missing")
-    return GPTConfig(**{ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found})
+    sizes = {ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found}
+    return _checked(path, GPTConfig(**sizes))
 
 
 def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -253,14 +261,15 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     """The weights in a ckpt.pt; those of the optimizer, twice as large, are not read."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
+    unsafe = f"{path} is not a nanoGPT checkpoint that can be read safely"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config = GPTConfig(**checkpoint["model_args"])
+        config = _checked(path, GPTConfig(**checkpoint["model_args"]))
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
-        assert all(map(_is_plain, tensors.values())), "a tensor that is sparse, quantized, expanded or without data"
     except Exception as error:  # a damaged file, or one that wants to run code, fails in many ways
-        reason = str(error) if isinstance(error, AssertionError) else type(error).__name__
-        raise UserError(f"{path} is not a nanoGPT checkpoint that can be read safely: {reason}") from error
+        raise UserError(f"{unsafe}: {type(error).__name__}") from error
+    if odd := next((name for name, tensor in tensors.items() if not _is_plain(tensor)), None):
+        raise UserError(f"{unsafe}: {odd} is sparse, quantized, expanded or without data")
     if config.vocab_size not in NANOGPT_ROWS:
         raise UserError(
             f"{path} has {config.vocab_size} ids, and its tokenizer is in a pickle elsewhere: only GPT-2's vocabulary "

@@ -129,7 +129,8 @@ class StopSignal:
         self.number = number
         if is_rank_0():
             with contextlib.suppress(OSError):  # the terminal may be gone; os.write, as the signal may interrupt print
-                os.write(2, b"\nending after this step; Ctrl-C leaves at once\n")
+                again = b"" if "TORCHELASTIC_RUN_ID" in os.environ else b"; Ctrl-C ends it at once"  # torchrun gets it
+                os.write(2, b"\nstopping: the run is saved after this micro-step" + again + b"\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # even inside a collective that hangs
 
 

@@ -9,19 +9,24 @@ from torch.nn import functional as F
 from model import GPT, IGNORED
 from plaingpt.batches import EvalBatches
 from plaingpt.console import perplexity
-from plaingpt.distributed import Distributed
+from plaingpt.distributed import Distributed, StopSignal
 from plaingpt.generate import Decoder, generate
 from plaingpt.parallel import gather, is_sharded
 from plaingpt.tokens import DataSet, Tokens
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed) -> float:
-    """Mean loss in nats over every target of `batches`, divided among the ranks. All ranks."""
+def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed, stop: StopSignal | None = None) -> float | None:
+    """Mean loss in nats over every target of `batches`, divided among the ranks; None if `stop` asks for it before the
+    end. All ranks.
+    """
     model.eval()
     losses, count = [], 0
     # The same number of passes on every rank, as a sharded model needs; a batch beyond the last has no targets.
     for first in range(0, len(batches), dist.world_size):
+        if stop and dist.max(stop.number)[0]:
+            model.train()
+            return None
         inputs, targets = batches.batch(first + dist.rank)
         counted = int((targets != IGNORED).sum())
         inputs, targets = dist.to_device(inputs, targets)
@@ -57,7 +62,7 @@ def gathered_copy(model: GPT, dist: Distributed) -> GPT | None:
     return GPT.from_weights(model.config, weights).to(dist.device)
 
 
-def write_sample(model: GPT, data: DataSet, length: int, dist: Distributed, seed: int) -> str:
+def sample_text(model: GPT, data: DataSet, length: int, dist: Distributed, seed: int) -> str:
     """A short text that starts from the first token of the validation split; empty except on main. All ranks."""
     model = gathered_copy(model, dist) if any(map(is_sharded, model.parameters())) else model
     if not dist.is_main:
@@ -71,7 +76,7 @@ def write_sample(model: GPT, data: DataSet, length: int, dist: Distributed, seed
 
 @torch.inference_mode()
 def log_probabilities(decoder: Decoder, ids: list[int]) -> Tensor:
-    """Of each id but the first, given those before it: (len(ids) - 1,), in nats, on the CPU.
+    """Log-probability of each id after the first, given the ids before it: (len(ids) - 1,), in nats, on the CPU.
 
     Windows of block_size overlap by half: except at the start, an id is read after at least block_size / 2 others.
     """

@@ -89,11 +89,13 @@ def existing(final: Path) -> Path | None:
     return next((path for path in (final, old, final) if os.path.isdir(path)), None)
 
 
-def make_writable(directory: Path) -> None:
-    """Create `directory` if it is missing; UserError if it cannot be written to. Call it before work is spent."""
+def check_writable(directory: Path) -> None:
+    """UserError if `directory`, which need not exist yet, cannot be written to. Call it before work is spent."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=directory).cleanup()
+        with contextlib.suppress(FileNotFoundError):
+            directory.stat()
+        nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except (OSError, ValueError) as error:
         link = f", a link to {os.path.realpath(directory)}," if os.path.islink(directory) else ""
         raise UserError(f"{directory}{link} cannot be written to: {one_line(error)}; choose another folder") from error
@@ -188,9 +190,10 @@ def read_json(directory: Path, name: str) -> dict:
     path = inside(directory, name)
     try:
         found = json.loads(path.read_bytes(), parse_constant=refuse)
-        assert isinstance(found, dict), "not an object"
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
         return found
-    except (OSError, ValueError, AssertionError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from error
 
 

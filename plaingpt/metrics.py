@@ -1,30 +1,39 @@
 """The record of a run: metrics.jsonl, loss.png, Weights & Biases, and what the terminal shows."""
 
 import contextlib
+import html
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from plaingpt import tracking
 from plaingpt.console import UserError, escaped, note, one_line
 from plaingpt.files import claim, new_file, release
+
+WANDB_REMEDY = "pip install wandb; `wandb offline` or WANDB_MODE=offline needs no account"
 
 
 class Metrics:
     """Records one run. In processes other than main, every method does nothing."""
 
-    def __init__(self, out_dir: Path, active: bool, until_step: int | None = None):
-        """Start a record, or with `until_step` continue that of an interrupted run from this step."""
+    def __init__(self, out_dir: Path, active: bool, until_step: int | None = None, branch: str = ""):
+        """Start a record, or with `until_step` continue that of an interrupted run from this step.
+
+        branch: the earlier checkpoint that the run returns to. What was recorded after it is kept in a copy.
+        """
         self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
         self.resumed_from = until_step  # goes into the next record
         if not active:
             return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.path.parent)
         earlier = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
+        if branch and self.path.exists():
+            shutil.copyfile(self.path, self.path.with_name(f"metrics-before-{branch}.jsonl"))
         try:
             with new_file(self.path) as file:
                 file.writelines(json.dumps(record) + "\n" for record in earlier)
@@ -35,9 +44,9 @@ class Metrics:
         """Start Weights & Biases, if `wandb_log` is set."""
         if self.active and settings["wandb_log"]:
             try:
-                self.wandb = tracking.WandB(settings, self.path.parent, resumed=self.resumed_from is not None)
+                self.wandb = WandB(settings, self.path.parent, resumed=self.resumed_from is not None)
             except Exception as error:  # of many kinds: not installed, no login, no network
-                note(f"wandb is off: {one_line(error)} ({tracking.REMEDY})")
+                note(f"wandb is off: {one_line(error)} ({WANDB_REMEDY})")
 
     def write(self, **record) -> None:
         if not self.active:
@@ -75,6 +84,42 @@ class Metrics:
             except Exception as error:  # of many kinds: the network, a full disk, wandb itself
                 note(f"wandb is off from now on: {one_line(error)}")
                 self.wandb = None
+
+
+class WandB:
+    """A run of Weights & Biases. A resumed run continues the same W&B run."""
+
+    def __init__(self, settings: dict, out_dir: Path, resumed: bool):
+        import wandb
+
+        # The mode may come from WANDB_MODE or from a settings file. `init` would wait for a login forever.
+        if wandb.setup().settings.mode == "online" and not wandb.login(timeout=30):
+            raise RuntimeError("not logged in")
+        run_id = out_dir / "wandb_run_id"
+        self.run = wandb.init(
+            project=settings["wandb_project"],
+            name=settings["wandb_run_name"],
+            config=settings,
+            dir=out_dir,
+            id=run_id.read_text().strip() if resumed and run_id.is_file() else None,
+            resume="allow",
+            allow_val_change=True,  # of settings changed on resume
+        )
+        # Without this, wandb drops records whose own step number is not larger than its last one, as after a resume
+        self.run.define_metric("*", step_metric="step")
+        run_id.write_text(self.run.id + "\n")
+
+    def log(self, record: dict) -> None:
+        self.run.log(record)
+
+    def sample(self, step: int, text: str) -> None:
+        import wandb
+
+        page = f'<meta charset="utf-8"><pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
+        self.run.log({"step": step, "sample": wandb.Html(page)})
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 class Stopwatch:
@@ -170,7 +215,10 @@ def curves(out_dirs: list[Path]):
     """
     from matplotlib.figure import Figure
 
-    runs = {Path(out_dir).resolve().name: read_metrics(Path(out_dir) / "metrics.jsonl") for out_dir in out_dirs}
+    names = [Path(out_dir).resolve().name for out_dir in out_dirs]
+    if len({*names}) < len(names):
+        names = [str(out_dir) for out_dir in out_dirs]
+    runs = {name: read_metrics(Path(out_dir) / "metrics.jsonl") for name, out_dir in zip(names, out_dirs)}
     alone = len(runs) == 1
     compare_bits = not alone and all(any("val_bpb" in record for record in records) for records in runs.values())
     figure = Figure(figsize=(9, 7), dpi=200, layout="constrained")

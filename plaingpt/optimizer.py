@@ -1,4 +1,4 @@
-"""AdamW and Muon, the learning rate schedule, and steps that skip non-finite gradients.
+"""AdamW and Muon, and steps that skip non-finite gradients.
 
 optimizers = make_optimizers(model, "muon", 1e-3, weight_decay=0.1, betas=(0.9, 0.95))
 norm = apply_gradients(model, optimizers, scaler, learning_rate, grad_clip=1.0)
@@ -31,7 +31,7 @@ def make_optimizers(
     """`adamw` for everything (Loshchilov and Hutter 2019), or `muon` for the matrices of the blocks and AdamW for
     the rest. Matrices and embeddings decay; biases and LayerNorms do not.
 
-    dtype: precision of Muon's matrix products: the model's, which is one that the processor has.
+    dtype: of Muon's matrix products; use the model's.
     """
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if kind == "muon" and ".h." in name and p.dim() == 2}
@@ -105,8 +105,8 @@ class Muon(torch.optim.Optimizer):
         size = 0.2 * max(parameters[0].size(0) // parts, parameters[0].size(1)) ** 0.5
         torch._foreach_copy_(buffers, list(torch.where(skipped, old, new)))
         parameters = [local_rows(p) for p in parameters]
-        kept = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_mul_(parameters, kept)
+        decay_factor = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(parameters, decay_factor)
         torch._foreach_add_(parameters, list(torch.where(skipped, 0.0, update)), alpha=-group["lr"] * size)
 
 
@@ -137,7 +137,9 @@ def split_among_processes(function: Callable[[Tensor], Tensor], stack: Tensor, l
     mine = torch.arange(count, device=stack.device) + dist.get_rank() * count
     done = function(stack[mine % len(stack)])  # modulo: the last process may compute some again
     gathered = done.new_empty(processes() * count, *done.shape[1:])
-    dist.all_gather_into_tensor(gathered, done.contiguous())
+    # its name in torch 2.13; 2.11 has only the old one
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered, done.contiguous())
     return gathered[: len(stack)]
 
 
@@ -182,24 +184,6 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
     return x.mT if tall else x
 
 
-def scheduled_learning_rate(
-    step: int, peak: float, warmup_iters: int, decay_iters: int, min_lr: float, shape: str = "cosine"
-) -> float:
-    """Warm up linearly to `peak` at `warmup_iters`, then decay to `min_lr` at `decay_iters`.
-
-    shape: `cosine` as in nanoGPT, `linear`, or `constant` for no decay.
-    """
-    if step < warmup_iters:
-        return peak * (step + 1) / (warmup_iters + 1)
-    if shape == "constant":
-        return peak
-    if step >= decay_iters:
-        return min_lr
-    progress = (step - warmup_iters) / (decay_iters - warmup_iters)
-    left = 0.5 * (1 + math.cos(math.pi * progress)) if shape == "cosine" else 1 - progress
-    return min_lr + left * (peak - min_lr)
-
-
 def apply_gradients(
     model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler, learning_rate: float, grad_clip: float
 ) -> Tensor:
@@ -242,13 +226,13 @@ class SkippedUpdates:
         self._on_host.copy_(self._in_a_row, non_blocking=True)
 
     @property
-    def all(self) -> int:
+    def total(self) -> int:
         """How many in total; a CPU-GPU sync point."""
         return int(self._total)
 
     @property
     def in_a_row(self) -> int:
-        """How many since the last good step, as far as the device has come: no sync point."""
+        """Skipped steps since the last good one, as of the last finished copy from the device; does not wait."""
         return int(self._on_host)
 
 

@@ -21,19 +21,19 @@ def wrap(
     sharding: str = "ddp",
     reduce_dtype: str = "float32",
     recompute: bool = False,
-    compiled: bool | None = False,
+    compiled: bool = False,
 ) -> nn.Module:
     """Move `model` to the device; `backward` then averages gradients over all processes in `reduce_dtype`. All ranks.
 
     sharding: `ddp`: every process has the full model. `fsdp`: each has an equal shard of parameters, gradients and
         optimizer state, and gathers a block while it is computed. `hybrid`: fsdp within a node, ddp between nodes.
     recompute: activation checkpointing: the backward pass computes each block again.
-    compiled: use torch.compile; None: on CUDA.
+    compiled: use torch.compile.
     """
     model.recompute = recompute
     speed_up(model)
     sharded = dist.world_size > 1 and sharding != "ddp"
-    if compiled or (compiled is None and dist.device.type == "cuda"):
+    if compiled:
         _compile(model, dist.device, sharded)
     reduce_in = getattr(torch, reduce_dtype)
     return _shard(model, dist, sharding, reduce_in) if sharded else _replicate(model.to(dist.device), dist, reduce_in)

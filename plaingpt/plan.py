@@ -62,8 +62,8 @@ def memory(
 
 
 def check_memory(config: GPTConfig, dist: Distributed, cost: Callable[[GPT], dict[str, float]]) -> None:
-    """Refuse a model that cannot be trained in the free memory. Call it before the model is made: the kernel would
-    kill the process.
+    """UserError if training needs more memory than is free. Call it before the model is created: otherwise the kernel
+    kills the process.
 
     cost: `memory` of a model. Only half of the activations count: a wrong refusal is worse than none.
     """
@@ -73,15 +73,15 @@ def check_memory(config: GPTConfig, dist: Distributed, cost: Callable[[GPT], dic
             parts = cost(GPT(replace(config, n_layer=n_layer)))
         return sum(parts[name] for name in ("weights", "gradients", "optimizer")) + parts["activations"] / 2
 
-    free = free_memory(dist)
-    if free is None or needed(config.n_layer) <= free:
+    free, one, two = free_memory(dist), needed(1), needed(2)
+    total = one + (config.n_layer - 1) * (two - one)
+    if free is None or total <= free:
         return
-    one, two = needed(1), needed(2)
     layers = int(1 + (0.7 * free - one) / (two - one))
     smaller = f"--n_layer={layers}" if layers > 0 else "a smaller --n_embd"
     more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
     raise UserError(
-        f"{config.n_layer} layers of width {config.n_embd} take at least {gb(needed(config.n_layer))} to train, and "
+        f"{counted(config.n_layer, 'layer')} of width {config.n_embd} take at least {gb(total)} to train, and "
         f"{gb(free)} are free; try {smaller}, a smaller --batch_size or --recompute=True{more}"
     )
 
@@ -130,8 +130,10 @@ def dry_run(
     seconds = one + (micro_steps - 1) * max(two - one, 0.0)
     if not dist.is_main:
         return
-    note(f"memory of a process, predicted: {', '.join(f'{name} {gb(size)}' for name, size in parts.items())}")
-    note(f"in total {gb(sum(parts.values()))}; {_measured_memory(dist)}")
+    if dist.device.type == "cuda" and dist.dtype != torch.float32:  # what `memory` predicts
+        note(f"memory of a process, predicted: {', '.join(f'{name} {gb(size)}' for name, size in parts.items())}")
+        note(f"in total {gb(sum(parts.values()))}")
+    note(_measured_memory(dist))
     speed, span = tokens_per_step / seconds, tqdm.format_interval
     note(f"here {seconds:.3g} s a step, {speed:,.0f} tokens/s: {span(seconds * max_iters)} in total")
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from model import GPT, GPTConfig
-from plaingpt.checkpoint import load_model, model_directory
+from plaingpt.checkpoint import load_model, model_directory, read_config
 from plaingpt.console import RunFailed, UserError, counted, note
-from plaingpt.run_state import RunState, naming_others
+from plaingpt.run_state import RunState, suggesting_intact
 from plaingpt.settings import check_value
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.tokens import DataSet
@@ -60,7 +60,7 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
                 "leave it out, or start a new run: --init_from=scratch, or from this model "
                 f"--init_from={shlex.quote(str(directory.parent / 'best'))} with another --out_dir"
             )
-    saved = {name: value for name, value in trained.items() if name in hints.keys() - flags - LOCAL | {"init_from"}}
+    saved = {name: value for name, value in trained.items() if name in (hints.keys() - flags - LOCAL) | {"init_from"}}
     for setting in dataclasses.fields(config):  # derived settings are derived again, from what may have changed
         if setting.default is None and setting.name in state.derived and setting.name not in flags:
             saved[setting.name] = None
@@ -75,28 +75,8 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
     if config.max_iters < state.step:
         raise UserError(f"max_iters={config.max_iters}, but the checkpoint in {directory} has {steps}")
     if config.max_iters == state.step and not config.eval_only:
-        note(f"the run has {steps} already: --max_iters=… for more, or --init_from=scratch")
+        note(f"the run is complete at {steps}: raise --max_iters to continue, or start again: --init_from=scratch")
     return config
-
-
-def check_schedule(config: Any) -> None:
-    """Note what is probably a mistake; UserError if the last steps would change nothing: their learning rate is 0."""
-    if config.learning_rate_at(config.max_iters - 1) == 0:
-        zero = max(config.lr_decay_iters, config.warmup_iters)
-        raise UserError(
-            f"the learning rate would be 0 from step {zero} of {config.max_iters} on: "
-            f"give --lr_decay_iters={config.max_iters}, or a --min_lr above 0"
-        )
-    if config.decay_lr and config.warmup_iters >= config.max_iters:
-        note(
-            f"warmup_iters={config.warmup_iters} is not below max_iters={config.max_iters}: the learning rate never "
-            f"reaches {config.learning_rate:g}; give a lower --warmup_iters"
-        )
-    if config.decay_lr and config.min_lr > config.learning_rate:
-        note(
-            f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: after the warmup the learning "
-            "rate rises to it; give a lower --min_lr, or --decay_lr=False to keep it constant"
-        )
 
 
 def initial_model(
@@ -104,9 +84,9 @@ def initial_model(
 ) -> tuple[GPT, Any]:
     """The model that `config` asks for, on the CPU, and `config` with the shape of that model.
 
-    checkpoint: the directory that a run is resumed from. check: is called with the shape of a new model before it is
-    made, and may refuse it. UserError if a setting in `given`, or the tokenizer of the data set, contradicts a model
-    that exists.
+    checkpoint: the directory that a run is resumed from. check: is called with the shape of a model before it is
+    created or loaded, and may refuse it. UserError if a setting in `given`, or the tokenizer of the data set,
+    contradicts a model that exists.
     """
     if not checkpoint and config.init_from in ("scratch", "auto"):
         if config.n_embd % config.n_head:
@@ -116,12 +96,14 @@ def initial_model(
         torch.manual_seed(config.seed)
         return GPT(shape), config
     if checkpoint:
-        with naming_others(checkpoint):
+        with suggesting_intact(checkpoint):
+            check(read_config(checkpoint))
             model, tokenizer = load_model(checkpoint, dropout=config.dropout, check=False)  # checked with the state
     else:
+        if not config.init_from.endswith(".pt"):
+            check(read_config(model_directory(config.init_from)))
         block_size = config.block_size if "block_size" in given else None
         model, tokenizer = load_model(config.init_from, block_size, config.dropout)
-    check(model.config)
     source = checkpoint or config.init_from
     for name in SHAPE:
         asked, found = getattr(config, name), getattr(model.config, name)
@@ -141,7 +123,7 @@ def initial_model(
 def prepare_command(data_dir: str, dataset: str, name: str, model: str | Path, tokenizer: Tokenizer) -> str:
     """The command that prepares the text of a data set again, as `name`, with the tokenizer of a model."""
     meta = Path(data_dir) / dataset / "meta.json"
-    text = json.loads(meta.read_bytes())["source"] if meta.is_file() else "FILES"
+    text = json.loads(meta.read_bytes()).get("source", "FILES") if meta.is_file() else "FILES"
     # quoted again, because meta.json may come from anyone
     text = "-" if text == "standard input" else shlex.join(shlex.split(text))
     wanted = "gpt2" if tokenizer.same_as(gpt2()) else model_directory(model)
@@ -162,7 +144,8 @@ def closing_lines(config: Any, state: RunState, stopping: int, problem: str | No
         raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
     if state.step < config.max_iters:
         note(f"ended early, after step {state.step}: {config.patience} evaluations without improvement (--patience)")
-    rise = "" if not state.evaluations_since_best else ", and has risen since: the model has begun to overfit"
+    risen = state.evaluations_since_best and state.best_step < state.step
+    rise = ", and has risen since: the model has begun to overfit" if risen else ""
     note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{rise}")
     note(f"next: python sample.py --out_dir={out_dir}")
     return 0

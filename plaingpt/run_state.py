@@ -45,6 +45,8 @@ class RunState:
     """of the model in `best`, if there is one"""
     best_step: NonNegativeInt = 0
     evaluations_since_best: NonNegativeInt = 0
+    evaluated_at: NonNegativeInt | None = None
+    """the step of the last evaluation"""
     eval_sequences: NonNegativeInt | None = None
     """sequences of an evaluation: if batch_size changes on resume, losses must stay comparable"""
     settings: dict = field(default_factory=dict)
@@ -57,6 +59,10 @@ class RunState:
     def is_best(self, val_loss: float) -> bool:
         return val_loss < (math.inf if self.best_val_loss is None else self.best_val_loss)
 
+    def forget_best(self) -> None:
+        """When `best` is lost, or its loss does not compare with those to come."""
+        self.best_val_loss, self.best_step, self.evaluations_since_best = None, 0, 0
+
 
 def load_state(directory: Path) -> tuple[RunState, Path]:
     """The state of a checkpoint and the directory in which it was found; UserError if it is missing or damaged."""
@@ -65,16 +71,19 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
         others = ", ".join(sorted(path.parent.name for path in directory.parent.glob("*/training.json")))
         remedy = f"there are {others}" if others else "start a run with --init_from=scratch"
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
-    with naming_others(found):
+    with suggesting_intact(found):
         if is_rank_0():  # one process is enough: if it refuses, torchrun ends the others
             check_sums(found)
         state = _read_state(found)
-    # After a return to an earlier checkpoint `best` stays the best of all: only a better model replaces it.
-    for other in directory.parent.glob("*/training.json") if existing(directory.parent / "best") else ():
+    if not existing(directory.parent / "best"):
+        state.forget_best()
+    # After a return to an earlier checkpoint, `best` may come from a later step: only a better model replaces it.
+    for other in directory.parent.glob("*/training.json") if state.best_step else ():
         with contextlib.suppress(UserError):
             later = _read_state(other.parent)
             if later.best_val_loss is not None and state.is_best(later.best_val_loss):
                 state.best_val_loss, state.best_step = later.best_val_loss, later.best_step
+                state.evaluations_since_best = 0
     return state, found
 
 
@@ -83,8 +92,10 @@ def _read_state(directory: Path) -> RunState:
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: format version {content.get('format_version')}; this program reads {FORMAT_VERSION}")
     hints = typing.get_type_hints(RunState, include_extras=True)
-    if missing := hints.keys() - content.keys() - {"best_step", "eval_sequences"}:  # not saved by earlier versions
+    later_fields = {"best_step", "eval_sequences", "evaluated_at"}  # earlier versions did not save them
+    if missing := hints.keys() - content.keys() - later_fields:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
+    content.setdefault("evaluated_at", content["step"])
     known = {name: check_value(name, content[name], hint, path) for name, hint in hints.items() if name in content}
     return RunState(**known)
 
@@ -172,7 +183,7 @@ class Saver:
 
     def _failed(self, problem: str) -> None:
         self._problem = problem
-        self.report(f"{problem}; the earlier checkpoint is intact")
+        self.report(problem + ("; the earlier checkpoint is intact" if existing(self.out_dir / "last") else ""))
 
 
 def load_optimizers(
@@ -180,14 +191,14 @@ def load_optimizers(
 ) -> None:
     """Load the saved state into `optimizers`, and into `scaler` if there was and is a loss scale (float16).
 
-    Tensor by tensor, and of each only what this process holds: no process ever holds the state of all.
+    Reads one tensor at a time and keeps this process's shard, so no process needs memory for the full state.
     """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # takes a second to import
 
     path = directory / "optimizer.safetensors"
     get_optimizer_state_dict(model, optimizers)  # creates the state of optimizers that have made no step
     wanted, now = _optimizer_tensors(model, optimizers), scaler.state_dict()
-    with naming_others(directory):
+    with suggesting_intact(directory):
         for name, values in read_tensors(directory, path.name):
             tensor = wanted.pop(name, None)
             if tensor is None or (values.shape, values.dtype) != (tensor.shape, tensor.dtype):
@@ -197,8 +208,8 @@ def load_optimizers(
             fill(tensor, values)
         if wanted:
             raise UserError(f"{path} does not fit the model and the optimizer")
-        known = saved_scaler.get
-        if saved_scaler and any(type(known(n)) is not type(v) or not 0 <= known(n) < math.inf for n, v in now.items()):
+        saved = saved_scaler.get
+        if saved_scaler and any(type(saved(n)) is not type(v) or not 0 <= saved(n) < math.inf for n, v in now.items()):
             raise UserError(f"{directory}/training.json: its scaler is not a GradScaler's state")
     if saved_scaler and now:
         scaler.load_state_dict(saved_scaler)
@@ -212,7 +223,7 @@ def _optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def naming_others(refused: Path) -> Iterator[None]:
+def suggesting_intact(refused: Path) -> Iterator[None]:
     """If a checkpoint is refused, name the newest intact one of the same run, and the best model."""
     try:
         yield

@@ -56,7 +56,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     if {"-h", "--help"} & {*argv}:
         show_help(cls, positional, {name: _kinds(hint) for name, hint in hints.items()})
     retired, values, given = getattr(cls, "RETIRED", {}), {}, {}
-    files, flags = _split(argv, cls, hints | dict.fromkeys(retired, str))
+    files, flags = _split(argv, cls, hints | dict.fromkeys(retired))
     if hint := hints.pop(positional, None):
         values[positional], files = [check_value(positional, file, hint, file) for file in files], []
 
@@ -95,6 +95,8 @@ def _split(argv: list[str], cls: type, hints: dict[str, Any]) -> tuple[list[str]
             flags.append((name, "True"))
         elif words and not words[0].startswith("--"):
             flags.append((name, words.pop(0)))
+        elif hints[name] is None:  # a retired switch
+            flags.append((name, ""))
         else:
             raise UserError(f"{flag} needs a value: {flag}=…")
     return files, flags
@@ -152,4 +154,8 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     if not fits or (value is not None and any(value not in bounds for bounds in ranges)):
         wanted = _kinds(hint) + "".join(f" ({bounds})" for bounds in ranges)
         raise UserError(f"{source}: {name} must be {wanted}, not {value!r:.100}")
-    return os.path.expanduser(value) if value is not None and os.path.expanduser in allowed else value
+    if value is None or os.path.expanduser not in allowed:
+        return value
+    if not value:
+        raise UserError(f"{source}: {name} is empty")
+    return os.path.expanduser(value)

@@ -18,7 +18,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from plaingpt.console import UserError, one_line
 from plaingpt.files import inside, read_json
-from plaingpt.text.bpe import learn_bpe
 
 END_OF_TEXT = "<|endoftext|>"
 KINDS = ("gpt2", "char", "byte", "bpe")
@@ -158,6 +157,8 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
         raise UserError(
             f"--vocab_size={vocab_size}: a byte-level BPE has 256 bytes and {END_OF_TEXT}: at least 257 ids"
         )
+    from plaingpt.text.bpe import learn_bpe  # only preparation needs it
+
     learned = learn_bpe(documents, vocab_size - 1, byte_symbols())
     return Tokenizer(_byte_level(learned))  # end of text is the last id, as in GPT-2
 

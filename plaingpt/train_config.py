@@ -4,10 +4,11 @@ python train.py config/train_shakespeare_char.py --batch_size=32
 torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from plaingpt.optimizer import scheduled_learning_rate
+from plaingpt.console import UserError, note
 from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt
 
 DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that are computed from others unless given
@@ -139,7 +140,32 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
                 object.__setattr__(self, name, value)
 
     def learning_rate_at(self, step: int) -> float:
-        shape = self.lr_schedule if self.decay_lr else "constant"
-        return scheduled_learning_rate(
-            step, self.learning_rate, self.warmup_iters, self.lr_decay_iters, self.min_lr, shape
-        )
+        """Warm up linearly to `learning_rate` at `warmup_iters`, then decay to `min_lr` at `lr_decay_iters`."""
+        if step < self.warmup_iters:
+            return self.learning_rate * (step + 1) / (self.warmup_iters + 1)
+        if not self.decay_lr:
+            return self.learning_rate
+        if step >= self.lr_decay_iters:
+            return self.min_lr
+        progress = (step - self.warmup_iters) / (self.lr_decay_iters - self.warmup_iters)
+        left = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[self.lr_schedule]
+        return self.min_lr + left * (self.learning_rate - self.min_lr)
+
+    def check_schedule(self) -> None:
+        """Note what is probably a mistake; UserError if the last steps would change nothing."""
+        if self.learning_rate_at(self.max_iters - 1) == 0:
+            zero = max(self.lr_decay_iters, self.warmup_iters)
+            raise UserError(
+                f"the learning rate would be 0 from step {zero} of {self.max_iters} on: "
+                f"give --lr_decay_iters={self.max_iters}, or a --min_lr above 0"
+            )
+        if self.decay_lr and self.warmup_iters >= self.max_iters:
+            note(
+                f"warmup_iters={self.warmup_iters} is not below max_iters={self.max_iters}: the learning rate never "
+                f"reaches {self.learning_rate:g}; give a lower --warmup_iters"
+            )
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            note(
+                f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: after the warmup the learning "
+                "rate rises to it; give a lower --min_lr, or --decay_lr=False to keep it constant"
+            )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["model", "plaingpt.startup", "plaingpt.tracking"],
+    ["model", "plaingpt.startup"],
     ["plaingpt.console"],
     ["plaingpt.cpu", "plaingpt.help", "plaingpt.workarounds"],
     ["plaingpt.settings"],

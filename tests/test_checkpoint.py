@@ -382,9 +382,9 @@ def test_a_name_of_nothing_is_a_user_error(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_the_folder_of_a_run_is_not_taken_for_a_model(tiny_run, tmp_path):
-    with pytest.raises(UserError, match=r"is the folder of a run: name the model in it, .*best$"):
-        load_model(tiny_run)
+def test_of_the_folder_of_a_run_the_best_model_is_taken_or_nanogpts_named(tiny_run, tmp_path):
+    best = load_model(tiny_run / "best")[0].weights()
+    assert all(torch.equal(best[name], weight) for name, weight in load_model(tiny_run)[0].weights().items())
     (tmp_path / "ckpt.pt").touch()
     with pytest.raises(UserError, match=r"name the model in it, .*ckpt\.pt$"):
         load_model(tmp_path)

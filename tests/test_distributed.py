@@ -138,7 +138,7 @@ def test_a_signal_is_noted_and_told_and_a_second_interrupt_is_not_held_back(capf
         assert stop.number == 0
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.number == signal.SIGUSR1
-        assert capfd.readouterr().err == "\nending after this step; Ctrl-C leaves at once\n"
+        assert capfd.readouterr().err == "\nstopping: the run is saved after this micro-step; Ctrl-C ends it at once\n"
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # ends the process, whatever it waits for
     finally:
         for number, handler in before.items():

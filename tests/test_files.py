@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from plaingpt.console import UserError
-from plaingpt.files import SUMS, check_sums, existing, make_writable, new_directory, new_file, set_aside, sha256
+from plaingpt.files import SUMS, check_sums, check_writable, existing, new_directory, new_file, set_aside, sha256
 
 
 def contents(directory):
@@ -253,15 +253,15 @@ def test_a_run_in_the_current_folder_is_not_renamed(tmp_path, monkeypatch):
     assert contents(tmp_path / "out" / "last") == {"a.txt": "earlier"}
 
 
-def test_a_folder_is_made_writable_or_refused_in_one_line(tmp_path):
-    for _ in range(2):
-        make_writable(tmp_path / "deep" / "out")
-        assert os.listdir(tmp_path / "deep" / "out") == []
+def test_a_folder_that_can_be_written_passes_and_any_other_is_refused_in_one_line(tmp_path):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "deep" / "out")
+    assert os.listdir(tmp_path) == []
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "out")
     for refused in ("file", "file/out", "link", "n" * 300):
         with pytest.raises(UserError, match="cannot be written to: ") as caught:
-            make_writable(tmp_path / refused)
+            check_writable(tmp_path / refused)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "unmounted").exists()
 
@@ -270,4 +270,4 @@ def test_a_folder_is_made_writable_or_refused_in_one_line(tmp_path):
 def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="Permission denied"):
-        make_writable(tmp_path)
+        check_writable(tmp_path)

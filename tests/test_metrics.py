@@ -141,6 +141,13 @@ def test_numbers_too_large_to_draw_are_left_out(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
+def test_runs_in_folders_of_one_name_are_all_drawn(tmp_path):
+    for folder in ("a", "b"):
+        write_run(tmp_path / folder / "out")
+    figure = curves([tmp_path / "a" / "out", tmp_path / "b" / "out"])
+    assert figure.get_suptitle() == f"{tmp_path}/a/out, {tmp_path}/b/out"
+
+
 def test_the_script_compares_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a")

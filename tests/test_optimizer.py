@@ -11,8 +11,8 @@ from plaingpt.optimizer import (
     apply_gradients,
     make_optimizers,
     orthogonalize,
-    scheduled_learning_rate,
 )
+from plaingpt.train_config import TrainConfig
 
 CONFIG = GPTConfig(block_size=8, vocab_size=65, n_layer=2, n_head=2, n_embd=32, bias=True)
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
@@ -48,6 +48,11 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right))
 
 
+def rates(peak: float, warmup: int, decay: int, lowest: float, steps: int, **more) -> list[float]:
+    config = TrainConfig(learning_rate=peak, warmup_iters=warmup, lr_decay_iters=decay, min_lr=lowest, **more)
+    return [config.learning_rate_at(step) for step in range(steps)]
+
+
 def nanogpt_learning_rate(it, learning_rate, warmup_iters, lr_decay_iters, min_lr):
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
@@ -58,29 +63,28 @@ def nanogpt_learning_rate(it, learning_rate, warmup_iters, lr_decay_iters, min_l
 
 
 def test_cosine_schedule_is_nanogpts():
-    for step in range(130):
-        expected = nanogpt_learning_rate(step, 6e-4, 10, 100, 6e-5)
-        assert scheduled_learning_rate(step, 6e-4, 10, 100, 6e-5) == pytest.approx(expected, rel=1e-12), step
+    expected = [nanogpt_learning_rate(step, 6e-4, 10, 100, 6e-5) for step in range(130)]
+    assert rates(6e-4, 10, 100, 6e-5, 130, lr_schedule="cosine") == pytest.approx(expected, rel=1e-12)
 
 
 def test_linear_schedule_is_a_straight_line_down():
-    rates = [scheduled_learning_rate(step, 1.0, 10, 110, 0.2, "linear") for step in range(121)]
-    assert rates[9] == pytest.approx(10 / 11)
-    assert rates[10:111] == pytest.approx([1.0 - 0.8 * i / 100 for i in range(101)])
-    assert rates[111:] == [0.2] * 10
+    found = rates(1.0, 10, 110, 0.2, 121, lr_schedule="linear")
+    assert found[9] == pytest.approx(10 / 11)
+    assert found[10:111] == pytest.approx([1.0 - 0.8 * i / 100 for i in range(101)])
+    assert found[111:] == [0.2] * 10
 
 
 def test_constant_schedule_stays_at_the_peak_after_the_warm_up():
-    rates = [scheduled_learning_rate(step, 1.0, 3, 10, 0.1, "constant") for step in range(20)]
-    assert rates[:3] == pytest.approx([0.25, 0.5, 0.75])
-    assert rates[3:] == [1.0] * 17
+    found = rates(1.0, 3, 10, 0.1, 20, decay_lr=False)
+    assert found[:3] == pytest.approx([0.25, 0.5, 0.75])
+    assert found[3:] == [1.0] * 17
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("shape", [{"lr_schedule": "cosine"}, {"lr_schedule": "linear"}, {"decay_lr": False}])
 def test_a_warm_up_as_long_as_the_decay_is_no_division_by_zero(shape):
-    rates = [scheduled_learning_rate(step, 1.0, 5, 5, 0.1, shape) for step in range(8)]
-    assert rates[:5] == pytest.approx([i / 6 for i in range(1, 6)])
-    assert rates[5:] == [1.0 if shape == "constant" else 0.1] * 3
+    found = rates(1.0, 5, 5, 0.1, 8, **shape)
+    assert found[:5] == pytest.approx([i / 6 for i in range(1, 6)])
+    assert found[5:] == [1.0 if "decay_lr" in shape else 0.1] * 3
 
 
 @KINDS
@@ -227,7 +231,7 @@ def test_skipped_updates_are_counted_all_together_and_in_a_row():
     counts = []
     for norm in (1.0, math.nan, math.inf, 0.0, math.nan):
         skipped.count(torch.tensor(norm))
-        counts.append((skipped.all, skipped.in_a_row))
+        counts.append((skipped.total, skipped.in_a_row))
     assert counts == [(5, 0), (6, 1), (7, 2), (7, 0), (8, 1)]
 
 

@@ -282,7 +282,7 @@ def test_more_of_the_settings_of_drawing_reach_it(learned):
 
 
 def test_a_setting_can_be_changed_in_interactive_mode(learned):
-    stdin = "the sea\n/temperature 0\nthe sea\n/max_new_tokens 2\nthe sea\n/temprature 1\n/top_k -1\n"
+    stdin = "the sea\n/temperature 0\nthe sea\n/max_new_tokens 2\nthe sea\n/temprature 1\n/top_k -1\n/dtype float32\n"
     arguments = [f"--out_dir={learned}", "--max_new_tokens=20", "--device=cpu", "--dtype=float32", "--interactive"]
     ended = run_main("sample", *arguments, stdin=stdin)
     assert ended.status == 0, ended.err
@@ -291,6 +291,7 @@ def test_a_setting_can_be_changed_in_interactive_mode(learned):
     assert (likely, short) == ("the sea" + expected, "the sea" + expected[:2]) and drawn != likely
     assert "there is no setting temprature; did you mean --temperature?" in ended.err
     assert "--top_k: top_k must be int (at least 0), not -1" in ended.err
+    assert "dtype cannot change here; what can: temperature, " in ended.err
 
 
 def test_only_a_line_feed_ends_a_prompt_in_a_file(emoji, tmp_path):

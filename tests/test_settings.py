@@ -153,6 +153,15 @@ def test_a_retired_flag_gives_a_note_only(capsys):
     assert capsys.readouterr() == ("", "--lard: lard: not needed, butter is used\n")
 
 
+def test_a_retired_switch_needs_no_value(capsys):
+    assert load("--lard", "--layers=2") == Cake(layers=2)
+    assert "lard: not needed" in capsys.readouterr().err
+
+
+def test_an_empty_path_is_refused():
+    assert refusal("--recipe_book=") == "--recipe_book: recipe_book is empty"
+
+
 def test_a_retired_name_in_a_file_gives_a_note_only(recipe, capsys):
     path = recipe("lard = 1\nlayers = 2")
     assert load(path) == Cake(layers=2)

@@ -22,7 +22,7 @@ from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
 from plaingpt.metrics import read_metrics
-from plaingpt.optimizer import make_optimizers, scheduled_learning_rate
+from plaingpt.optimizer import make_optimizers
 from plaingpt.run_state import RunState, load_state
 from plaingpt.tokens import Tokens, open_data_set
 from train import Run, TrainConfig, run, train_step
@@ -90,7 +90,7 @@ def test_bits_per_byte_are_the_loss_in_bits_of_a_character(tiny_run):
 
 def test_the_learning_rate_of_each_update_is_the_schedules(tiny_run):
     rates = [line["lr"] for line in records(tiny_run) if "lr" in line]
-    assert rates == [scheduled_learning_rate(step, 1e-2, 0, 6, 0.0, "linear") for step in range(6)]
+    assert rates == pytest.approx([1e-2 * (1 - step / 6) for step in range(6)])
 
 
 def test_the_last_learning_rate_is_nanogpts_under_its_schedule_and_0_under_ours():
@@ -317,7 +317,8 @@ def test_eval_only_tells_the_loss_and_writes_nothing(tmp_path, train, resume, ti
     val_loss = [line["val_loss"] for line in records(tiny_run) if "val_loss" in line][-1]
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
     printed = resume(tiny_run, eval_only=True).err
-    assert printed.startswith(f"val_loss {val_loss:.4f}") and printed.count("\n") == 1
+    resumed, evaluated = printed.splitlines()
+    assert resumed == f"resuming {tiny_run}/last at step 6" and evaluated.startswith(f"val_loss {val_loss:.4f}")
     assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
     train(tmp_path / "new", eval_only=True)
     assert not (tmp_path / "new").exists()
@@ -342,7 +343,7 @@ def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
         ({"dataset": "nowhere"}, "no such data set"),
         ({"block_size": 5000}, "too few for one block of 5,000"),
         ({"init_from": "no/such/model"}, "no/such/model"),
-        ({"init_from": ""}, "config.json is missing"),
+        ({"init_from": ""}, "init_from is empty"),
         ({"learning_rat": 1}, "did you mean --learning_rate?"),
     ],
 )
@@ -484,6 +485,55 @@ def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_f
     assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
 
 
+def test_a_stop_within_an_evaluation_saves_at_once_and_the_resumed_run_evaluates_again(
+    tmp_path, tiny_flags, train, resume
+):
+    settings = dict(eval_interval=2, max_iters=4, sample_tokens=0) | PLAN
+    train(tmp_path / "straight", **settings)
+    code = """
+import os, signal
+import train
+from plaingpt.batches import EvalBatches
+from plaingpt.console import run_script
+batch, calls, train_step = EvalBatches.batch, 0, train.train_step
+
+def counted(self, *arguments):
+    global calls
+    calls += 1
+    if calls == 3:  # the first of the second evaluation
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert calls < 4, "the evaluation went on"
+    return batch(self, *arguments)
+
+EvalBatches.batch = counted
+run_script(train.main)
+"""
+    command = [sys.executable, "-c", code, *tiny_flags(tmp_path / "run", **settings)]
+    ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    assert "stopped by SIGTERM after step 2, saved" in ended.stderr
+    assert [record["step"] for record in records(tmp_path / "run") if "val_loss" in record] == [0]
+    resume(tmp_path / "run")
+    assert [record["step"] for record in records(tmp_path / "run") if "val_loss" in record] == [0, 2, 4]
+    assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
+
+
+def test_a_return_to_an_earlier_checkpoint_loses_no_record_and_blames_no_loss(tmp_path, train, resume):
+    settings = dict(max_iters=8, eval_interval=2, keep_every=2)
+    train(tmp_path / "run", **settings)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    ended = resume(tmp_path / "run", init_from="resume:step-000002", max_iters=4, learning_rate=1e-6, lr_decay_iters=4)
+    assert (tmp_path / "run" / "metrics-before-step-000002.jsonl").read_bytes() == before
+    assert "at step 8, saved in" in ended.err and "overfit" not in ended.err
+    assert load_state(tmp_path / "run" / "last")[0].evaluations_since_best == 1
+
+
+def test_losses_of_another_set_of_batches_are_not_compared(tmp_path, train, resume):
+    train(tmp_path / "run")
+    ended = resume(tmp_path / "run", max_iters=7, eval_iters=5, learning_rate=1e-9, min_lr=1e-9)
+    assert f"lowest val_loss {records(tmp_path / 'run')[-1]['val_loss']:.4f} at step 7" in ended.err
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_stop_is_heard_within_a_long_step_and_leaves_no_half_of_it(tmp_path, tiny_flags, train, resume, steps):
     settings = dict(gradient_accumulation_steps=8, sample_tokens=0, eval_interval=100, max_iters=4) | PLAN
@@ -622,7 +672,7 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     before = (tmp_path / "run" / "last" / "training.json").read_bytes()
     printed = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
     assert "max_iters=3, but the checkpoint in" in printed and "has 4 steps" in printed
-    assert "has 3 steps already" in resume(tmp_path / "run", max_iters=3).err
+    assert "the run is complete at 3 steps: raise --max_iters" in resume(tmp_path / "run", max_iters=3).err
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
 
 
