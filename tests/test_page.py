@@ -3,13 +3,13 @@
 pip install playwright; apt-get install chromium
 """
 
+import base64
 import json
 import math
 import random
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_main
@@ -19,7 +19,7 @@ from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, save_model
 from plaingpt.generate import Sampling, candidates
 from plaingpt.tokenizer import make_tokenizer
-from tools.page import own_text, quantize, write_page
+from tools.page import quantize, write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -51,7 +51,7 @@ def opened(browser, tmp_path):
         if path is None:
             write_page(path := tmp_path / "model.html", name, model, tokenizer, bits, **more)
         scheme = "dark" if dark else "light"
-        context = browser.new_context(offline=True, viewport=SIZES[size], color_scheme=scheme)
+        context = browser.new_context(offline=True, viewport=SIZES[size], color_scheme=scheme, reduced_motion="reduce")
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: troubles.append(str(error)))
@@ -70,21 +70,30 @@ def opened(browser, tmp_path):
 
 
 def ask(page, name, *given):
-    return page.evaluate(
-        "async ([name, ...given]) => { const a = await ask(name, ...given); return a; }", [name, *given]
-    )
-
-
-def array(page, name, *given) -> np.ndarray:
-    """The answer where it is a Float32Array."""
-    return np.array(page.evaluate("async ([name, ...given]) => Array.from(await ask(name, ...given))", [name, *given]))
+    """The worker's answer; typed arrays as lists."""
+    script = "async ([name, ...given]) => JSON.stringify(await ask(name, ...given), (k, v) => v?.buffer ? [...v] : v)"
+    return json.loads(page.evaluate(script, [name, *given]))
 
 
 def all_logits(page, ids: list[int]) -> torch.Tensor:
-    script = "async ids => { const all = []; for (let n = 1; n <= ids.length; n++)"
-    return torch.tensor(
-        page.evaluate(script + " all.push(Array.from(await ask('logits', ids.slice(0, n)))); return all; }", ids)
-    )
+    """(T, V), as base64: as JSON it would take seconds."""
+    script = """async ids => {
+      const bytes = [];
+      for (let n = 1; n <= ids.length; n++) bytes.push(new Uint8Array((await ask("logits", ids.slice(0, n))).buffer));
+      return btoa(bytes.map(all => Array.from(all, byte => String.fromCharCode(byte)).join("")).join(""));
+    }"""
+    data = bytearray(base64.b64decode(page.evaluate(script, ids)))
+    return torch.frombuffer(data, dtype=torch.float32).view(len(ids), -1)
+
+
+@torch.no_grad()
+def in_torch(model, ids) -> torch.Tensor:
+    return model(torch.tensor([ids]))[0][0]
+
+
+def show(page, view: str) -> None:
+    page.click(f"nav a[href='#/{view}']")
+    sync_api.expect(page.locator(f"#{view}")).to_be_visible()
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -108,32 +117,29 @@ def test_logits_are_torchs_at_every_position(opened, kind, bias, shape, bits):
             parameter += torch.randn_like(parameter) * 0.15
         model.transformer.wte.weight[tokenizer.vocab_size :] = 0
     page = opened(model, tokenizer, bits=bits, start="a")
-    ids, weights = own_text(model, tokenizer.end_of_text), model.weights()
-    with torch.no_grad():
-        expected = model(torch.tensor([ids]))[0][0]
+    first, generator = [tokenizer.end_of_text or 0], torch.Generator().manual_seed(1337)
+    ids = first + list(model.generate(first, block_size - 1, 0.8, 200, generator=generator))
     stated = page.evaluate("model.difference")
     assert stated < (0.01 if bits == 16 else 1)
-    assert (all_logits(page, ids) - expected).abs().max() <= stated + 1e-4
-    ids = torch.randint(tokenizer.vocab_size, (block_size,), generator=torch.Generator().manual_seed(2))
+    assert (all_logits(page, ids) - in_torch(model, ids)).abs().max() <= stated + 1e-4
+    weights = model.weights()
     for name, weight in weights.items():
         if weight.dim() == 2:
             scale, integers = quantize(weight, bits)
             weights[name] = scale[:, None] * integers
     rounded = GPT.from_weights(model.config, weights)
-    with torch.no_grad():
-        expected = rounded(ids[None])[0][0]
-    assert (all_logits(page, ids.tolist()) - expected).abs().max() <= 1e-4
+    ids = torch.randint(tokenizer.vocab_size, (block_size,), generator=torch.Generator().manual_seed(2)).tolist()
+    assert (all_logits(page, ids) - in_torch(rounded, ids)).abs().max() <= 1e-4
     # The cache is used again for another text with the same beginning, and after a walk back
-    other = [*ids[: block_size // 2].tolist(), 0]
-    with torch.no_grad():
-        expected = rounded(torch.tensor([other[:block_size]]))[0][0, -1]
-    assert (torch.tensor(array(page, "logits", other[:block_size])) - expected).abs().max() <= 1e-4
+    other = [*ids[: block_size // 2], 0][:block_size]
+    assert (torch.tensor(ask(page, "logits", other)) - in_torch(rounded, other)[-1]).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "char", "byte", "bpe"])
-def test_ids_are_the_tokenizers(opened, kind):
+def test_ids_and_greedy_text_are_torchs(opened, kind):
     tokenizer = of_kind(kind)
-    page = opened(make_model(tokenizer), tokenizer)
+    model = make_model(tokenizer)
+    page = opened(model, tokenizer)
     any_character = [*range(0xD800), *range(0xE000, 0x110000)]
     texts = [*SCRIPTS, TEXT, "".join(map(chr, random.Random(0).choices(any_character, k=5000)))]
     if kind == "char":
@@ -146,6 +152,15 @@ def test_ids_are_the_tokenizers(opened, kind):
     if kind != "char":
         lone = page.evaluate("ask('encode', 'a\\ud800b\\udc00\\ud83d', false)")
         assert lone == tokenizer.encode("a\ufffdb\ufffd\ufffd")
+    for length in (3, 24, 31):  # to beyond block_size
+        prompt = tokenizer.encode(TEXT)[:length]
+        greedy = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
+        script = """async ([ids, prompt, sampling]) => {
+          while (ids.length < prompt + 60) ids.push((await ask("next", ids, prompt, sampling))[0]);
+          return ids.slice(prompt);
+        }"""
+        expected = list(model.generate(prompt, 60, temperature=0.0))
+        assert page.evaluate(script, [prompt, len(prompt), greedy]) == expected
 
 
 def test_a_character_that_the_model_does_not_know_is_named(opened):
@@ -155,22 +170,6 @@ def test_a_character_that_the_model_does_not_know_is_named(opened):
     sync_api.expect(page.locator("#error")).to_contain_text("“ψ”")
     page.fill("#prompt", "abc")
     sync_api.expect(page.locator("#error")).to_be_empty()
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "char", "byte", "bpe"])
-def test_greedy_ids_are_torchs_beyond_block_size(opened, kind):
-    tokenizer = of_kind(kind)
-    model = make_model(tokenizer)
-    page = opened(model, tokenizer, bits=16)
-    for length in (3, 24, 31):
-        prompt = tokenizer.encode(TEXT)[:length]
-        expected = list(model.generate(prompt, 60, temperature=0.0))
-        greedy = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1}
-        script = """async ([ids, prompt, sampling]) => {
-          while (ids.length < prompt + 60) ids.push((await ask("next", ids, prompt, sampling))[0]);
-          return ids.slice(prompt);
-        }"""
-        assert page.evaluate(script, [prompt, len(prompt), greedy]) == expected
 
 
 def test_greedy_text_and_score_are_those_of_sample_py(opened, tiny_run, tmp_path):
@@ -183,39 +182,23 @@ def test_greedy_text_and_score_are_those_of_sample_py(opened, tiny_run, tmp_path
     sync_api.expect(page.locator("#status")).to_contain_text("100 tokens")
     flags = ["--temperature=0", "--max_new_tokens=100", "--dtype=float32", "--start=tree and"]
     written = run_main("sample", f"--out_dir={tiny_run}", *flags).out
-    page.wait_for_timeout(100)  # a frame
     assert page.text_content("#text") == written.removesuffix("\n")
 
     text = tmp_path / "scored.txt"
     text.write_text(TEXT[-200:])
     said = run_main("sample", f"--out_dir={tiny_run}", f"--score={text}", "--dtype=float32").out
-    page.click("#tab-score")
-    page.fill("#scored", TEXT[-200:])
-    page.click("#score-go")
-    sync_api.expect(page.locator("#figures")).to_contain_text("200tokens")
-    bits = float(page.inner_text("#figures .big >> nth=0"))
+    page.fill("#prompt", TEXT[-200:])
+    page.click("#score")
+    sync_api.expect(page.locator("#status")).to_contain_text("bits per byte: 200 bytes")
+    bits = float(page.inner_text("#status").split()[0])
     assert bits == pytest.approx(float(re.search(r"([\d.]+) bits per byte", said)[1]), abs=2e-4)
+    assert page.text_content("#text").replace("⏎", "").endswith(TEXT[-200:])
 
 
-@pytest.mark.parametrize("vary", ["seed", "index"])
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(), Sampling(0.7, 5), Sampling(1.3, 0, 0.8), Sampling(1.0, 7, 0.9, 0.08), Sampling(0.8, min_p=0.1)],
-)
-def test_sampling_follows_the_distribution(opened, sampling, vary):
+def test_sampling_follows_the_distribution(opened):
     tokenizer = make_tokenizer("char", ["abc"], 0)
     page = opened(make_model(tokenizer), tokenizer)
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 1.5
-    p, ids = candidates(logits, sampling)
-    expected = torch.zeros(12, dtype=torch.float64)
-    expected[ids[0] if ids is not None else torch.arange(12)] = p[0].double() / p.sum()
-    settings = {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-    }
-    n = 20000
     script = """async ([logits, sampling, n, vary]) => {
       const counts = new Array(12).fill(0), all = [], typed = Float32Array.from(logits);
       for (let i = 0; i < n; i++)
@@ -223,12 +206,26 @@ def test_sampling_follows_the_distribution(opened, sampling, vary):
       for (const id of await Promise.all(all)) counts[id]++;
       return counts;
     }"""
-    counts = torch.tensor(page.evaluate(script, [logits[0].tolist(), settings, n, vary]), dtype=torch.float64)
-    assert (counts[expected == 0] == 0).all()
-    possible = expected > 0
-    chi_squared = ((counts - n * expected)[possible] ** 2 / (n * expected[possible])).sum().item()
-    freedom = int(possible.sum()) - 1
-    assert chi_squared < freedom + 4 * math.sqrt(2 * freedom) + 4  # once in some ten thousand times by chance
+    n = 10000
+    for sampling in (
+        Sampling(),
+        Sampling(0.7, 5),
+        Sampling(1.3, 0, 0.8),
+        Sampling(1.0, 7, 0.9, 0.08),
+        Sampling(0.8, min_p=0.1),
+    ):
+        p, ids = candidates(logits, sampling)
+        expected = torch.zeros(12, dtype=torch.float64)
+        expected[ids[0] if ids is not None else torch.arange(12)] = p[0].double() / p.sum()
+        settings = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        possible = expected > 0
+        freedom = int(possible.sum()) - 1
+        for vary in ("seed", "index"):
+            counts = page.evaluate(script, [logits[0].tolist(), settings, n, vary])
+            counts = torch.tensor(counts, dtype=torch.float64)
+            assert (counts[~possible] == 0).all()
+            chi_squared = ((counts - n * expected)[possible] ** 2 / (n * expected[possible])).sum().item()
+            assert chi_squared < freedom + 4 * math.sqrt(2 * freedom) + 4, (sampling, vary)  # by chance once in 10,000
 
 
 def test_tokens_their_alternatives_and_a_branch(opened, tiny_run):
@@ -273,27 +270,31 @@ def test_the_views_show_the_models_own_numbers(opened, tiny_run):
     cosines[5] = -2
     assert near[0][0] == int(cosines.argmax()) and near[0][1] == pytest.approx(cosines.max().item(), abs=1e-3)
     ids = tokenizer.encode("stone and rain")
-    plain = "(key, value) => value?.buffer ? [...value] : value"  # typed arrays as lists
-    walk = page.evaluate(f"async ids => JSON.stringify(await ask('walk', ids), {plain})", ids)
-    walk = json.loads(walk)
+    walk = ask(page, "walk", ids)
     for block in walk["blocks"]:
         assert len(block["heads"]) == model.config.n_head
         assert all(sum(head) == pytest.approx(1, abs=1e-4) and len(head) == len(ids) for head in block["heads"])
-    assert [i for i, _ in walk["blocks"][-1]["lens"]] == [i for i, _, _ in walk["logits"][:3]]
+    assert [i for i, _, _ in walk["blocks"][-1]["lens"]] == [i for i, _, _ in walk["logits"][:3]]
     x = wte[ids[-1]] + wpe[len(ids) - 1]
     assert walk["size"] == pytest.approx(x.norm().item(), abs=1e-3)
-    page.click("#tab-walk")
+    show(page, "walk")
     sync_api.expect(page.locator("#steps > li")).to_have_count(model.config.n_layer + 4)
     page.click("#walk-text .chip >> nth=4")
     sync_api.expect(page.locator("#steps")).to_contain_text("Position 4 is")
-    page.click("#tab-run")
-    for fact in (f"parameters{model.num_parameters():,}", "val_bpb", "tiny, from tiny.txt"):
+    show(page, "run")
+    for fact in (
+        f"parameters{model.num_parameters():,}",
+        "val_bpb",
+        "datasettiny",
+        "train_bytes3,600",
+        "learning_rate0.01",
+    ):
         sync_api.expect(page.locator("#facts")).to_contain_text(fact)
     assert page.locator("#curves path.training, #curves path.unseen").count() == 2
-    assert "learning_rate" in page.inner_text("#settings") and str(tiny_run.parent) not in page.content()
+    assert str(tiny_run.parent) not in page.content()
 
 
-HOSTILE = "<script>document.title='run'</script><!--<img src=x onerror=alert(1)>${alert(1)}`{{policy}}</style>"
+HOSTILE = "<script>document.title='run'</script><!--<img src=x onerror=alert(1)>${alert(1)}`{{script}}</style>"
 
 
 def test_nothing_in_a_model_becomes_markup_or_script(opened, tmp_path):
@@ -314,14 +315,14 @@ def test_nothing_in_a_model_becomes_markup_or_script(opened, tmp_path):
     page.check("#as-tokens")
     page.click("#go")
     sync_api.expect(page.locator("#status")).to_contain_text("a second")
-    for view in ("tables", "walk", "run", "score"):
-        page.click(f"#tab-{view}")
-    page.click("#score-go")
-    sync_api.expect(page.locator("#figures")).to_contain_text("bits per byte")
-    assert HOSTILE in page.text_content("#settings") and page.inner_text("#name").startswith("<img")
+    for view in ("tables", "walk", "run", "write"):
+        show(page, view)
+    page.click("#score")
+    sync_api.expect(page.locator("#status")).to_contain_text("bits per byte")
+    assert HOSTILE in page.text_content("#facts") and page.inner_text("#name").startswith("<img")
     assert page.title().startswith("<img") and page.locator("img").count() == 0
     assert page.locator("script").count() == 2  # the worker's and the page's
-    assert page.text_content("#score-text") == HOSTILE
+    assert page.text_content("#text").endswith(HOSTILE)
     refused = """url => new Promise(done => {
       document.addEventListener("securitypolicyviolation", event => done(event.effectiveDirective));
       fetch(url).catch(() => {});
@@ -330,23 +331,18 @@ def test_nothing_in_a_model_becomes_markup_or_script(opened, tmp_path):
     opened.troubles.clear()  # the browser reports it
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(("size", "dark"), [("phone", False), ("desktop", True)])
 def test_every_view_fits_its_screen(opened, tiny_run, size, dark, tmp_path):
     model, tokenizer = load_model(tiny_run / "best")
     page = opened(model, tokenizer, name=str(tiny_run / "best"), size=size, dark=dark, start="tree")
-    for view in ("write", "tables", "walk", "run", "score"):
-        page.click(f"#tab-{view}")
-        sync_api.expect(page.locator(f"#{view}")).to_be_visible()
+    for view in ("write", "tables", "walk", "run"):
+        show(page, view)
         page.reload()
         page.evaluate("ready")
-        sync_api.expect(page.locator(f"#{view}")).to_be_visible()
+        sync_api.expect(page.locator("section:visible")).to_have_id(view)
         assert page.evaluate("scrollY") == 0, "a link to a view starts at its top"
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
         page.screenshot(path=tmp_path / f"{view}.png", full_page=True)
-    page.locator("[role=tab]").last.focus()
-    page.keyboard.press("ArrowLeft")
-    sync_api.expect(page.locator("#run")).to_be_visible()
 
 
 def test_what_cannot_be_a_page_is_refused_in_one_line(tmp_path, tiny_run, monkeypatch):
@@ -362,7 +358,7 @@ def test_what_cannot_be_a_page_is_refused_in_one_line(tmp_path, tiny_run, monkey
     ):
         ended = run_main("tools.page", model, f"--out={out}")
         assert (ended.status, ended.out) == (2, "") and reason in ended.err.splitlines()[-1], ended.err
-    monkeypatch.setattr("tools.page.MOST_PARAMETERS", 1_000)
+    monkeypatch.setattr("tools.page.MOST_MILLIONS", 0.001)
     ended = run_main("tools.page", tiny_run / "best", f"--out={tmp_path / 'page.html'}")
     assert ended.status == 2 and "browsers do not open larger pages" in ended.err
     assert not list(tmp_path.glob("*.html*"))
