@@ -20,8 +20,7 @@ from typing import Annotated, ClassVar, Literal
 from plaingpt.console import UserError, cores, counted, escaped, note, one_line, run_script
 from plaingpt.settings import PathName, PositiveInt, Range, load_settings
 from plaingpt.text.job import Job, prepare
-from plaingpt.text.pipeline import read_json
-from plaingpt.text.shards import READY, fetch_tokens
+from plaingpt.text.shards import READY, fetch_tokens, json_in
 from plaingpt.text.sources import Source, find_source, read_options
 from plaingpt.tokenizer import tokenizer_of
 
@@ -41,11 +40,11 @@ class PrepareConfig:
     val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
     """share of the text that is held out for validation (default: what suits the source)"""
     dedup: bool = False
-    """drop exact copies of documents; takes about 100 bytes of memory a document"""
+    """drop exact copies of documents, except of text files over 1 MB; takes about 100 bytes of memory a document"""
     split_documents: bool = False
     """split text files into documents at <|endoftext|>"""
     bad_files: Literal["stop", "skip", "replace"] = "stop"
-    """text that is not UTF-8: stop, skip the document, or write U+FFFD for the wrong bytes"""
+    """text that is not UTF-8: stop, skip the document (of a text file, up to 1 MB), or write U+FFFD for the bytes"""
     encoding: str | None = None
     """encoding of text files, such as latin-1 (default: by byte order mark, else UTF-8)"""
     column: str = "text"
@@ -111,7 +110,7 @@ def directory_of(name: str, data_dir: str) -> Path:
 
 def check_replaced(directory: Path, source: Source, name: str | None) -> None:
     """UserError if `directory` exists and is not a data set, or one of another text and its name was not given."""
-    found = read_json(directory / "meta.json") or {}
+    found = json_in(directory / "meta.json")
     if os.path.lexists(directory) and not {"format_version", "splits"} <= found.keys():
         raise UserError(f"{directory} exists and is not a data set of ours; choose another --name")
     if found and name is None and (found.get("source") != source.description or source.once):

@@ -142,17 +142,12 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
     if kind == "gpt2":
         return gpt2()
     if kind == "byte":
-        symbols = {symbol: byte for byte, symbol in byte_symbols().items()}
-        return Tokenizer(_byte_level(models.BPE(symbols, []), split_words=False))
+        return rebuilt("BPE", {symbol: byte for byte, symbol in byte_symbols().items()}, [])
     if kind == "char":
         characters = set()
         for text in documents:
             characters.update(text)
-        backend = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(sorted(characters))}))
-        backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"(?m:.)"), "isolated")  # m: newlines, too
-        backend.decoder = decoders.Fuse()
-        backend.add_special_tokens([END_OF_TEXT])
-        return Tokenizer(backend)
+        return rebuilt("WordLevel", {c: i for i, c in enumerate(sorted(characters))}, [])
     if vocab_size < 257:
         raise UserError(
             f"--vocab_size={vocab_size}: a byte-level BPE has 256 bytes and {END_OF_TEXT}: at least 257 ids"
@@ -161,6 +156,17 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
 
     learned = learn_bpe(documents, vocab_size - 1, byte_symbols())
     return Tokenizer(_byte_level(learned))  # end of text is the last id, as in GPT-2
+
+
+def rebuilt(model_type: str, vocab: dict[str, int], merges: list) -> Tokenizer:
+    """A tokenizer of ours: by characters ("WordLevel"), by bytes ("BPE" without merges), or a BPE of words."""
+    if model_type == "BPE":
+        return Tokenizer(_byte_level(models.BPE(vocab, [*map(tuple, merges)]), split_words=bool(merges)))
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"(?m:.)"), "isolated")  # m: newlines, too
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(backend)
 
 
 def tokenizer_of(wanted: str) -> tuple[str, Tokenizer | None]:

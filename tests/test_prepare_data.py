@@ -15,7 +15,7 @@ import xxhash
 
 import prepare_data
 from plaingpt.console import UserError
-from plaingpt.text import sources, streams
+from plaingpt.text import streams
 from plaingpt.text.streams import split_of
 from plaingpt.tokenizer import END_OF_TEXT, KINDS
 from plaingpt.tokens import open_data_set
@@ -136,7 +136,7 @@ def test_the_share_of_many_documents_that_is_validation_is_the_fraction_asked_fo
 @pytest.mark.parametrize("at_a_time", [1, 500, 10_000])
 def test_the_order_does_not_depend_on_how_much_is_encoded_at_a_time(prepare, folder, monkeypatch, at_a_time):
     size = 300
-    monkeypatch.setattr(sources, "PIECE", at_a_time)
+    monkeypatch.setattr(streams, "PIECE", at_a_time)
     texts = {f"{letter}.txt": letter * size for letter in "abc"}
     directory = prepare(folder(texts), "--tokenizer=char", "--val_fraction=0.25")
     runs = [(i, len(list(group))) for i, group in itertools.groupby(np.fromfile(directory / "train.bin", "<u2"))]
@@ -344,7 +344,7 @@ def test_end_of_text_in_a_document_is_text_and_parts_nothing(prepare, folder):
 
 
 def test_end_of_text_in_a_text_gets_a_note_and_splits_documents_on_request(prepare, folder, capsys):
-    streams.note_once.cache_clear()
+    streams._noted.clear()
     source = folder({"a.txt": "\n<|endoftext|>\n".join(["one " * 20, "two " * 20])})
     prepare(source, "--tokenizer=byte")
     told = capsys.readouterr().err

@@ -36,7 +36,7 @@ def source(*wanted, **options) -> Source:
 
 def documents(*wanted, **options) -> list[str]:
     texts = source(*wanted, **options).texts(read_options(PrepareConfig(**options)))
-    return [text.decode().removeprefix("text of ") for text in texts]
+    return [text.removeprefix("text of ") for text in texts]
 
 
 # files, folders and globs

@@ -14,7 +14,6 @@ from test_checkpoint import TEXT, make_model, of_kind, transformers_model
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, save_model
-from tools.page import public
 
 
 def test_a_gguf_file_that_cannot_be_written_is_one_line(tmp_path, tiny_run):
@@ -188,16 +187,3 @@ def test_lora_learns_by_peft_and_comes_back_as_a_model(tmp_path, tiny_run, data_
     after = train(tmp_path / "none", eval_only=True, eval_iters=0, init_from=tmp_path / "lora").err
     loss = [float(printed.split("val_loss ")[1].split(",")[0]) for printed in (before, after)]
     assert loss[1] < loss[0]
-
-
-@pytest.mark.parametrize(
-    ("words", "shown"),
-    [
-        ("/home/me/text.txt", "text.txt"),
-        ("'/home/me/my books/a.txt' notes", "a.txt notes"),
-        ("my/books /tmp/a.md hf:owner/name", "my/books a.md hf:owner/name"),
-        ("-", "-"),
-    ],
-)
-def test_of_a_path_that_begins_elsewhere_only_the_name_is_shown(words, shown):
-    assert public(words) == shown

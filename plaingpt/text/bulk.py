@@ -1,11 +1,11 @@
 """Bulk encoding: the ids of `Tokenizer.encode`, as arrays, at some 100 MB/s a core.
 
-GPT-2's tokenizer and our own BPE go through gigatoken (about 20 times tiktoken's speed on one core), bytes and
-characters through a table. Everything else, and a machine that gigatoken has no wheel for, uses the tokenizer itself.
+GPT-2's tokenizer and our own BPE use gigatoken (about 20 times tiktoken's speed on one core), bytes and characters a
+table. Everything else, and a machine that gigatoken has no wheel for, uses the tokenizer itself.
 """
 
 import contextlib
-import functools
+import itertools
 import json
 import re
 import secrets
@@ -14,18 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from plaingpt.text.streams import SAFE_BORDER
-from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols, gpt2, make_tokenizer
+from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols, rebuilt
 
-# gigatoken 0.10 knows the letters of Unicode 17, tiktoken and tokenizers those of Unicode 16. Text around a letter or
-# digit that came after Unicode 14, or a neighbour of one, goes to the slow encoder. Emoji are not letters.
-YOUNG = re.compile(
-    "[\u088f\u0c5c\u0cdc\u1c89\u1c8a\ua7cb-\ua7f1\U00010000-\U0001cfff\U0001d2c0-\U0001d2d3\U0001df00-\U0001efff"
-    "\U0002b739-\U0002b73f\U0002cea2-\U0002cead\U0002ebf0-\U0003ffff]"
-)
-YOUNG_LEADS = [b"\xe0\xa2\x8f", b"\xe0\xb1\x9c", b"\xe0\xb3\x9c", b"\xe1\xb2", b"\xea\x9f"]  # of those below U+10000
-FIRST_BYTES = (0xE0, 0xE1, 0xEA, 0xF0)
-ASCII = bytes(range(128))
+# gigatoken 0.10 knows the letters of Unicode 17, tiktoken and tokenizers those of Unicode 16. Documents with a letter
+# or digit newer than Unicode 14, or with one of the rare scripts near it, go to the tokenizer itself. By the first of
+# their bytes, which is much faster to search for:
+RECENT = {
+    b"\xe0": re.compile(rb"\xe0(?:\xa2\x8f|[\xb1\xb3]\x9c)"),
+    b"\xe1": re.compile(rb"\xe1\xb2[\x89\x8a]"),
+    b"\xea": re.compile(rb"\xea\x9f[\x8b-\xb1]"),
+    b"\xf0": re.compile(rb"\xf0(?:[^\x9d\x9f-\xae]|\x9d[\x8b\xbc-\xbf]|\xab\x9c|\xac\xba|\xae[\xaf-\xbf])"),
+}
 # gigatoken caches every word it has seen. When the process is larger than MEMORY plus MEMORY_EACH a thread, an encoder
 # that has encoded REMEMBERED bytes since its start is replaced by a new one, which costs a quarter of a second.
 MEMORY, MEMORY_EACH, REMEMBERED = 400_000_000, 150_000_000, 1 << 26
@@ -36,41 +35,43 @@ class BulkEncoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._end_of_text = tokenizer, tokenizer.end_of_text
-        self._table = self._json = None
+        self._gigatoken = self._table = None
         # Stands before each document in the one text that gigatoken gets, whose tokenizer has it as end of text. It is
         # random, so no document contains it.
         self._border = secrets.token_hex(8).encode()
         written = tokenizer.to_json()
         description = json.loads(written)
         model = description["model"]
-        form = of_our_form(description) and model["type"]
-        by_words = form == "BPE" and bool(model["merges"])
-        self._foreign, self._bytes = not form, form == "BPE" and not by_words
-        if by_words:
+        is_ours = of_our_form(description)
+        self._is_bytes = is_ours and model["type"] == "BPE" and not model["merges"]
+        if is_ours and model["type"] == "WordLevel":
+            characters = {ord(c): i for c, i in model["vocab"].items() if len(c) == 1}
+            self._table = np.full(0x110000, -1, np.int32)
+            self._table[list(characters)] = list(characters.values())
+        elif is_ours and model["merges"]:
             with contextlib.suppress(ImportError):  # no wheel for this machine
                 import gigatoken
 
                 self._gigatoken = gigatoken
                 self._json = written.replace(f'"{END_OF_TEXT}"', f'"{self._border.decode()}"')
-        elif form == "WordLevel":
-            characters = {ord(c): i for c, i in model["vocab"].items() if len(c) == 1}
-            self._table = np.full(0x110000, -1, np.int32)
-            self._table[list(characters)] = list(characters.values())
         self._of_thread = threading.local()  # a shared encoder serves one thread at a time
         self._threads = set()
 
     def encode(self, documents: list[bytes]) -> np.ndarray:
         """Ids of documents in valid UTF-8, one after another, end of text before each."""
-        if self._json and not any(map(_young, documents)):
-            return self._encode_fast(documents)
-        if self._bytes:
-            encoded = [np.frombuffer(document, np.uint8) for document in documents]
-        elif self._table is not None:
-            encoded = [self._look_up(document.decode()) for document in documents]
-        else:
-            encoded = self._encode_slowly(documents)
+        if self._gigatoken:
+            runs = itertools.groupby(documents, has_recent_letter)
+            encoded = [self._by_tokenizer([*run]) if slow else self._by_gigatoken([*run]) for slow, run in runs]
+            return encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
+        if self._is_bytes:
+            return self._joined([np.frombuffer(document, np.uint8) for document in documents])
+        if self._table is not None:
+            return self._joined([self._look_up(document.decode()) for document in documents])
+        return self._by_tokenizer(documents)
+
+    def _joined(self, encoded: list) -> np.ndarray:
         end_of_text = np.array([self._end_of_text], np.uint32)
-        return np.concatenate([part for document in encoded for part in (end_of_text, document)])
+        return np.concatenate([part for ids in encoded for part in (end_of_text, np.asarray(ids, np.uint32))])
 
     def _look_up(self, text: str) -> np.ndarray:
         ids = self._table[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
@@ -78,24 +79,10 @@ class BulkEncoder:
             self._tokenizer.encode(text)  # says which characters are not known
         return ids
 
-    def _encode_slowly(self, documents: list[bytes]) -> list[np.ndarray]:
-        """Ids of each document; with gigatoken, only the text around a letter that it does not know is slow."""
+    def _by_tokenizer(self, documents: list[bytes]) -> np.ndarray:
+        return self._joined(self._tokenizer.encode_documents([document.decode() for document in documents]))
 
-        def fast(text: bytes) -> bool:
-            return self._json is not None and not _young(text)
-
-        parts_of = [[d] if self._foreign or fast(d) else _safe_parts(d) for d in documents]
-        parts = dict.fromkeys(part for parts in parts_of for part in parts)
-        slow = [part for part in parts if not fast(part)]
-        for part, ids in zip(slow, self._tokenizer.encode_documents([part.decode() for part in slow])):
-            parts[part] = np.array(ids, np.uint32)
-        others = [part for part, ids in parts.items() if ids is None]
-        ids = self._encode_fast(others) if others else np.empty(0, np.uint32)
-        borders = np.flatnonzero(ids == self._end_of_text)
-        parts |= zip(others, (part[1:] for part in np.split(ids, borders)[1:]))
-        return [np.concatenate([parts[part] for part in of_one]) for of_one in parts_of]
-
-    def _encode_fast(self, documents: list[bytes]) -> np.ndarray:
+    def _by_gigatoken(self, documents: list[bytes]) -> np.ndarray:
         joined = self._border.join([b"", *documents])
         mine = self._of_thread
         if not hasattr(mine, "encoder"):
@@ -111,60 +98,42 @@ class BulkEncoder:
         return ids
 
 
+def has_recent_letter(document: bytes) -> bool:
+    if document.isascii():
+        return False
+    return any(first in document and letters.search(document) is not None for first, letters in RECENT.items())
+
+
 def of_our_form(description: dict) -> bool:
     """Whether a tokenizer.json encodes as one that plaingpt/tokenizer.py makes; a model may come with another.
 
-    Everything that encoding depends on is compared, not only what is known to differ somewhere.
+    A tokenizer of ours with its vocabulary and merges has to have the same description, and the order of ids has to be
+    that of the merges, which is how gigatoken and other programs rank them.
     """
-    if _form(description) not in _our_forms():
-        return False
-    model, symbols = description["model"], byte_symbols()
-    vocab = model["vocab"]
-    ids = {*vocab.values(), *(token["id"] for token in description["added_tokens"])}
-    if sorted(ids) != list(range(len(ids))):
+    model, added = description["model"], description["added_tokens"]
+    vocab, merges = model["vocab"], model.get("merges") or []
+    ids = {*vocab.values(), *(token["id"] for token in added)}
+    if model["type"] not in ("BPE", "WordLevel") or sorted(ids) != list(range(len(ids))):
         return False
     if model["type"] == "WordLevel":
-        return all(len(token) == 1 or token == END_OF_TEXT for token in vocab)
-    if not model["merges"]:
-        return all(vocab.get(symbol) == byte for byte, symbol in symbols.items())
-    ranked = [token for token in sorted(vocab, key=vocab.get) if token != END_OF_TEXT]
-    merged = list(dict.fromkeys(map("".join, model["merges"])))
-    by_words = description["pre_tokenizer"]["use_regex"]
-    return by_words and set(ranked[:256]) == set(symbols.values()) and ranked[256:] == merged
+        if any(len(token) > 1 and token != END_OF_TEXT for token in vocab):
+            return False
+    else:
+        ranked = [token for token in sorted(vocab, key=vocab.get) if token != END_OF_TEXT]
+        symbols = byte_symbols().values()
+        if ranked[256:] != list(dict.fromkeys(map("".join, merges))) or {*ranked[:256]} != {*symbols}:
+            return False
+        if not merges and ranked != [*(symbol for _, symbol in sorted(byte_symbols().items()))]:
+            return False
+    return _encoding(description) == _encoding(json.loads(rebuilt(model["type"], vocab, merges).to_json()))
 
 
-def _form(description: dict) -> tuple:
-    """What of a tokenizer.json decides how text is encoded, except the vocabulary."""
-    model = {key: value for key, value in description["model"].items() if key not in ("vocab", "merges")}
-    special = [
-        {key: value for key, value in token.items() if key not in ("id", "normalized")}
-        for token in description["added_tokens"]
+def _encoding(description: dict) -> list:
+    """What of a tokenizer.json decides how ordinary text is encoded."""
+    added = [
+        {key: value for key, value in token.items() if key != "normalized"} for token in description["added_tokens"]
     ]
-    return description["normalizer"], description["pre_tokenizer"], model, special
-
-
-@functools.cache
-def _our_forms() -> list[tuple]:
-    kinds = [make_tokenizer("byte", [], 0), make_tokenizer("char", ["a"], 0), gpt2()]
-    return [_form(json.loads(tokenizer.to_json())) for tokenizer in kinds]
-
-
-def _safe_parts(document: bytes, size: int = 1 << 12) -> list[bytes]:
-    """The document cut at safe borders, which changes no token, about every `size` characters."""
-    text, start, parts = document.decode(), 0, []
-    while border := SAFE_BORDER.search(text, start + size):
-        parts.append(text[start : border.start()].encode())
-        start = border.start()
-    return [*parts, text[start:].encode()]
-
-
-def _young(document: bytes) -> bool:
-    if document.isascii() or not any(first in document for first in FIRST_BYTES):  # the fastest of searches
-        return False
-    rest = document.translate(None, delete=ASCII)
-    # F0 9F begins an emoji
-    possible = rest.count(b"\xf0") > rest.count(b"\xf0\x9f") or any(lead in rest for lead in YOUNG_LEADS)
-    return possible and YOUNG.search(rest.decode()) is not None
+    return [*map(description.get, ("normalizer", "pre_tokenizer", "model")), added]
 
 
 def _resident_bytes(otherwise: int) -> int:

@@ -1,7 +1,7 @@
-"""One pass in order: a thread reads batches of documents, a pool encodes them, and shards are written in their order.
+"""One pass in order: a thread reads batches of texts, a pool encodes them, and shards are written in their order.
 
 Progress is a small file: how far reading had come, and the length of what was written and fsynced by then. Whoever
-goes on cuts the files to that length and reads from there, so a stop at any moment changes nothing in the result.
+continues cuts the files to that length and reads from there, so a stop at any moment changes nothing in the result.
 """
 
 import collections
@@ -10,7 +10,7 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from plaingpt.console import RunFailed, is_rank_0, note
 from plaingpt.files import new_file
+from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
-from plaingpt.text.readers import SEPARATOR, Batch, Documents, LargeText, OneFile
-from plaingpt.text.records import Item, Shard
-from plaingpt.text.shards import ShardWriter
-from plaingpt.text.streams import ReadOptions, note_once, split_of
+from plaingpt.text.readers import SEPARATOR, File, Shard, Text
+from plaingpt.text.shards import ShardWriter, json_in
+from plaingpt.text.streams import ReadOptions, character_border, note_once, split_of
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
 
@@ -37,43 +37,53 @@ class Work:
     directory: Path  # of the shards
     progress: Path
     part: int  # from 1
-    items: list[Item]
+    inputs: list[File | Shard]
     options: ReadOptions
     tokenizer: Tokenizer
     dedup: bool
     shard_tokens: int
 
 
+@dataclass
+class Batch:
+    """Texts that are encoded together."""
+
+    position: tuple[int, int] = (0, 0)  # (input, texts of it that have been read) after the batch
+    done: int = 0  # bytes of all inputs that have been read
+    size: int = 0
+    splits: dict[str, list[bytes]] = field(default_factory=lambda: collections.defaultdict(list))
+    continued: set[str] = field(default_factory=set)  # splits whose first text continues the one written before
+
+
 def encode_part(work: Work, threads: int) -> None:
-    """Read, encode and write all items of `work`, from where an earlier process stopped."""
-    output, encode = Output(work), Encoder(work).encode
+    """Read, encode and write all inputs of `work`, from where an earlier process stopped."""
+    output, encoder = Output(work), BulkEncoder(work.tokenizer)
     if output.finished:
         return
     if output.position > (0, 0):
-        note(f"going on after {sum(output.splits[split]['tokens'] for split in SPLITS):,} tokens")
-    starts = np.cumsum([0, *(item.size for item in work.items)]).tolist()
+        note(f"continuing after {sum(output.splits[split]['tokens'] for split in SPLITS):,} tokens")
     encoded, room, stop = queue.SimpleQueue(), threading.Semaphore(8 * threads), threading.Event()
 
     def feed() -> None:
-        for position, batch in read(work, output.position):
+        for batch in read(work, output.position):
             room.acquire()
             if stop.is_set():
                 return
-            encoded.put((position, starts[position[0]] + batch.done, pool.submit(encode, batch)))
+            encoded.put((batch, pool.submit(encode, batch, work, encoder)))
 
     with (
-        progress_bar(work.items) as bar,
+        progress_bar(work.inputs) as bar,
         concurrent.futures.ThreadPoolExecutor(1) as reader,
-        concurrent.futures.ThreadPoolExecutor(threads) as pool,  # Arrow, gigatoken and hashing release the GIL
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,  # gigatoken releases the GIL
     ):
         feeding = reader.submit(feed)
         feeding.add_done_callback(lambda _: encoded.put(None))
         try:
             while found := encoded.get():
-                position, done, batch = found
-                output.write(position, batch.result())
+                batch, ids = found
+                output.write(batch, ids.result())
                 room.release()
-                bar.update(done - bar.n)
+                bar.update(batch.done - bar.n)
             feeding.result()  # raises what stopped the reading
         finally:  # also after a failure or Ctrl-C
             stop.set()
@@ -82,79 +92,65 @@ def encode_part(work: Work, threads: int) -> None:
     output.finish()
 
 
-def progress_bar(items: list[Item]) -> tqdm:
-    options = {"unit": "shard"} if items and isinstance(items[0], Shard) else {"unit": "B", "unit_scale": True}
+def progress_bar(inputs: list[File | Shard]) -> tqdm:
+    options = {"unit": "shard"} if inputs and isinstance(inputs[0], Shard) else {"unit": "B", "unit_scale": True}
     hidden = None if is_rank_0() else True  # None: where standard error is no terminal
-    return tqdm(total=sum(item.size for item in items), desc="encoding", disable=hidden, **options)
+    return tqdm(total=sum(found.size for found in inputs), desc="encoding", disable=hidden, **options)
 
 
-Position = tuple[int, int]  # (item, batches of it that are done)
-
-
-def read(work: Work, start: Position) -> Iterator[tuple[Position, Batch]]:
-    """The batches after `start`. Those before are read, not encoded; from the beginning where copies are left out."""
-    seen = set() if work.dedup else None  # 64 bits a document: of ten million one is lost with a chance of 1 in 400,000
-    for i, item in enumerate(work.items):
-        if seen is None and i < start[0]:
-            continue
-        if seen is not None and isinstance(item, LargeText):
-            if (digest := item.digest()) in seen:
-                continue
-            seen.add(digest)
-        for n, batch in enumerate(item.batches(work.options), 1):
-            if seen is not None and not isinstance(item, LargeText):
-                batch = _without_copies(batch, seen)
+def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
+    """Batches of the texts after `start`. With dedup, those before are read, too, to know them."""
+    before, batch = 0, Batch()
+    seen = set()  # 64 bits a document: of ten million one is lost with a chance of 1 in 400,000
+    for i, source in enumerate(work.inputs):
+        texts = source.texts(work.options) if work.dedup or i >= start[0] else ()
+        split, entered = "", set()  # of the document; splits that have a piece of it
+        for n, text in enumerate(texts, 1):
+            if text.begins:
+                digest = xxhash.xxh3_64_intdigest(text.data)
+                split, entered = split_of(digest, work.options.val_fraction), set()
+                if work.dedup and text.ends:
+                    if digest in seen:
+                        continue
+                    seen.add(digest)
+            parts = {split: text.data} if work.options.by_content else divided(text, work.options.val_fraction)
             if (i, n) > start:
-                yield (i, n), batch
-        if isinstance(item, OneFile):
-            item.file.check()
+                if batch.size and (not text.begins or batch.size >= streams.PIECE):
+                    yield batch
+                    batch = Batch()
+                batch.continued |= parts.keys() & entered
+                batch.position, batch.done, batch.size = (i, n), before + text.done, batch.size + len(text.data)
+                for name, data in parts.items():
+                    batch.splits[name].append(data)
+            entered |= parts.keys()
+        before += source.size
+    if batch.size:
+        yield batch
 
 
-def _without_copies(batch: Batch, seen: set[int]) -> Batch:
-    texts = {}
-    for text in batch.documents().texts:
-        texts.setdefault(xxhash.xxh3_64_intdigest(text), text)
-    new = [text for digest, text in texts.items() if digest not in seen]
-    seen.update(texts)
-    return batch._replace(documents=lambda: Documents(new))
+def divided(text: Text, val_fraction: float) -> dict[str, bytes]:
+    """A text, or a piece of it, whose tail goes to validation."""
+    border = int(len(text.data) * (1 - val_fraction)) if text.border is None else text.border
+    border = character_border(text.data, border)
+    parts = {"train": text.data[:border], "val": text.data[border:]}
+    return {split: data for split, data in parts.items() if data}
 
 
-class Encoder:
-    """Encodes batches, in any number of threads."""
-
-    def __init__(self, work: Work):
-        self.options, self.bulk = work.options, BulkEncoder(work.tokenizer)
-        self.dtype = id_dtype(work.tokenizer.vocab_size - 1)
-        self.look_for_end_of_text = not work.options.split_documents
-
-    def encode(self, batch: Batch) -> dict[str, tuple[np.ndarray, int, int]]:
-        """Of each split that gets something: ids with end of text before each document, bytes, documents."""
-        documents = batch.documents()
-        if self.look_for_end_of_text and any(b"|" in text and SEPARATOR in text for text in documents.texts):
-            note_once(
+def encode(batch: Batch, work: Work, encoder: BulkEncoder) -> dict[str, tuple[np.ndarray, int, int]]:
+    """Of each split that gets something: ids with end of text before each document, bytes, documents."""
+    encoded, dtype = {}, id_dtype(work.tokenizer.vocab_size - 1)
+    for split, texts in batch.splits.items():
+        if not work.options.split_documents and any(b"|" in text and SEPARATOR in text for text in texts):
+            message = (
                 "<|endoftext|> occurs in the text and is encoded letter by letter; if it stands between documents, "
                 "give --split_documents"
             )
-        encoded, begins = {}, documents.begins
-        for split, texts in self._splits(documents).items():
-            ids = self.bulk.encode(texts)[not begins :].astype(self.dtype)
-            encoded[split] = ids, sum(map(len, texts)), len(texts) - (not begins)
-        return encoded
-
-    def _splits(self, documents: Documents) -> dict[str, list[bytes]]:
-        splits = collections.defaultdict(list)
-        if documents.split:
-            splits[documents.split] = documents.texts
-        elif self.options.by_content:
-            for text in documents.texts:
-                splits[split_of(xxhash.xxh3_64_intdigest(text), self.options.val_fraction)].append(text)
-        else:
-            for text in map(bytes.decode, documents.texts):
-                border = int(len(text) * (1 - self.options.val_fraction))
-                for split, tail in (("train", text[:border]), ("val", text[border:])):
-                    if tail:
-                        splits[split].append(tail.encode())
-        return splits
+            note_once(message, message)
+        continued = split in batch.continued
+        encoded[split] = (
+            encoder.encode(texts)[continued:].astype(dtype), sum(map(len, texts)), len(texts) - continued
+        )  # fmt: skip
+    return encoded
 
 
 class Output:
@@ -163,11 +159,11 @@ class Output:
     def __init__(self, work: Work):
         self.path = work.progress
         dtype = id_dtype(work.tokenizer.vocab_size - 1)
-        found = read_json(self.path) or {}
+        found = json_in(self.path)
         self.finished = found.get("finished", False)
         self.position = tuple(found.get("position", (0, 0)))
         self.splits = found.get("splits") or {s: {"tokens": 0, "bytes": 0, "documents": 0, "files": []} for s in SPLITS}
-        self.first = work.part == 1
+        self.is_first = work.part == 1
         self.unsaved = 0
         if not self.finished:
             try:
@@ -179,19 +175,19 @@ class Output:
                 }
             except ValueError as error:
                 self.path.unlink()
-                raise RunFailed(f"{error}; run again: this part is made anew") from error
+                raise RunFailed(f"{error}; run again: this part starts over") from error
 
-    def write(self, position: Position, encoded: dict[str, tuple[np.ndarray, int, int]]) -> None:
+    def write(self, batch: Batch, encoded: dict[str, tuple[np.ndarray, int, int]]) -> None:
         for split, (ids, n_bytes, n_documents) in encoded.items():
             figures = self.splits[split]
-            if self.first and not figures["tokens"]:
+            if self.is_first and not figures["tokens"]:
                 ids = ids[1:]  # end of text stands between documents, not before the first one
             self.writers[split].write(ids)
             figures["tokens"] += len(ids)
             figures["bytes"] += n_bytes
             figures["documents"] += n_documents
             self.unsaved += len(ids)
-        self.position = position
+        self.position = batch.position
         if self.unsaved >= SAVE_TOKENS:
             self.save({split: writer.saved() for split, writer in self.writers.items()})
 
@@ -202,19 +198,6 @@ class Output:
     def save(self, files: dict[str, list[dict]]) -> None:
         for split, figures in self.splits.items():
             figures["files"] = files[split]
-        write_json(self.path, {"position": self.position, "splits": self.splits, "finished": self.finished})
+        with new_file(self.path) as file:
+            json.dump({"position": self.position, "splits": self.splits, "finished": self.finished}, file)
         self.unsaved = 0
-
-
-def read_json(path: Path) -> dict | None:
-    """What the file says; None if it is missing, or was left empty or cut by a loss of power."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def write_json(path: Path, content: dict) -> None:
-    with new_file(path) as file:
-        json.dump(content, file)

@@ -1,35 +1,34 @@
-"""Documents from text files of any size, in bounded memory.
+"""Texts from files and Hugging Face data sets, one after another, in bounded memory.
 
-An item is one file, a group of small text files, or one shard of a data set. Its batches come in order and are cheap
-to read; `Batch.documents()` does the rest of the work, in any thread.
+Text files are read in pieces of up to 1 MB that end where no token is cut. JSON, CSV, TSV and Parquet have a text a
+row. pyarrow is imported inside the functions: that takes a third of a second, and plain text does without it.
 """
 
-import functools
-import hashlib
-import math
+import csv
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from plaingpt.console import RunFailed, UserError
-from plaingpt.text.streams import (
-    MAX_RECORD,
-    PIECE,
-    ReadOptions,
-    Recoded,
-    checked_text,
-    decoded_text,
-    last_border,
-    note_once,
-    open_utf8,
-    split_of,
-    too_long,
-)
+from plaingpt.console import RunFailed, UserError, closest, one_line
+from plaingpt.text import streams
+from plaingpt.text.streams import ReadOptions, checked, last_border, open_utf8, too_long
 from plaingpt.tokenizer import END_OF_TEXT
 
-LARGE = 1 << 24  # bytes: a larger text file is read, split and encoded in pieces
 SEPARATOR = END_OF_TEXT.encode()
+ROWS = 64  # of a table that are decoded at a time
+
+
+class Text(NamedTuple):
+    """A document, or a piece of one, in valid UTF-8."""
+
+    data: bytes
+    done: int  # bytes of the file that have been read
+    begins: bool = True  # False: it continues the text before
+    ends: bool = True
+    border: int | None = None  # where validation begins if the tail of each document goes there; None: by its length
 
 
 class File(NamedTuple):
@@ -42,136 +41,215 @@ class File(NamedTuple):
         status = os.stat(path)
         return cls(path, status.st_size, status.st_mtime_ns)
 
-    def check(self) -> None:
+    def texts(self, options: ReadOptions) -> Iterator[Text]:
+        kind = kind_of(self.path)
+        read = READERS[kind] if kind != "text" else (split_text if options.split_documents else text_pieces)
+        yield from (text for text in read(self, options) if text.data)
         if File.at(self.path) != self:
             raise RunFailed(f"{self.path} was changed while it was read; run again: it is read anew")
 
 
-class Documents(NamedTuple):
-    texts: list[bytes]
-    split: str | None = None  # where it is decided already
-    begins: bool = True  # False: the one text continues the document before
+def text_pieces(file: File, options: ReadOptions) -> Iterator[Text]:
+    """One document. If its tail goes to validation, that begins at (1 - val_fraction) of its bytes in UTF-8."""
+    border = 0 if options.by_content else int(text_size(file, options) * (1 - options.val_fraction))
+    with open_utf8(file.path, options) as opened:
+        rest, position, begins, ends = b"", 0, True, False
+        while not ends:
+            data = rest + opened.stream.read(max(1, streams.PIECE - len(rest)))
+            ends = len(data) < streams.PIECE
+            cut = len(data) if ends else last_border(data)
+            piece, rest = data[:cut], data[cut:]
+            if text := opened.checked(piece, file.path, position, binary=True):
+                yield Text(text, opened.raw.tell(), begins, ends, min(max(border - position, 0), len(text)))
+                begins = False
+            position += cut
 
 
-class Batch(NamedTuple):
-    done: int  # bytes of the item read so far, for the progress bar
-    documents: Callable[[], Documents]
+def text_size(file: File, options: ReadOptions) -> int:
+    """Bytes of a text file in UTF-8."""
+    with open_utf8(file.path, options) as opened:
+        if opened.stream is opened.raw:
+            return file.size - opened.raw.tell()  # without a byte order mark
+        return sum(map(len, iter(lambda: opened.stream.read(streams.PIECE), b"")))
 
 
-@dataclass(frozen=True)
-class TextFiles:
-    """Small text files, one document each, together one batch."""
-
-    files: tuple[File, ...]
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
-
-    def batches(self, options: ReadOptions) -> Iterator[Batch]:
-        yield Batch(self.size, functools.partial(self._read, options))
-
-    def _read(self, options: ReadOptions) -> Documents:
-        texts = []
-        for file in self.files:
-            with open(file.path, "rb") as opened:
-                text = decoded_text(opened.read(), file.path, options) or b""
-            texts += _documents_in(text) if options.split_documents else [text]
-            file.check()
-        return documents_of(texts)
+def split_text(file: File, options: ReadOptions) -> Iterator[Text]:
+    """Documents with <|endoftext|> between them."""
+    with open_utf8(file.path, options) as opened:
+        block, rest, position = True, b"", 0
+        while block:
+            block = opened.stream.read(streams.PIECE)
+            *documents, rest = (rest + block).split(SEPARATOR)
+            for document in documents if block else [*documents, rest]:
+                where = f"{file.path}, the document at byte {position:,}"
+                yield Text(opened.checked(document, where, position, True).strip(b"\r\n"), opened.raw.tell())
+                position += len(document) + len(SEPARATOR)
+            if len(rest) > streams.MAX_RECORD:
+                raise too_long(f"{file.path}, the document at byte {position:,}")
 
 
-@dataclass(frozen=True)
-class OneFile:
-    """What the other items that are files have in common."""
+def json_texts(file: File, options: ReadOptions) -> Iterator[Text]:
+    """JSON Lines, or one array of objects."""
+    with open_utf8(file.path, options) as opened:
+        position, is_first = 0, True
+        while line := opened.stream.readline(streams.MAX_RECORD):
+            where = f"{file.path}, the line at byte {position:,}"
+            position += len(line)
+            if len(line) >= streams.MAX_RECORD:
+                raise too_long(where)
+            if not line.strip():
+                continue
+            if is_first and line.lstrip().startswith(b"["):
+                data = line + opened.stream.read(streams.MAX_RECORD)
+                if len(data) > streams.MAX_RECORD:
+                    limit = f"an array of more than {streams.MAX_RECORD >> 20} MB"
+                    remedy = "make it JSON Lines: jq -c '.[]' FILE.json > FILE.jsonl"
+                    raise UserError(f"{file.path} is {limit}: {remedy}")
+                where = f"{file.path}, the array"
+                rows = {f"{where}'s value {i:,}": row for i, row in enumerate(_parsed(data, where), 1)}
+            else:
+                rows = {where: _parsed(line, where)}
+            is_first = False
+            for where, row in rows.items():
+                yield Text(opened.checked(_text_of(row, where, options.column), where), opened.raw.tell())
 
-    file: File
 
-    @property
-    def size(self) -> int:
-        return self.file.size
+def _parsed(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8", "surrogateescape"))  # bytes that are not text concern their column only
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}, is not JSON: {one_line(error)}") from error
 
 
-class LargeText(OneFile):
-    """A text file of more than LARGE bytes, one document, in pieces that end at safe borders.
+def _text_of(row: Any, where: str, column: str) -> bytes:
+    """The column of a JSON object."""
+    columns = row if isinstance(row, dict) else {}
+    if column not in columns:
+        remedy = f"name the --column: {', '.join(columns)[:300]}" if columns else "it has to be a JSON object"
+        raise UserError(f"{where}, has no {column!r}{closest(column, columns)}; {remedy}")
+    text = row[column]
+    if not isinstance(text, str | None):
+        raise UserError(f"{where}: {column!r} is not text; name the --column")
+    try:
+        return (text or "").encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # "\ud800"
+        return text.encode("utf-8", "surrogatepass")
 
-    It goes to one split by the hash of its bytes, or its tail goes to validation.
-    """
 
-    def digest(self) -> int:
-        import xxhash
+def csv_texts(file: File, options: ReadOptions) -> Iterator[Text]:
+    """CSV or TSV with a header line."""
+    import pyarrow
+    from pyarrow import csv as arrow
 
-        with open(self.file.path, "rb") as opened:
-            return hashlib.file_digest(opened, xxhash.xxh3_64).intdigest()
-
-    def batches(self, options: ReadOptions) -> Iterator[Batch]:
-        if options.bad_files == "skip" and not self._is_text(options):
-            return
-        if options.by_content:
-            spans = [(split_of(self.digest(), options.val_fraction), math.inf)]
-        else:
-            spans = [("train", int(self._utf8_size(options) * (1 - options.val_fraction))), ("val", math.inf)]
-        yield from self._pieces(spans, options)
-
-    def _pieces(self, spans: list[tuple[str, float]], options: ReadOptions) -> Iterator[Batch]:
-        carry, position = b"", 0  # position: bytes of the text in the pieces before
-        with open_utf8(self.file.path, options) as (raw, stream):
-            for split, stop in spans:
-                documents = Documents([], split)
-                while block := stream.read(min(PIECE, max(0, stop - position - len(carry)))):
-                    carry += block
-                    if cut := last_border(carry):
-                        piece, carry = carry[:cut], carry[cut:]
-                        yield Batch(raw.tell(), functools.partial(self._check, piece, position, documents, options))
-                        documents, position = Documents([], split, begins=False), position + cut
-            if carry:
-                yield Batch(self.size, functools.partial(self._check, carry, position, documents, options))
-
-    def _check(self, text: bytes, position: int, documents: Documents, options: ReadOptions) -> Documents:
-        bad_files = "stop" if options.bad_files == "skip" else options.bad_files  # the file has passed `_is_text`
-        text = checked_text(text, self.file.path, bad_files, binary=True, position=position)
-        return documents._replace(texts=[text])
-
-    def _is_text(self, options: ReadOptions) -> bool:
-        """Whether all of it can be read; a note if not. A piece that is written cannot be left out any more."""
+    delimiter = "\t" if kind_of(file.path) == "TSV" else ","
+    column, limit = options.column, streams.MAX_RECORD
+    with open_utf8(file.path, options) as opened:
+        lines = (line.decode(errors="replace") for line in iter(lambda: opened.stream.readline(limit), b""))
         try:
-            for batch in self._pieces([("train", math.inf)], options):
-                batch.documents()
-        except UserError as error:
-            note_once(f"skipped: {str(error).partition('; leave it out')[0]}")
-            return False
-        return True
-
-    def _utf8_size(self, options: ReadOptions) -> int:
-        with open_utf8(self.file.path, options) as (_, stream):
-            plain = not isinstance(stream, Recoded)
-            return self.size if plain else sum(map(len, iter(lambda: stream.read(PIECE), b"")))
-
-
-class SplitText(OneFile):
-    """A large text file of documents with <|endoftext|> between them."""
-
-    def batches(self, options: ReadOptions) -> Iterator[Batch]:
-        carry, position = b"", 0
-        with open_utf8(self.file.path, options) as (raw, stream):
-            while block := stream.read(PIECE):
-                carry += block
-                if (cut := carry.rfind(SEPARATOR)) >= 0:
-                    cut += len(SEPARATOR)
-                    yield Batch(raw.tell(), functools.partial(self._read, carry[:cut], position, options))
-                    carry, position = carry[cut:], position + cut
-                elif len(carry) > MAX_RECORD:
-                    raise too_long(f"{self.file.path}, the document at byte {position:,}")
-            yield Batch(self.size, functools.partial(self._read, carry, position, options))
-
-    def _read(self, data: bytes, position: int, options: ReadOptions) -> Documents:
-        text = checked_text(data, self.file.path, options.bad_files, binary=True, position=position)
-        return documents_of(_documents_in(text or b""))
+            names = next(csv.reader(lines, delimiter=delimiter), [])
+            check_names(file.path, names, column)
+            if not opened.stream.peek(1):
+                return
+            reader = arrow.open_csv(
+                opened.stream,
+                arrow.ReadOptions(use_threads=False, block_size=limit, column_names=names),
+                arrow.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                arrow.ConvertOptions(include_columns=[column], column_types={column: pyarrow.large_binary()}),
+            )
+            texts = (text for batch in reader for text in batch.column(0).to_pylist())
+            for row, text in enumerate(texts, 1):
+                yield Text(opened.checked(text, f"{file.path}, row {row:,}"), opened.raw.tell())
+        except (csv.Error, pyarrow.ArrowException) as error:
+            if "straddling" in str(error):
+                raise too_long(f"{file.path}, a row") from error
+            raise UserError(f"{file.path} cannot be read: {one_line(error)}") from error
 
 
-def documents_of(texts: Iterable[bytes | None]) -> Documents:
-    return Documents([text for text in texts if text])
+def parquet_texts(file: File, options: ReadOptions) -> Iterator[Text]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file.path, buffer_size=1 << 20) as parquet:
+            check_column(file.path, parquet.schema_arrow, options.column)
+            for group in range(parquet.num_row_groups):
+                where, done = f"{file.path}, rows of group {group}", file.size * (group + 1) // parquet.num_row_groups
+                rows = _rows_at_a_time(parquet.metadata.row_group(group), options.column, where)
+                for batch in parquet.iter_batches(rows, [group], columns=[options.column], use_threads=False):
+                    yield from _column_texts(batch.column(0), where, done, options)
+    except (OSError, pyarrow.ArrowException) as error:
+        if getattr(error, "errno", None):  # the operating system's error, not a fault of the file
+            raise
+        raise UserError(f"{file.path} is not a Parquet file, or is damaged: {one_line(error)}") from error
 
 
-def _documents_in(text: bytes) -> list[bytes]:
-    return [part.strip(b"\r\n") for part in text.split(SEPARATOR)]
+def _rows_at_a_time(group: Any, column: str, where: str) -> int:
+    """A few hundred bytes can stand for a million equal rows of a megabyte: such a file is read row by row."""
+    chunks = map(group.column, range(group.num_columns))
+    chunk = next(c for c in chunks if c.path_in_schema.split(".")[0] == column)
+    if chunk.total_uncompressed_size > streams.MAX_RECORD * max(group.num_rows, 1):
+        raise UserError(f"{where} has rows of more than {streams.MAX_RECORD >> 20} MB")
+    return ROWS if chunk.total_uncompressed_size < 100 * chunk.total_compressed_size else 1
+
+
+def _column_texts(column: Any, where: str, done: int, options: ReadOptions) -> Iterator[Text]:
+    """The values of an Arrow array."""
+    if hasattr(column.type, "value_type"):  # a dictionary
+        column = column.cast(column.type.value_type)
+    for text in column.cast("large_binary").to_pylist():  # no copy
+        yield Text(text and checked(text, where, options.bad_files), done)
+
+
+def check_names(where: str, names: Sequence[str], column: str) -> None:
+    """UserError unless exactly one of `names` is `column`."""
+    if column not in names:
+        shown = ", ".join(names)[:300]
+        raise UserError(f"{where} has no column {column!r}{closest(column, names)}; name the --column: {shown}")
+    if list(names).count(column) > 1:
+        raise UserError(f"{where} has more than one column {column!r}: rename one of them")
+
+
+def check_column(where: str, schema: Any, column: str) -> None:
+    """UserError unless the Arrow schema has exactly one such column and it holds text."""
+    check_names(where, schema.names, column)
+    kind = schema.field(column).type
+    values = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+    if str(values) not in ("string", "large_string", "string_view", "binary", "large_binary", "null"):
+        raise UserError(f"{where}: column {column!r} is {kind}, not text; name the --column")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Shard `index` of a Hugging Face data set, streamed or on disk."""
+
+    name: str
+    index: int
+    shards: int
+    dataset: Any
+    size = 1  # its bytes are not known: the progress bar counts shards
+
+    def texts(self, options: ReadOptions) -> Iterator[Text]:
+        where = f"{self.name}, shard {self.index}"
+        try:
+            shard = self.dataset.shard(num_shards=self.shards, index=self.index)
+            for table in shard.with_format("arrow").iter(batch_size=256):
+                check_column(self.name, table.schema, options.column)
+                yield from (t for t in _column_texts(table.column(options.column), where, 0, options) if t.data)
+        except UserError:
+            raise
+        except Exception as error:  # of any library below: network, server, file format
+            raise RunFailed(f"{where} cannot be read: {one_line(error)}; run again to go on") from error
+
+
+READERS = {
+    "JSON Lines": json_texts, "JSON": json_texts, "CSV": csv_texts, "TSV": csv_texts, "Parquet": parquet_texts
+}  # fmt: skip
+_SUFFIXES = {"jsonl": "JSON Lines", "ndjson": "JSON Lines", "json": "JSON", "csv": "CSV", "tsv": "TSV"}
+
+
+def kind_of(path: str) -> str:
+    """How a file is read, by the end of its name in upper or lower case."""
+    if path.lower().endswith(".parquet"):
+        return "Parquet"
+    match = re.search(r"\.(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?$", path.lower())
+    return _SUFFIXES[match[1]] if match else "text"

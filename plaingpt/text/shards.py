@@ -67,6 +67,15 @@ class ShardWriter:
         return files
 
 
+def json_in(path: Path) -> dict:
+    """The object in a file; {} if it is missing, or was left empty or cut by a loss of power."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def name_files(directory: Path, split: str, files: list[dict]) -> list[dict]:
     """Give a split's files their final names: train.bin, or train_000000.bin and so on. Can be repeated."""
     named = []

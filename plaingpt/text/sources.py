@@ -16,9 +16,8 @@ from typing import Any
 
 from plaingpt.console import UserError, one_line
 from plaingpt.files import new_file, sha256
-from plaingpt.text.readers import LARGE, File, LargeText, SplitText, TextFiles
-from plaingpt.text.records import KINDS, Item, Shard, kind_of
-from plaingpt.text.streams import PIECE, ReadOptions
+from plaingpt.text.readers import File, Shard
+from plaingpt.text.streams import ReadOptions
 from plaingpt.text.walk import find_files, walk
 from plaingpt.tokens import NAMED
 
@@ -49,46 +48,19 @@ class Source:
     def fetched(self, directory: Path) -> "Source":
         return dataclasses.replace(self, files=(File.at(str(self.fetch(directory))),)) if self.fetch else self
 
-    def items(self, options: ReadOptions) -> list[Item]:
+    def inputs(self) -> list[File | Shard]:
         """What is read one after another, in an order that depends on the source alone."""
-        if self.dataset is not None:
-            shards = getattr(self.dataset, "num_shards", None)  # a data set on disk has none
-            if shards is None:
-                shards = max(1, min(len(self.dataset), (self.dataset.dataset_size or 0) >> 23))
-            return [Shard(self.description, index, shards, self.dataset) for index in range(shards)]
-        items, group = [], []
-        for file in self.files:
-            if (kind := kind_of(file.path)) in KINDS:
-                items.append(KINDS[kind](file))
-            elif file.size > LARGE:
-                items.append((SplitText if options.split_documents else LargeText)(file))
-            elif file.size:
-                group.append(file)
-                if sum(f.size for f in group) >= PIECE:
-                    items.append(TextFiles(tuple(group)))
-                    group = []
-        return [*items, TextFiles(tuple(group))] if group else items
+        if self.dataset is None:
+            return list(self.files)
+        shards = getattr(self.dataset, "num_shards", None)  # a data set on disk has none
+        if shards is None:
+            shards = max(1, min(len(self.dataset), (self.dataset.dataset_size or 0) >> 23))
+        return [Shard(self.description, index, shards, self.dataset) for index in range(shards)]
 
-    def texts(self, options: ReadOptions) -> Iterator[bytes]:
+    def texts(self, options: ReadOptions) -> Iterator[str]:
         """The documents; a large text file in pieces."""
-        for item in self.items(options):
-            for batch in item.batches(options):
-                yield from batch.documents().texts
-
-    def count_documents(self, options: ReadOptions, most: int) -> int:
-        """How many there are, up to `most`."""
-        found = 0
-        for item in self.items(options):
-            if isinstance(item, LargeText):
-                counts = [1]
-            elif isinstance(item, TextFiles) and not options.split_documents:
-                counts = [len(item.files)]
-            else:
-                counts = (len(batch.documents().texts) for batch in item.batches(options))
-            for count in counts:
-                if (found := found + count) >= most:
-                    return most
-        return found
+        for found in self.inputs():
+            yield from (text.data.decode() for text in found.texts(options))
 
 
 def read_options(config: Any) -> ReadOptions:

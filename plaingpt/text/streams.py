@@ -1,23 +1,18 @@
-"""Files as UTF-8: compression, encodings, bytes that are not text, and places where a text may be cut."""
+"""Files as UTF-8 whatever their compression and encoding, the check of their text, and where a text may be cut."""
 
 import codecs
 import contextlib
-import functools
-import gzip
 import io
+import os
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 from plaingpt.console import UserError, note, one_line
-from plaingpt.text import arrow
 
-PIECE = 1 << 20  # bytes read at a time, and about the text in a batch
-WINDOW = 1 << 20  # bytes in which a place to cut is looked for
+PIECE = 1 << 20  # bytes of text that are read, and encoded, at a time
 MAX_RECORD = 1 << 26  # bytes of a line, field or row: a few kilobytes of compressed data can stand for gigabytes
-LARGE_TEXT = 1 << 18  # bytes from which on Arrow's check of UTF-8 is faster than Python's
 # No token of GPT-2 or of a tokenizer of ours spans these places: before a space between two characters that are not
 # white space, and after a line's end between such. Python's white space includes that of the tokenizers; the surrogates
 # stand for the bytes of a character that is cut.
@@ -27,6 +22,8 @@ BOMS = {  # UTF-32's first: it begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
 }  # fmt: skip
+BAD = "\udcff"  # stands for bytes that an encoding does not have; written as 0xff, which UTF-8 does not have
+_noted = set()
 
 
 @dataclass(frozen=True)
@@ -40,47 +37,59 @@ class ReadOptions:
     val_fraction: float = 0.05
     by_content: bool = True  # a document goes to a split by its hash; False: the tail of each goes to validation
 
-    @property
-    def errors(self) -> str:
-        return "replace" if self.bad_files == "replace" else "strict"
+
+class Utf8(NamedTuple):
+    """An open file."""
+
+    raw: IO[bytes]
+    stream: io.BufferedReader  # decompressed, in UTF-8, without byte order mark; `raw` itself where that is the same
+    options: ReadOptions
+    encoding: str | None
+
+    def checked(self, text: bytes, where: str, position: int = 0, binary: bool = False) -> bytes:
+        return checked(text, where, self.options.bad_files, position, binary, self.encoding)
 
 
 @contextlib.contextmanager
-def open_utf8(path: str, options: ReadOptions) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """(the file itself, its content decompressed and as UTF-8 without byte order mark)."""
+def open_utf8(path: str, options: ReadOptions) -> Iterator[Utf8]:
     with open(path, "rb") as raw:
         stream = raw
-        if path.lower().endswith(".gz"):
-            stream = gzip.open(raw)  # noqa: SIM115 (closing `raw` is enough)
-        elif path.lower().endswith(".zst"):
-            import pyarrow  # slow to import
+        if codec := {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower()):
+            import pyarrow  # takes a third of a second
 
-            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), PIECE)
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), PIECE)
         try:
             encoding = encoding_of(stream.peek(4)[:4], options.encoding)
             if encoding == "utf-8-sig":
                 stream.read(len(codecs.BOM_UTF8))
-            yield raw, stream if encoding in (None, "utf-8-sig") else Recoded(stream, encoding, options.errors)
+            elif encoding:
+                stream = io.BufferedReader(Recoded(stream, encoding), PIECE)
+            yield Utf8(raw, stream, options, encoding)
         except UnicodeError as error:
-            raise bad_text(f"{path} is not text in {encoding}: {getattr(error, 'reason', error)}") from error
-        except (EOFError, OSError, zlib.error) as error:  # gzip's, zstd's
-            if stream is raw or getattr(error, "errno", None):  # the operating system's error, not a fault of the file
+            raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; name the --encoding") from error
+        except OSError as error:
+            if not codec or error.errno:  # the operating system's error, not a fault of the file
                 raise
             remedy = "; compress it again without --long" if "too much memory" in str(error) else ""
             raise UserError(f"{path} cannot be decompressed: {one_line(error)}{remedy}") from error
 
 
-class Recoded:
+class Recoded(io.RawIOBase):
     """A stream in another encoding, read as UTF-8."""
 
-    def __init__(self, stream: IO[bytes], encoding: str, errors: str):
-        self._text = io.TextIOWrapper(stream, encoding, errors, newline="\n")
+    def __init__(self, stream: IO[bytes], encoding: str):
+        self._text = io.TextIOWrapper(stream, encoding, "plaingpt_bad", newline="\n")
 
-    def read(self, size: int) -> bytes:
-        return self._text.read(size).encode()
+    def readable(self) -> bool:
+        return True
 
-    def readline(self, size: int) -> bytes:
-        return self._text.readline(size).encode()
+    def readinto(self, buffer: memoryview) -> int:
+        data = self._text.read(max(1, len(buffer) // 4)).encode("utf-8", "surrogateescape")  # up to 4 bytes each
+        buffer[: len(data)] = data
+        return len(data)
+
+
+codecs.register_error("plaingpt_bad", lambda error: (BAD, error.end))
 
 
 def encoding_of(head: bytes, given: str | None) -> str | None:
@@ -88,50 +97,39 @@ def encoding_of(head: bytes, given: str | None) -> str | None:
     return next((name for bom, name in BOMS.items() if head.startswith(bom)), given)
 
 
-def decoded_text(data: bytes, path: str, options: ReadOptions) -> bytes | None:
-    """A text file's content as UTF-8; None and a note where it is to be skipped."""
-    encoding = encoding_of(data[:4], options.encoding)
-    try:
-        if encoding == "utf-8-sig":
-            data = data.removeprefix(codecs.BOM_UTF8)
-        elif encoding:
-            data = data.decode(encoding, options.errors).encode()
-    except UnicodeError as error:
-        return skip_or_raise(f"{path} is not text in {encoding}: {getattr(error, 'reason', error)}", options.bad_files)
-    return checked_text(data, path, options.bad_files, binary=True)
+def checked(
+    text: bytes, where: str, bad_files: str, position: int = 0, binary: bool = False, encoding: str | None = None
+) -> bytes:
+    """`text` if it is UTF-8, else what --bad_files asks for: an error, nothing (and a note), or U+FFFD.
 
-
-def checked_text(data: bytes, where: str, bad_files: str, binary: bool = False, position: int = 0) -> bytes | None:
-    """`data` if UTF-8 (with `binary`: without NUL), else by `bad_files`: repaired, None and a note, or UserError."""
-    bad = data.find(b"\0") if binary else -1
+    position: of the text in its file. binary: NUL is not text either. encoding: of the file.
+    """
+    bad = text.find(b"\0") if binary else -1
     try:
-        if not data.isascii() and not (len(data) > LARGE_TEXT and arrow.is_utf8(data)):
-            data.decode()
+        if not text.isascii():
+            text.decode()
     except UnicodeDecodeError as error:
         bad = error.start if bad == -1 else min(bad, error.start)
     if bad == -1:
-        return data
+        return text
     if bad_files == "replace":
-        text = data.decode(errors="replace")
-        return (text.replace("\0", "\ufffd") if binary else text).encode()
-    return skip_or_raise(f"{where} is not UTF-8 text (byte 0x{data[bad]:02x} at {position + bad:,})", bad_files)
+        replaced = text.decode(errors="replace")
+        return (replaced.replace("\0", "\ufffd") if binary else replaced).encode()
+    problem = f"{where} is not UTF-8 text (byte 0x{text[bad]:02x} at {position + bad:,})"
+    if encoding not in (None, "utf-8-sig"):
+        problem = f"{where} is not text in {encoding}"
+    if bad_files == "stop":
+        remedy = "leave it out: --bad_files=skip, write U+FFFD for it: --bad_files=replace, or name the --encoding"
+        raise UserError(f"{problem}; {remedy}")
+    note_once(f"skipped: {problem}", where)
+    return b""
 
 
-def skip_or_raise(problem: str, bad_files: str) -> None:
-    if bad_files != "skip":
-        raise bad_text(problem)
-    note_once(f"skipped: {problem}")
-
-
-def bad_text(problem: str) -> UserError:
-    remedy = "leave it out: --bad_files=skip, write U+FFFD for it: --bad_files=replace, or name the --encoding"
-    return UserError(f"{problem}; {remedy}")
-
-
-@functools.lru_cache(maxsize=4096)
-def note_once(message: str) -> None:
-    """Some text is read more than once: to count documents, to learn a tokenizer, to encode."""
-    note(message)
+def note_once(message: str, about: str) -> None:
+    """Some text is read more than once: to count documents, to train a tokenizer, to encode."""
+    if about not in _noted:
+        _noted.add(about)
+        note(message)
 
 
 def too_long(where: str) -> UserError:
@@ -139,19 +137,23 @@ def too_long(where: str) -> UserError:
 
 
 def last_border(data: bytes) -> int:
-    """The last place where a text may be cut without changing its tokens, or 0.
+    """The last place where a text may be cut without changing its tokens.
 
-    Where there is none in WINDOW bytes, as in a text without spaces, it is cut before its last character.
+    Where there is none, as in a text without spaces, it is cut before its last character.
     """
     for window_size in (1 << 10, len(data)):  # one is usually near
         start = max(0, len(data) - window_size)
         window = data[start:].decode("utf-8", "surrogateescape")
         if borders := list(SAFE_BORDER.finditer(window)):
             return start + len(window[: borders[-1].start()].encode("utf-8", "surrogateescape"))
-    last = len(data) - 1 if len(data) >= WINDOW else 0
-    while last > 0 and data[last] & 0xC0 == 0x80:
-        last -= 1
-    return last
+    return character_border(data, len(data) - 1) or len(data)
+
+
+def character_border(data: bytes, index: int) -> int:
+    """`index`, or the beginning of the character that it is in."""
+    while 0 < index < len(data) and data[index] & 0xC0 == 0x80:
+        index -= 1
+    return index
 
 
 def split_of(digest: int, val_fraction: float) -> str:

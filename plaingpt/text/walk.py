@@ -1,15 +1,15 @@
 """Which files a preparation reads: one walk over folders and globs, each real file once, and what it leaves out."""
 
 import collections
-import fnmatch
 import glob
+import itertools
 import mimetypes
 import os
+import re
 from collections.abc import Container, Iterator
 
 from plaingpt.console import UserError, closest, counted
-from plaingpt.text.readers import File
-from plaingpt.text.records import KINDS, kind_of
+from plaingpt.text.readers import File, kind_of
 from plaingpt.text.streams import ReadOptions, encoding_of
 from plaingpt.tokens import NAMED
 
@@ -35,18 +35,18 @@ def walk(folder: str, left_out: Container[str] = ("node_modules",), entered: set
 
 
 def find_files(words: list[str], options: ReadOptions) -> tuple[tuple[File, ...], str]:
-    """The files that are read, in the order of their paths, and a summary of these and of those left out.
+    """The files that are read, each once, in the order of their paths, and a summary of these and of those left out.
 
     What is not text is left out, but UserError where such a file is named itself.
     """
     named = {os.path.normpath(word) for word in words if os.path.isfile(word)}
-    paths = {os.path.normpath(path): None for word in words for path in _files(word)}
-    files, read, skipped, seen = [], collections.Counter(), collections.Counter(), set()
+    paths = {os.path.normpath(path) for word in words for path in _files(word)}
+    found, read, skipped = {}, collections.Counter(), collections.Counter()
     for path in sorted(paths, key=lambda path: (os.path.islink(path), path.split(os.sep))):
         status = os.stat(path)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
+        found.setdefault((status.st_dev, status.st_ino), path)
+    files = []
+    for path in sorted(found.values(), key=lambda path: path.split(os.sep)):
         if kind := _not_text(path, options, path in named):
             skipped[kind] += 1
         else:
@@ -58,16 +58,13 @@ def find_files(words: list[str], options: ReadOptions) -> tuple[tuple[File, ...]
     left_out = f"{skipped.total():,} skipped: {left_out}" if skipped else ""
     if not files:
         raise UserError(f"{' '.join(words)}: {left_out or 'no files there'}")
-    summary = f"reading {counted(len(files), 'file')}: {of_each}{column}" + (f"; {left_out}" if left_out else "")
-    return tuple(sorted(files, key=lambda file: file.path.split(os.sep))), summary
+    return tuple(files), f"reading {counted(len(files), 'file')}: {of_each}{column}" + (left_out and f"; {left_out}")
 
 
 def _files(word: str) -> Iterator[str]:
     if os.path.isdir(word):
         yield from walk(word)
-    elif os.path.isfile(word):
-        yield word
-    elif matches := list(_matches(word)):
+    elif matches := [word] if os.path.isfile(word) else list(_matches(word)):
         yield from filter(os.path.isfile, matches)
     else:
         raise UserError(f"{word}: no such file, folder or source{closest(word, NAMED)}")
@@ -79,25 +76,20 @@ def _matches(pattern: str) -> Iterator[str]:
         yield from glob.iglob(pattern)
         return
     start = os.path.dirname(pattern.partition("**")[0])
-    parts = os.path.relpath(pattern, start or os.curdir).split(os.sep)
+    rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", os.path.relpath(pattern, start or os.curdir).replace(os.sep, "/"))
+    fits = re.compile("".join(rules.get(part) or re.escape(part) for part in parts)).fullmatch
     for folder in filter(os.path.isdir, glob.iglob(start or os.curdir)):
-        yield from (path for path in walk(folder) if _fits(os.path.relpath(path, folder).split(os.sep), parts))
+        yield from (path for path in walk(folder) if fits(os.path.relpath(path, folder).replace(os.sep, "/")))
 
 
-def _fits(names: list[str], parts: list[str]) -> bool:
-    if not names or not parts:
-        return names == parts or parts == ["**"]
-    if parts[0] == "**":
-        return _fits(names, parts[1:]) or _fits(names[1:], parts)
-    return fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
-
-
-def _not_text(path: str, options: ReadOptions, named: bool) -> str | None:
-    """What a file is that cannot be read as documents; None if it can. UserError if it is `named`."""
+def _not_text(path: str, options: ReadOptions, is_named: bool) -> str | None:
+    """What a file is that cannot be read as documents; None if it can. UserError if it is named."""
     kind = kind_of(path)
-    if kind in OFTEN_NOT_DOCUMENTS and not named:
+    if kind in OFTEN_NOT_DOCUMENTS and not is_named:
         try:
-            next((batch.documents() for batch in KINDS[kind](File.at(path)).batches(options)), None)
+            for _ in itertools.islice(File.at(path).texts(options), 1):
+                pass
         except UserError:
             return f"{kind} without {options.column!r}"
     if kind != "text":
@@ -107,18 +99,11 @@ def _not_text(path: str, options: ReadOptions, named: bool) -> str | None:
     if head.startswith((b"%PDF-", b"{\\rtf")):
         kind = "PDF" if head.startswith(b"%") else "RTF"
     elif b"\0" in head and not encoding_of(head[:4], options.encoding):
-        kind = _binary_kind(path)
+        types = {"audio": "audio file", "video": "video file", "image": "image", "font": "font"}
+        kind = types.get((mimetypes.guess_type(path)[0] or "").split("/")[0], "binary file")
     else:
         return None
-    if named and options.bad_files != "skip":
+    if is_named and options.bad_files != "skip":
         hint = "if it is UTF-16, name the --encoding" if kind == "binary file" else "convert it to text first"
         raise UserError(f"{path} is not text ({kind}): {hint}, or leave it out: --bad_files=skip")
     return kind
-
-
-def _binary_kind(path: str) -> str:
-    guess = (mimetypes.guess_type(path)[0] or "text").split("/")
-    if guess[0] == "text" or guess[-1] == "octet-stream":
-        return "binary file"
-    kinds = {"audio": "audio file", "video": "video file", "image": "image", "font": "font"}
-    return kinds.get(guess[0], os.path.splitext(path)[1][1:].upper())
