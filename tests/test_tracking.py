@@ -46,6 +46,7 @@ def test_wandb_records_metrics_and_samples_and_a_resumed_run_continues(tmp_path,
     settings = dict(wandb_log=True, wandb_project="tests", wandb_run_name="tiny")
     train(out_dir, max_iters=3, **settings)
     first = read_metrics(out_dir / "metrics.jsonl")
+    time.sleep(1.1)  # wandb names the folder of a run by the second
     resume(out_dir, max_iters=6, learning_rate=1e-3)
     (identity,) = (out_dir / "wandb_run_id").read_text().split()
     folders = sorted((out_dir / "wandb").glob(f"offline-run-*-{identity}"), key=lambda path: path.stat().st_mtime)
