@@ -119,20 +119,19 @@ def has_fp16_products() -> bool:
 
 
 def pack(model: GPT, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Pack the matrices of the model's blocks in `dtype`; return the packed head, (..., C) to (..., V).
+    """Pack the matrices of the model's blocks in `dtype`; return the packed head, (..., C) to (..., padded V).
 
     Each matrix is freed as soon as it is packed, so there are never two copies of all of them. Float16 on an x86 CPU
     is the precision of the weights alone.
     """
     t = model.transformer
-    embeddings = t.wte.weight.detach()[: model.config.vocab_size]  # without padding: no padded id is ever drawn
     places = [
         (m, name) for b in t.h for m in (b.attn, b.mlp) for name, _ in m.named_children() if name.startswith("c_")
     ]
 
     def pack_one(place: tuple[nn.Module, str] | None) -> nn.Module | None:
         if place is None:
-            return PackedLinear(embeddings, None, dtype)
+            return PackedLinear(t.wte.weight.detach(), None, dtype)
         module, name = place
         linear = getattr(module, name)
         setattr(module, name, PackedLinear(linear.weight.detach(), linear.bias, dtype))

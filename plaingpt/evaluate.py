@@ -86,6 +86,6 @@ def log_probabilities(decoder: Decoder, ids: list[int]) -> Tensor:
         end = min(len(ids) - 1, start + block)
         hidden = decoder.read([ids[start:end]])[0, done - start :]
         targets = torch.tensor(ids[done + 1 : end + 1], device=decoder.device)
-        parts.append(-F.cross_entropy(decoder.head(hidden).float(), targets, reduction="none").cpu())
+        parts.append(-F.cross_entropy(decoder.logits(hidden), targets, reduction="none").cpu())
         done = end
     return torch.cat(parts) if parts else torch.empty(0)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT
+from plaingpt.console import note, one_line
 from plaingpt.cpu import pack
 
 
@@ -76,33 +77,40 @@ class Decoder:
 
     def __init__(self, model: GPT, dtype: torch.dtype):
         self.model, self.config, self.device = model.eval(), model.config, model.padding.device
+        self.fixed_shapes = self.device.type == "cuda"  # steps of few shapes, each of which is captured as a graph
+        self.draw_device = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
         # On a CPU attention in bfloat16 is slower than in float32.
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype
         self.head = pack(model, dtype)
 
-    def hidden(self, idx: Tensor, positions: Tensor, attentions: list) -> Tensor:
-        """The input of the head for (B, T) ids at these positions: (B, T, C)."""
+    def hidden(self, idx: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """The input of the head for (B, T) ids at these positions: (B, T, C). attend: takes a layer, q, k and v."""
+        attentions = [functools.partial(attend, layer) for layer in range(self.config.n_layer)]
         # cuDNN would build a plan for each new length, 40 to 440 ms each.
         backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         without_cudnn = sdpa_kernel(backends) if self.device.type == "cuda" else contextlib.nullcontext()
         with torch.autocast(self.device.type, enabled=False), without_cudnn:
             return self.model.hidden(idx, positions, attentions)
 
-    def read(self, ids: list[list[int]], keep: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) to (..., V), in float32."""
+        return self.head(hidden)[..., : self.config.vocab_size].float()
+
+    def read(self, ids: list[list[int]], cache: Tensor | None = None, rows: list[int] | None = None) -> Tensor:
         """The input of the head for B lists of T ids from position 0: (B, T, C).
 
-        keep: is called with each layer's number and its keys and values, (B, H, T, D) each.
+        Their keys and values go into these rows of `cache`, of the shape that `Batch` has.
         """
+        idx, rows = torch.tensor(ids, device=self.device), rows and torch.tensor(rows, device=self.device)
+        T = idx.size(1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.to(self.cache_dtype) for x in (q, k, v))
-            if keep:
-                keep(layer, k, v)
+            if cache is not None:
+                cache[layer, 0, rows, :, :T], cache[layer, 1, rows, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        idx = torch.tensor(ids, device=self.device)
-        attentions = [functools.partial(attend, layer) for layer in range(self.config.n_layer)]
-        return self.hidden(idx, torch.arange(idx.size(1), device=self.device), attentions)
+        return self.hidden(idx, torch.arange(T, device=self.device), attend)
 
 
 class Batch:
@@ -123,23 +131,33 @@ class Batch:
         generators: list[torch.Generator | None],
     ):
         assert all(prompts), "each prompt needs at least one token"
-        c = decoder.config
+        c, B = decoder.config, len(prompts)
         self.decoder, self.sampling, self.generators = decoder, sampling, generators
         self.texts = [list(prompt) for prompt in prompts]  # all ids of each
         self.starts = [max(0, len(text) - c.block_size) for text in self.texts]  # the token at position 0
-        self.rows = list(range(len(prompts)))
-        self.lengths = [0] * len(prompts)  # positions of each text in the cache
+        self.rows = list(range(B))
+        self.lengths = [0] * B  # positions of each text in the cache
         positions = min(c.block_size, max(map(len, prompts)) + max_new_tokens)
-        shape = (c.n_layer, 2, len(prompts), c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
-        self.cache = torch.empty(shape, dtype=decoder.cache_dtype, device=decoder.device)
+        positions += -positions % 16  # as attention with a mask wants it on GPUs
+        shape = (c.n_layer, 2, B, c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
+        self.cache = torch.zeros(shape, dtype=decoder.cache_dtype, device=decoder.device)
+        # Of each row: its last token, the position of that, and the bits of a random float64
+        self.inputs = torch.zeros(3, B, dtype=torch.int64, device=decoder.device)
+        self.seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=decoder.draw_device)  # ids in the text
+        for row, prompt in enumerate(prompts):
+            self.seen[row, prompt] = True
+        # By shape: the captured graph and the ids it returns. None: capture does not work here.
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor]] | None = {}
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """(text, its next token) for every text that has not ended."""
-        ids = draw(self.logits(), self.sampling, [self.texts[text] for text in self.rows], self._uniform)
-        for text, token in zip(self.rows, ids):
+        shape = self._prepare()
+        ids = (self._replay if self.decoder.device.type == "cuda" else self._draw)(*shape).tolist()
+        new = list(zip(self.rows, ids))  # fixed shapes may have more rows
+        for text, token in new:
             self.texts[text].append(token)
-        return list(zip(self.rows, ids))
+        return new
 
     @torch.inference_mode()
     def end(self, text: int) -> None:
@@ -148,15 +166,13 @@ class Batch:
         if last != text:
             self.rows[row], length = last, self.lengths[last]
             self.cache[:, :, row, :, :length] = self.cache[:, :, len(self.rows), :, :length]
+            self.seen[row] = self.seen[len(self.rows)]
 
-    def _uniform(self) -> Tensor:
-        """(B,) numbers from 0 to 1, each from its text's generator."""
-        draws = [torch.rand(1, generator=self.generators[text], dtype=torch.float64) for text in self.rows]
-        return torch.cat(draws)
+    def _prepare(self) -> tuple[int, int]:
+        """Read all but the last token of each row that the cache lacks, and upload what a step needs.
 
-    @torch.inference_mode()
-    def logits(self) -> Tensor:
-        """(B, V) of the next token of each row, in float32. Reads what the cache does not have yet."""
+        Returns the shape of the step: its rows, and the positions of the cache that it attends to.
+        """
         block = self.decoder.config.block_size
         unread = {}  # rows by how much they have to read before their last token: equal lengths need no padding
         for row, text in enumerate(self.rows):
@@ -165,71 +181,92 @@ class Batch:
                 self.lengths[text] = 0
             if ahead := len(self.texts[text]) - self.starts[text] - self.lengths[text] - 1:
                 unread.setdefault(ahead, []).append(row)
+                self.lengths[text] = ahead
         for length, rows in unread.items():
-            self._fill(rows, length)
-        return self._read_last()
+            texts = [(self.texts[text], self.starts[text]) for text in (self.rows[row] for row in rows)]
+            self.decoder.read([text[start : start + length] for text, start in texts], self.cache, rows)
+        inputs, n = torch.zeros(self.inputs.shape, dtype=torch.int64), len(self.rows)
+        inputs[0, :n] = torch.tensor([self.texts[text][-1] for text in self.rows])
+        inputs[1, :n] = torch.tensor([self.lengths[text] for text in self.rows])
+        if self.sampling.temperature:
+            draws = [torch.rand(1, generator=self.generators[text], dtype=torch.float64) for text in self.rows]
+            inputs[2, :n] = torch.cat(draws).view(torch.int64)
+        on_cuda = self.decoder.device.type == "cuda"
+        self.inputs.copy_(inputs.pin_memory() if on_cuda else inputs, non_blocking=on_cuda)
+        for text in self.rows:
+            self.lengths[text] += 1
+        length = max(self.lengths[text] for text in self.rows)
+        if self.decoder.fixed_shapes:  # powers of two
+            n, length = (1 << (x - 1).bit_length() for x in (n, max(128, length)))
+        return min(n, len(self.texts)), min(length, self.cache.size(-2))
 
-    def _fill(self, rows: list[int], length: int) -> None:
-        """Read the first `length` tokens of these rows' windows into the cache."""
+    def _replay(self, *shape: int) -> Tensor:
+        """`_draw` as a CUDA graph, captured the first time: one launch in place of 200."""
+        if self.graphs is None:
+            return self._draw(*shape)
+        if shape not in self.graphs:
+            ids = self._draw(*shape)  # loads the kernels, which cannot be done during the capture
+            graph = torch.cuda.CUDAGraph()
+            # Graphs that run one after the other can share memory. Other threads may use the GPU during the capture.
+            pool = next((other.pool() for other, _ in self.graphs.values()), None)
+            try:
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    self.graphs[shape] = graph, self._draw(*shape)
+            except RuntimeError as error:  # slower, but the same
+                note(f"sampling without CUDA graphs: {one_line(error)}")
+                self.graphs = None
+            return ids
+        graph, ids = self.graphs[shape]
+        graph.replay()
+        return ids
 
-        def keep(layer: int, k: Tensor, v: Tensor) -> None:
-            self.cache[layer, 0, rows, :, :length], self.cache[layer, 1, rows, :, :length] = k, v
+    def _draw(self, rows: int, length: int) -> Tensor:
+        """The next token of each row: (B,)."""
+        logits = self._logits(rows, length).to(self.decoder.draw_device)
+        ids, _, draws = self.inputs[:, :rows].to(self.decoder.draw_device)
+        seen = self.seen[:rows].scatter_(1, ids[:, None], True)
+        return draw(logits, self.sampling, seen, draws.view(torch.float64))
 
-        texts = [self.rows[row] for row in rows]
-        self.decoder.read([self.texts[t][self.starts[t] : self.starts[t] + length] for t in texts], keep)
-        for text in texts:
-            self.lengths[text] = length
-
-    def _read_last(self) -> Tensor:
-        """Read the last token of every row: (B, V) in float32."""
-        decoder, rows = self.decoder, self.rows
-        lengths = [self.lengths[text] for text in rows]
-        groups = []  # neighbours of equal length attend together: exact, and cheaper than a mask
-        for length, group in itertools.groupby(range(len(rows)), lengths.__getitem__):
-            members = list(group)
-            which = slice(members[0], members[-1] + 1)
-            # views of all layers, made once: L of (2, B, H, D), and L of (B, H, T, D) twice
-            cache = self.cache[:, :, which]
-            groups.append((which, cache[..., length, :].unbind(), *cache[..., : length + 1, :].unbind(1)))
+    def _logits(self, rows: int, length: int) -> Tensor:
+        """Read the last token of each row: (B, V) in float32. With fixed shapes only `inputs` and the cache matter."""
+        decoder, cache = self.decoder, self.cache[:, :, :rows]
+        ids, positions, _ = self.inputs[:, :rows, None]
+        where = positions[..., None, None].expand(-1, cache.size(3), -1, cache.size(5))  # (B, H, 1, D)
+        groups = []  # rows that attend together, their mask, and views made once: L of (B, H, T, D) twice
+        if decoder.fixed_shapes:
+            unwritten = torch.arange(length, device=decoder.device) > positions  # (B, T)
+            mask = torch.zeros_like(unwritten, dtype=cache.dtype).masked_fill_(unwritten, -torch.inf)
+            groups.append((slice(rows), mask[:, None, None], *map(torch.unbind, cache[..., :length, :].unbind(1))))
+        else:  # neighbours of equal length need no mask, so that a text is the same alone and in a batch
+            for length, group in itertools.groupby(range(rows), lambda row: self.lengths[self.rows[row]]):
+                members = list(group)
+                which = slice(members[0], members[-1] + 1)
+                groups.append((which, None, *map(torch.unbind, cache[:, :, which, :, :length].unbind(1))))
+        keys, values = map(torch.unbind, cache.unbind(1))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            parts = []
-            for which, new, keys, values in groups:
-                new[layer][0].copy_(k[which, :, 0])
-                new[layer][1].copy_(v[which, :, 0])
-                query = q[which].to(decoder.cache_dtype)
-                parts.append(F.scaled_dot_product_attention(query, keys[layer], values[layer]))
+            q, k, v = (x.to(cache.dtype) for x in (q, k, v))
+            keys[layer].scatter_(2, where, k)
+            values[layer].scatter_(2, where, v)
+            parts = [F.scaled_dot_product_attention(q[which], k[layer], v[layer], mask) for which, mask, k, v in groups]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        idx = torch.tensor([self.texts[text][-1:] for text in rows], device=decoder.device)
-        attentions = [functools.partial(attend, layer) for layer in range(decoder.config.n_layer)]
-        hidden = decoder.hidden(idx, torch.tensor(lengths, device=decoder.device)[:, None], attentions)
-        for text in rows:
-            self.lengths[text] += 1
-        return decoder.head(hidden[:, 0]).float()
+        return decoder.logits(decoder.hidden(ids, positions, attend)[:, 0])
 
 
-def draw(logits: Tensor, sampling: Sampling, texts: list[list[int]], uniform: Callable[[], Tensor]) -> list[int]:
-    """One id for each row of logits (B, V). uniform: gives (B,) numbers from 0 to 1."""
-    if sampling.repetition_penalty != 1:
-        logits = penalized(logits, texts, sampling.repetition_penalty)
+def draw(logits: Tensor, sampling: Sampling, seen: Tensor, uniform: Tensor) -> Tensor:
+    """(B,) ids, one for each row of logits (B, V).
+
+    seen: (B, V), whether an id occurs in the text. uniform: (B,) float64 from 0 to 1.
+    """
+    if (penalty := sampling.repetition_penalty) != 1:
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
-        return logits.argmax(-1).tolist()
+        return logits.argmax(-1)
     p, ids = candidates(logits, sampling)
-    if p.device.type == "mps":  # which has no float64
-        p, ids = p.cpu(), None if ids is None else ids.cpu()
     total = p.double().cumsum(-1)
-    wanted = uniform().to(total.device)[:, None] * total[:, -1:]
-    which = torch.searchsorted(total, wanted, right=True).clamp(max=p.size(-1) - 1)
-    return (which if ids is None else ids.gather(-1, which))[:, 0].tolist()
-
-
-def penalized(logits: Tensor, texts: list[list[int]], penalty: float) -> Tensor:
-    logits = logits.clone()
-    for row, text in zip(logits, texts):
-        seen = torch.tensor(list(set(text)), device=row.device)
-        row[seen] = torch.where(row[seen] > 0, row[seen] / penalty, row[seen] * penalty)
-    return logits
+    which = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True).clamp(max=p.size(-1) - 1)
+    return (which if ids is None else ids.gather(-1, which))[:, 0]
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import SMALL, random_ids, random_model
+from test_parallel import NoWaiting
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from model import GPT, GPTConfig
 from plaingpt.cpu import has_fp16_products
@@ -35,6 +37,12 @@ def batch(model: GPT, prompts, max_new_tokens=50, sampling=GREEDY, seeds=None, d
     return Batch(Decoder(shallow_copy(model), dtype), prompts, max_new_tokens, sampling, generators)
 
 
+@torch.inference_mode()
+def next_logits(batch: Batch) -> torch.Tensor:
+    """(B, V) of the next token of each row, and with fixed shapes some rows more."""
+    return batch._logits(*batch._prepare())
+
+
 def write(batch: Batch, lengths: list[int]) -> list[list[int]]:
     """The tokens of each text, each ended at a length of its own."""
     new = [[] for _ in lengths]
@@ -59,16 +67,20 @@ def test_the_window_of_the_reference_is_the_sliding_one_up_to_the_block_and_half
 ragged = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=5)
 
 
-@settings(max_examples=40)
-@given(ragged, st.sampled_from([(12, True), (1, True), (2, False), (9, False)]), st.integers(0, 9))
-def test_cached_logits_equal_uncached_ones(lengths, shape, seed):
-    """Prompts of 1 to beyond the block, unequal lengths and ends in one batch, across the window's moves."""
+@settings(max_examples=60)
+@given(ragged, st.sampled_from([(12, True), (1, True), (2, False), (150, False)]), st.integers(0, 9), st.booleans())
+def test_cached_logits_equal_uncached_ones(lengths, shape, seed, fixed_shapes):
+    """Prompts of 1 to beyond the block, unequal lengths and ends in one batch, across the window's moves.
+
+    fixed_shapes: as on a GPU.
+    """
     block, bias = shape
     model = random_model(GPTConfig(block, 65, 2, 2, 32, bias=bias), std=0.1)
     ids = torch.randint(65, (len(lengths), 60), generator=torch.Generator().manual_seed(seed)).tolist()
     texts = batch(model, [row[:n] for row, (n, _) in zip(ids, lengths)])
+    texts.decoder.fixed_shapes = fixed_shapes
     for step in range(max(new for _, new in lengths)):
-        for row, logits in zip(list(texts.rows), texts.logits()):
+        for row, logits in zip(list(texts.rows), next_logits(texts)):
             prompt, new = lengths[row]
             expected = uncached(model, ids[row][: prompt + step], prompt)
             assert (logits - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
@@ -77,13 +89,36 @@ def test_cached_logits_equal_uncached_ones(lengths, shape, seed):
                 texts.end(row)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 40), Sampling(0.9, 0, 0.9, 0.01, 1.5)], ids=str)
+def test_steps_recorded_once_for_each_shape_and_repeated_write_the_same(sampling):
+    """What a GPU does, with graphs of torch.fx for CUDA's: so a step reads nothing but tensors, and waits for none."""
+    model = random_model(GPTConfig(300, 65, 2, 2, 32), std=0.1)
+    ids = random_ids(model.config, 5, 320).tolist()
+    prompts, lengths = [ids[i][:n] for i, n in enumerate((3, 120, 290, 7, 320))], [30, 20, 20, 15, 10]
+    alone = [batch(model, [prompt], 50, sampling, [i]) for i, prompt in enumerate(prompts)]
+    expected = [write(text, [length])[0] for text, length in zip(alone, lengths)]
+    texts, graphs = batch(model, prompts, 50, sampling), {}
+    texts.decoder.fixed_shapes = True
+    draw_once = texts._draw
+
+    def replay(*shape: int) -> torch.Tensor:
+        if shape not in graphs:
+            with NoWaiting():
+                graphs[shape] = make_fx(lambda: draw_once(*shape))()
+        return graphs[shape]()
+
+    texts._draw = replay
+    assert write(texts, lengths) == expected
+    assert graphs.keys() == {(5, 304), (4, 304), (4, 256), (1, 128)}  # powers of two, or as many as there are
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=on_x86)])
 def test_in_16_bits_the_likeliest_ids_are_those_of_the_uncached_model(dtype):
     model = random_model(SMALL)
     ids = random_ids(SMALL, 4, 40).tolist()
     texts = batch(model, [row[: 3 * i + 1] for i, row in enumerate(ids)], dtype=dtype)
     for step in range(25):
-        for i, logits in enumerate(texts.logits()):
+        for i, logits in enumerate(next_logits(texts)):
             text = ids[i][: 3 * i + 1 + step]
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 expected = uncached(model, text, 3 * i + 1)
@@ -238,8 +273,10 @@ def test_draws_follow_the_settings(sampling):
     logits = torch.tensor([[1.0, 0.5, 0.0, -0.5, 0.2, 0.8, -1.0, -2.0]])
     generator, draws, text = torch.Generator().manual_seed(0), 8000, [0, 3, 3]
     counts = np.zeros(8)
+    seen = torch.tensor([[i in text for i in range(8)]])
     for _ in range(draws):
-        counts[draw(logits, sampling, [text], lambda: torch.rand(1, generator=generator, dtype=torch.float64))] += 1
+        uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+        counts[draw(logits, sampling, seen, uniform)] += 1
     expected = draws * reference(logits[0].numpy().astype(float), text, sampling)
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -250,4 +287,5 @@ def test_draws_follow_the_settings(sampling):
 @pytest.mark.parametrize("values", [[0.0, float("inf"), 1.0], [0.0, 9.0, float("nan")], [-3e38, 3e38, float("-inf")]])
 def test_overflown_logits_draw_the_likeliest_id_and_no_error(values):
     for sampling in (Sampling(), Sampling(0.01, 2, 0.9)):
-        assert draw(torch.tensor([values]), sampling, [[0]], lambda: torch.tensor([0.999], dtype=torch.float64)) == [1]
+        none, uniform = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([0.999], dtype=torch.float64)
+        assert draw(torch.tensor([values]), sampling, none, uniform) == 1
