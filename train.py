@@ -26,7 +26,7 @@ from plaingpt.metrics import Metrics, Progress, Stopwatch
 from plaingpt.optimizer import SkippedUpdates, apply_gradients, check_gradients, make_optimizers
 from plaingpt.parallel import exchange_gradients, shard_count, wrap
 from plaingpt.plan import announce, check_memory, dry_run, memory
-from plaingpt.run import closing_lines, initial_model, resumed_settings
+from plaingpt.run import check_default, closing_lines, initial_model, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set
@@ -226,6 +226,8 @@ def main() -> int:
         config = resumed_settings(config, given, state, checkpoint)
         given = {name: source for name, source in given.items() if source.startswith("--")}  # a recipe changes nothing
     dist = connect(config.device, config.dtype, config.timeout)
+    if not checkpoint:
+        check_default(config, given, dist.device.type)
     status = run(config, given, state, checkpoint, dist)
     dist.close()  # not after an error: it might wait for processes that still compute
     return status

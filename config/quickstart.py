@@ -17,7 +17,7 @@ block_size = 128
 batch_size = 16  # 16 x 128 = 2,048 tokens per step
 gradient_accumulation_steps = 1
 
-learning_rate = 4e-3
+learning_rate = 8e-3
 max_iters = 1300
 log_interval = 20
 sample_tokens = 64

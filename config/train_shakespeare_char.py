@@ -17,7 +17,7 @@ batch_size = 64
 gradient_accumulation_steps = 1
 dropout = 0.2
 
-learning_rate = 1e-3
+learning_rate = 2e-3  # for Muon, by the rule in docs/scaling.md; nanoGPT has 1e-3, for AdamW
 max_iters = 5000
 beta2 = 0.99  # with only 16,384 tokens per step, average longer
 warmup_iters = 100

@@ -79,6 +79,20 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
     return config
 
 
+def check_default(config: Any, given: dict[str, str], device_type: str) -> None:
+    """UserError if a new run would be GPT-2 124M for 600,000 steps only by default, and not on CUDA.
+
+    Two CPU cores would take twelve years: 491,520 tokens per step at 790 tokens/s (README, AdamW).
+    """
+    asked = given.keys() & {"n_layer", "n_head", "n_embd"} or any(not flag.startswith("--") for flag in given.values())
+    new = config.init_from in ("scratch", "auto") and not config.dry_run and not config.eval_only
+    if new and not asked and device_type != "cuda":
+        raise UserError(
+            "without a recipe this would train GPT-2 124M, which takes years without CUDA; name one from config/: "
+            f"python train.py config/quickstart.py --dataset={shlex.quote(config.dataset)}"
+        )
+
+
 def initial_model(
     config: Any, given: dict[str, str], data: DataSet, checkpoint: Path | None, check: Callable[[GPTConfig], object]
 ) -> tuple[GPT, Any]:

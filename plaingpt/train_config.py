@@ -14,6 +14,11 @@ from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, P
 DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that are computed from others unless given
 
 
+def learning_rate(n_embd: int, steps: int) -> float:
+    """Muon's peak learning rate: falls with width and, slowly, with steps (docs/scaling.md has the sweeps)."""
+    return float(f"{1.1 / n_embd * (1000 / steps) ** 0.25:.2g}")
+
+
 @dataclass(frozen=True)
 class RunSettings:
     out_dir: PathName = "out"
@@ -66,8 +71,8 @@ class ModelSettings:
 class OptimizationSettings:
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon (for the matrices of the blocks, AdamW for the rest) or adamw (for everything)"""
-    learning_rate: Positive = 6e-4
-    """peak learning rate"""
+    learning_rate: Positive | None = None
+    """peak learning rate (None: from n_embd and max_iters for a new model under muon, else 6e-4)"""
     lr_schedule: Literal["linear", "cosine"] = "linear"
     """shape of the decay from learning_rate to min_lr; nanoGPT uses cosine, with adamw"""
     decay_lr: bool = True
@@ -133,6 +138,10 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
     }
 
     def __post_init__(self):
+        if self.learning_rate is None:
+            new = self.optimizer == "muon" and self.init_from in ("scratch", "auto")
+            rate = learning_rate(self.n_embd, self.max_iters) if new else 6e-4
+            object.__setattr__(self, "learning_rate", rate)
         lowest = self.learning_rate / 10 if self.lr_schedule == "cosine" else 0.0
         values = (min(2000, self.max_iters // 20), self.max_iters, lowest)
         for name, value in zip(DERIVED, values):

@@ -1,0 +1,154 @@
+"""Which learning rate is best, for models of several widths and depths, texts and numbers of steps.
+
+OMP_NUM_THREADS=1 python bench/transfer.py --texts=python,shakespeare_char --shapes=64x2,128x4 --steps=200,1000
+python bench/transfer.py --report        # a table of the results, with the loss at the default learning rate
+
+In each cell, learning rates are tried around `start` until the best has a worse one on either side. Each run is one
+line of `results`; runs that are there already are not repeated. Losses do not depend on the machine's load.
+"""
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+
+from model import GPT, GPTConfig
+from plaingpt.console import note, run_script
+from plaingpt.distributed import connect
+from plaingpt.evaluate import evaluate
+from plaingpt.settings import PathName, Positive, PositiveInt, load_settings
+from plaingpt.tokens import open_data_set
+from plaingpt.train_config import learning_rate
+from train import TrainConfig, set_up, train_step
+
+MEASURED = ("parameters", "tokens", "epochs", "seconds", "val_loss")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    texts: str = "python"
+    """data sets, separated by commas"""
+    data_dir: PathName = "data"
+    """directory of the prepared data sets"""
+    shapes: str = "64x2,128x4"
+    """width x depth, separated by commas"""
+    steps: str = "200"
+    """numbers of steps, separated by commas"""
+    batch_size: PositiveInt = 8
+    """sequences per step"""
+    block_size: PositiveInt = 128
+    """tokens per sequence"""
+    extra: str = ""
+    """other settings of the runs: momentum=0.85,seed=1"""
+    start: Positive | None = None
+    """first learning rate to try (None: train.py's default)"""
+    factor: Positive = 2.0
+    """ratio of neighbouring learning rates"""
+    once: bool = False
+    """only try the first learning rate"""
+    results: PathName = "transfer.jsonl"
+    """file of results, one JSON object per line"""
+    report: bool = False
+    """train nothing, print the results"""
+
+
+def train_once(config: TrainConfig) -> dict:
+    """Train without saves. The loss is that of at most 512 sequences of the validation split."""
+    dist = connect(config.device, config.dtype)
+    data = open_data_set(Path(config.data_dir) / config.dataset, check=False)
+    torch.manual_seed(config.seed)
+    shape = dict(block_size=config.block_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
+    model = GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, dropout=config.dropout, bias=False, **shape))
+    run, started = set_up(config, data, model, 512, dist), time.perf_counter()
+    for step in range(config.max_iters):
+        loss, _ = train_step(run, step)
+    loss.item()
+    seconds = time.perf_counter() - started
+    tokens = config.max_iters * run.tokens_per_step
+    return dict(
+        parameters=model.num_parameters(),
+        tokens=tokens,
+        epochs=round(tokens / len(data.train), 3),
+        seconds=round(seconds, 2),
+        val_loss=round(evaluate(run.model, run.eval_batches, dist), 5),
+    )
+
+
+def sweep(cell: dict, bench: BenchConfig, done: dict[tuple, float]) -> None:
+    """Try learning rates until the best is not at an edge."""
+    losses, waiting = {}, [0] if bench.once else [0, 1, -1]
+    start = bench.start or learning_rate(cell["n_embd"], cell["max_iters"])
+    while waiting:
+        power = waiting.pop(0)
+        cell["learning_rate"] = float(f"{start * bench.factor**power:.4g}")
+        key = tuple(sorted(cell.items()))
+        if key not in done:
+            found = train_once(TrainConfig(**cell, data_dir=bench.data_dir, gradient_accumulation_steps=1))
+            with open(bench.results, "a") as file:
+                print(json.dumps(cell | found), file=file)
+            note(" ".join(f"{name}={value}" for name, value in (cell | found).items()))
+            done[key] = found["val_loss"]
+        losses[power] = done[key] if math.isfinite(done[key]) else math.inf
+        best = min(losses, key=losses.get)
+        if not waiting and not bench.once:
+            waiting = [p for p in (best - 1, best + 1) if p not in losses]
+
+
+def interpolated(losses: dict[float, float], rate: float) -> float:
+    """The loss at `rate` on the parabola, over log rate, through the three nearest points that surround it."""
+    rates = sorted(losses)
+    middle = min(rates[1:-1], key=lambda other: abs(math.log(other / rate)))
+    three = rates[rates.index(middle) - 1 : rates.index(middle) + 2]
+    curve = np.polyfit(np.log2(three), [losses[other] for other in three], 2)
+    return float(np.polyval(curve, math.log2(rate)))
+
+
+def report(runs: list[dict]) -> None:
+    """A row for each cell with at least three learning rates; in brackets, percent above the interpolated best."""
+    cells = defaultdict(dict)
+    for run in runs:
+        text, shape = run["dataset"], f"{run['n_embd']} x {run['n_layer']}"
+        tokens = run["batch_size"] * run["block_size"]
+        changed = " ".join(f"{name} {run[name]}" for name in ("momentum", "seed") if name in run)
+        cells[text, shape, run["max_iters"], tokens, changed, run["n_embd"]][run["learning_rate"]] = run["val_loss"]
+    print("| text | width x depth | steps | tokens/step | | losses by learning rate | best rate | default: % above |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for (*names, n_embd), losses in cells.items():
+        if len(losses) < 3:
+            continue
+        tried = np.geomspace(min(losses), max(losses), 200)
+        best = min(tried, key=lambda rate: interpolated(losses, rate))
+        default = learning_rate(n_embd, names[2])
+        above = 100 * (interpolated(losses, default) / interpolated(losses, best) - 1)
+        listed = ", ".join(f"{rate:.2g}: {losses[rate]:.3f}" for rate in sorted(losses))
+        print("|", " | ".join([*map(str, names), listed, f"{best:.2g}", f"{default:g}: {above:.2f}"]), "|")
+
+
+def main() -> None:
+    bench, _ = load_settings(BenchConfig)
+    path = Path(bench.results)
+    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if bench.report:
+        return report(runs)
+    extra = dict(pair.split("=") for pair in bench.extra.split(",") if pair)
+    extra = {name: int(value) if value.isdecimal() else float(value) for name, value in extra.items()}
+    done = {tuple(sorted((n, v) for n, v in run.items() if n not in MEASURED)): run["val_loss"] for run in runs}
+    for steps, text, shape in itertools.product(*(s.split(",") for s in (bench.steps, bench.texts, bench.shapes))):
+        n_embd, n_layer = map(int, shape.split("x"))
+        cell = dict(dataset=text, n_embd=n_embd, n_layer=n_layer, n_head=max(1, n_embd // 64), max_iters=int(steps))
+        cell |= dict(batch_size=bench.batch_size, block_size=bench.block_size) | extra
+        sweep(cell, bench, done)
+
+
+if __name__ == "__main__":
+    run_script(main)
