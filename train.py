@@ -145,13 +145,12 @@ def speed(run: Run, steps_per_second: float) -> dict[str, float]:
     return {"tokens_per_second": tokens_per_second, "mfu": mfu}
 
 
-def set_up(
-    config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, compiled: bool, dist: Distributed
-) -> Run:
+def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:
     """Everything but the state of the run. All ranks."""
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
     train_batches = TrainBatches(data.train, config.block_size, tokens_per_step // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
+    compiled = config.compiles_on(dist.device.type)
     model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, compiled)
     optimizers = make_optimizers(
         raw_model,
@@ -176,8 +175,7 @@ def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint:
     out_dir, writes = Path(config.out_dir), not (config.eval_only or config.dry_run)
     if writes and dist.is_main:
         check_writable(out_dir)
-    compiled = dist.device.type == "cuda" if config.compile is None else config.compile
-    shards = shard_count(dist, config.sharding)
+    compiled, shards = config.compiles_on(dist.device.type), shard_count(dist, config.sharding)
     cost = functools.partial(memory, config.batch_size, config.optimizer, config.recompute, compiled, shards)
     check = (lambda shape: None) if config.eval_only else (lambda shape: check_memory(shape, dist, cost))
     raw_model, config = initial_model(config, given, data, checkpoint, check)
@@ -186,7 +184,7 @@ def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint:
         if state.eval_sequences != sequences:
             state.eval_sequences = sequences
             state.forget_best()
-    run = set_up(config, data, raw_model, state.eval_sequences, compiled, dist)
+    run = set_up(config, data, raw_model, state.eval_sequences, dist)
     if config.eval_only:
         note(describe_loss(evaluate(run.model, run.eval_batches, dist), data))
         return 0

@@ -148,6 +148,9 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+    def compiles_on(self, device_type: str) -> bool:
+        return device_type == "cuda" if self.compile is None else self.compile
+
     def learning_rate_at(self, step: int) -> float:
         """Warm up linearly to `learning_rate` at `warmup_iters`, then decay to `min_lr` at `lr_decay_iters`."""
         if step < self.warmup_iters:
