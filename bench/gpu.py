@@ -409,7 +409,7 @@ def dry_runs(bench: Bench) -> None:
         for size in ("", "_medium", "_xl"):
             words = (f"config/train_gpt2{size}.py", f"--data_dir={folder}", "--dry_run=True", *quick)
             text, seconds = command(bench, 150, "train.py", *words)
-            found = re.search(r"in total ([\d.]+) GB; measured: peak ([\d.]+) GB, reserved ([\d.]+) GB", text)
+            found = re.search(r"in total ([\d.]+) GB\nmeasured: peak ([\d.]+) GB, reserved ([\d.]+) GB", text)
             speed = re.search(r"([\d,]+) tokens/s", text)[1].replace(",", "")
             planned, peak, reserved = map(float, found.groups())
             figures = dict(planned_GB=planned, peak_GB=peak, reserved_GB=reserved, tokens_per_s=float(speed))
