@@ -107,7 +107,7 @@ def claim(out_dir: Path) -> FileLock:
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise UserError(f"another run is still going on in {out_dir}; end it, or choose another --out_dir") from error
+        raise UserError(f"another run is still using {out_dir}; end it, or choose another --out_dir") from error
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     return lock

@@ -46,7 +46,7 @@ class File(NamedTuple):
         read = READERS[kind] if kind != "text" else (split_text if options.split_documents else text_pieces)
         yield from (text for text in read(self, options) if text.data)
         if File.at(self.path) != self:
-            raise RunFailed(f"{self.path} was changed while it was read; run again: it is read anew")
+            raise RunFailed(f"{self.path} was changed while it was read; run again to read it from the start")
 
 
 def text_pieces(file: File, options: ReadOptions) -> Iterator[Text]:
