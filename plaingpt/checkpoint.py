@@ -56,16 +56,14 @@ def write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor], 
     safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(directory)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
-    _write_json(
-        directory / "config.json",
-        {CONFIG_NAMES[name]: value for name, value in dataclasses.asdict(config).items()}
-        | {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
-        | {"n_ctx": config.block_size, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
-        | {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"}
-        | ends,
-    )
+    described = {CONFIG_NAMES[name]: value for name, value in dataclasses.asdict(config).items()}
+    described |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"}
+    described |= {"n_ctx": config.block_size, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout}
+    described |= {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "torch_dtype": "float32"} | ends
+    generation = ends | {"max_new_tokens": 100, "do_sample": True}
+    for name, content in {"config.json": described, "generation_config.json": generation}.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     shutil.copymode(directory / "config.json", directory / "model.safetensors")  # safetensors makes it private
-    _write_json(directory / "generation_config.json", ends | {"max_new_tokens": 100, "do_sample": True})
 
 
 def with_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -299,7 +297,3 @@ def read_tensors(directory: Path, name: str) -> Iterator[tuple[str, Tensor]]:
     with _opened(directory, name) as file:
         for key in file.keys():  # noqa: SIM118 (not a dictionary)
             yield key, file.get_tensor(key)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
