@@ -103,7 +103,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
                 bpb = bits_per_byte(val_loss, run.data.val)
                 metrics.write(step=step, tokens=step * run.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
                 progress.print(f"step {step}: {describe_loss(val_loss, run.data)}")
-            if step > start:
+            if step > start or (step and val_loss is not None):
                 state.seconds, state.skipped, state.scaler = watch.seconds, skipped.total, run.scaler.state_dict()
                 saver.save(val_loss, keeping)
             metrics.draw()
@@ -134,6 +134,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     progress.close()
     problem = saver.wait()
     metrics.close()
+    (stopping,) = dist.max(stop.number)
     return closing_lines(config, state, stopping, problem)
 
 

@@ -150,7 +150,7 @@ def closing_lines(config: Any, state: RunState, stopping: int, problem: str | No
     if problem:
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
-    if stopping and state.step < config.max_iters:
+    if stopping and (state.step < config.max_iters or state.evaluated_at != state.step):
         remedy = f", saved; to continue: --init_from=resume --out_dir={out_dir}" if state.step else ""
         note(f"stopped by {signal.Signals(stopping).name} after step {state.step}{remedy}")
         return 128 + stopping

@@ -168,7 +168,7 @@ def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
 def test_a_folder_where_a_run_goes_on_or_that_is_a_checkpoint_is_refused(tmp_path):
     save_checkpoint(tmp_path / "run" / "last", *trained(), of_kind("char"))
     lock = claim(tmp_path / "run")
-    with pytest.raises(UserError, match=r"another run is still using in .*; end it, or choose another --out_dir"):
+    with pytest.raises(UserError, match=r"another run is still using .*; end it, or choose another --out_dir"):
         set_aside(tmp_path / "run")
     with pytest.raises(UserError, match="another run is still using"):
         Metrics(tmp_path / "run", active=True)

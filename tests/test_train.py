@@ -485,10 +485,12 @@ def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_f
     assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
 
 
+@pytest.mark.parametrize("steps", [2, 4])
 def test_a_stop_within_an_evaluation_saves_at_once_and_the_resumed_run_evaluates_again(
-    tmp_path, tiny_flags, train, resume
+    tmp_path, tiny_flags, train, resume, steps
 ):
-    settings = dict(eval_interval=2, max_iters=4, sample_tokens=0) | PLAN
+    """The last evaluation, too: a run is complete with it."""
+    settings = dict(eval_interval=2, max_iters=4, sample_tokens=0, learning_rate=1e-4) | PLAN
     train(tmp_path / "straight", **settings)
     code = """
 import os, signal
@@ -500,22 +502,26 @@ batch, calls, train_step = EvalBatches.batch, 0, train.train_step
 def counted(self, *arguments):
     global calls
     calls += 1
-    if calls == 3:  # the first of the second evaluation
+    if calls == STOP:  # the first batch of an evaluation
         os.kill(os.getpid(), signal.SIGTERM)
-    assert calls < 4, "the evaluation went on"
+    assert calls <= STOP, "the evaluation went on"
     return batch(self, *arguments)
 
 EvalBatches.batch = counted
 run_script(train.main)
 """
+    code = code.replace("STOP", str(steps + 1))  # two batches an evaluation
     command = [sys.executable, "-c", code, *tiny_flags(tmp_path / "run", **settings)]
     ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
-    assert "stopped by SIGTERM after step 2, saved" in ended.stderr
-    assert [record["step"] for record in records(tmp_path / "run") if "val_loss" in record] == [0]
+    assert f"stopped by SIGTERM after step {steps}, saved" in ended.stderr
+    evaluated = [record["step"] for record in records(tmp_path / "run") if "val_loss" in record]
+    assert evaluated == list(range(0, steps, 2))
     resume(tmp_path / "run")
     assert [record["step"] for record in records(tmp_path / "run") if "val_loss" in record] == [0, 2, 4]
-    assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
+    for name in ("last", "best"):
+        path = f"{name}/model.safetensors"
+        assert largest_difference(weights(tmp_path / "run", path), weights(tmp_path / "straight", path)) == 0
 
 
 def test_a_return_to_an_earlier_checkpoint_loses_no_record_and_blames_no_loss(tmp_path, train, resume):
