@@ -27,7 +27,6 @@ from plaingpt.hub import TOKENIZER_FILES, download, how_to_convert
 from plaingpt.tokenizer import Tokenizer, gpt2
 
 PATIENCE = 30  # seconds of trying to read a directory that a run replaces again and again
-
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
 # Hugging Face's GPT-2 stores these matrices as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -155,10 +154,9 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
 
 def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:
     """Raise UserError if `config` does not describe a GPT-2 with these shapes, before any weight is read."""
-    c = config
     layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
     found = [shapes.get(WTE), shapes.get(WPE), layers]
-    wanted = [[c.vocab_size, c.n_embd], [c.block_size, c.n_embd], c.n_layer]
+    wanted = [[config.vocab_size, config.n_embd], [config.block_size, config.n_embd], config.n_layer]
     misfit = f"{source}: the weights do not fit the configuration"
     if found != wanted:
         raise UserError(f"{misfit}: wte, wpe and layers are {found} instead of {wanted}")
@@ -229,12 +227,15 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
                 shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
     _check_shape(directory, config, shapes)
     config, weights = _cropped(directory, config, tokenizer), {}
-    # A file is mapped into memory, and closing it releases what was read: the largest first, while little is loaded.
-    for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
-        file, theirs = places[name]
+    # Files are mapped into memory: reopening them after 16 MB, the largest first, releases what was read.
+    names = sorted(shapes, key=lambda name: (places[name][0], -math.prod(shapes[name])))
+    while names:
+        file, size = places[names[0]][0], 0
         with _opened(directory, file) as tensors:
-            tensor = tensors.get_tensor(theirs)
-            weights[name] = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
+            while names and places[names[0]][0] == file and size < 1 << 24:
+                tensor = tensors.get_tensor(places[name := names.pop(0)][1])
+                weights[name] = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
+                size += tensor.nbytes
         del tensor
     if not config.bias:
         biases = {name: weights.pop(name) for name in list(weights) if name.endswith("bias")}

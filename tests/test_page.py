@@ -253,7 +253,7 @@ def test_tokens_their_alternatives_and_a_branch(opened, tiny_run):
     sync_api.expect(page.locator("#status")).to_contain_text("200 tokens")
     branched = page.evaluate("story.ids")
     assert branched[:11] == [*ids[:10], int(top.indices[1])] and len(branched) == 211
-    page.evaluate("$('length').max = 1e6, $('length').value = 1e6")  # so that it does not end by itself before the click
+    page.evaluate("$('length').max = 1e6, $('length').value = 1e6")  # it would end before the click
     page.click("#more")
     page.click("#stop")
     sync_api.expect(page.locator("#status")).to_contain_text("Stopped")
