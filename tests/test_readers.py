@@ -68,6 +68,18 @@ def compressed(folder: Path, suffix: str, data: bytes) -> Path:
     return path
 
 
+@pytest.mark.parametrize("suffix", ["txt.gz", "txt.zst", "TXT.GZ"])
+def test_a_compressed_text_is_a_document_named_or_in_a_folder(tmp_path, suffix):
+    path = compressed(tmp_path, suffix, "größer 字\n".encode() * 3000)
+    assert "".join(read(path)) == "".join(read(tmp_path)) == "größer 字\n" * 3000
+    compressed(tmp_path, "tar.gz", b"name\0" * 100)
+    path.write_bytes(path.read_bytes()[:20])
+    (tmp_path / "good.txt").write_text("good")
+    assert read(tmp_path) == ["good"]
+    with pytest.raises(UserError, match="cannot be decompressed"):
+        read(path)
+
+
 # JSON Lines
 
 

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator
 
 from plaingpt.console import UserError, closest, counted
 from plaingpt.text.readers import File, kind_of
-from plaingpt.text.streams import ReadOptions, encoding_of
+from plaingpt.text.streams import ReadOptions, open_utf8
 from plaingpt.tokens import NAMED
 
 HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
@@ -94,11 +94,16 @@ def _not_text(path: str, options: ReadOptions, is_named: bool) -> str | None:
             return f"{kind} without {options.column!r}"
     if kind != "text":
         return None
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
+    try:
+        with open_utf8(path, options) as opened:  # a compressed text is one, too
+            head = opened.stream.read(HEAD)
+    except UserError:
+        if is_named:
+            raise
+        return "damaged file"
     if head.startswith((b"%PDF-", b"{\\rtf")):
         kind = "PDF" if head.startswith(b"%") else "RTF"
-    elif b"\0" in head and not encoding_of(head[:4], options.encoding):
+    elif b"\0" in head:
         types = {"audio": "audio file", "video": "video file", "image": "image", "font": "font"}
         kind = types.get((mimetypes.guess_type(path)[0] or "").split("/")[0], "binary file")
     else:
