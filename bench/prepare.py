@@ -69,7 +69,7 @@ def corpus(folder: Path, config: BenchConfig) -> None:
     config = PrepareConfig(site_packages=True, bad_files="skip")
     for text in find_source(["python"], config).texts(read_options(config)):
         if len(text) < 1 << 22:  # a table of megabytes written as Python is no document
-            texts.append(text.decode())
+            texts.append(text)
     random.Random(0).shuffle(texts)
     size = np.cumsum([len(text.encode()) for text in texts])
     texts = texts[: int(np.searchsorted(size, 200e6)) + 1]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 from plaingpt.console import RunFailed, UserError
 from plaingpt.text import pipeline, streams
@@ -141,8 +142,8 @@ def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
     [
         (b"id,content\n1,a", "has no column 'text'; name the --column: id, content"),
         (b"text,text\na,b", "has more than one column 'text': rename one of them"),
-        (b"id,text\n1,a\n2\n", "Row #2: Expected 2 columns, got 1"),
-        (b"id,text\n1,a\n2,\xff\n", "row 2 is not UTF-8 text (byte 0xff at 0)"),
+        (b"id,text\n1,a\n2\n", "line 3: 1 column, 'text' is column 2"),
+        (b"id,text\n1,a\n2,\xff\n", "line 3 is not UTF-8 text (byte 0xff at 0)"),
     ],
 )
 def test_a_csv_row_that_is_no_document_is_refused_with_its_place(tmp_path, data, message):
@@ -434,6 +435,15 @@ def test_what_is_longer_than_any_document_is_refused_while_it_is_read(tmp_path, 
     path = compressed(tmp_path, suffix, start + b"a" * 100_000)
     with pieces(100), pytest.raises(UserError, match=r"texts\..*(longer|more|larger) than "):
         read(path, split_documents=True)
+
+
+def test_a_refusal_within_a_csv_file_ends_the_process_in_one_line(tmp_path):
+    """A reader with a thread of its own can abort the process as it ends."""
+    path = compressed(tmp_path, "csv.zst", b'text\none\n"' + b"a" * (streams.MAX_RECORD + 100))
+    command = [sys.executable, ROOT / "prepare_data.py", path, "--name=x", f"--data_dir={tmp_path}"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert re.search(r"texts\.csv\.zst, line \d cannot be read: field larger than field limit", ended.stderr)
 
 
 def test_equal_rows_that_take_little_room_in_a_file_are_read_in_little_memory(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from plaingpt.console import RunFailed, UserError, closest, one_line
+from plaingpt.console import RunFailed, UserError, closest, counted, one_line
 from plaingpt.text import streams
 from plaingpt.text.streams import ReadOptions, checked, last_border, open_utf8, too_long
 from plaingpt.tokenizer import END_OF_TEXT
@@ -138,31 +138,23 @@ def _text_of(row: Any, where: str, column: str) -> bytes:
 
 def csv_texts(file: File, options: ReadOptions) -> Iterator[Text]:
     """CSV or TSV with a header line."""
-    import pyarrow
-    from pyarrow import csv as arrow
-
-    delimiter = "\t" if kind_of(file.path) == "TSV" else ","
     column, limit = options.column, streams.MAX_RECORD
+    csv.field_size_limit(limit - 1)
     with open_utf8(file.path, options) as opened:
-        lines = (line.decode(errors="replace") for line in iter(lambda: opened.stream.readline(limit), b""))
+        lines = iter(lambda: opened.stream.readline(limit).decode("utf-8", "surrogateescape"), "")
+        rows = csv.reader(lines, delimiter="\t" if kind_of(file.path) == "TSV" else ",")
         try:
-            names = next(csv.reader(lines, delimiter=delimiter), [])
+            names = next(rows, [])
             check_names(file.path, names, column)
-            if not opened.stream.peek(1):
-                return
-            reader = arrow.open_csv(
-                opened.stream,
-                arrow.ReadOptions(use_threads=False, block_size=limit, column_names=names),
-                arrow.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-                arrow.ConvertOptions(include_columns=[column], column_types={column: pyarrow.large_binary()}),
-            )
-            texts = (text for batch in reader for text in batch.column(0).to_pylist())
-            for row, text in enumerate(texts, 1):
-                yield Text(opened.checked(text, f"{file.path}, row {row:,}"), opened.raw.tell())
-        except (csv.Error, pyarrow.ArrowException) as error:
-            if "straddling" in str(error):
-                raise too_long(f"{file.path}, a row") from error
-            raise UserError(f"{file.path} cannot be read: {one_line(error)}") from error
+            index = names.index(column)
+            for row in rows:
+                where = f"{file.path}, line {rows.line_num:,}"
+                if 0 < len(row) <= index:
+                    raise UserError(f"{where}: {counted(len(row), 'column')}, {column!r} is column {index + 1}")
+                text = row[index].encode("utf-8", "surrogateescape") if row else b""
+                yield Text(opened.checked(text, where), opened.raw.tell())
+        except csv.Error as error:
+            raise UserError(f"{file.path}, line {rows.line_num:,} cannot be read: {one_line(error)}") from error
 
 
 def parquet_texts(file: File, options: ReadOptions) -> Iterator[Text]:
