@@ -37,6 +37,14 @@ def test_an_old_python_is_one_line(script):
     assert ended.stderr == f"train.py: needs Python 3.11 or later, and this is {version}\n"
 
 
+def test_threads_spin_for_a_short_time_unless_the_user_decides_otherwise(script, monkeypatch):
+    path = script("import plaingpt.startup, os\nprint(os.environ['GOMP_SPINCOUNT'])")
+    monkeypatch.delitem(ENVIRONMENT, "GOMP_SPINCOUNT", raising=False)
+    assert run(sys.executable, path).stdout == "1000\n"
+    monkeypatch.setitem(ENVIRONMENT, "GOMP_SPINCOUNT", "77")
+    assert run(sys.executable, path).stdout == "77\n"
+
+
 @pytest.mark.parametrize(
     "name", ["train.py", "sample.py", "prepare_data.py", "tools/compare_runs.py", "tools/to_gguf.py"]
 )
