@@ -382,9 +382,13 @@ def test_a_name_of_nothing_is_a_user_error(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_of_the_folder_of_a_run_the_best_model_is_taken_or_nanogpts_named(tiny_run, tmp_path):
-    best = load_model(tiny_run / "best")[0].weights()
-    assert all(torch.equal(best[name], weight) for name, weight in load_model(tiny_run)[0].weights().items())
+def test_of_the_folder_of_a_run_best_is_taken_or_last_or_nanogpts_file_named(tmp_path):
+    tokenizer = of_kind("char")
+    for name, seed in (("last", 1), ("best", 2)):
+        model = make_model(tokenizer, seed=seed)
+        (tmp_path / "run" / name).mkdir(parents=True)
+        save_model(tmp_path / "run" / name, model, tokenizer)
+        assert torch.equal(logits(load_model(tmp_path / "run")[0]), logits(model)), name
     (tmp_path / "ckpt.pt").touch()
     with pytest.raises(UserError, match=r"name the model in it, .*ckpt\.pt$"):
         load_model(tmp_path)

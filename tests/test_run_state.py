@@ -324,12 +324,13 @@ assert threads(before + 1) == before + 1, f"{{threads()}} threads, {{before}} be
 
 
 def test_a_return_to_an_earlier_checkpoint_does_not_forget_the_best_model(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=1, best_val_loss=3.0, best_step=1)
+    before = dict(best_val_loss=3.0, best_step=1, evaluations_since_best=2)
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=1, **before)
     (tmp_path / "last").rename(tmp_path / "step-000001")
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=2, best_val_loss=2.0, best_step=2)
     (tmp_path / "best").mkdir()
     state, _ = load_state(tmp_path / "step-000001")
-    assert (state.best_val_loss, state.best_step) == (2.0, 2)
+    assert (state.best_val_loss, state.best_step, state.evaluations_since_best) == (2.0, 2, 0)
     (tmp_path / "best").rmdir()  # as when only `last` is copied to another folder
     assert load_state(tmp_path / "step-000001")[0].best_val_loss is None
 

@@ -298,6 +298,24 @@ def test_a_resume_on_other_data_is_told(tmp_path, train, resume, data_dir):
     assert "is not the one that" in resume(tmp_path / "run", max_iters=2).err
 
 
+def test_the_best_loss_on_other_data_is_forgotten(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=6)
+    path = tmp_path / "run" / "last" / "training.json"
+    changes = {"data": "another", "best_val_loss": 0.01, "evaluations_since_best": 1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (path.parent / "SHA256SUMS").unlink()
+    resume(tmp_path / "run", max_iters=7)
+    assert load_state(tmp_path / "run" / "last")[0].best_step == 7
+
+
+def test_a_run_that_does_not_fit_in_memory_is_refused_before_it_is_loaded(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=1)
+    path = tmp_path / "run" / "last" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": 10**8}))
+    (path.parent / "SHA256SUMS").unlink()
+    assert "take at least" in resume(tmp_path / "run", max_iters=2, status=2).err
+
+
 def test_resume_without_a_checkpoint_is_one_line_and_status_2(tmp_path, resume):
     ended = resume(tmp_path / "none", status=2)
     assert (
