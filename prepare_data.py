@@ -160,8 +160,7 @@ def report(directory: Path, meta: dict, seconds: float) -> None:
     if name in RECIPES and not place:
         lines.append(f"next: python train.py config/{RECIPES[name]}.py")
     else:
-        recipe = "train_gpt2" if meta["splits"]["train"]["tokens"] > 1e8 else "quickstart"
-        lines.append(f"next: python train.py config/{recipe}.py --dataset={name}{place} --out_dir=out-{name}")
+        lines.append(f"next: python train.py --dataset={name}{place} --out_dir=out-{name} --minutes=10")
     print(escaped("\n".join(lines)), file=sys.stderr)
 
 

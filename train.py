@@ -9,6 +9,7 @@ import plaingpt.startup
 import dataclasses
 import functools
 import gc
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import errors
 
-from model import GPT
+from model import GPT, GPTConfig
 from plaingpt.batches import EvalBatches, TrainBatches, mix
+from plaingpt.budget import Deadline, choose, longer
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
@@ -26,7 +28,7 @@ from plaingpt.metrics import Metrics, Progress, Stopwatch
 from plaingpt.optimizer import SkippedUpdates, apply_gradients, check_gradients, make_optimizers
 from plaingpt.parallel import exchange_gradients, shard_count, wrap
 from plaingpt.plan import announce, check_memory, dry_run, memory
-from plaingpt.run import check_default, closing_lines, initial_model, resumed_settings
+from plaingpt.run import SHAPE, check_default, closing_lines, initial_model, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set
@@ -85,10 +87,14 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist, progress.print)
     watch, skipped = Stopwatch(state.seconds, start), SkippedUpdates(state.skipped, dist.device)
     stop, stopping, paused_at = StopSignal(), 0, None
+    deadline = Deadline(config, state) if config.minutes else None
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
         step = state.step
+        if deadline:
+            config = deadline.corrected(run, state, watch.seconds)
+            progress.bar.total = config.max_iters
         due = step == config.max_iters or step % config.eval_interval == 0
         evaluating = due and step != state.evaluated_at and not (stopping and step < config.max_iters)
         keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
@@ -166,6 +172,25 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
     return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches, tokens_per_step)
 
 
+def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
+    """Of training the model of `config`, not compiled, timed for so many seconds. All ranks."""
+    shape = GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in SHAPE})
+    check_memory(
+        shape, dist, functools.partial(memory, config.batch_size, config.optimizer, config.recompute, False, 1)
+    )
+    run = set_up(dataclasses.replace(config, compile=False), data, GPT(shape), 1, dist)
+    train_step(run, 0)  # allocates
+    dist.synchronize()
+    started, steps, enough = time.perf_counter(), 0, 0
+    while not enough:
+        train_step(run, steps)
+        dist.synchronize()
+        steps += 1
+        (enough,) = dist.max(time.perf_counter() > started + seconds)
+    (rate,) = dist.sum(steps * run.tokens_per_step / (time.perf_counter() - started) / dist.world_size)
+    return rate
+
+
 def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed) -> int:
     """From the data to the last save. checkpoint: what the run is resumed from. All ranks. Returns the exit status."""
     dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
@@ -176,6 +201,8 @@ def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint:
     out_dir, writes = Path(config.out_dir), not (config.eval_only or config.dry_run)
     if writes and dist.is_main:
         check_writable(out_dir)
+    if config.minutes and not checkpoint and not config.eval_only:
+        config, given = choose(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     compiled, shards = config.compiles_on(dist.device.type), shard_count(dist, config.sharding)
     cost = functools.partial(memory, config.batch_size, config.optimizer, config.recompute, compiled, shards)
     check = (lambda shape: None) if config.eval_only else (lambda shape: check_memory(shape, dist, cost))
@@ -222,6 +249,8 @@ def main() -> int:
     if how == "resume" or (config.init_from == "auto" and existing(directory)):
         state, checkpoint = load_state(directory)
         note(f"resuming {checkpoint} at step {state.step}")
+        if config.minutes:
+            config, given = longer(config, given, state)
         config = resumed_settings(config, given, state, checkpoint)
         given = {name: source for name, source in given.items() if source.startswith("--")}  # a recipe changes nothing
     dist = connect(config.device, config.dtype, config.timeout)

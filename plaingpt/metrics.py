@@ -149,7 +149,7 @@ class Progress:
     """Progress on standard error: a bar on a terminal, otherwise lines. Main only."""
 
     def __init__(self, start: int, max_iters: int, active: bool):
-        self.active, self.max_iters = active, max_iters
+        self.active = active
         self.bar = tqdm(
             total=max_iters,
             initial=start,
@@ -172,7 +172,7 @@ class Progress:
         )
         if self.bar.disable:
             left = tqdm.format_interval(seconds_left)
-            self.print(f"step {record['step']}/{self.max_iters} | {figures} | {left} left")
+            self.print(f"step {record['step']}/{self.bar.total} | {figures} | {left} left")
         else:
             self.bar.set_postfix_str(figures)
 

@@ -21,7 +21,7 @@ from plaingpt.tokens import DataSet
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 # These settings belong to the machine and the command, not to the run.
-LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout"}
+LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "minutes"}
 # These may differ from the checkpoint's; the others decide what is trained.
 CHANGEABLE = LOCAL | {
     "data_dir", "dtype", "compile", "eval_interval", "eval_iters", "log_interval", "sample_tokens",
@@ -85,11 +85,11 @@ def check_default(config: Any, given: dict[str, str], device_type: str) -> None:
     Two CPU cores would take twelve years: 491,520 tokens per step at 790 tokens/s (README, AdamW).
     """
     asked = given.keys() & {"n_layer", "n_head", "n_embd"} or any(not flag.startswith("--") for flag in given.values())
-    new = config.init_from in ("scratch", "auto") and not config.dry_run and not config.eval_only
+    new = config.init_from in ("scratch", "auto") and not (config.minutes or config.dry_run or config.eval_only)
     if new and not asked and device_type != "cuda":
         raise UserError(
-            "without a recipe this would train GPT-2 124M, which takes years without CUDA; name one from config/: "
-            f"python train.py config/quickstart.py --dataset={shlex.quote(config.dataset)}"
+            "without a recipe this would train GPT-2 124M, which takes years without CUDA; add --minutes=10, which "
+            "chooses a model for that time, or name a recipe from config/"
         )
 
 

@@ -26,6 +26,7 @@ LAYERS = [
     ["plaingpt.optimizer", "plaingpt.evaluate"],
     ["plaingpt.run_state", "plaingpt.plan"],
     ["plaingpt.run", "plaingpt.train_config"],
+    ["plaingpt.budget"],
     ["train", "sample", "prepare_data", "tools.to_gguf", "tools.compare_runs", "tools.page", "tools.inspect_data"],
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

@@ -11,7 +11,7 @@ def test_without_a_recipe_a_cpu_does_not_start_gpt2(tmp_path, data_dir):
     flags = ["--device=cpu", "--dataset=tiny", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}"]
     ended = run_main("train", *flags, "--block_size=8")
     assert ended.status == 2 and not (tmp_path / "out").exists()
-    assert "name one from config/: python train.py config/quickstart.py --dataset=tiny" in ended.err
+    assert "add --minutes=10, which chooses a model for that time, or name a recipe from config/" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -376,7 +376,7 @@ def test_torchrun_divides_the_work(tmp_path, mixed):
     flags = [mixed, f"--data_dir={tmp_path}/two", "--name=set", "--tokenizer=byte"]
     environment = child_environment()
     ended = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0 and "config/quickstart.py --dataset=set " in ended.stderr, ended.stderr
+    assert ended.returncode == 0 and "train.py --dataset=set " in ended.stderr, ended.stderr
     assert os.listdir(tmp_path / "two") == ["set"]
     assert sorted(filter(None, documents(tmp_path / "two", "train"))) == sorted(documents(tmp_path / "one", "train"))
 

@@ -1,0 +1,86 @@
+"""Does `train.py --minutes` choose well, and does it keep its word? Each run is the command that a user would type.
+
+python bench/minutes.py --texts=python,shakespeare_char --minutes=1 --shapes=auto,2x128,4x128,3x256
+python bench/minutes.py --texts=python --minutes=1 --shapes=auto --extra=--learning_rate=4e-3
+
+Losses are in bits per byte of the entire validation split, of `best`. Run it on a quiet machine.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from plaingpt.console import note, run_script
+from plaingpt.settings import PathName, Positive, load_settings
+from plaingpt.tokens import open_data_set
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    texts: str = "python"
+    """data sets, separated by commas"""
+    data_dir: PathName = "data"
+    """directory of the prepared data sets"""
+    minutes: Positive = 1.0
+    """time of each run"""
+    shapes: str = "auto"
+    """layers x width, separated by commas; auto: what --minutes chooses"""
+    recipes: str = ""
+    """recipes to train to their end instead, separated by commas"""
+    extra: str = ""
+    """other flags of train.py"""
+    results: PathName = "minutes.jsonl"
+    """file of results, one JSON object per line"""
+
+
+def run(text: str, named: str, flags: list[str], bench: BenchConfig) -> None:
+    """Train, evaluate, and write a line of results."""
+    train = [sys.executable, str(ROOT / "train.py")]
+    where = [f"--dataset={text}", f"--data_dir={Path(bench.data_dir).resolve()}"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*train, *flags, *where, f"--out_dir={folder}/out", "--init_from=scratch", *bench.extra.split()]
+        started = time.monotonic()
+        subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=True)
+        seconds = time.monotonic() - started
+        evaluate = [
+            *train,
+            *where,
+            f"--init_from={folder}/out/best",
+            "--eval_only",
+            "--eval_iters=0",
+            "--batch_size=16",
+        ]
+        found = subprocess.run(evaluate, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=True).stderr
+        settings = json.loads(Path(folder, "out", "last", "training.json").read_text())["settings"]
+    data = open_data_set(Path(bench.data_dir) / text, check=False)
+    shape = {name: settings[name] for name in ("n_layer", "n_embd", "block_size", "max_iters", "learning_rate")}
+    tokens = settings["max_iters"] * settings["batch_size"] * settings["gradient_accumulation_steps"]
+    result = dict(text=text, run=named, minutes=bench.minutes, seconds=round(seconds, 1)) | shape
+    result |= dict(epochs=round(tokens * settings["block_size"] / len(data.train), 2), extra=bench.extra)
+    result |= dict(bits_per_byte=float(re.search(r"([\d.]+) bits per byte", found)[1]))
+    note(json.dumps(result))
+    with open(bench.results, "a") as file:
+        print(json.dumps(result), file=file)
+
+
+def main() -> None:
+    bench, _ = load_settings(BenchConfig)
+    for text in bench.texts.split(","):
+        for recipe in filter(None, bench.recipes.split(",")):
+            run(text, recipe, [recipe], bench)
+        for shape in filter(None, bench.shapes.split(",")):
+            n_layer, _, n_embd = shape.partition("x")
+            given = [] if shape == "auto" else [f"--n_layer={n_layer}", f"--n_embd={n_embd}"]
+            run(text, shape, [*given, f"--minutes={bench.minutes}"], bench)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,238 @@
+"""--minutes: the model, the batch and the number of steps that reach the lowest loss in a given time.
+
+python train.py --dataset=books --minutes=10
+"""
+
+from plaingpt.startup import STARTED
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import GPT, GPTConfig
+from plaingpt.checkpoint import model_directory, read_config
+from plaingpt.console import UserError, counted, millions, note
+from plaingpt.distributed import Distributed
+from plaingpt.files import new_file
+from plaingpt.run import LOCAL, SHAPE
+from plaingpt.run_state import RunState
+from plaingpt.tokens import DataSet
+from plaingpt.train_config import TrainConfig, learning_rate
+
+WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
+SEQUENCES = 16  # in a step
+TRAINING = 0.85  # of the time; the rest is for evaluations and saves
+EVALUATIONS = 4  # after the one at the start
+EVALUATED = 0.03  # tokens of an evaluation, of those trained on: 1% of the time
+STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
+
+
+def predicted_loss(config: TrainConfig, tokens: float, text: int) -> float:
+    """Loss, up to factors of the text, after `tokens` of training on a text of `text` tokens.
+
+    A law fitted to 40 runs (docs/scaling.md): more parameters without more tokens help less than in the sum of
+    Hoffmann et al. 2022. Repeated tokens count less and less (Muennighoff et al. 2023).
+    """
+    repeated = max(tokens / text - 1, 0)
+    worth = min(tokens, text) + text * 15 * (1 - math.exp(-repeated / 15))
+    parameters = 12 * config.n_layer * config.n_embd**2  # of the blocks
+    return ((parameters / 1e6) ** (-0.18 * 3.7) + (1.7 * (worth / 1e6) ** -0.2) ** 3.7) ** (1 / 3.7)
+
+
+def choose(
+    config: TrainConfig,
+    given: dict[str, str],
+    data: DataSet,
+    dist: Distributed,
+    tokens_per_second: Callable[[TrainConfig, float], float],
+) -> tuple[TrainConfig, dict[str, str]]:
+    """The settings of a run that ends in time, and where they came from. All ranks.
+
+    tokens_per_second: times training for so many seconds; UserError if memory is short.
+    """
+    check_flags(given)
+    seconds = shared_time_left(config.minutes, dist)
+    tokens = 5e4 * seconds  # a guess; from the second model on, the tokens of the one before
+    timed = []
+    for candidate in candidates(config, given):
+        candidate = with_batch(candidate, given, tokens, data, dist)
+        try:
+            rate, candidate = time_model(candidate, given, min(1.0, seconds / 100), tokens_per_second)
+        except (UserError, torch.OutOfMemoryError):
+            if not timed:
+                raise
+            break  # larger models need more memory still
+        tokens = rate * seconds * TRAINING
+        timed.append((predicted_loss(candidate, tokens, len(data.train)), rate, candidate))
+        if len(timed) > 2 and min(timed[-2:])[0] > min(timed)[0]:
+            break  # two in a row are worse
+    _, rate, best = min(timed, key=lambda found: found[0])
+    config = with_schedule(best, given, rate * shared_time_left(config.minutes, dist) * TRAINING, data)
+    tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {speed:,.0f}" for _, speed, c in timed)
+    note(f"tokens/s of models, layers x width, not compiled: {tried}")
+    note(
+        f"lowest predicted loss in {config.minutes:g} minutes: {config.n_layer} x {config.n_embd}, "
+        f"{millions(parameters(config, data))} parameters, about {counted(config.max_iters, 'step')} of "
+        f"{config.gradient_accumulation_steps} x {config.batch_size} x {config.block_size} tokens; "
+        f"learning rate {config.learning_rate:g}, dropout {config.dropout:g}"
+    )
+    follows = {"warmup_iters": "--minutes"}  # the others of STEPS are derived from max_iters
+    return config, {name: source for name, source in given.items() if name not in STEPS} | follows
+
+
+def time_model(
+    candidate: TrainConfig,
+    given: dict[str, str],
+    seconds: float,
+    tokens_per_second: Callable[[TrainConfig, float], float],
+) -> tuple[float, TrainConfig]:
+    """Tokens per second, and `candidate` with the largest micro-batch for which there is memory."""
+    try:
+        return tokens_per_second(candidate, seconds), candidate
+    except (UserError, torch.OutOfMemoryError):
+        if candidate.batch_size == 1 or {"batch_size", "gradient_accumulation_steps"} & given.keys():
+            raise
+    smaller = dict(batch_size=candidate.batch_size // 2)
+    smaller |= dict(gradient_accumulation_steps=2 * candidate.gradient_accumulation_steps)
+    return time_model(dataclasses.replace(candidate, **smaller), given, seconds, tokens_per_second)
+
+
+def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConfig]:
+    """Models of one layer per 80 channels, at least two, and heads of about 64; or the shape of a trained model."""
+    if config.init_from not in ("scratch", "auto"):
+        trained = read_config(model_directory(config.init_from))
+        found = {name: getattr(trained, name) for name in SHAPE} | {"optimizer": "adamw", "dropout": 0.1}
+        yield dataclasses.replace(config, **{name: value for name, value in found.items() if name not in given})
+        return
+    tried = set()
+    for width in WIDTHS:
+        n_embd = config.n_embd if "n_embd" in given else width
+        n_layer = config.n_layer if "n_layer" in given else max(2, round(n_embd / 80))
+        heads = [n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0]
+        n_head = config.n_head if "n_head" in given else heads[-1]
+        if n_embd % n_head:
+            raise UserError(f"n_embd={n_embd} must be a multiple of n_head={n_head}")
+        if (n_layer, n_embd) not in tried:
+            tried.add((n_layer, n_embd))
+            yield dataclasses.replace(config, n_layer=n_layer, n_embd=n_embd, n_head=n_head)
+
+
+def parameters(config: TrainConfig, data: DataSet) -> int:
+    shape = {name: getattr(config, name) for name in SHAPE}
+    with torch.device("meta"):
+        return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **shape)).num_parameters()
+
+
+def with_batch(
+    config: TrainConfig, given: dict[str, str], tokens: float, data: DataSet, dist: Distributed
+) -> TrainConfig:
+    """More tokens to train on allow a longer context, 128 for 3 million, 1,024 for a billion, and larger steps."""
+    longest = min(len(data.train), len(data.val)) - 1
+    block = max(64, 2 ** round(math.log2(64 * (tokens / 1e6) ** 0.4)))
+    new = config.init_from in ("scratch", "auto")
+    block_size = max(1, min(block, 1024, longest)) if new and "block_size" not in given else config.block_size
+    sequences = max(1, SEQUENCES * block // block_size // dist.world_size)  # of each process in a step
+    chosen = {"batch_size": sequences, "gradient_accumulation_steps": dist.world_size}
+    chosen = {name: value for name, value in chosen.items() if name not in given}
+    return dataclasses.replace(config, block_size=block_size, **chosen)
+
+
+def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, data: DataSet) -> TrainConfig:
+    """What follows from the model and the number of tokens to train on. Only flags keep a recipe's intervals."""
+    steps = max(20, int(tokens / (config.batch_size * config.gradient_accumulation_steps * config.block_size)))
+    new = config.init_from in ("scratch", "auto")
+    sequences = int(EVALUATED * tokens / config.block_size)
+    chosen = {
+        "learning_rate": learning_rate(config.n_embd, steps) if new else 0.05 / config.n_embd,
+        "momentum": 0.85 if steps < 500 else 0.95,
+        "dropout": 0.2 if tokens > 30 * len(data.train) else config.dropout,
+    }
+    intervals = {
+        "eval_iters": 0 if sequences * config.block_size > len(data.val) else max(1, sequences // config.batch_size),
+        "log_interval": max(1, steps // 100),
+        "eval_interval": math.ceil(steps / EVALUATIONS),
+    }
+    kept = {name for name in given if name not in intervals or given[name].startswith("--")}
+    chosen = {name: value for name, value in (chosen | intervals).items() if name not in kept}
+    if "min_lr" not in given:
+        chosen["min_lr"] = None  # is derived
+    return dataclasses.replace(config, max_iters=steps, warmup_iters=steps // 20, lr_decay_iters=steps, **chosen)
+
+
+def longer(config: TrainConfig, given: dict[str, str], state: RunState) -> tuple[TrainConfig, dict[str, str]]:
+    """What continues a run for `config.minutes`, at the speed it had so far."""
+    check_flags(given)
+    rate = state.step / max(state.seconds, 1.0)
+    steps = state.step + max(1, int(TRAINING * 60 * config.minutes * rate))
+    changed = {"max_iters": steps} | ({} if "lr_decay_iters" in state.derived else {"lr_decay_iters": steps})
+    return dataclasses.replace(config, **changed), given | dict.fromkeys(changed, "--minutes")
+
+
+def check_flags(given: dict[str, str]) -> None:
+    for name in STEPS:
+        if given.get(name, "").startswith("--"):
+            raise UserError(f"--minutes determines {name}: leave out --{name}, or --minutes")
+
+
+def time_left(minutes: float) -> float:
+    """Seconds until `minutes` after the start of the process; at least one."""
+    return max(1.0, STARTED + 60 * minutes - time.monotonic())
+
+
+def shared_time_left(minutes: float, dist: Distributed) -> float:
+    """The same for all processes, which have to choose the same."""
+    (milliseconds,) = dist.max(int(1000 * time_left(minutes)))
+    return milliseconds / 1000
+
+
+class Deadline:
+    """Makes a run end in time: corrects the number of steps once, at the end of the warmup.
+
+    The learning rates until then do not depend on it, so a run of the corrected recipe is the same from its first step
+    on. Evaluations correct it again only if the machine's speed has changed.
+    """
+
+    def __init__(self, config: TrainConfig, state: RunState):
+        steps = config.max_iters - state.step
+        self.minutes, self.first, self.half = config.minutes, state.step + max(1, steps // 20), state.step + steps // 40
+        self.marked, self.pause = (state.step, state.seconds, time.monotonic()), 0.0
+
+    def corrected(self, run: Any, state: RunState, seconds: float) -> TrainConfig:
+        """The settings from here on. seconds: of training until now. All ranks, before each step."""
+        config, step = run.config, state.step
+        evaluating = step % config.eval_interval == 0 and self.first < step < config.max_iters
+        if step not in (self.half, self.first) and not evaluating:
+            return config
+        now, (step_before, before, then) = time.monotonic(), self.marked
+        self.marked = step, seconds, now
+        self.pause = max(self.pause, now - then - (seconds - before))  # of an evaluation and its save
+        if step in (step_before, self.half):  # until half of the warmup, compilation distorts the speed
+            return config
+        per_step = (seconds - before) / (step - step_before) + self.pause / config.eval_interval
+        steps = step + max(1, int((time_left(self.minutes) - self.pause) / per_step))
+        wrong = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
+        correct, steps = run.dist.max(step == self.first or wrong, steps if run.dist.is_main else 0)
+        if correct:
+            run.config = dataclasses.replace(config, max_iters=steps, lr_decay_iters=steps)
+            state.settings |= dict(max_iters=steps, lr_decay_iters=steps)
+            if run.dist.is_main:
+                write_recipe(run.config)
+        return run.config
+
+
+def write_recipe(config: TrainConfig) -> None:
+    """out_dir/recipe.py: the settings that differ from the defaults."""
+    path, defaults = Path(config.out_dir) / "recipe.py", TrainConfig()
+    with new_file(path) as file:
+        print(
+            f"# Chosen by --minutes={config.minutes:g}. To train the same model again: python train.py {path}",
+            file=file,
+        )
+        for name, value in vars(config).items():
+            if name in ("out_dir", "init_from") or (name not in LOCAL and value != getattr(defaults, name)):
+                print(f"{name} = {value!r}", file=file)

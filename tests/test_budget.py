@@ -1,0 +1,180 @@
+"""--minutes: what it chooses, that the run ends in time, and that its recipe repeats it."""
+
+import dataclasses
+import runpy
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import flags, run_main
+
+from plaingpt import budget
+from plaingpt.budget import Deadline, choose, longer
+from plaingpt.console import UserError
+from plaingpt.distributed import connect
+from plaingpt.run_state import RunState, load_state
+from plaingpt.tokens import open_data_set
+from plaingpt.train_config import TrainConfig
+
+DIST = connect("cpu", "float32")
+
+
+@pytest.fixture
+def data(data_dir):
+    return open_data_set(data_dir / "tiny")
+
+
+def chosen(data, minutes: float, given: dict | None = None, flop_per_second: float = 1e12) -> TrainConfig:
+    """By `choose`, on a machine of that speed."""
+    given = given or {}
+
+    def tokens_per_second(config, seconds):
+        return flop_per_second / (6 * budget.parameters(config, data))
+
+    config = TrainConfig(minutes=minutes, **given)
+    return choose(config, dict.fromkeys(given, "recipe.py"), data, DIST, tokens_per_second)[0]
+
+
+def test_more_time_or_a_faster_machine_trains_a_larger_model(data):
+    size = lambda *arguments: budget.parameters(chosen(data, *arguments), data)  # noqa: E731
+    assert size(1) < size(30) < size(10_000)
+    assert size(1, None, 1e15) > size(1)
+
+
+def test_steps_fill_the_time(data):
+    config = chosen(data, 30)
+    rate = 1e12 / (6 * budget.parameters(config, data))
+    tokens = config.max_iters * config.batch_size * config.gradient_accumulation_steps * config.block_size
+    assert 0.8 * 1800 < tokens / rate < 0.9 * 1800
+    assert config.lr_decay_iters == config.max_iters and config.warmup_iters == config.max_iters // 20
+
+
+def test_what_is_given_stays(data):
+    given = dict(n_embd=96, n_head=2, learning_rate=0.5, batch_size=5, dropout=0.3, block_size=17)
+    config = chosen(data, 1, given)
+    assert given.items() <= vars(config).items()
+    assert chosen(data, 1, dict(n_layer=7)).n_layer == 7
+    with pytest.raises(UserError, match="n_embd=100 must be a multiple of n_head=3"):
+        chosen(data, 1, dict(n_embd=100, n_head=3))
+
+
+def test_a_model_for_which_memory_is_short_is_not_chosen(data):
+    def tokens_per_second(config, seconds):
+        if config.n_layer > 2:
+            raise UserError("take at least")
+        return 1e9
+
+    config, given = choose(TrainConfig(minutes=9), {}, data, DIST, tokens_per_second)
+    assert config.n_layer == 2 and "warmup_iters" in given
+    with pytest.raises(UserError, match="take at least"):
+        choose(TrainConfig(minutes=9, n_layer=3), {"n_layer": "--n_layer"}, data, DIST, tokens_per_second)
+
+
+def test_micro_batches_are_halved_until_they_fit(data):
+    def tokens_per_second(config, seconds):
+        if config.batch_size > 3:
+            raise UserError("take at least")
+        return 1e6
+
+    config, _ = choose(TrainConfig(minutes=1), {}, data, DIST, tokens_per_second)
+    without_limit, _ = choose(TrainConfig(minutes=1), {}, data, DIST, lambda *_: 1e6)
+    assert 1 <= config.batch_size <= 3
+    sequences = [c.batch_size * c.gradient_accumulation_steps for c in (config, without_limit)]
+    assert sequences[0] == sequences[1] > 3
+
+
+@pytest.mark.parametrize("name", ["max_iters", "warmup_iters", "lr_decay_iters"])
+def test_a_number_of_steps_contradicts_a_time(data, name):
+    for plan in (lambda *given: longer(*given, RunState()), lambda *given: choose(*given, data, DIST, None)):
+        with pytest.raises(UserError, match=f"--minutes determines {name}: leave out --{name}, or --minutes"):
+            plan(TrainConfig(minutes=1), {name: f"--{name}"})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that `budget` sees: seconds since the start."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(budget, "STARTED", 100.0)
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: 100 + now.seconds))
+    return now
+
+
+@pytest.mark.parametrize("slower", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_run_ends_in_time_on_a_machine_of_another_speed(tmp_path, clock, slower, changes):
+    """changes: the speed again, after a third of the time."""
+    config = TrainConfig(minutes=10, max_iters=1000, eval_interval=200, warmup_iters=50, out_dir=str(tmp_path))
+    run, state = SimpleNamespace(config=config, dist=DIST), RunState(settings=dataclasses.asdict(config))
+    deadline, training, corrections = Deadline(config, state), 0.0, set()
+    while True:
+        config = deadline.corrected(run, state, training)
+        corrections.add(config.max_iters)
+        if state.step == config.max_iters or state.step % config.eval_interval == 0:
+            clock.seconds += 4
+        if state.step == config.max_iters:
+            break
+        per_step = 0.5 * slower * (1.5 if changes and clock.seconds > 200 else 1)
+        clock.seconds, training, state.step = clock.seconds + per_step, training + per_step, state.step + 1
+    assert abs(clock.seconds - 600) < 0.1 * 600 * (1 if changes else 0.3)
+    assert len(corrections) <= 2 or changes
+    assert state.settings["max_iters"] == state.settings["lr_decay_iters"] == config.max_iters
+
+
+def run_for(data_dir, out_dir, minutes, *more, **settings):
+    here = dict(out_dir=out_dir, data_dir=data_dir, device="cpu", dtype="float32", sample_tokens=0, minutes=minutes)
+    ended = run_main("train", *more, *flags(**here | settings))
+    assert ended.status == 0, ended.err
+    return ended
+
+
+SMALL = dict(dataset="tiny", n_layer=1, n_embd=8, n_head=1, block_size=8, batch_size=2)
+
+
+def since_now(monkeypatch):
+    monkeypatch.setattr(budget, "STARTED", time.monotonic())
+
+
+def test_its_recipe_trains_the_same_model_again(tmp_path, data_dir, monkeypatch):
+    since_now(monkeypatch)
+    ended = run_for(data_dir, tmp_path / "run", 0.05, **SMALL, eval_interval=10**6)
+    assert "lowest predicted loss in 0.05 minutes" in ended.err
+    recipe = tmp_path / "recipe.py"
+    (tmp_path / "run" / "recipe.py").rename(recipe)
+    state = load_state(tmp_path / "run" / "last")[0]
+    assert runpy.run_path(str(recipe))["max_iters"] == state.step == state.settings["max_iters"]
+    weights = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    again = run_main("train", recipe, *flags(data_dir=data_dir, device="cpu", sample_tokens=0))
+    assert again.status == 0, again.err
+    assert (tmp_path / "run.1").exists()
+    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_finished_run_goes_on_for_a_time(tmp_path, data_dir, train, monkeypatch):
+    train(tmp_path / "run")
+    since_now(monkeypatch)
+    ended = run_for(data_dir, tmp_path / "run", 0.02, init_from="resume")
+    state = load_state(tmp_path / "run" / "last")[0]
+    assert state.step == state.settings["max_iters"] > 6 and "lr_decay_iters" in state.derived, ended.err
+    assert "changed on resume: --minutes: max_iters=" in ended.err
+
+
+def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_run, monkeypatch):
+    (tmp_path / "recipe.py").write_text("max_iters = 5\nwarmup_iters = 100\nlog_interval = 7\nbeta2 = 0.9\n")
+    since_now(monkeypatch)
+    model = dict(dataset="tiny", init_from=tiny_run / "best", learning_rate=1e-3)
+    run_for(data_dir, tmp_path / "run", 0.03, tmp_path / "recipe.py", **model)
+    settings = load_state(tmp_path / "run" / "last")[0].settings
+    assert settings["max_iters"] > 5 and 0 < settings["warmup_iters"] < settings["max_iters"] / 2
+    assert settings["optimizer"] == "adamw" and settings["beta2"] == 0.9 and settings["n_embd"] == 16
+
+
+def test_a_dry_run_writes_nothing(tmp_path, data_dir, monkeypatch):
+    since_now(monkeypatch)
+    assert "lowest predicted loss" in run_for(data_dir, tmp_path / "run", 0.05, **SMALL, dry_run=True).err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_rest_of_the_time_of_a_run_of_no_seconds_is_positive():
+    state = RunState(step=5, seconds=0.0, derived=["lr_decay_iters"])
+    config, given = longer(TrainConfig(minutes=0.001), {}, state)
+    assert config.max_iters > 5 and given == {"max_iters": "--minutes"}
