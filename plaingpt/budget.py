@@ -56,7 +56,7 @@ def choose(
     tokens_per_second: times training for so many seconds; UserError if memory is short.
     """
     check_flags(given)
-    seconds = shared_time_left(config.minutes, dist)
+    seconds = time_to_plan(config.minutes, dist)
     tokens = 5e4 * seconds  # a guess; from the second model on, the tokens of the one before
     timed = []
     for candidate in candidates(config, given):
@@ -72,7 +72,7 @@ def choose(
         if len(timed) > 2 and min(timed[-2:])[0] > min(timed)[0]:
             break  # two in a row are worse
     _, rate, best = min(timed, key=lambda found: found[0])
-    config = with_schedule(best, given, rate * shared_time_left(config.minutes, dist) * TRAINING, data)
+    config = with_schedule(best, given, rate * time_to_plan(config.minutes, dist) * TRAINING, data)
     tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {speed:,.0f}" for _, speed, c in timed)
     note(f"tokens/s of models, layers x width, not compiled: {tried}")
     note(
@@ -180,14 +180,14 @@ def check_flags(given: dict[str, str]) -> None:
 
 
 def time_left(minutes: float) -> float:
-    """Seconds until `minutes` after the start of the process; at least one."""
-    return max(1.0, STARTED + 60 * minutes - time.monotonic())
+    """Seconds until `minutes` after the start of the process."""
+    return STARTED + 60 * minutes - time.monotonic()
 
 
-def shared_time_left(minutes: float, dist: Distributed) -> float:
-    """The same for all processes, which have to choose the same."""
+def time_to_plan(minutes: float, dist: Distributed) -> float:
+    """The same for all processes, which have to choose the same; at least a second, to train a little."""
     (milliseconds,) = dist.max(int(1000 * time_left(minutes)))
-    return milliseconds / 1000
+    return max(1.0, milliseconds / 1000)
 
 
 class Deadline:
