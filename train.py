@@ -93,7 +93,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     while True:
         step = state.step
         if deadline:
-            config = deadline.corrected(run, state, watch.seconds)
+            config = run.config = deadline.corrected(config, state, dist, watch.seconds)
             progress.bar.total = config.max_iters
         due = step == config.max_iters or step % config.eval_interval == 0
         evaluating = due and step != state.evaluated_at and not (stopping and step < config.max_iters)

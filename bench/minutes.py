@@ -1,7 +1,7 @@
 """Does `train.py --minutes` choose well, and does it keep its word? Each run is the command that a user would type.
 
 python bench/minutes.py --texts=python,shakespeare_char --minutes=1 --shapes=auto,2x128,4x128,3x256
-python bench/minutes.py --texts=python --minutes=1 --shapes=auto --extra=--learning_rate=4e-3
+python bench/minutes.py config/quickstart.py --texts=python --shapes=
 
 Losses are in bits per byte of the entire validation split, of `best`. Run it on a quiet machine.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +33,8 @@ class BenchConfig:
     """time of each run"""
     shapes: str = "auto"
     """layers x width, separated by commas; auto: what --minutes chooses"""
-    recipes: str = ""
-    """recipes to train to their end instead, separated by commas"""
+    recipes: list[PathName] = field(default_factory=list)
+    """recipes to train to their end as well"""
     extra: str = ""
     """other flags of train.py"""
     results: PathName = "minutes.jsonl"
@@ -74,7 +74,7 @@ def run(text: str, named: str, flags: list[str], bench: BenchConfig) -> None:
 def main() -> None:
     bench, _ = load_settings(BenchConfig)
     for text in bench.texts.split(","):
-        for recipe in filter(None, bench.recipes.split(",")):
+        for recipe in bench.recipes:
             run(text, recipe, [recipe], bench)
         for shape in filter(None, bench.shapes.split(",")):
             n_layer, _, n_embd = shape.partition("x")

@@ -2,6 +2,7 @@
 
 OMP_NUM_THREADS=1 python bench/transfer.py --texts=python,shakespeare_char --shapes=64x2,128x4 --steps=200,1000
 python bench/transfer.py --report        # a table of the results, with the loss at the default learning rate
+python bench/transfer.py --fit           # the law by which --minutes chooses a model, against the results
 
 In each cell, learning rates are tried around `start` until the best has a worse one on either side. Each run is one
 line of `results`; runs that are there already are not repeated. Losses do not depend on the machine's load.
@@ -60,6 +61,8 @@ class BenchConfig:
     """file of results, one JSON object per line"""
     report: bool = False
     """train nothing, print the results"""
+    fit: bool = False
+    """train nothing, fit the loss law of plaingpt/budget.py to the results"""
 
 
 def train_once(config: TrainConfig) -> dict:
@@ -134,12 +137,51 @@ def report(runs: list[dict]) -> None:
         print("|", " | ".join([*map(str, names), listed, f"{best:.2g}", f"{default:g}: {above:.2f}"]), "|")
 
 
+def fit(runs: list[dict]) -> None:
+    """L = E + A (N^-ap + (r W^-b)^p)^(1/p): a, b, r and p for all texts, E and A for each; least squares of log L.
+
+    N: millions of parameters in the blocks. W: millions of tokens, repeated ones counted as `predicted_loss` does.
+    """
+    runs = [run for run in runs if "dropout" not in run]
+    texts = sorted({run["dataset"] for run in runs})
+    which = np.array([texts.index(run["dataset"]) for run in runs])
+    loss, tokens, epochs = (np.array([run[name] for run in runs], float) for name in ("val_loss", "tokens", "epochs"))
+    size = np.array([12 * run["n_layer"] * run["n_embd"] ** 2 / 1e6 for run in runs])
+    text = tokens / np.maximum(epochs, 1e-3) / 1e6
+    worth = np.minimum(tokens / 1e6, text) + text * 15 * (1 - np.exp(-np.maximum(epochs - 1, 0) / 15))
+
+    def residuals(a: float, b: float, r: float, p: float) -> np.ndarray:
+        shape, predicted = (size ** (-a * p) + (r * worth**-b) ** p) ** (1 / p), np.empty_like(loss)
+        for i in range(len(texts)):
+            x, y = shape[which == i] / loss[which == i], 1 / loss[which == i]
+            (offset, factor), *_ = np.linalg.lstsq(np.stack([y, x], 1), np.ones_like(x), rcond=None)
+            if offset < 0:
+                offset, factor = 0.0, x.sum() / (x @ x)
+            predicted[which == i] = offset + factor * shape[which == i]
+        return predicted / loss - 1
+
+    tried = itertools.product(
+        np.arange(0.1, 0.61, 0.02), np.arange(0.1, 0.41, 0.02), np.geomspace(0.7, 8, 16), (1, 1.5, 2, 3, 3.7, 5)
+    )
+    best = {}
+    for a, b, r, p in tried:
+        error = np.sqrt(np.mean(residuals(a, b, r, p) ** 2))
+        best[p] = min(best.get(p, (math.inf,)), (error, a, b, r))
+    for p, (error, a, b, r) in best.items():
+        print(f"p={p}: a={a:.2f} b={b:.2f} r={r:.2f}, {100 * error:.2f}% off on average")
+    print("| text | width x depth | steps | loss | the law of budget.py |")
+    print("| --- | --- | --- | --- | --- |")
+    for run, error in zip(runs, residuals(0.18, 0.2, 1.7, 3.7)):
+        shape = f"{run['n_embd']} x {run['n_layer']}"
+        print(f"| {run['dataset']} | {shape} | {run['max_iters']} | {run['val_loss']:.3f} | {100 * error:+.1f}% |")
+
+
 def main() -> None:
     bench, _ = load_settings(BenchConfig)
     path = Path(bench.results)
     runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if bench.report:
-        return report(runs)
+    if bench.report or bench.fit:
+        return report(runs) if bench.report else fit(runs)
     extra = dict(pair.split("=") for pair in bench.extra.split(",") if pair)
     extra = {name: int(value) if value.isdecimal() else float(value) for name, value in extra.items()}
     done = {tuple(sorted((n, v) for n, v in run.items() if n not in MEASURED)): run["val_loss"] for run in runs}

@@ -10,13 +10,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from model import GPT, GPTConfig
 from plaingpt.checkpoint import model_directory, read_config
-from plaingpt.console import UserError, counted, millions, note
+from plaingpt.console import UserError, note
 from plaingpt.distributed import Distributed
 from plaingpt.files import new_file
 from plaingpt.run import LOCAL, SHAPE
@@ -35,13 +33,16 @@ STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
 def predicted_loss(config: TrainConfig, tokens: float, text: int) -> float:
     """Loss, up to factors of the text, after `tokens` of training on a text of `text` tokens.
 
-    A law fitted to 40 runs (docs/scaling.md): more parameters without more tokens help less than in the sum of
+    A law fitted to 45 runs (docs/scaling.md): more parameters without more tokens help less than in the sum of
     Hoffmann et al. 2022. Repeated tokens count less and less (Muennighoff et al. 2023).
     """
     repeated = max(tokens / text - 1, 0)
     worth = min(tokens, text) + text * 15 * (1 - math.exp(-repeated / 15))
-    parameters = 12 * config.n_layer * config.n_embd**2  # of the blocks
-    return ((parameters / 1e6) ** (-0.18 * 3.7) + (1.7 * (worth / 1e6) ** -0.2) ** 3.7) ** (1 / 3.7)
+    return ((block_parameters(config) / 1e6) ** (-0.18 * 3.7) + (1.7 * (worth / 1e6) ** -0.2) ** 3.7) ** (1 / 3.7)
+
+
+def block_parameters(config: TrainConfig) -> int:
+    return 12 * config.n_layer * config.n_embd**2
 
 
 def choose(
@@ -60,6 +61,8 @@ def choose(
     tokens = 5e4 * seconds  # a guess; from the second model on, the tokens of the one before
     timed = []
     for candidate in candidates(config, given):
+        if timed and block_parameters(candidate) > 3 * len(data.train):
+            break  # it would learn the text by heart
         candidate = with_batch(candidate, given, tokens, data, dist)
         try:
             rate, candidate = time_model(candidate, given, min(1.0, seconds / 100), tokens_per_second)
@@ -76,10 +79,8 @@ def choose(
     tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {speed:,.0f}" for _, speed, c in timed)
     note(f"tokens/s of models, layers x width, not compiled: {tried}")
     note(
-        f"lowest predicted loss in {config.minutes:g} minutes: {config.n_layer} x {config.n_embd}, "
-        f"{millions(parameters(config, data))} parameters, about {counted(config.max_iters, 'step')} of "
-        f"{config.gradient_accumulation_steps} x {config.batch_size} x {config.block_size} tokens; "
-        f"learning rate {config.learning_rate:g}, dropout {config.dropout:g}"
+        f"lowest predicted loss in {config.minutes:g} minutes: {config.n_layer} x {config.n_embd}, block_size "
+        f"{config.block_size}, learning_rate {config.learning_rate:g}, dropout {config.dropout:g}"
     )
     follows = {"warmup_iters": "--minutes"}  # the others of STEPS are derived from max_iters
     return config, {name: source for name, source in given.items() if name not in STEPS} | follows
@@ -106,8 +107,7 @@ def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConf
     """Models of one layer per 80 channels, at least two, and heads of about 64; or the shape of a trained model."""
     if config.init_from not in ("scratch", "auto"):
         trained = read_config(model_directory(config.init_from))
-        found = {name: getattr(trained, name) for name in SHAPE} | {"optimizer": "adamw", "dropout": 0.1}
-        yield dataclasses.replace(config, **{name: value for name, value in found.items() if name not in given})
+        yield dataclasses.replace(config, **{name: getattr(trained, name) for name in SHAPE if name not in given})
         return
     tried = set()
     for width in WIDTHS:
@@ -120,12 +120,6 @@ def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConf
         if (n_layer, n_embd) not in tried:
             tried.add((n_layer, n_embd))
             yield dataclasses.replace(config, n_layer=n_layer, n_embd=n_embd, n_head=n_head)
-
-
-def parameters(config: TrainConfig, data: DataSet) -> int:
-    shape = {name: getattr(config, name) for name in SHAPE}
-    with torch.device("meta"):
-        return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **shape)).num_parameters()
 
 
 def with_batch(
@@ -145,10 +139,10 @@ def with_batch(
 def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, data: DataSet) -> TrainConfig:
     """What follows from the model and the number of tokens to train on. Only flags keep a recipe's intervals."""
     steps = max(20, int(tokens / (config.batch_size * config.gradient_accumulation_steps * config.block_size)))
-    new = config.init_from in ("scratch", "auto")
+    rate = learning_rate(config.n_embd, steps)
     sequences = int(EVALUATED * tokens / config.block_size)
     chosen = {
-        "learning_rate": learning_rate(config.n_embd, steps) if new else 0.05 / config.n_embd,
+        "learning_rate": rate if config.init_from in ("scratch", "auto") else rate / 3,
         "momentum": 0.85 if steps < 500 else 0.95,
         "dropout": 0.2 if tokens > 30 * len(data.train) else config.dropout,
     }
@@ -202,9 +196,9 @@ class Deadline:
         self.minutes, self.first, self.half = config.minutes, state.step + max(1, steps // 20), state.step + steps // 40
         self.marked, self.pause = (state.step, state.seconds, time.monotonic()), 0.0
 
-    def corrected(self, run: Any, state: RunState, seconds: float) -> TrainConfig:
+    def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, seconds: float) -> TrainConfig:
         """The settings from here on. seconds: of training until now. All ranks, before each step."""
-        config, step = run.config, state.step
+        step = state.step
         evaluating = step % config.eval_interval == 0 and self.first < step < config.max_iters
         if step not in (self.half, self.first) and not evaluating:
             return config
@@ -216,13 +210,15 @@ class Deadline:
         per_step = (seconds - before) / (step - step_before) + self.pause / config.eval_interval
         steps = step + max(1, int((time_left(self.minutes) - self.pause) / per_step))
         wrong = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
-        correct, steps = run.dist.max(step == self.first or wrong, steps if run.dist.is_main else 0)
-        if correct:
-            run.config = dataclasses.replace(config, max_iters=steps, lr_decay_iters=steps)
-            state.settings |= dict(max_iters=steps, lr_decay_iters=steps)
-            if run.dist.is_main:
-                write_recipe(run.config)
-        return run.config
+        correct, steps = dist.max(step == self.first or wrong, steps if dist.is_main else 0)
+        if not correct:
+            return config
+        changed = dict(max_iters=steps, lr_decay_iters=steps)
+        state.settings |= changed
+        config = dataclasses.replace(config, **changed)
+        if dist.is_main:
+            write_recipe(config)
+        return config
 
 
 def write_recipe(config: TrainConfig) -> None:
