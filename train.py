@@ -179,15 +179,16 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
         shape, dist, functools.partial(memory, config.batch_size, config.optimizer, config.recompute, False, 1)
     )
     run = set_up(dataclasses.replace(config, compile=False), data, GPT(shape), 1, dist)
-    train_step(run, 0)  # allocates
+    train_step(run, 0, micro_steps=1)  # allocates
     dist.synchronize()
     started, steps, enough = time.perf_counter(), 0, 0
     while not enough:
-        train_step(run, steps)
+        train_step(run, steps, micro_steps=1)
         dist.synchronize()
         steps += 1
         (enough,) = dist.max(time.perf_counter() > started + seconds)
-    (rate,) = dist.sum(steps * run.tokens_per_step / (time.perf_counter() - started) / dist.world_size)
+    tokens = steps * config.batch_size * config.block_size  # of each process
+    (rate,) = dist.sum(tokens / (time.perf_counter() - started))
     return rate
 
 

@@ -18,6 +18,12 @@ from plaingpt.train_config import TrainConfig
 DIST = connect("cpu", "float32")
 
 
+@pytest.fixture(autouse=True)
+def starts_now(monkeypatch):
+    """The process of the tests may have run for minutes."""
+    monkeypatch.setattr(budget, "STARTED", time.monotonic())
+
+
 @pytest.fixture
 def data():
     """A text of so many tokens: more is not needed to choose."""
@@ -39,6 +45,12 @@ def test_more_time_or_a_faster_machine_trains_a_larger_model(data):
     sizes = [block_parameters(chosen(data, minutes)) for minutes in (1, 30, 10_000)]
     assert sizes[0] < sizes[1] < sizes[2]
     assert block_parameters(chosen(data, 1, None, 1e15)) > sizes[0]
+
+
+def test_a_time_that_is_too_short_for_the_steps_is_refused(data):
+    given = dict(n_layer=12, n_embd=768, batch_size=12, gradient_accumulation_steps=40)
+    with pytest.raises(UserError, match="--minutes=1 is enough for 0 steps of 491,520 tokens: give more time, or"):
+        chosen(data, 1, given | dict(block_size=1024))
 
 
 def test_a_small_text_gets_a_small_model(data):
@@ -137,12 +149,7 @@ def run_for(data_dir, out_dir, minutes, *more, **settings):
 SMALL = dict(dataset="tiny", n_layer=1, n_embd=8, n_head=1, block_size=8, batch_size=2)
 
 
-def since_now(monkeypatch):
-    monkeypatch.setattr(budget, "STARTED", time.monotonic())
-
-
-def test_its_recipe_trains_the_same_model_again(tmp_path, data_dir, monkeypatch):
-    since_now(monkeypatch)
+def test_its_recipe_trains_the_same_model_again(tmp_path, data_dir):
     ended = run_for(data_dir, tmp_path / "run", 0.05, **SMALL, eval_interval=10**6)
     assert "lowest predicted loss in 0.05 minutes" in ended.err
     recipe = tmp_path / "recipe.py"
@@ -156,18 +163,16 @@ def test_its_recipe_trains_the_same_model_again(tmp_path, data_dir, monkeypatch)
     assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == weights
 
 
-def test_a_finished_run_goes_on_for_a_time(tmp_path, data_dir, train, monkeypatch):
+def test_a_finished_run_goes_on_for_a_time(tmp_path, data_dir, train):
     train(tmp_path / "run")
-    since_now(monkeypatch)
     ended = run_for(data_dir, tmp_path / "run", 0.02, init_from="resume")
     state = load_state(tmp_path / "run" / "last")[0]
     assert state.step == state.settings["max_iters"] > 6 and "lr_decay_iters" in state.derived, ended.err
     assert "changed on resume: --minutes: max_iters=" in ended.err
 
 
-def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_run, monkeypatch):
+def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_run):
     (tmp_path / "recipe.py").write_text("max_iters = 5\nwarmup_iters = 100\nlog_interval = 7\nbeta2 = 0.9\n")
-    since_now(monkeypatch)
     model = dict(dataset="tiny", init_from=tiny_run / "best", learning_rate=1e-3)
     run_for(data_dir, tmp_path / "run", 0.03, tmp_path / "recipe.py", **model)
     settings = load_state(tmp_path / "run" / "last")[0].settings
@@ -175,8 +180,7 @@ def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_
     assert settings["beta2"] == 0.9 and settings["n_embd"] == 16
 
 
-def test_a_dry_run_writes_nothing(tmp_path, data_dir, monkeypatch):
-    since_now(monkeypatch)
+def test_a_dry_run_writes_nothing(tmp_path, data_dir):
     assert "lowest predicted loss" in run_for(data_dir, tmp_path / "run", 0.05, **SMALL, dry_run=True).err
     assert not (tmp_path / "run").exists()
 
