@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from plaingpt.checkpoint import model_directory, read_config
+from plaingpt.checkpoint import load_model, model_directory, read_config
 from plaingpt.console import UserError, note
 from plaingpt.distributed import Distributed
 from plaingpt.files import new_file
@@ -106,8 +106,9 @@ def time_model(
 def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConfig]:
     """Models of one layer per 80 channels, at least two, and heads of about 64; or the shape of a trained model."""
     if config.init_from not in ("scratch", "auto"):
-        trained = read_config(model_directory(config.init_from))
-        yield dataclasses.replace(config, **{name: getattr(trained, name) for name in SHAPE if name not in given})
+        model = config.init_from
+        shape = load_model(model)[0].config if model.endswith(".pt") else read_config(model_directory(model))
+        yield dataclasses.replace(config, **{name: getattr(shape, name) for name in SHAPE if name not in given})
         return
     tried = set()
     for width in WIDTHS:
