@@ -141,9 +141,9 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     """What follows from the model and the number of tokens to train on. Only flags keep a recipe's intervals."""
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
     steps = int(tokens / tokens_per_step)
-    if steps < 5:
+    if steps < 2:
         raise UserError(
-            f"--minutes={config.minutes:g} is enough for {steps} steps of {tokens_per_step:,} tokens: give more time, "
+            f"--minutes={config.minutes:g} is too short for two steps of {tokens_per_step:,} tokens: give more time, "
             "or smaller steps: --gradient_accumulation_steps"
         )
     rate = learning_rate(config.n_embd, steps)

@@ -49,7 +49,7 @@ def test_more_time_or_a_faster_machine_trains_a_larger_model(data):
 
 def test_a_time_that_is_too_short_for_the_steps_is_refused(data):
     given = dict(n_layer=12, n_embd=768, batch_size=12, gradient_accumulation_steps=40)
-    with pytest.raises(UserError, match="--minutes=1 is enough for 0 steps of 491,520 tokens: give more time, or"):
+    with pytest.raises(UserError, match="--minutes=1 is too short for two steps of 491,520 tokens: give more time, or"):
         chosen(data, 1, given | dict(block_size=1024))
 
 
@@ -172,11 +172,12 @@ def test_a_finished_run_goes_on_for_a_time(tmp_path, data_dir, train):
 
 
 def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_run):
-    (tmp_path / "recipe.py").write_text("max_iters = 5\nwarmup_iters = 100\nlog_interval = 7\nbeta2 = 0.9\n")
+    (tmp_path / "recipe.py").write_text("max_iters = 1000000000\nwarmup_iters = 1000000\nlog_interval = 7\nbeta2 = 0.9\n")
     model = dict(dataset="tiny", init_from=tiny_run / "best", learning_rate=1e-3)
     run_for(data_dir, tmp_path / "run", 0.03, tmp_path / "recipe.py", **model)
-    settings = load_state(tmp_path / "run" / "last")[0].settings
-    assert settings["max_iters"] > 5 and 0 < settings["warmup_iters"] < settings["max_iters"] / 2
+    state = load_state(tmp_path / "run" / "last")[0]
+    settings = state.settings
+    assert settings["max_iters"] == state.step < 1e9 and settings["warmup_iters"] < 1e6
     assert settings["beta2"] == 0.9 and settings["n_embd"] == 16
 
 
