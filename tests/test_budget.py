@@ -172,7 +172,8 @@ def test_a_finished_run_goes_on_for_a_time(tmp_path, data_dir, train):
 
 
 def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_run):
-    (tmp_path / "recipe.py").write_text("max_iters = 1000000000\nwarmup_iters = 1000000\nlog_interval = 7\nbeta2 = 0.9\n")
+    recipe = "max_iters = 1000000000\nwarmup_iters = 1000000\nlog_interval = 7\nbeta2 = 0.9\n"
+    (tmp_path / "recipe.py").write_text(recipe)
     model = dict(dataset="tiny", init_from=tiny_run / "best", learning_rate=1e-3)
     run_for(data_dir, tmp_path / "run", 0.03, tmp_path / "recipe.py", **model)
     state = load_state(tmp_path / "run" / "last")[0]
