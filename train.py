@@ -86,15 +86,13 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     progress = Progress(start, config.max_iters, dist.is_main)
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist, progress.print)
     watch, skipped = Stopwatch(state.seconds, start), SkippedUpdates(state.skipped, dist.device)
-    stop, stopping, paused_at = StopSignal(), 0, None
-    deadline = Deadline(config, state) if config.minutes else None
+    stop, deadline, stopping, paused_at = StopSignal(), Deadline(config, state), 0, None
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
         step = state.step
-        if deadline:
-            config = run.config = deadline.corrected(config, state, dist, watch.seconds)
-            progress.bar.total = config.max_iters
+        config = run.config = deadline.corrected(config, state, dist, watch)
+        progress.bar.total = config.max_iters
         due = step == config.max_iters or step % config.eval_interval == 0
         evaluating = due and step != state.evaluated_at and not (stopping and step < config.max_iters)
         keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
@@ -128,9 +126,8 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
             if state.step % config.log_interval == 0 or state.step == config.max_iters:
                 (train_loss,) = dist.sum(loss.item() / dist.world_size)  # waits for the device: only here
                 rate = watch.rate(state.step)
-                record = dict(step=state.step, tokens=state.step * run.tokens_per_step, seconds=watch.seconds)
-                record |= dict(train_loss=train_loss, lr=config.learning_rate_at(step), grad_norm=norm.item())
-                record |= dict(skipped=skipped.total or None) | speed(run, rate)
+                record = dict(step=state.step, train_loss=train_loss, grad_norm=norm.item(), seconds=watch.seconds)
+                record |= dict(skipped=skipped.total or None) | computed(run, state.step, rate)
                 metrics.write(**record)
                 progress.show(record, seconds_left=(config.max_iters - state.step) / rate)
             progress.advance()
@@ -140,16 +137,16 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     progress.close()
     problem = saver.wait()
     metrics.close()
-    (stopping,) = dist.max(stop.number)
-    return closing_lines(config, state, stopping, problem)
+    return closing_lines(config, state, dist.max(stop.number)[0], problem)
 
 
-def speed(run: Run, steps_per_second: float) -> dict[str, float]:
-    tokens_per_second = steps_per_second * run.tokens_per_step
-    if not run.dist.peak_flops:
-        return {"tokens_per_second": tokens_per_second}
-    mfu = tokens_per_second * run.raw_model.flop_per_token() / run.dist.peak_flops
-    return {"tokens_per_second": tokens_per_second, "mfu": mfu}
+def computed(run: Run, steps: int, steps_per_second: float) -> dict[str, float]:
+    """What a record says besides what was measured."""
+    found = {"tokens": steps * run.tokens_per_step, "lr": run.config.learning_rate_at(steps - 1)}
+    found["tokens_per_second"] = steps_per_second * run.tokens_per_step
+    if run.dist.peak_flops:
+        found["mfu"] = found["tokens_per_second"] * run.raw_model.flop_per_token() / run.dist.peak_flops
+    return found
 
 
 def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:

@@ -17,6 +17,7 @@ from plaingpt.checkpoint import load_model, model_directory, read_config
 from plaingpt.console import UserError, note
 from plaingpt.distributed import Distributed
 from plaingpt.files import new_file
+from plaingpt.metrics import Stopwatch
 from plaingpt.run import LOCAL, SHAPE
 from plaingpt.run_state import RunState
 from plaingpt.tokens import DataSet
@@ -192,7 +193,7 @@ def time_to_plan(minutes: float, dist: Distributed) -> float:
 
 
 class Deadline:
-    """Makes a run end in time: corrects the number of steps once, at the end of the warmup.
+    """Makes a run with --minutes end in time: corrects the number of steps once, at the end of the warmup.
 
     The learning rates until then do not depend on it, so a run of the corrected recipe is the same from its first step
     on. Evaluations correct it again only if the machine's speed has changed.
@@ -203,12 +204,14 @@ class Deadline:
         self.minutes, self.first, self.half = config.minutes, state.step + max(1, steps // 20), state.step + steps // 40
         self.marked, self.pause = (state.step, state.seconds, time.monotonic()), 0.0
 
-    def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, seconds: float) -> TrainConfig:
-        """The settings from here on. seconds: of training until now. All ranks, before each step."""
+    def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:
+        """The settings from here on. All ranks, before each step."""
         step = state.step
         evaluating = step % config.eval_interval == 0 and self.first < step < config.max_iters
-        if step not in (self.half, self.first) and not evaluating:
+        if not self.minutes or (step not in (self.half, self.first) and not evaluating):
             return config
+        dist.synchronize()
+        seconds = watch.seconds  # of training until now
         now, (step_before, before, then) = time.monotonic(), self.marked
         self.marked = step, seconds, now
         self.pause = max(self.pause, now - then - (seconds - before))  # of an evaluation and its save
@@ -233,7 +236,7 @@ def write_recipe(config: TrainConfig) -> None:
     path, defaults = Path(config.out_dir) / "recipe.py", TrainConfig()
     with new_file(path) as file:
         print(
-            f"# Chosen by --minutes={config.minutes:g}. To train the same model again: python train.py {path}",
+            f"# Chosen by --minutes={config.minutes:g}. To train with these settings: python train.py {path}",
             file=file,
         )
         for name, value in vars(config).items():

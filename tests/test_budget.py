@@ -126,7 +126,7 @@ def test_a_run_ends_in_time_on_a_machine_of_another_speed(tmp_path, clock, slowe
     state = RunState(settings=dataclasses.asdict(config))
     deadline, training, corrections = Deadline(config, state), 0.0, set()
     while True:
-        config = deadline.corrected(config, state, DIST, training)
+        config = deadline.corrected(config, state, DIST, SimpleNamespace(seconds=training))
         corrections.add(config.max_iters)
         if state.step == config.max_iters or state.step % config.eval_interval == 0:
             clock.seconds += 4
