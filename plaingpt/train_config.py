@@ -30,7 +30,7 @@ class RunSettings:
     init_from: PathName = "scratch"
     """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); or a model: gpt2, a directory"""
     minutes: Positive | None = None
-    """time for the entire command: chooses the model, the batch and the number of steps that are not given"""
+    """minutes that the entire command may take: chooses the model, the batch and the number of steps unless given"""
     max_iters: PositiveInt = 600000
     """number of training steps"""
     batch_size: PositiveInt = 12
