@@ -24,8 +24,9 @@ from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
 from plaingpt.files import check_writable, existing, set_aside
+from plaingpt.graphs import Captured
 from plaingpt.metrics import Metrics, Progress, Stopwatch
-from plaingpt.optimizer import SkippedUpdates, apply_gradients, check_gradients, make_optimizers
+from plaingpt.optimizer import SkippedUpdates, apply_gradients, check_gradients, drop_gradients, make_optimizers
 from plaingpt.parallel import exchange_gradients, shard_count, wrap
 from plaingpt.plan import announce, check_memory, dry_run, memory
 from plaingpt.run import SHAPE, check_default, closing_lines, initial_model, resumed_settings
@@ -50,6 +51,33 @@ class Run:
     eval_batches: EvalBatches
     tokens_per_step: int
 
+    def __post_init__(self):
+        self.parameters = list(self.model.parameters())
+        self.micro_step = functools.partial(forward_backward, self.model, self.dist, self.scaler)
+        self.gradients = []
+        if captures(self.config, self.dist, self.raw_model):
+            self.micro_step = Captured(self.micro_step)
+            self.gradients = [torch.zeros_like(p) for p in self.parameters]
+
+
+def captures(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
+    """Whether micro-steps become CUDA graphs: those of a small model, which a GPU computes faster than Python launches
+    their kernels. Larger ones would gain nothing, and need more memory. Recomputation saves random states: graphs must
+    not."""
+    alone = dist.device.type == "cuda" and dist.world_size == 1 and not config.recompute
+    return alone and config.batch_size * config.block_size * model.flop_per_token() < 4e12
+
+
+def forward_backward(
+    model: nn.Module, dist: Distributed, scaler: torch.amp.GradScaler, inputs: Tensor, targets: Tensor, count: Tensor
+) -> Tensor:
+    """Add the gradients of one of `count` micro-batches. Returns its part of the step's mean loss."""
+    with dist.autocast():
+        _, loss = model(inputs, targets, need_logits=False)
+    loss = loss / count
+    scaler.scale(loss).backward()
+    return loss.detach()
+
 
 def train_step(
     run: Run, step: int, stop: StopSignal | None = None, micro_steps: int | None = None
@@ -61,21 +89,22 @@ def train_step(
     """
     config, dist = run.config, run.dist
     micro_steps = micro_steps or dist.per_process(config.gradient_accumulation_steps)
-    total = torch.zeros((), device=dist.device)
+    total, count = torch.zeros((), device=dist.device), torch.full((), float(micro_steps), device=dist.device)
+    if run.gradients:  # graphs add to the same tensors in each step
+        torch._foreach_zero_(run.gradients)
+        for parameter, gradient in zip(run.parameters, run.gradients, strict=True):
+            parameter.grad = gradient
     for i in range(micro_steps):
         if stop and dist.max(stop.number)[0]:
-            run.model.zero_grad(set_to_none=True)
+            drop_gradients(run.parameters)
             return None
         index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in a step
         inputs, targets = dist.to_device(*run.train_batches.micro_batch(step, index, config.batch_size))
         torch.manual_seed(mix(config.seed, step, index))  # dropout: no random state has to be saved
         exchange_gradients(run.model, last=i == micro_steps - 1)
-        with dist.autocast():
-            _, loss = run.model(inputs, targets, need_logits=False)
-        run.scaler.scale(loss / micro_steps).backward()
-        total += loss.detach() / micro_steps
+        total += run.micro_step(inputs, targets, count)
     lr = config.learning_rate_at(step)
-    return total, apply_gradients(run.model, run.optimizers, run.scaler, lr, config.grad_clip)
+    return total, apply_gradients(run.parameters, run.optimizers, run.scaler, lr, config.grad_clip)
 
 
 def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
@@ -176,7 +205,8 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
         shape, dist, functools.partial(memory, config.batch_size, config.optimizer, config.recompute, False, 1)
     )
     run = set_up(dataclasses.replace(config, compile=False), data, GPT(shape), 1, dist)
-    train_step(run, 0, micro_steps=1)  # allocates
+    for _ in range(2 if run.gradients else 1):  # the first one allocates; the second one captures a graph
+        train_step(run, 0, micro_steps=1)
     dist.synchronize()
     started, steps, enough = time.perf_counter(), 0, 0
     while not enough:

@@ -238,7 +238,7 @@ def disk(folder: Path) -> None:
     optimizers = make_optimizers(model, "muon", 0.01, 0.1, (0.9, 0.95))
     ids = torch.randint(tokenizer.vocab_size, (1, 17))
     model(ids[:, :-1], ids[:, 1:])[1].backward()
-    apply_gradients(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1e-4, 1.0)
+    apply_gradients(list(model.parameters()), optimizers, torch.amp.GradScaler("cpu", enabled=False), 1e-4, 1.0)
 
     def save(step: int, val_loss: float) -> str | None:
         state = RunState(step=step, best_val_loss=val_loss + 1)

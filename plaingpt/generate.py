@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT
-from plaingpt.console import note, one_line
 from plaingpt.cpu import pack
+from plaingpt.graphs import Captured
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,12 @@ class Batch:
         self.seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=decoder.draw_device)  # ids in the text
         for row, prompt in enumerate(prompts):
             self.seen[row, prompt] = True
-        # By shape: the captured graph and the ids it returns. None: capture does not work here.
-        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor]] | None = {}
+        self.draw = Captured(self._draw) if decoder.device.type == "cuda" else self._draw
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """(text, its next token) for every text that has not ended."""
-        shape = self._prepare()
-        ids = (self._replay if self.decoder.device.type == "cuda" else self._draw)(*shape).tolist()
+        ids = self.draw(*self._prepare()).tolist()
         new = list(zip(self.rows, ids))  # fixed shapes may have more rows
         for text, token in new:
             self.texts[text].append(token)
@@ -199,26 +197,6 @@ class Batch:
         if self.decoder.fixed_shapes:  # powers of two
             n, length = (1 << (x - 1).bit_length() for x in (n, max(128, length)))
         return min(n, len(self.texts)), min(length, self.cache.size(-2))
-
-    def _replay(self, *shape: int) -> Tensor:
-        """`_draw` as a CUDA graph, captured the first time: one launch in place of 200."""
-        if self.graphs is None:
-            return self._draw(*shape)
-        if shape not in self.graphs:
-            ids = self._draw(*shape)  # loads the kernels, which cannot be done during the capture
-            graph = torch.cuda.CUDAGraph()
-            # Graphs that run one after the other can share memory. Other threads may use the GPU during the capture.
-            pool = next((other.pool() for other, _ in self.graphs.values()), None)
-            try:
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    self.graphs[shape] = graph, self._draw(*shape)
-            except RuntimeError as error:  # slower, but the same
-                note(f"sampling without CUDA graphs: {one_line(error)}")
-                self.graphs = None
-            return ids
-        graph, ids = self.graphs[shape]
-        graph.replay()
-        return ids
 
     def _draw(self, rows: int, length: int) -> Tensor:
         """The next token of each row: (B,)."""

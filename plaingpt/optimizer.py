@@ -1,7 +1,7 @@
 """AdamW and Muon, and steps that skip non-finite gradients.
 
 optimizers = make_optimizers(model, "muon", 1e-3, weight_decay=0.1, betas=(0.9, 0.95))
-norm = apply_gradients(model, optimizers, scaler, learning_rate, grad_clip=1.0)
+norm = apply_gradients(list(model.parameters()), optimizers, scaler, learning_rate, grad_clip=1.0)
 """
 
 import math
@@ -185,7 +185,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
 
 
 def apply_gradients(
-    model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler, learning_rate: float, grad_clip: float
+    parameters: list[Tensor], optimizers: list, scaler: torch.amp.GradScaler, learning_rate: float, grad_clip: float
 ) -> Tensor:
     """Update the parameters. Return the norm of the gradients before clipping, a scalar tensor on the device.
 
@@ -194,11 +194,10 @@ def apply_gradients(
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    norm = full(norm)
+    norm = full(nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
     skip = (~norm.isfinite()).float()
     if norm.device.type == "mps" and skip:  # its fused kernel ignores found_inf: here the host waits
-        model.zero_grad(set_to_none=True)
+        drop_gradients(parameters)
         scaler.update()
         return norm
     for optimizer in optimizers:
@@ -208,8 +207,13 @@ def apply_gradients(
         optimizer.grad_scale, optimizer.found_inf = None, skip
         optimizer.step()
     scaler.update()
-    model.zero_grad(set_to_none=True)
+    drop_gradients(parameters)
     return norm
+
+
+def drop_gradients(parameters: list[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 class SkippedUpdates:

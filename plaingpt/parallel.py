@@ -34,7 +34,7 @@ def wrap(
     speed_up(model)
     sharded = dist.world_size > 1 and sharding != "ddp"
     if compiled:
-        _compile(model, dist.device, sharded)
+        _compile(model, dist, sharded)
     reduce_in = getattr(torch, reduce_dtype)
     return _shard(model, dist, sharding, reduce_in) if sharded else _replicate(model.to(dist.device), dist, reduce_in)
 
@@ -83,7 +83,7 @@ def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.
     return model
 
 
-def _compile(model: nn.Module, device: torch.device, sharded: bool) -> None:
+def _compile(model: nn.Module, dist: Distributed, sharded: bool) -> None:
     """Compile `model` in place, block by block: all blocks use the code of the first, so GPT-2 1.5B compiles in
     seconds, where compiling the model as one graph took minutes and made it no faster.
 
@@ -91,11 +91,13 @@ def _compile(model: nn.Module, device: torch.device, sharded: bool) -> None:
     If nothing compiles on this machine (no C++ compiler, say), one line says so and the model stays as it is.
     """
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))  # otherwise the backward pass fails first
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=dist.device))  # before a backward pass fails
     except Exception as error:  # of many kinds
         note(f"torch.compile does not work here, continuing without it: {_reason(error)}")
         return
     fall_back_to_eager(_reason)
+    # The keys of torch 2.11's cache leave out autocast's precision: in float16 it would find bfloat16's code.
+    torch.compiler.config.cache_key_tag = str(dist.dtype)
     torch._dynamo.config.optimize_ddp = False  # it splits graphs so that DDP can overlap; blocks are small enough
     for block in model.transformer.h:
         for module in (block.ln_1, block.attn, block.ln_2, block.mlp) if sharded else (block,):

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["model", "plaingpt.startup"],
     ["plaingpt.console"],
-    ["plaingpt.cpu", "plaingpt.help", "plaingpt.workarounds"],
+    ["plaingpt.cpu", "plaingpt.graphs", "plaingpt.help", "plaingpt.workarounds"],
     ["plaingpt.settings"],
     ["plaingpt.generate"],
     ["plaingpt.files", "plaingpt.hub"],

@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_graphs import Recorded
 from test_model import SMALL, random_ids, random_model
-from test_parallel import NoWaiting
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from model import GPT, GPTConfig
 from plaingpt.cpu import has_fp16_products
@@ -97,19 +96,12 @@ def test_steps_recorded_once_for_each_shape_and_repeated_write_the_same(sampling
     prompts, lengths = [ids[i][:n] for i, n in enumerate((3, 120, 290, 7, 320))], [30, 20, 20, 15, 10]
     alone = [batch(model, [prompt], 50, sampling, [i]) for i, prompt in enumerate(prompts)]
     expected = [write(text, [length])[0] for text, length in zip(alone, lengths)]
-    texts, graphs = batch(model, prompts, 50, sampling), {}
+    texts = batch(model, prompts, 50, sampling)
     texts.decoder.fixed_shapes = True
-    draw_once = texts._draw
-
-    def replay(*shape: int) -> torch.Tensor:
-        if shape not in graphs:
-            with NoWaiting():
-                graphs[shape] = make_fx(lambda: draw_once(*shape))()
-        return graphs[shape]()
-
-    texts._draw = replay
+    texts.draw = Recorded(texts._draw)
     assert write(texts, lengths) == expected
-    assert graphs.keys() == {(5, 304), (4, 304), (4, 256), (1, 128)}  # powers of two, or as many as there are
+    assert texts.draw.calls == {(5, 304), (4, 304), (4, 256), (1, 128)}  # powers of two, or as many as there are
+    assert texts.draw.graphs.keys() == {(5, 304), (4, 256), (1, 128)}  # those that were used again
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=on_x86)])

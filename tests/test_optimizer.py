@@ -93,7 +93,7 @@ def test_matrices_and_embeddings_decay_and_vectors_do_not(kind):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0)
+    apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 1.0)
     for name, parameter in model.named_parameters():
         kept = 1 - 0.02 * 0.5 if parameter.dim() == 2 else 1
         assert torch.allclose(parameter, before[name] * kept, rtol=1e-6, atol=0), name
@@ -119,7 +119,7 @@ def test_adamw_equals_torchs_plain_one():
     for seed in range(3):
         set_gradients(model, seed)
         set_gradients(other, seed)
-        apply_gradients(model, optimizers, NO_SCALER, 0.02, 0.0)
+        apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 0.0)
         plain.step()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), other.parameters()))
 
@@ -146,7 +146,7 @@ def test_momentum_is_muons():
         optimizers = make_optimizers(model, "muon", 0.02, 0.1, (0.9, 0.95), momentum)
         for seed in range(2):
             set_gradients(model, seed)
-            apply_gradients(model, optimizers, NO_SCALER, 0.02, 0.0)
+            apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 0.0)
         moved.append(
             [p.detach().clone() for p in (model.transformer.h[0].mlp.c_fc.weight, model.transformer.wte.weight)]
         )
@@ -164,7 +164,7 @@ def test_muon_equals_a_plain_reference_matrix_by_matrix(dtype, most):
     gradients = []
     for seed in range(3):
         gradients.append(set_gradients(model, seed))
-        apply_gradients(model, optimizers, NO_SCALER, 0.02, 0.0)
+        apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 0.0)
     for name, parameter in model.named_parameters():
         if ".h." not in name or parameter.dim() != 2:
             continue
@@ -199,16 +199,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, bad):
     model, optimizers = make(kind)
     for seed in range(2):
         set_gradients(model, seed)
-        apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0)
+        apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 1.0)
     before = snapshot(model, optimizers)
     set_gradients(model, 2)
     model.transformer.h[1].ln_1.weight.grad[3] = bad
-    norm = apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0)
+    norm = apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 1.0)
     assert not norm.isfinite()
     assert len(before) > 2 * len(list(model.parameters()))
     assert equal(before, snapshot(model, optimizers))
     set_gradients(model, 3)
-    assert apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0).isfinite()
+    assert apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 1.0).isfinite()
     assert not equal(before, snapshot(model, optimizers))
 
 
@@ -217,12 +217,12 @@ def test_a_first_gradient_that_is_not_finite_leaves_no_trace(kind):
     model, optimizers = make(kind)
     set_gradients(model, 0)
     model.transformer.wte.weight.grad[0, 0] = math.nan
-    apply_gradients(model, optimizers, NO_SCALER, 0.02, 0.0)
+    apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 0.0)
     fresh, fresh_optimizers = make(kind)
     assert equal(list(model.parameters()), list(fresh.parameters()))
     for m, o in ((model, optimizers), (fresh, fresh_optimizers)):
         set_gradients(m, 1)
-        apply_gradients(m, o, NO_SCALER, 0.02, 0.0)
+        apply_gradients(list(m.parameters()), o, NO_SCALER, 0.02, 0.0)
     assert equal(snapshot(model, optimizers), snapshot(fresh, fresh_optimizers))
 
 
@@ -247,8 +247,8 @@ def test_a_loss_scale_changes_no_update(kind):
     scaled, scaled_optimizers = make(kind)
     set_gradients(model, 0)
     set_gradients(scaled, 0, scale=2.0**10)
-    norm = apply_gradients(model, optimizers, NO_SCALER, 0.02, 1.0)
-    assert apply_gradients(scaled, scaled_optimizers, loss_scaler(), 0.02, 1.0) == norm
+    norm = apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 1.0)
+    assert apply_gradients(list(scaled.parameters()), scaled_optimizers, loss_scaler(), 0.02, 1.0) == norm
     assert equal(snapshot(model, optimizers), snapshot(scaled, scaled_optimizers))
 
 
@@ -258,11 +258,11 @@ def test_a_scaled_gradient_that_is_not_finite_changes_nothing_but_the_scale(kind
     model, optimizers = make(kind)
     scaler = loss_scaler()
     set_gradients(model, 0)
-    apply_gradients(model, optimizers, scaler, 0.02, 1.0)
+    apply_gradients(list(model.parameters()), optimizers, scaler, 0.02, 1.0)
     before = snapshot(model, optimizers)
     set_gradients(model, 1)
     model.transformer.wte.weight.grad[0, 0] = bad  # of one optimizer of two, if there are two
-    apply_gradients(model, optimizers, scaler, 0.02, 1.0)
+    apply_gradients(list(model.parameters()), optimizers, scaler, 0.02, 1.0)
     assert equal(before, snapshot(model, optimizers))
     assert scaler.get_scale() == 2.0**9
 
@@ -274,7 +274,8 @@ def test_gradients_are_clipped_to_a_norm_and_their_own_norm_is_told(grad_clip, m
     gradients = set_gradients(model, 0)
     norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
     plain = torch.optim.SGD(model.parameters(), lr=123.0, fused=True)
-    assert apply_gradients(model, [plain], NO_SCALER, 0.1, grad_clip).item() == pytest.approx(norm, rel=1e-4)
+    found = apply_gradients(list(model.parameters()), [plain], NO_SCALER, 0.1, grad_clip)
+    assert found.item() == pytest.approx(norm, rel=1e-4)
     step = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - start
     assert step.norm().item() == pytest.approx(0.1 * (moved or norm), rel=1e-3)
     assert all(parameter.grad is None for parameter in model.parameters())

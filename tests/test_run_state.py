@@ -50,7 +50,7 @@ def steps(model: GPT, optimizers: list, count: int) -> None:
     idx = torch.randint(model.config.vocab_size, (2, 25), generator=torch.Generator().manual_seed(2))
     for _ in range(count):
         model(idx[:, :-1], idx[:, 1:])[1].backward()
-        apply_gradients(model, optimizers, scaler, 0.01, 1.0)
+        apply_gradients(list(model.parameters()), optimizers, scaler, 0.01, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

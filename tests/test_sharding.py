@@ -198,7 +198,7 @@ def work(dist):
     idx = torch.zeros(1, 8, dtype=torch.long)
     with dist.autocast():
         model(idx, idx, need_logits=False)[1].backward()
-    apply_gradients(model, optimizers, torch.amp.GradScaler("cpu", enabled=False), 1e-2, 1.0)
+    apply_gradients(list(model.parameters()), optimizers, torch.amp.GradScaler("cpu", enabled=False), 1e-2, 1.0)
     held = sum(p.to_local().numel() for p in model.parameters())
     moments = [t.to_local().numel() for o in optimizers for s in o.state.values() for t in s.values() if t.dim()]
     of_muon = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)

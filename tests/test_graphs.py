@@ -1,0 +1,92 @@
+import functools
+
+import numpy as np
+import pytest
+import torch
+from test_parallel import NoWaiting
+from torch.utils._pytree import tree_leaves
+
+import train
+from model import GPT, GPTConfig
+from plaingpt.distributed import connect
+from plaingpt.graphs import Captured
+from plaingpt.tokens import DataSet, Tokens
+from train import TrainConfig, set_up, train_step
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+SHAPE = dict(block_size=16, n_layer=2, n_head=2, n_embd=32)
+
+
+class Recorded(Captured):
+    """Runs on a CPU as CUDA graphs do: records operations, and repeats them in the same memory.
+
+    changed: gives the tensors that the function changes. Recording computes, a capture does not: it is undone.
+    Fails where a graph would wait for the device.
+    """
+
+    def __init__(self, function, changed=list):
+        super().__init__(function)
+        self.changed = changed
+
+    def _capture(self, arguments):
+        inputs = [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+        before = [(tensor, tensor.clone()) for tensor in self.changed()]
+        with torch.random.fork_rng(devices=()), Recorder() as recorder:
+            result = self.function(*inputs)
+        for tensor, values in before:
+            tensor.copy_(values)
+        return recorder, inputs, result
+
+
+class Recorder(NoWaiting):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def trained(device: str, **settings) -> dict[str, torch.Tensor]:
+    """Weights after five steps."""
+    config = TrainConfig(**SHAPE, batch_size=2, gradient_accumulation_steps=3, max_iters=10, **settings)
+    torch.manual_seed(0)
+    dist = connect(device, "float32")
+    tokens = Tokens([np.random.default_rng(0).integers(0, 65, 1000).astype(np.uint16)])
+    model = GPT(GPTConfig(vocab_size=65, dropout=config.dropout, **SHAPE))
+    run = set_up(config, DataSet(tokens, tokens, None, ""), model, 1, dist)
+    for step in range(5):
+        train_step(run, step)
+    if run.gradients:
+        assert len(run.micro_step.graphs) == 1
+    return model.weights()
+
+
+def test_a_captured_micro_step_trains_the_same_weights(monkeypatch):
+    expected = trained("cpu", dropout=0.1)
+    monkeypatch.setattr(train, "captures", lambda *_: True)
+
+    def recorded(function: functools.partial) -> Recorded:
+        return Recorded(function, lambda: [parameter.grad for parameter in function.args[0].parameters()])
+
+    monkeypatch.setattr(train, "Captured", recorded)
+    found = trained("cpu", dropout=0.1)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_cuda_a_captured_micro_step_trains_the_same_weights(monkeypatch, compiled):
+    found = trained("cuda", dropout=0.1, compile=compiled)
+    monkeypatch.setattr(train, "captures", lambda *_: False)
+    expected = trained("cuda", dropout=0.1, compile=compiled)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)
