@@ -59,6 +59,10 @@ class Run:
             self.micro_step = Captured(self.micro_step)
             self.gradients = [torch.zeros_like(p) for p in self.parameters]
 
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.data.train) / self.tokens_per_step
+
 
 def captures(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
     """Whether micro-steps become CUDA graphs: those of a small model, which a GPU computes faster than Python launches
@@ -115,7 +119,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     progress = Progress(start, config.max_iters, dist.is_main)
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist, progress.print)
     watch, skipped = Stopwatch(state.seconds, start), SkippedUpdates(state.skipped, dist.device)
-    stop, deadline, stopping, paused_at = StopSignal(), Deadline(config, state), 0, None
+    stop, deadline, stopping, paused_at = StopSignal(), Deadline(config, state, run.steps_per_epoch), 0, None
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:

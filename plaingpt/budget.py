@@ -27,6 +27,7 @@ WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
 SEQUENCES = 16  # in a step
 TRAINING = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS = 4  # after the one at the start
+FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATED = 0.03  # tokens of an evaluation, of those trained on: 1% of the time
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
 
@@ -64,7 +65,7 @@ def choose(
     tokens = 5e4 * seconds  # a guess; from the second model on, the tokens of the one before
     timed = []
     for candidate in candidates(config, given):
-        if timed and block_parameters(candidate) > 3 * len(data.train):
+        if timed and block_parameters(candidate) > 12 * len(data.train):
             break  # it would learn the text by heart
         candidate = with_batch(candidate, given, tokens, data, dist)
         try:
@@ -154,12 +155,12 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     chosen = {
         "learning_rate": rate if config.init_from in ("scratch", "auto") else rate / 3,
         "momentum": 0.85 if steps < 500 else 0.95,
-        "dropout": 0.2 if tokens > 30 * len(data.train) else config.dropout,
+        "dropout": 0.2 if tokens > 12 * len(data.train) else config.dropout,
     }
     intervals = {
         "eval_iters": 0 if sequences * config.block_size > len(data.val) else max(1, sequences // config.batch_size),
         "log_interval": max(1, steps // 100),
-        "eval_interval": math.ceil(steps / EVALUATIONS),
+        "eval_interval": math.ceil(steps / EVALUATIONS / (3 if tokens > FEW_EPOCHS * len(data.train) else 1)),
     }
     kept = {name for name in given if name not in intervals or given[name].startswith("--")}
     chosen = {name: value for name, value in (chosen | intervals).items() if name not in kept}
@@ -198,19 +199,26 @@ class Deadline:
     """Makes a run with --minutes end in time: corrects the number of steps once, at the end of the warmup.
 
     The learning rates until then do not depend on it, so a run of the corrected recipe is the same from its first step
-    on. Evaluations correct it again only if the machine's speed has changed.
+    on. Evaluations correct it again only if the machine's speed has changed. If the loss rises after a few epochs, the
+    learning rate decays within an eighth of the steps made so far, and the run ends before its time.
     """
 
-    def __init__(self, config: TrainConfig, state: RunState):
+    def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float = math.inf):
         steps = config.max_iters - state.step
         self.minutes, self.first, self.half = config.minutes, state.step + max(1, steps // 20), state.step + steps // 40
         self.marked, self.pause = (state.step, state.seconds, time.monotonic()), 0.0
+        self.few_steps, self.ending = FEW_EPOCHS * steps_per_epoch, False
 
     def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:
         """The settings from here on. All ranks, before each step."""
         step = state.step
+        if not self.minutes or self.ending:
+            return config
+        if state.evaluations_since_best and state.evaluated_at > max(self.few_steps, self.first):
+            self.ending = True
+            return with_steps(config, state, min(step + math.ceil(step / 8), config.max_iters), dist.is_main)
         evaluating = step % config.eval_interval == 0 and self.first < step < config.max_iters
-        if not self.minutes or (step not in (self.half, self.first) and not evaluating):
+        if step not in (self.half, self.first) and not evaluating:
             return config
         dist.synchronize()
         seconds = watch.seconds  # of training until now
@@ -223,14 +231,17 @@ class Deadline:
         steps = step + max(1, int((time_left(self.minutes) - self.pause) / per_step))
         wrong = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
         correct, steps = dist.max(step == self.first or wrong, steps if dist.is_main else 0)
-        if not correct:
-            return config
-        changed = dict(max_iters=steps, lr_decay_iters=steps)
-        state.settings |= changed
-        config = dataclasses.replace(config, **changed)
-        if dist.is_main:
-            write_recipe(config)
-        return config
+        return with_steps(config, state, steps, dist.is_main) if correct else config
+
+
+def with_steps(config: TrainConfig, state: RunState, steps: int, write: bool) -> TrainConfig:
+    """`config` with another number of steps, also in the state; write: the recipe too."""
+    changed = dict(max_iters=steps, lr_decay_iters=steps)
+    state.settings |= changed
+    config = dataclasses.replace(config, **changed)
+    if write:
+        write_recipe(config)
+    return config
 
 
 def write_recipe(config: TrainConfig) -> None:

@@ -55,7 +55,7 @@ def test_a_time_that_is_too_short_for_the_steps_is_refused(data):
 
 def test_a_small_text_gets_a_small_model(data):
     data.train = range(1_000_000)
-    assert block_parameters(chosen(data, 10_000)) <= 3_000_000
+    assert block_parameters(chosen(data, 10_000)) <= 12_000_000
     data.train = range(1_000)
     assert chosen(data, 10_000).n_embd == 64
 
@@ -116,6 +116,19 @@ def clock(monkeypatch):
     monkeypatch.setattr(budget, "STARTED", 100.0)
     monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: 100 + now.seconds))
     return now
+
+
+def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock):
+    config = TrainConfig(minutes=10, max_iters=1000, eval_interval=100, warmup_iters=50, out_dir=str(tmp_path))
+    state, watch = RunState(settings=dataclasses.asdict(config)), SimpleNamespace(seconds=0.0)
+    deadline = Deadline(config, state, steps_per_epoch=50)
+    for step, since, steps in ((1, 0, 1000), (101, 1, 1000), (301, 0, 1000), (401, 1, 452), (410, 2, 452)):
+        state.step, state.evaluated_at, state.evaluations_since_best = step, step - 1, since
+        assert deadline.corrected(config, state, DIST, watch).max_iters == steps
+        if steps < 1000:
+            assert state.settings["lr_decay_iters"] == steps
+            assert runpy.run_path(tmp_path / "recipe.py")["max_iters"] == steps
+            config = dataclasses.replace(config, max_iters=steps, lr_decay_iters=steps)
 
 
 @pytest.mark.parametrize("slower", [0.3, 1.0, 1.7])

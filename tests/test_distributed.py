@@ -131,7 +131,7 @@ def test_a_card_that_is_not_there_is_a_user_error():
         connect("cuda:99")
 
 
-def test_a_signal_is_noted_and_told_and_a_second_interrupt_is_not_held_back(capfd):
+def test_a_signal_is_noted_and_reported_and_a_second_interrupt_is_not_held_back(capfd):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         stop = StopSignal()

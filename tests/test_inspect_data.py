@@ -20,18 +20,18 @@ def made(tmp_path):
 
 def test_it_prints_figures_and_documents_and_draws(made):
     before = {path.name: path.read_bytes() for path in made.iterdir()}
-    told = run_main("tools.inspect_data", made)
-    assert told.status == 0
+    result = run_main("tools.inspect_data", made)
+    assert result.status == 0
     meta = json.loads((made / "meta.json").read_text())
     for split in ("train", "val"):
         figures = meta["splits"][split]
         assert (
             f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes: "
             f"{figures['bytes'] / figures['tokens']:.2f} bytes a token"
-        ) in told.err
-    assert "of 50,257 ids of the vocabulary occur" in told.err and "checksums and ids are right" in told.err
-    assert "document 1, 4 tokens: 'Document 0: ' (ends here)" in told.err
-    assert "shortest, 4 tokens: 'Document " in told.err and "longest, " in told.err
+        ) in result.err
+    assert "of 50,257 ids of the vocabulary occur" in result.err and "checksums and ids are right" in result.err
+    assert "document 1, 4 tokens: 'Document 0: ' (ends here)" in result.err
+    assert "shortest, 4 tokens: 'Document " in result.err and "longest, " in result.err
     assert (made / "inspect.png").read_bytes().startswith(b"\x89PNG")
     (made / "inspect.png").unlink()
     assert {path.name: path.read_bytes() for path in made.iterdir()} == before
@@ -53,8 +53,8 @@ def test_every_checksum_is_verified(made):
     ids[5] ^= 1
     ids.tofile(made / "train.bin")
     os.utime(made / "train.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
-    told = run_main("tools.inspect_data", made)
-    assert told.status == 2 and "train.bin" in told.err and "checksums and ids are right" not in told.err
+    result = run_main("tools.inspect_data", made)
+    assert result.status == 2 and "train.bin" in result.err and "checksums and ids are right" not in result.err
 
 
 def test_a_missing_data_set_is_refused_with_the_command_that_makes_it(tmp_path):

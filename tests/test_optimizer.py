@@ -268,7 +268,7 @@ def test_a_scaled_gradient_that_is_not_finite_changes_nothing_but_the_scale(kind
 
 
 @pytest.mark.parametrize(("grad_clip", "moved"), [(0.5, 0.5), (1e6, None), (0.0, None)])
-def test_gradients_are_clipped_to_a_norm_and_their_own_norm_is_told(grad_clip, moved):
+def test_gradients_are_clipped_to_a_norm_and_their_own_norm_is_returned(grad_clip, moved):
     model, _ = make("adamw")
     start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     gradients = set_gradients(model, 0)

@@ -150,12 +150,13 @@ def test_an_earlier_data_set_stays_complete_until_the_new_one_is(tmp_path, text,
 
 def test_other_settings_or_another_text_begin_anew(tmp_path, text, small):
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
-    told = prepare(text, tmp_path, "--tokenizer=gpt2").err
-    assert "continuing after" not in told and "unfinished work of another text or other settings: it is removed" in told
+    printed = prepare(text, tmp_path, "--tokenizer=gpt2").err
+    assert "continuing after" not in printed
+    assert "unfinished work of another text or other settings: it is removed" in printed
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
     write(text, DOCUMENTS[::-1])
-    told = prepare(text, tmp_path).err
-    assert "continuing after" not in told and "unfinished work of another text or other settings" in told
+    printed = prepare(text, tmp_path).err
+    assert "continuing after" not in printed and "unfinished work of another text or other settings" in printed
     assert documents(tmp_path, "train")[0] == DOCUMENTS[-1]
 
 
@@ -328,11 +329,11 @@ def test_a_mistake_in_the_text_is_one_line_and_the_corrected_text_is_prepared(tm
     assert os.listdir(tmp_path / "made") == ["set"]
 
 
-def test_a_name_that_is_no_utf8_is_told_all_the_same(tmp_path):
+def test_a_name_that_is_no_utf8_is_reported(tmp_path):
     """Of a column here, which any system has; names of files may be such on Linux."""
     (tmp_path / "text.jsonl").write_text('{"\\udce9": "text"}')
-    told = prepare(tmp_path / "text.jsonl", tmp_path, status=2).err
-    assert told.endswith("has no 'text'; name the --column: \\udce9\n")
+    printed = prepare(tmp_path / "text.jsonl", tmp_path, status=2).err
+    assert printed.endswith("has no 'text'; name the --column: \\udce9\n")
 
 
 def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, mixed, small):
@@ -345,8 +346,8 @@ def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, mixed, s
 
     def work() -> None:
         at_each_change(tmp_path / "made", away)
-        told = prepare(mixed, tmp_path / "made", status=2).err
-        assert re.search(r"set cannot be prepared: .*rows.parquet.*No such file or directory\n$", told), told
+        printed = prepare(mixed, tmp_path / "made", status=2).err
+        assert re.search(r"set cannot be prepared: .*rows.parquet.*No such file or directory\n$", printed), printed
         (tmp_path / "away").rename(rows)
 
     os.waitpid(forked(work), 0)
@@ -486,12 +487,12 @@ def test_another_text_on_standard_input_replaces_no_data_set_unasked(tmp_path):
 def test_who_stops_it_hears_whether_the_same_command_goes_on(tmp_path, text, small):
     def work() -> None:
         at_each_change(tmp_path, lambda count: count % 20 or os.kill(os.getpid(), signal.SIGINT))
-        told = [prepare(given, tmp_path, status=130, stdin="some text " * 1000).err for given in (text, "-")]
-        assert [line.splitlines()[-1] for line in told] == ["stopped; the same command continues from here", "stopped"]
-        (tmp_path / "told").touch()
+        printed = [prepare(given, tmp_path, status=130, stdin="some text " * 1000).err for given in (text, "-")]
+        assert printed[0].endswith("stopped; the same command continues from here\n") and printed[1].endswith("stopped\n")
+        (tmp_path / "done").touch()
 
     os.waitpid(forked(work), 0)
-    assert (tmp_path / "told").exists()
+    assert (tmp_path / "done").exists()
 
 
 def test_standard_input_must_not_be_empty(tmp_path):

@@ -260,10 +260,10 @@ def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, f
         (source / name).write_bytes(data)
     directory = prepare(source, "--tokenizer=byte")
     assert split_texts(directory, "train") == ["a" * 95, "c" * 95]
-    told = capsys.readouterr().err
-    assert "reading 2 files: 2 text; 7 skipped: 2 images, " in told
+    printed = capsys.readouterr().err
+    assert "reading 2 files: 2 text; 7 skipped: 2 images, " in printed
     for kind in ("1 PDF", "1 RTF", "1 binary file", "1 JSON without 'text'", "1 CSV without 'text'"):
-        assert kind in told.splitlines()[0]
+        assert kind in printed.splitlines()[0]
     for name, message in {
         "b.png": "not text (image): convert", "b.pdf": "not text (PDF)", "c.json": "has no 'text'", "e.csv": "no column"
     }.items():  # fmt: skip
@@ -346,9 +346,9 @@ def test_end_of_text_in_a_text_gets_a_note_and_splits_documents_on_request(prepa
     streams._noted.clear()
     source = folder({"a.txt": "\n<|endoftext|>\n".join(["one " * 20, "two " * 20])})
     prepare(source, "--tokenizer=byte")
-    told = capsys.readouterr().err
-    assert told.count("<|endoftext|> occurs in the text and is encoded letter by letter") == 1
-    assert "--split_documents" in told
+    printed = capsys.readouterr().err
+    assert printed.count("<|endoftext|> occurs in the text and is encoded letter by letter") == 1
+    assert "--split_documents" in printed
     directory = prepare(source, "--tokenizer=byte", "--split_documents", "--val_fraction=0.5")
     assert split_texts(directory, "train") == ["one " * 10, "two " * 10]
     assert "encoded letter by letter" not in capsys.readouterr().err

@@ -98,17 +98,17 @@ def test_the_last_learning_rate_is_nanogpts_under_its_schedule_and_0_under_ours(
     assert TrainConfig(learning_rate=1e-2, lr_schedule="cosine").min_lr == pytest.approx(1e-3)
 
 
-def test_a_learning_rate_that_is_hardly_meant_is_told_in_one_line(tmp_path, train):
-    def told(**changes) -> list[str]:
+def test_a_learning_rate_that_is_probably_a_mistake_is_reported_in_one_line(tmp_path, train):
+    def warnings(**changes) -> list[str]:
         lines = train(tmp_path / "run", dry_run=True, **changes).err.splitlines()
         return [line for line in lines if "learning rate" in line]
 
-    (line,) = told(max_iters=10, warmup_iters=10)
+    (line,) = warnings(max_iters=10, warmup_iters=10)
     assert line.startswith("warmup_iters=10 is not below max_iters=10: the learning rate never reaches 0.01")
-    (line,) = told(learning_rate=3e-5, min_lr=6e-5)
+    (line,) = warnings(learning_rate=3e-5, min_lr=6e-5)
     assert line.startswith("min_lr=6e-05 is above learning_rate=3e-05: after the warmup the learning rate rises to it")
-    assert told(learning_rate=3e-5, min_lr=6e-5, decay_lr=False) == []  # nanoGPT's finetune_shakespeare.py
-    assert told(max_iters=10, warmup_iters=9, min_lr=1e-2) == []
+    assert warnings(learning_rate=3e-5, min_lr=6e-5, decay_lr=False) == []  # nanoGPT's finetune_shakespeare.py
+    assert warnings(max_iters=10, warmup_iters=9, min_lr=1e-2) == []
 
 
 def test_max_iters_is_exact_and_the_last_update_is_evaluated_and_saved(tmp_path, train):
@@ -253,7 +253,7 @@ def test_a_setting_that_agrees_with_the_checkpoint_may_be_given(tmp_path, train,
     assert load_state(tmp_path / "run" / "last")[0].step == 3
 
 
-def test_a_resume_with_another_learning_rate_is_honoured_and_told(tmp_path, train, resume):
+def test_a_resume_with_another_learning_rate_is_used_and_reported(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=2)
     ended = resume(tmp_path / "run", max_iters=4, learning_rate=5e-3, decay_lr=False)
     assert "changed on resume: --learning_rate: learning_rate=0.005" in ended.err
@@ -290,7 +290,7 @@ def test_a_recipe_given_again_on_resume_changes_neither_evaluations_nor_what_is_
     assert state.eval_sequences == 2 * 4 and "min_lr" in state.derived
 
 
-def test_a_resume_on_other_data_is_told(tmp_path, train, resume, data_dir):
+def test_a_resume_on_other_data_is_reported(tmp_path, train, resume, data_dir):
     train(tmp_path / "run", max_iters=1)
     path = tmp_path / "run" / "last" / "training.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "another"}))
@@ -748,7 +748,7 @@ def test_the_loss_scale_is_saved_and_comes_back(tmp_path, train, resume):
     assert scalers[0]["_growth_tracker"] == 6
 
 
-def test_skipped_updates_are_counted_and_told_and_a_resume_goes_on_counting(tmp_path, train, resume):
+def test_skipped_updates_are_counted_and_reported_and_a_resume_goes_on_counting(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=1, dtype="float16")
     path = tmp_path / "run" / "last" / "training.json"
     training = json.loads(path.read_text())
@@ -794,7 +794,7 @@ def test_a_data_set_that_was_made_anew_is_noticed(tmp_path, train, resume, data_
     assert "is not the one that" in resume(tmp_path / "run", max_iters=3, data_dir=tmp_path / "data").err
 
 
-def test_a_full_disk_is_told_and_the_next_save_tried_and_the_last_has_to_succeed(tmp_path, tiny_flags, resume):
+def test_a_full_disk_is_reported_and_the_next_save_tried_and_the_last_has_to_succeed(tmp_path, tiny_flags, resume):
     """A limit to the size of files is as good as a full disk."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
