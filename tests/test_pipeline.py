@@ -488,7 +488,8 @@ def test_who_stops_it_hears_whether_the_same_command_goes_on(tmp_path, text, sma
     def work() -> None:
         at_each_change(tmp_path, lambda count: count % 20 or os.kill(os.getpid(), signal.SIGINT))
         printed = [prepare(given, tmp_path, status=130, stdin="some text " * 1000).err for given in (text, "-")]
-        assert printed[0].endswith("stopped; the same command continues from here\n") and printed[1].endswith("stopped\n")
+        assert printed[0].endswith("stopped; the same command continues from here\n")
+        assert printed[1].endswith("stopped\n")
         (tmp_path / "done").touch()
 
     os.waitpid(forked(work), 0)
