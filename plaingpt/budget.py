@@ -216,8 +216,9 @@ class Deadline:
         if not self.minutes or self.ending:
             return config
         if state.evaluations_since_best > 1 and state.evaluated_at > max(self.few_steps, self.first):
-            self.ending = True
-            return with_steps(config, state, min(step + math.ceil(step / 8), config.max_iters), dist.is_main)
+            self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
+            note(f"the loss no longer falls, the text is small for this time: ending after step {steps}")
+            return with_steps(config, state, steps, dist.is_main)
         evaluating = step % config.eval_interval == 0 and self.first < step < config.max_iters
         if step not in (self.half, self.first) and not evaluating:
             return config
