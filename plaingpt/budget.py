@@ -60,8 +60,8 @@ def choose(
     tokens_per_second: times training for so many seconds; UserError if memory is short.
     """
     check_flags(given)
-    if config.minutes < 10 and "compile" not in given:
-        config = dataclasses.replace(config, compile=False)  # it takes up to half a minute
+    if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
+        config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
     seconds = time_to_plan(config.minutes, dist)
     tokens = 5e4 * seconds  # a guess; from the second model on, the tokens of the one before
     timed = []
