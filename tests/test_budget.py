@@ -6,12 +6,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import flags, run_main
 
 from plaingpt import budget
 from plaingpt.budget import Deadline, block_parameters, choose, longer
 from plaingpt.console import UserError
-from plaingpt.distributed import connect
+from plaingpt.distributed import Distributed, connect
 from plaingpt.run_state import RunState, load_state
 from plaingpt.train_config import TrainConfig
 
@@ -87,6 +88,17 @@ def test_a_model_for_which_memory_is_short_is_not_chosen(data):
     assert config.n_layer == 2 and "warmup_iters" in given
     with pytest.raises(UserError, match="take at least"):
         choose(TrainConfig(minutes=9, n_layer=3), {"n_layer": "--n_layer"}, data, DIST, tokens_per_second)
+
+
+def test_short_runs_on_cuda_are_not_compiled(data):
+    cuda = Distributed(torch.device("cuda"), torch.bfloat16)
+
+    def compiled(minutes, given=None, dist=cuda):
+        config = TrainConfig(minutes=minutes, **(given or {}))
+        return choose(config, dict.fromkeys(given or {}, "--"), data, dist, lambda *_: 1e6)[0].compiles_on("cuda")
+
+    assert not compiled(9) and compiled(10)
+    assert compiled(9, {"compile": True}) and compiled(9, dist=DIST)
 
 
 def test_micro_batches_are_halved_until_they_fit(data):

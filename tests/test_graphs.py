@@ -1,4 +1,5 @@
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from model import GPT, GPTConfig
-from plaingpt.distributed import connect
+from plaingpt.distributed import Distributed, connect
 from plaingpt.graphs import Captured
 from plaingpt.tokens import DataSet, Tokens
-from train import TrainConfig, set_up, train_step
+from train import TrainConfig, captures, set_up, train_step
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHAPE = dict(block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -81,6 +82,16 @@ def test_a_captured_micro_step_trains_the_same_weights(monkeypatch):
     monkeypatch.setattr(train, "Captured", recorded)
     found = trained("cpu", dropout=0.1)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_only_small_micro_steps_of_one_process_on_cuda_are_captured():
+    model = GPT(GPTConfig(vocab_size=65, **SHAPE))
+    alone, config = Distributed(torch.device("cuda"), torch.bfloat16), TrainConfig(**SHAPE, batch_size=2)
+    assert captures(config, alone, model)
+    assert not captures(replace(config, batch_size=10**7), alone, model)
+    assert not captures(replace(config, recompute=True), alone, model)
+    assert not captures(config, replace(alone, world_size=2), model)
+    assert not captures(config, replace(alone, device=torch.device("cpu")), model)
 
 
 @needs_cuda
