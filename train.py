@@ -65,9 +65,9 @@ class Run:
 
 
 def captures(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
-    """Whether micro-steps become CUDA graphs: those of a small model, which a GPU computes faster than Python launches
-    their kernels. Larger ones would gain nothing, and need more memory. Recomputation saves random states: graphs must
-    not."""
+    """Whether micro-steps become CUDA graphs. It pays where Python takes longer to launch the kernels than the GPU to
+    run them; larger micro-steps only need more memory. Recomputation saves random states, which a graph cannot do.
+    """
     alone = dist.device.type == "cuda" and dist.world_size == 1 and not config.recompute
     return alone and config.batch_size * config.block_size * model.flop_per_token() < 4e12
 

@@ -217,7 +217,7 @@ class Deadline:
             return config
         if state.evaluations_since_best > 1 and state.evaluated_at > max(self.few_steps, self.first):
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
-            note(f"the loss no longer falls, the text is small for this time: ending after step {steps}")
+            note(f"the loss no longer falls, because this text is small: the run ends early, after step {steps}")
             return with_steps(config, state, steps, dist.is_main)
         evaluating = step % config.eval_interval == 0 and self.first < step < config.max_iters
         if step not in (self.half, self.first) and not evaluating:

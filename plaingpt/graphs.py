@@ -12,7 +12,7 @@ class Captured:
     """`function` on a CUDA device, with one graph for each combination of its arguments.
 
     function: takes tensors, of which only the values may differ between calls, and numbers. It returns a tensor, which
-    the next call overwrites. Everything else that it reads or changes on the device must stay at the same place.
+    the next call overwrites. Everything else that it reads or changes on the device must keep its address.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -30,7 +30,7 @@ class Captured:
             except RuntimeError as error:  # slower, but the same
                 note(f"continuing without CUDA graphs: {one_line(error)}")
                 self.works = False
-                for generator in torch.cuda.default_generators:  # otherwise it still counts for the graph
+                for generator in torch.cuda.default_generators:  # a failed capture leaves them unusable
                     generator.graphsafe_set_state(generator.clone_state())
         self.calls.add(key)
         if key not in self.graphs:  # the first call compiles and loads kernels, which a capture cannot do

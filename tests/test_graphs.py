@@ -84,6 +84,17 @@ def test_a_captured_micro_step_trains_the_same_weights(monkeypatch):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_where_capturing_fails_every_call_runs_as_usual(capsys):
+    class Failing(Captured):
+        def _capture(self, arguments):
+            raise RuntimeError("not here")
+
+    captured = Failing(lambda x, n: x * n)
+    for i in range(4):
+        assert captured(torch.tensor(float(i)), 3) == 3 * i
+    assert capsys.readouterr().err.count("continuing without CUDA graphs: not here") == 1
+
+
 def test_only_small_micro_steps_of_one_process_on_cuda_are_captured():
     model = GPT(GPTConfig(vocab_size=65, **SHAPE))
     alone, config = Distributed(torch.device("cuda"), torch.bfloat16), TrainConfig(**SHAPE, batch_size=2)

@@ -58,6 +58,7 @@ def test_a_compiled_model_computes_the_same(compiler):
     model.zero_grad()
     compiled = wrap(model, connect("cpu", "float32"), compiled=True)
     assert compiled is model
+    assert torch.compiler.config.cache_key_tag == "torch.float32"
     new_logits, new_loss = compiled(idx, idx)
     new_loss.backward()
     assert torch.allclose(logits, new_logits, atol=1e-5) and torch.allclose(loss, new_loss)
