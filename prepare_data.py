@@ -57,8 +57,6 @@ class PrepareConfig:
     """revision of a Hugging Face data set (default: the newest)"""
     streaming: bool = True
     """read a Hugging Face data set while it downloads; False: download it to Hugging Face's cache first"""
-    site_packages: bool = False
-    """with `python`: every installed package, too"""
     shard_tokens: PositiveInt = 1 << 28
     """ids in a file; a larger split has several files"""
     part: str | None = None

@@ -31,7 +31,7 @@ from plaingpt.distributed import connect
 from plaingpt.evaluate import log_probabilities
 from plaingpt.files import existing
 from plaingpt.generate import Batch, Decoder, Sampling
-from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, load_settings
+from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, PathName, PositiveInt, load_settings
 from plaingpt.tokenizer import Tokenizer
 
 
@@ -55,8 +55,6 @@ class SampleConfig:
     """sample from the most likely tokens that together have this probability (1: from all)"""
     min_p: Fraction = 0.0
     """sample from tokens at least this many times as likely as the most likely one (0: from all)"""
-    repetition_penalty: Positive = 1.0
-    """above 1: tokens that are already in the text become less likely"""
     stop: str = ""
     """strings that end a sample, separated by |; \\n is a line break, \\| a literal |"""
     seed: NonNegativeInt = 1337

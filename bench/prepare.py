@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,9 @@ def corpus(folder: Path, config: BenchConfig) -> None:
     """200.parquet; 2000.parquet and 2000.txt, the same ten times, another tenth of the lines changed each time."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = []
-    config = PrepareConfig(site_packages=True, bad_files="skip")
-    for text in find_source(["python"], config).texts(read_options(config)):
+    config, paths = PrepareConfig(bad_files="skip"), sysconfig.get_paths()
+    everything = [f"{paths[key]}/**/*.py" for key in ("stdlib", "purelib")]
+    for text in find_source(everything, config).texts(read_options(config)):
         if len(text) < 1 << 22:  # a table of megabytes written as Python is no document
             texts.append(text)
     random.Random(0).shuffle(texts)

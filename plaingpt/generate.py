@@ -26,8 +26,6 @@ from plaingpt.graphs import Captured
 class Sampling:
     """How an id is drawn. The filters apply in this order; with the defaults every id can be drawn.
 
-    repetition_penalty: the logit of an id that occurs in the text is divided by it if positive and
-        multiplied by it if negative (Keskar et al. 2019).
     temperature: logits are divided by it; 0 takes the likeliest id.
     top_k: the k likeliest ids stay; 0: all.
     top_p: the fewest likeliest ids with this total probability stay (Holtzman et al. 2020).
@@ -38,7 +36,6 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
 
 
 def generate(
@@ -143,9 +140,6 @@ class Batch:
         self.cache = torch.zeros(shape, dtype=decoder.cache_dtype, device=decoder.device)
         # Of each row: its last token, the position of that, and the bits of a random float64
         self.inputs = torch.zeros(3, B, dtype=torch.int64, device=decoder.device)
-        self.seen = torch.zeros(B, c.vocab_size, dtype=torch.bool, device=decoder.draw_device)  # ids in the text
-        for row, prompt in enumerate(prompts):
-            self.seen[row, prompt] = True
         # One launch in place of 200
         self.next_ids = Captured(self._draw) if decoder.device.type == "cuda" else self._draw
 
@@ -165,7 +159,6 @@ class Batch:
         if last != text:
             self.rows[row], length = last, self.lengths[last]
             self.cache[:, :, row, :, :length] = self.cache[:, :, len(self.rows), :, :length]
-            self.seen[row] = self.seen[len(self.rows)]
 
     def _prepare(self) -> tuple[int, int]:
         """Read all but the last token of each row that the cache lacks, and upload what a step needs.
@@ -202,9 +195,8 @@ class Batch:
     def _draw(self, rows: int, length: int) -> Tensor:
         """The next token of each row: (B,)."""
         logits = self._logits(rows, length).to(self.decoder.draw_device)
-        ids, _, draws = self.inputs[:, :rows].to(self.decoder.draw_device)
-        seen = self.seen[:rows].scatter_(1, ids[:, None], True)
-        return draw(logits, self.sampling, seen, draws.view(torch.float64))
+        draws = self.inputs[2, :rows].to(self.decoder.draw_device)
+        return draw(logits, self.sampling, draws.view(torch.float64))
 
     def _logits(self, rows: int, length: int) -> Tensor:
         """Read the last token of each row: (B, V) in float32. With fixed shapes only `inputs` and the cache matter."""
@@ -233,13 +225,8 @@ class Batch:
         return decoder.logits(decoder.hidden(ids, positions, attend)[:, 0])
 
 
-def draw(logits: Tensor, sampling: Sampling, seen: Tensor, uniform: Tensor) -> Tensor:
-    """(B,) ids, one for each row of logits (B, V).
-
-    seen: (B, V), whether an id occurs in the text. uniform: (B,) float64 from 0 to 1.
-    """
-    if (penalty := sampling.repetition_penalty) != 1:
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """(B,) ids, one for each row of logits (B, V). uniform: (B,) float64 from 0 to 1."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     p, ids = candidates(logits, sampling)

@@ -9,12 +9,13 @@ import functools
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plaingpt.console import UserError, one_line
 from plaingpt.files import inside, read_json
@@ -138,7 +139,7 @@ def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:
 
 
 def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of one of KINDS; `char` and `bpe` are learned from the documents, `bpe` with `vocab_size` ids."""
+    """A tokenizer of one of KINDS; `char` and `bpe` are made from the documents, `bpe` with `vocab_size` ids."""
     if kind == "gpt2":
         return gpt2()
     if kind == "byte":
@@ -152,10 +153,22 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
         raise UserError(
             f"--vocab_size={vocab_size}: a byte-level BPE has 256 bytes and {END_OF_TEXT}: at least 257 ids"
         )
-    from plaingpt.text.bpe import learn_bpe  # only preparation needs it
+    return Tokenizer(_byte_level(_trained_bpe(documents, vocab_size - 1)))  # end of text is the last id, as in GPT-2
 
-    learned = learn_bpe(documents, vocab_size - 1, byte_symbols())
-    return Tokenizer(_byte_level(learned))  # end of text is the last id, as in GPT-2
+
+def _trained_bpe(documents: Iterable[str], vocab_size: int) -> models.BPE:
+    backend = tokenizers.Tokenizer(models.BPE())
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Training takes time proportional to the square of a word's length, and Chinese or DNA can be one word.
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(256)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the library may not return to Python for a minute
+    try:
+        backend.train_from_iterator(documents, trainer)
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
+    return backend.model
 
 
 def rebuilt(model_type: str, vocab: dict[str, int], merges: list) -> Tokenizer:

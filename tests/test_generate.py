@@ -88,7 +88,7 @@ def test_cached_logits_equal_uncached_ones(lengths, shape, seed, fixed_shapes):
                 texts.end(row)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 40), Sampling(0.9, 0, 0.9, 0.01, 1.5)], ids=str)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 40), Sampling(0.9, 0, 0.9, 0.01)], ids=str)
 def test_steps_recorded_once_for_each_shape_and_repeated_write_the_same(sampling):
     """What a GPU does, with graphs of torch.fx for CUDA's: so a step reads nothing but tensors, and waits for none."""
     model = random_model(GPTConfig(300, 65, 2, 2, 32), std=0.1)
@@ -199,7 +199,7 @@ def test_a_text_is_the_same_alone_and_among_64_of_other_lengths_and_ends(dtype):
     model = random_model(SMALL, std=0.05)
     prompts = [random_ids(SMALL, 64, 20)[i, : 1 + i % 17].tolist() for i in range(64)]
     lengths = [5 + i * 7 % 31 for i in range(64)]
-    sampling = Sampling(top_k=40, repetition_penalty=1.5)
+    sampling = Sampling(top_k=40)
     together = write(batch(model, prompts, 40, sampling, dtype=dtype), lengths)
     for i in range(0, 64, 5):
         alone = write(batch(model, [prompts[i]], 40, sampling, [i], dtype), [lengths[i]])
@@ -218,11 +218,8 @@ def test_padded_ids_are_never_generated():
         assert set(text(model, [0], 60, generator=torch.Generator().manual_seed(0))) == {0, 1, 2}
 
 
-def reference(logits: np.ndarray, text: list[int], s: Sampling) -> np.ndarray:
+def reference(logits: np.ndarray, s: Sampling) -> np.ndarray:
     """The distribution that is drawn from, id by id."""
-    logits = logits.copy()
-    for i in set(text):
-        logits[i] = logits[i] / s.repetition_penalty if logits[i] > 0 else logits[i] * s.repetition_penalty
     p = np.exp((logits - logits.max()) / s.temperature)
     order = np.argsort(-p)[: s.top_k or None]
     p = {i: p[i] / p[order].sum() for i in order}
@@ -244,7 +241,7 @@ def test_candidates_equal_plain_reference_code(values):
     p, ids = candidates(torch.from_numpy(logits).float(), Sampling(*values))
     ids = torch.arange(100).expand(2, 100) if ids is None else ids
     got = torch.zeros(2, 100).scatter(1, ids, p / p.sum(1, keepdim=True))
-    expected = np.stack([reference(row, [], Sampling(*values)) for row in logits])
+    expected = np.stack([reference(row, Sampling(*values)) for row in logits])
     assert np.allclose(got.numpy(), expected, atol=1e-6)
 
 
@@ -257,20 +254,18 @@ def test_candidates_equal_plain_reference_code(values):
         Sampling(top_k=5),
         Sampling(top_p=0.8),
         Sampling(min_p=0.4),
-        Sampling(repetition_penalty=1.8),
-        Sampling(0.9, 6, 0.9, 0.2, 1.3),
+        Sampling(0.9, 6, 0.9, 0.2),
     ],
     ids=str,
 )
 def test_draws_follow_the_settings(sampling):
     logits = torch.tensor([[1.0, 0.5, 0.0, -0.5, 0.2, 0.8, -1.0, -2.0]])
-    generator, draws, text = torch.Generator().manual_seed(0), 8000, [0, 3, 3]
+    generator, draws = torch.Generator().manual_seed(0), 8000
     counts = np.zeros(8)
-    seen = torch.tensor([[i in text for i in range(8)]])
     for _ in range(draws):
         uniform = torch.rand(1, generator=generator, dtype=torch.float64)
-        counts[draw(logits, sampling, seen, uniform)] += 1
-    expected = draws * reference(logits[0].numpy().astype(float), text, sampling)
+        counts[draw(logits, sampling, uniform)] += 1
+    expected = draws * reference(logits[0].numpy().astype(float), sampling)
     possible = expected > 0
     assert counts[~possible].sum() == 0
     chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
@@ -280,5 +275,5 @@ def test_draws_follow_the_settings(sampling):
 @pytest.mark.parametrize("values", [[0.0, float("inf"), 1.0], [0.0, 9.0, float("nan")], [-3e38, 3e38, float("-inf")]])
 def test_overflown_logits_draw_the_likeliest_id_and_no_error(values):
     for sampling in (Sampling(), Sampling(0.01, 2, 0.9)):
-        none, uniform = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([0.999], dtype=torch.float64)
-        assert draw(torch.tensor([values]), sampling, none, uniform) == 1
+        uniform = torch.tensor([0.999], dtype=torch.float64)
+        assert draw(torch.tensor([values]), sampling, uniform) == 1

@@ -261,17 +261,18 @@ def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, f
     directory = prepare(source, "--tokenizer=byte")
     assert split_texts(directory, "train") == ["a" * 95, "c" * 95]
     printed = capsys.readouterr().err
-    assert "reading 2 files: 2 text; 7 skipped: 2 images, " in printed
-    for kind in ("1 PDF", "1 RTF", "1 binary file", "1 JSON without 'text'", "1 CSV without 'text'"):
+    assert "reading 2 files: 2 text; 7 skipped: 3 binary files, " in printed
+    for kind in ("1 PDF", "1 RTF", "1 JSON without 'text'", "1 CSV without 'text'"):
         assert kind in printed.splitlines()[0]
     for name, message in {
-        "b.png": "not text (image): convert", "b.pdf": "not text (PDF)", "c.json": "has no 'text'", "e.csv": "no column"
+        "b.png": "not text (binary file): if it is UTF-16", "b.pdf": "not text (PDF)", "c.json": "has no 'text'",
+        "e.csv": "no column",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=re.escape(message)):
             prepare(source / name)
     (source / "a.txt").unlink()
     (source / "c.txt").unlink()
-    with pytest.raises(UserError, match="texts: 7 skipped: 2 images"):
+    with pytest.raises(UserError, match="texts: 7 skipped: 3 binary files"):
         prepare(source)
 
 

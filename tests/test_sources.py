@@ -183,13 +183,6 @@ def test_python_is_the_standard_library_without_its_tests_and_without_what_was_i
     assert texts.isdisjoint(path.read_text("utf-8", "replace") for path in others)
 
 
-def test_with_site_packages_every_installed_package_is_there_too():
-    files, library = ({file.path for file in source("python", site_packages=on).files} for on in (True, False))
-    assert library < files and pytest.__file__ in files and len(files) > 3 * len(library)
-    with pytest.raises(UserError, match="--site_packages belongs to the source python"):
-        source("shakespeare", site_packages=True)
-
-
 def test_a_file_of_that_name_comes_before_a_named_source(here):
     (here / "python").write_text("text of mine")
     assert documents("python") == ["mine"]

@@ -1,19 +1,20 @@
 """Tokenizers: every kind gives back the text it was given, and GPT-2's ids are GPT-2's."""
 
-import argparse
-import inspect
 import json
+import os
+import random
+import signal
+import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 import tokenizers
+from conftest import child_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plaingpt.console import UserError
-from plaingpt.text.bpe import _learn_fast as learn_fast
 from plaingpt.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer
 
 TEXTS = {
@@ -144,25 +145,28 @@ def test_bpe_of_the_same_text_is_the_same():
     assert first.same_as(second) and first.encode(TEXTS["code"]) == second.encode(TEXTS["code"])
 
 
-def learned_slowly(texts: list[str], vocab_size: int) -> Tokenizer:
-    """By tokenizers alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "gigatoken", None)
-        return make_tokenizer("bpe", texts, vocab_size)
+def test_bpe_of_text_without_spaces_takes_seconds():
+    """Of one word of 200,000 characters, `tokenizers` would learn for minutes."""
+    rng = random.Random(0)
+    chinese = "".join(rng.choices([chr(c) for c in range(0x4E00, 0x5000)], k=200_000))
+    tokenizer = make_tokenizer("bpe", [chinese, "ACGT" * 50_000], 700)
+    assert tokenizer.vocab_size == 700 and tokenizer.decode(tokenizer.encode(chinese[:999])) == chinese[:999]
 
 
-def test_bpe_learns_the_merges_of_tokenizers_and_nothing_is_printed(capfd):
-    texts = [Path(module.__file__).read_text("utf-8") for module in (argparse, inspect, typing)] + list(TEXTS.values())
-    for vocab_size in (300, 2000, 5000):  # of which the last is more than there are words
-        assert make_tokenizer("bpe", texts, vocab_size).to_json() == learned_slowly(texts, vocab_size).to_json()
-        merges = learn_fast("".join(texts).encode(), b"no border", vocab_size - 1)
-        assert (merges is None) == (vocab_size == 5000) and (merges is None or len(merges) == vocab_size - 257)
-    assert capfd.readouterr() == ("", "")
-
-
-@given(st.lists(st.text("ab é1\n", min_size=50), max_size=3), st.integers(257, 400))
-def test_bpe_learns_the_merges_of_tokenizers_from_any_text(texts, vocab_size):
-    assert make_tokenizer("bpe", texts, vocab_size).to_json() == learned_slowly(texts, vocab_size).to_json()
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT between processes")
+def test_ctrl_c_ends_the_training_of_a_bpe(tmp_path):
+    code = (
+        "import sys, prepare_data; from plaingpt.text import job; "
+        "job.sample = lambda *_: (print('here', flush=True) or 'text' for _ in iter(int, 1)); "
+        "sys.argv = ['p', 'a.txt', '--tokenizer=bpe']; prepare_data.main()"
+    )
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path, env=child_environment()
+    )
+    assert process.stdout.readline() == b"here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == -signal.SIGINT
 
 
 def test_bpe_can_be_as_small_as_bytes_and_end_of_text_and_no_smaller():

@@ -33,7 +33,7 @@ from plaingpt.tokens import SPLITS
 FORMAT = 5  # of unfinished work; that of another version starts over
 MARKER = "plaingpt-preparation"  # the file that makes a folder ours to delete
 MANY_DOCUMENTS = 200  # from here on entire documents go to validation; with fewer, the tail of each
-TRAINING_BYTES = 1 << 28  # of text that a BPE is trained on: more hardly changes it
+TRAINING_BYTES = 1 << 26  # of text that a BPE is trained on: more hardly changes it
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,11 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
         raise UserError(
             f"name a source: one of {', '.join(NAMED)}, or files, folders and globs of text, or hf:owner/name"
         )
-    if options.site_packages and named != "python":
-        raise UserError("--site_packages belongs to the source python")
     if named == "-":
         path = "stdin.jsonl" if json_lines else "stdin.txt"
         return Source("stdin", "standard input", fetch=lambda folder: _standard_input(folder / path), once=True)
     if named == "python":
-        return Source("python", "python", _python_files(options.site_packages), tokenizer="bpe", bad_files="skip")
+        return Source("python", "python", _python_files(), tokenizer="bpe", bad_files="skip")
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
         return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
@@ -152,13 +150,10 @@ def download(url: str, path: Path, digest: str, timeout: float = 30) -> Path:
     return path
 
 
-def _python_files(site_packages: bool) -> tuple[File, ...]:
-    """Python's standard library without its tests and, on request, every installed package."""
-    paths = sysconfig.get_paths()
-    found = walk(paths["stdlib"], {"site-packages", "dist-packages", "test", "tests", "idle_test"})
-    if site_packages:
-        found = [*found, *(path for folder in {paths["purelib"], paths["platlib"]} for path in walk(folder))]
-    files = {path for path in found if path.endswith(".py")}
+def _python_files() -> tuple[File, ...]:
+    """Python's standard library without its tests."""
+    found = walk(sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "test", "tests", "idle_test"})
+    files = [path for path in found if path.endswith(".py")]
     return tuple(File.at(path) for path in sorted(files, key=lambda path: path.split(os.sep)))
 
 

@@ -3,7 +3,6 @@
 import collections
 import glob
 import itertools
-import mimetypes
 import os
 import re
 from collections.abc import Container, Iterator
@@ -104,8 +103,7 @@ def _not_text(path: str, options: ReadOptions, is_named: bool) -> str | None:
     if head.startswith((b"%PDF-", b"{\\rtf")):
         kind = "PDF" if head.startswith(b"%") else "RTF"
     elif b"\0" in head:
-        types = {"audio": "audio file", "video": "video file", "image": "image", "font": "font"}
-        kind = types.get((mimetypes.guess_type(path)[0] or "").split("/")[0], "binary file")
+        kind = "binary file"
     else:
         return None
     if is_named and options.bad_files != "skip":
