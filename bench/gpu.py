@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model import GPT, IGNORED, GPTConfig
 from plaingpt.console import run_script
 from plaingpt.distributed import Distributed, connect
-from plaingpt.generate import Batch, Decoder, Sampling, generate, shallow_copy
+from plaingpt.generate import Batch, Decoder, Sampling
 from plaingpt.optimizer import SkippedUpdates, apply_gradients, make_optimizers
 from plaingpt.parallel import wrap
 from plaingpt.plan import memory
@@ -211,7 +211,7 @@ def greedy(bench: Bench) -> None:
             for _ in range(20):
                 text.append(int(model(torch.tensor([text]).cuda())[0][0, -1].argmax()))
         expected.append(text)
-    alone = [prompt + list(generate(model, prompt, 20, temperature=0.0)) for prompt in prompts]
+    alone = [texts(model, [prompt], 20, torch.float32, temperature=0.0)[0] for prompt in prompts]
     together = texts(model, [*prompts, [1]], 20, torch.float32, temperature=0.0)[:3]
     bench.report("greedy", alone == expected, same=sum(map(list.__eq__, alone, expected)), of=3)
     bench.report("greedy in a ragged batch", together == expected, same=sum(map(list.__eq__, together, expected)), of=3)
@@ -347,7 +347,7 @@ def nanogpt_step(bench: Bench) -> None:
 
 def texts(model: GPT, prompts: list[list[int]], tokens: int, dtype: torch.dtype, **sampling: float) -> list[list[int]]:
     """The prompts with `tokens` more tokens each."""
-    decoder = Decoder(shallow_copy(model), dtype)
+    decoder = Decoder(copy.deepcopy(model), dtype)
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     batch = Batch(decoder, prompts, tokens, Sampling(**sampling), generators)
     for _ in range(tokens):

@@ -151,7 +151,7 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
             f"--minutes={config.minutes:g} is too short for two steps of {tokens_per_step:,} tokens: give more time, "
             "or smaller steps: --gradient_accumulation_steps"
         )
-    rate = learning_rate(config.n_embd, steps)
+    rate = learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
     sequences = int(EVALUATED * tokens / config.block_size)
     chosen = {
         "learning_rate": rate if config.init_from in ("scratch", "auto") else rate / 3,
@@ -205,9 +205,10 @@ class Deadline:
     """
 
     def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float = math.inf):
+        self.minutes, self.start = config.minutes, state.step
         steps = config.max_iters - state.step
-        self.minutes, self.first, self.half = config.minutes, state.step + max(1, steps // 20), state.step + steps // 40
-        self.marked, self.pause = (state.step, state.seconds, time.monotonic()), 0.0
+        self.warmup_end, self.measured_from = state.step + max(1, steps // 20), state.step + steps // 40
+        self.last_mark, self.longest_pause = (state.step, state.seconds, time.monotonic()), 0.0
         self.few_steps, self.ending = FEW_EPOCHS * steps_per_epoch, False
 
     def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:
@@ -215,45 +216,45 @@ class Deadline:
         step = state.step
         if not self.minutes or self.ending:
             return config
-        if state.evaluations_since_best > 1 and state.evaluated_at > max(self.few_steps, self.first):
+        if state.evaluations_since_best > 1 and state.evaluated_at > max(self.few_steps, self.warmup_end):
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
-            note(f"the loss no longer falls, because this text is small: the run ends early, after step {steps}")
-            return with_steps(config, state, steps, dist.is_main)
-        evaluating = step % config.eval_interval == 0 and self.first < step < config.max_iters
-        if step not in (self.half, self.first) and not evaluating:
+            note(f"stopping after step {steps}: the validation loss no longer falls, because this text is small")
+            return self.with_steps(config, state, steps, dist)
+        evaluating = step % config.eval_interval == 0 and self.warmup_end < step < config.max_iters
+        if step not in (self.measured_from, self.warmup_end) and not evaluating:
             return config
         dist.synchronize()
         seconds = watch.seconds  # of training until now
-        now, (step_before, before, then) = time.monotonic(), self.marked
-        self.marked = step, seconds, now
-        self.pause = max(self.pause, now - then - (seconds - before))  # of an evaluation and its save
-        if step in (step_before, self.half):  # until half of the warmup, compilation distorts the speed
+        now, (step_before, before, then) = time.monotonic(), self.last_mark
+        self.last_mark = step, seconds, now
+        self.longest_pause = max(self.longest_pause, now - then - (seconds - before))  # of an evaluation and its save
+        if step in (step_before, self.measured_from):  # until then compilation distorts the speed
             return config
-        per_step = (seconds - before) / (step - step_before) + self.pause / config.eval_interval
-        steps = step + max(1, int((time_left(self.minutes) - self.pause) / per_step))
+        per_step = (seconds - before) / (step - step_before) + self.longest_pause / config.eval_interval
+        steps = step + max(1, int((time_left(self.minutes) - self.longest_pause) / per_step))
         wrong = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
-        correct, steps = dist.max(step == self.first or wrong, steps if dist.is_main else 0)
-        return with_steps(config, state, steps, dist.is_main) if correct else config
+        correct, steps = dist.max(step == self.warmup_end or wrong, steps if dist.is_main else 0)
+        return self.with_steps(config, state, steps, dist) if correct else config
 
-
-def with_steps(config: TrainConfig, state: RunState, steps: int, write: bool) -> TrainConfig:
-    """`config` with another number of steps, also in the state; write: the recipe too."""
-    changed = dict(max_iters=steps, lr_decay_iters=steps)
-    state.settings |= changed
-    config = dataclasses.replace(config, **changed)
-    if write:
-        write_recipe(config)
-    return config
+    def with_steps(self, config: TrainConfig, state: RunState, steps: int, dist: Distributed) -> TrainConfig:
+        """`config` with another number of steps, also in the state and, unless the run was resumed, in the recipe."""
+        changed = dict(max_iters=steps, lr_decay_iters=steps)
+        state.settings |= changed
+        config = dataclasses.replace(config, **changed)
+        if dist.is_main and self.start == 0:
+            write_recipe(config)
+        return config
 
 
 def write_recipe(config: TrainConfig) -> None:
     """out_dir/recipe.py: the settings that differ from the defaults."""
-    path, defaults = Path(config.out_dir) / "recipe.py", TrainConfig()
+    path = Path(config.out_dir) / "recipe.py"
+    init_from = "scratch" if config.init_from == "auto" else config.init_from
+    lines = [f"# Chosen by --minutes={config.minutes:g}. To train with these settings: python train.py {path}"]
+    lines += [f"out_dir = {config.out_dir!r}", f"init_from = {init_from!r}"]
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        if setting.name not in LOCAL and value != setting.default:
+            lines.append(f"{setting.name} = {value!r}")
     with new_file(path) as file:
-        print(
-            f"# Chosen by --minutes={config.minutes:g}. To train with these settings: python train.py {path}",
-            file=file,
-        )
-        for name, value in vars(config).items():
-            if name in ("out_dir", "init_from") or (name not in LOCAL and value != getattr(defaults, name)):
-                print(f"{name} = {value!r}", file=file)
+        file.write("\n".join(lines) + "\n")

@@ -112,19 +112,17 @@ def model_directory(path_or_name: str | Path) -> Path:
 def _read_unchanged(path_or_name: str | Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     """Read a model directory, and again if it was replaced meanwhile: all files have to be of one save."""
     deadline = time.monotonic() + PATIENCE
-    while True:
+    while time.monotonic() < deadline:
         directory = model_directory(path_or_name)
         before = _identity(directory)
         try:
-            found = _read_directory(directory, check)
+            loaded = _read_directory(directory, check)
+            if _identity(directory) == before:
+                return loaded
         except UserError:
             if _identity(directory) == before:
                 raise
-            found = None
-        if found and _identity(directory) == before:
-            return found
-        if time.monotonic() > deadline:
-            raise UserError(f"{path_or_name} is replaced faster than it can be read; try again later")
+    raise UserError(f"{path_or_name} is replaced faster than it can be read; try again later")
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:
@@ -211,12 +209,8 @@ def read_config(directory: Path) -> GPTConfig:
 
 
 def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> tuple[GPTConfig, dict[str, Tensor]]:
-    files, index = ["model.safetensors"], "model.safetensors.index.json"
-    if not (directory / files[0]).exists() and (directory / index).exists():
-        shards = read_json(directory, index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise UserError(f"{directory / index} is damaged: its weight_map does not consist of names")
-        files = sorted(set(shards.values()))
+    shards = sorted(path.name for path in directory.glob("model-*-of-*.safetensors"))
+    files = shards if shards and not (directory / "model.safetensors").exists() else ["model.safetensors"]
     shapes, places = {}, {}
     for file in files:
         with _opened(directory, file) as tensors:
@@ -227,16 +221,13 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
                 shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
     _check_shape(directory, config, shapes)
     config, weights = _cropped(directory, config, tokenizer), {}
-    # Files are mapped into memory: reopening them after 16 MB, the largest first, releases what was read.
-    names = sorted(shapes, key=lambda name: (places[name][0], -math.prod(shapes[name])))
-    while names:
-        file, size = places[names[0]][0], 0
+    # The largest first, while there is most memory; closing the file releases what was read of it.
+    for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+        file, theirs = places[name]
         with _opened(directory, file) as tensors:
-            while names and places[names[0]][0] == file and size < 1 << 24:
-                tensor = tensors.get_tensor(places[name := names.pop(0)][1])
-                weights[name] = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
-                size += tensor.nbytes
-        del tensor
+            tensor = tensors.get_tensor(theirs)
+            weights[name] = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
+            del tensor
     if not config.bias:
         biases = {name: weights.pop(name) for name in list(weights) if name.endswith("bias")}
         if changed := next((name for name in biases if biases[name].any()), None):  # `save_model` wrote zeros
@@ -265,10 +256,10 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = _checked(path, GPTConfig(**checkpoint["model_args"]))
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
+        if not all(map(_is_plain, tensors.values())):
+            raise TypeError("a sparse, quantized or expanded tensor")
     except Exception as error:  # a damaged file, or one that wants to run code, fails in many ways
         raise UserError(f"{unsafe}: {type(error).__name__}") from error
-    if odd := next((name for name, tensor in tensors.items() if not _is_plain(tensor)), None):
-        raise UserError(f"{unsafe}: {odd} is sparse, quantized, expanded or without data")
     if config.vocab_size not in NANOGPT_ROWS:
         raise UserError(
             f"{path} has {config.vocab_size} ids, and its tokenizer is in a pickle elsewhere: only GPT-2's vocabulary "
@@ -283,14 +274,8 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is an ordinary dense tensor with all its numbers in the file."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and tensor.is_floating_point()  # quantized ones are not
-        and tensor.dim() > 0
-        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
-    )
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+    return plain and tensor.dim() > 0 and tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 def read_tensors(directory: Path, name: str) -> Iterator[tuple[str, Tensor]]:

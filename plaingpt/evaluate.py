@@ -10,7 +10,7 @@ from model import GPT, IGNORED
 from plaingpt.batches import EvalBatches
 from plaingpt.console import perplexity
 from plaingpt.distributed import Distributed, StopSignal
-from plaingpt.generate import Decoder, generate
+from plaingpt.generate import Decoder
 from plaingpt.parallel import gather, is_sharded
 from plaingpt.tokens import DataSet, Tokens
 
@@ -50,28 +50,18 @@ def describe_loss(loss: float, data: DataSet) -> str:
     return f"val_loss {loss:.4f}, perplexity {perplexity(loss)}" + (f", {bpb:.4f} bits per byte" if bpb else "")
 
 
-def gathered_copy(model: GPT, dist: Distributed) -> GPT | None:
-    """An unsharded copy of a sharded model, to sample from; None except on main. All ranks.
-
-    The matrices of its blocks are in the precision of the products: a GPU that needs sharding has no room for more.
-    """
-    weights = gather(model.weights(), dist)
-    if not dist.is_main:
-        return None
-    weights = {name: w.to(dist.dtype) if ".h." in name and w.dim() == 2 else w for name, w in weights.items()}
-    return GPT.from_weights(model.config, weights).to(dist.device)
-
-
 def sample_text(model: GPT, data: DataSet, length: int, dist: Distributed, seed: int) -> str:
     """A short text that starts from the first token of the validation split; empty except on main. All ranks."""
-    model = gathered_copy(model, dist) if any(map(is_sharded, model.parameters())) else model
+    if any(map(is_sharded, model.parameters())):
+        weights = gather(model.weights(), dist)
+        model = GPT.from_weights(model.config, weights) if dist.is_main else model  # a sharded run's GPU may be full
     if not dist.is_main:
         return ""
-    prompt = [int(next(iter(data.val.all()))[0])]
-    generator = torch.Generator().manual_seed(seed)
-    with dist.autocast():
-        new = generate(model, prompt, length, data.tokenizer.end_of_text, generator, temperature=0.8, top_k=200)
-        return data.tokenizer.decode([*prompt, *new])
+    prompt, generator = [int(next(iter(data.val.all()))[0])], torch.Generator().manual_seed(seed)
+    model.eval()
+    new = list(model.generate(prompt, length, 0.8, 200, data.tokenizer.end_of_text, generator))
+    model.train()
+    return data.tokenizer.decode([*prompt, *new])
 
 
 @torch.inference_mode()

@@ -1,19 +1,19 @@
-"""Sampling from a model: cached keys and values, many texts at once, each with its own random generator.
+"""Fast sampling: packed weights, cached keys and values, many texts at once, each with its own random generator.
 
-    for token in generate(model, tokenizer.encode("def "), max_new_tokens=50): ...
+    batch = Batch(Decoder(model, torch.bfloat16), prompts, max_new_tokens, Sampling(top_k=50), generators)
+    for text, token in batch.step(): ...
 
 Shapes: B texts, T positions, C channels, H heads, D head width, L layers, V vocabulary, K ids that can be drawn.
 """
 
 import contextlib
-import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -36,34 +36,6 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-
-
-def generate(
-    model: GPT,
-    prompt: list[int],
-    max_new_tokens: int,
-    end_of_text: int | None = None,
-    generator: torch.Generator | None = None,
-    **sampling: float,
-) -> Iterator[int]:
-    """Yield new token ids until `max_new_tokens` or `end_of_text`, which is not yielded.
-
-    sampling: the fields of `Sampling`. generator: on the CPU. Products are in the precision of autocast where it is
-    on. Packing the weights takes a second for 124M on a CPU: for many texts use one `Decoder`.
-    """
-    kind = model.padding.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    batch = Batch(Decoder(shallow_copy(model), dtype), [prompt], max_new_tokens, Sampling(**sampling), [generator])
-    for _ in range(max_new_tokens):
-        ((_, token),) = batch.step()
-        if token == end_of_text:
-            return
-        yield token
-
-
-def shallow_copy(model: nn.Module) -> nn.Module:
-    """A second model of the same tensors, whose modules can be replaced."""
-    return copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
 
 
 class Decoder:

@@ -9,7 +9,7 @@ from typing import Any
 from plaingpt.console import UserError, one_line
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, "tokenizer_config.json"]
+FILES = ["config.json", "*.safetensors", *TOKENIZER_FILES, "tokenizer_config.json"]
 REASONS = {  # huggingface_hub's own messages have many lines
     "RepositoryNotFoundError": "no model has this name, or it is private; if so, log in: hf auth login",
     "GatedRepoError": "its owner has to grant you access, on its page there; then log in: hf auth login",

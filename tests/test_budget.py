@@ -10,7 +10,7 @@ import torch
 from conftest import flags, run_main
 
 from plaingpt import budget
-from plaingpt.budget import Deadline, block_parameters, choose, longer
+from plaingpt.budget import Deadline, block_parameters, choose, longer, write_recipe
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed, connect
 from plaingpt.run_state import RunState, load_state
@@ -217,3 +217,15 @@ def test_the_rest_of_the_time_of_a_run_of_no_seconds_is_positive():
     state = RunState(step=5, seconds=0.0, derived=["lr_decay_iters"])
     config, given = longer(TrainConfig(minutes=0.001), {}, state)
     assert config.max_iters > 5 and given == {"max_iters": "--minutes"}
+
+
+def test_a_recipe_has_every_setting_that_is_not_a_default(tmp_path):
+    config = TrainConfig(minutes=1, lr_schedule="cosine", min_lr=0.0, init_from="auto", out_dir=str(tmp_path))
+    write_recipe(config)
+    names = runpy.run_path(str(tmp_path / "recipe.py"))
+    assert (names["min_lr"], names["init_from"], names["learning_rate"]) == (0.0, "scratch", config.learning_rate)
+    assert "minutes" not in names and "n_embd" not in names
+
+
+def test_adamw_gets_a_lower_learning_rate_than_muon(data):
+    assert chosen(data, 1, dict(optimizer="adamw")).learning_rate == chosen(data, 1).learning_rate / 4

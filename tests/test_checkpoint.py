@@ -434,15 +434,6 @@ def test_the_links_of_the_hubs_cache_are_followed(saved, tmp_path_factory):
     load_model(cache / "snapshots" / "1")
 
 
-def test_a_path_in_an_index_is_not_followed(saved, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.safetensors"
-    (saved / "model.safetensors").rename(elsewhere)
-    for name in (str(elsewhere), f"../{elsewhere.parent.name}/model.safetensors", "..", ""):
-        (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": name}}))
-        with pytest.raises(UserError, match=r"leads out of|not a file"):
-            load_model(saved)
-
-
 def test_only_the_models_own_tensors_are_read(saved):
     """Another file in the directory changes nothing, even one that would load."""
     before = load_model(saved)[0]

@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import numpy as np
@@ -10,7 +11,7 @@ from test_model import SMALL, random_ids, random_model
 
 from model import GPT, GPTConfig
 from plaingpt.cpu import has_fp16_products
-from plaingpt.generate import Batch, Decoder, Sampling, candidates, draw, generate, shallow_copy
+from plaingpt.generate import Batch, Decoder, Sampling, candidates, draw
 
 GREEDY = Sampling(temperature=0)
 BLOCK = SMALL.block_size
@@ -33,7 +34,7 @@ def uncached(model: GPT, text: list[int], prompt_length: int) -> torch.Tensor:
 
 def batch(model: GPT, prompts, max_new_tokens=50, sampling=GREEDY, seeds=None, dtype=torch.float32) -> Batch:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
-    return Batch(Decoder(shallow_copy(model), dtype), prompts, max_new_tokens, sampling, generators)
+    return Batch(Decoder(copy.deepcopy(model), dtype), prompts, max_new_tokens, sampling, generators)
 
 
 @torch.inference_mode()
@@ -135,7 +136,7 @@ def test_temperature_zero_generates_the_likeliest(prompt_length):
     prompt = random_ids(SMALL, 1, prompt_length)[0].tolist()
     expected = greedy(model, prompt, 30)
     assert len(set(expected)) > 3
-    assert list(generate(model, prompt, 30, temperature=0)) == expected
+    assert write(batch(model, [prompt]), [30]) == [expected]
 
 
 @pytest.mark.parametrize("prompt_length", [1, 5, 12, 30])
@@ -161,37 +162,15 @@ def test_the_models_own_method_draws_by_temperature_and_top_k():
     assert ((counts - expected) ** 2 / expected).sum() < 16.3  # exceeded once in 1,000 with 3 degrees of freedom
 
 
-def test_generation_ends_before_end_of_text():
-    model = random_model(SMALL)
-    text = greedy(model, [1], 20)
-    end = text[6]
-    assert list(generate(model, [1], 20, temperature=0, end_of_text=end)) == text[: text.index(end)]
-
-
 def test_a_seed_names_a_text():
     model = random_model(SMALL, std=0.02)
 
-    def text(seed: int) -> list[int]:
-        return list(generate(model, [1], 20, generator=torch.Generator().manual_seed(seed)))
+    def texts(seed: int) -> list[list[int]]:
+        drawn = model.generate([1], 20, generator=torch.Generator().manual_seed(seed))
+        return [list(drawn), *write(batch(model, [[1]], sampling=Sampling(), seeds=[seed]), [20])]
 
-    assert text(1) == text(1) != text(2)
-    assert len(text(1)) == 20
-
-
-def test_autocast_is_the_precision_of_generate_and_it_changes_neither_weights_nor_mode():
-    model = random_model(SMALL).train()
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        text = list(generate(model, [1, 2], 30, temperature=0))
-    assert text == [row for ((_, row),) in itertools.islice(steps(batch(model, [[1, 2]], dtype=torch.bfloat16)), 30)]
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert model.training
-    model(torch.tensor([[1, 2]]), torch.tensor([[2, 3]]))[1].backward()  # nothing was made an inference tensor
-
-
-def steps(texts: Batch):
-    while True:
-        yield texts.step()
+    assert texts(1) == texts(1) != texts(2)
+    assert list(map(len, texts(1))) == [20, 20]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=on_x86)])
@@ -214,8 +193,8 @@ def test_padded_ids_are_never_generated():
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.fill_(1)
         model.transformer.wte.weight[:3] = -5
-    for text in (generate, GPT.generate):
-        assert set(text(model, [0], 60, generator=torch.Generator().manual_seed(0))) == {0, 1, 2}
+    assert set(model.generate([0], 60, generator=torch.Generator().manual_seed(0))) == {0, 1, 2}
+    assert {*write(batch(model, [[0]], 60, Sampling()), [60])[0]} == {0, 1, 2}
 
 
 def reference(logits: np.ndarray, s: Sampling) -> np.ndarray:
