@@ -20,7 +20,7 @@ from typing import Annotated, ClassVar, Literal
 from plaingpt.console import UserError, cores, counted, escaped, note, one_line, run_script
 from plaingpt.settings import PathName, PositiveInt, Range, load_settings
 from plaingpt.text.job import Job, prepare
-from plaingpt.text.shards import READY, fetch_tokens, json_in
+from plaingpt.text.shards import json_in
 from plaingpt.text.sources import Source, find_source, read_options
 from plaingpt.tokenizer import tokenizer_of
 
@@ -71,8 +71,6 @@ class PrepareConfig:
 
 def main() -> None:
     config, given = load_settings(PrepareConfig, positional="sources")
-    if len(config.sources) == 1 and config.sources[0] in READY and not os.path.exists(config.sources[0]):
-        return fetch(config.sources[0], directory_of(config.name or config.sources[0], config.data_dir))
     source = find_source(config.sources, config, json_lines="column" in given)
     directory = directory_of(config.name or source.name, config.data_dir)
     part, parts = part_of(config.part)
@@ -92,12 +90,6 @@ def main() -> None:
         raise
     if meta:
         report(directory, meta, time.perf_counter() - started)
-
-
-def fetch(name: str, directory: Path) -> None:
-    if not directory.exists():
-        fetch_tokens(name, directory)
-    note(f"{directory}: GPT-2's tokens; next: python train.py config/train_gpt2.py --dataset={directory.name}")
 
 
 def directory_of(name: str, data_dir: str) -> Path:

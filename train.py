@@ -147,7 +147,6 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
             if val_loss is not None and config.sample_tokens:
                 text = sample_text(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
                 progress.print(text, indent="  ")
-                metrics.sample(step, text)
         if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_best:
             break
 
@@ -188,7 +187,7 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
     train_batches = TrainBatches(data.train, config.block_size, tokens_per_step // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
     compiled = config.compiles_on(dist.device.type)
-    model = wrap(raw_model, dist, config.sharding, config.reduce_dtype, config.recompute, compiled)
+    model = wrap(raw_model, dist, config.sharding, config.recompute, compiled)
     optimizers = make_optimizers(
         raw_model,
         config.optimizer,

@@ -241,7 +241,7 @@ def occupied(pid: int) -> int:
 def kills(folder: Path, config: BenchConfig) -> None:
     """SIGKILL at random moments of the whole duration, started again each time; then the bytes are compared."""
     rng, command = random.Random(2), preparation(folder, "200.parquet", "killed")
-    made, partial = folder / "made" / "killed", folder / "made" / "killed.partial"
+    made, partial = folder / "made" / "killed", folder / "made" / ".killed.partial"
     for old in (made, partial):
         shutil.rmtree(old, ignore_errors=True)
     started = time.perf_counter()

@@ -9,9 +9,7 @@ Shapes: B batch, T time, C channels, H heads, D head width, V vocabulary, N targ
 import contextlib
 import ctypes
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -124,27 +122,12 @@ def pack(model: GPT, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     Each matrix is freed as soon as it is packed, so there are never two copies of all of them. Float16 on an x86 CPU
     is the precision of the weights alone.
     """
-    t = model.transformer
-    places = [
-        (m, name) for b in t.h for m in (b.attn, b.mlp) for name, _ in m.named_children() if name.startswith("c_")
-    ]
-
-    def pack_one(place: tuple[nn.Module, str] | None) -> nn.Module | None:
-        if place is None:
-            return PackedLinear(t.wte.weight.detach(), None, dtype)
-        module, name = place
-        linear = getattr(module, name)
-        setattr(module, name, PackedLinear(linear.weight.detach(), linear.bias, dtype))
-        linear.weight = None
-        give_back_freed_memory()
-        return None
-
-    # The head takes one thread as long as half of GPT-2's blocks take another.
-    places.insert(len(places) // 2, None)
-    threads = torch.get_num_threads()
-    # Each thread with one OpenMP thread: more of them than cores would slow all of them down.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return next(filter(None, list(pool.map(pack_one, places))))
+    for block in model.transformer.h:
+        for part in block.attn, block.mlp:
+            for name, child in part.named_children():
+                if type(child) is nn.Linear:
+                    setattr(part, name, PackedLinear(child.weight.detach(), child.bias, dtype))
+    return PackedLinear(model.transformer.wte.weight.detach(), None, dtype)
 
 
 class PackedLinear(nn.Module):
@@ -176,18 +159,8 @@ class PackedLinear(nn.Module):
 
 def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next: returning it and asking for it again costs a tenth of the time."""
-    if mallopt := _glibc("mallopt"):
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         mallopt(M_TRIM_THRESHOLD, -1)  # never
         mallopt(M_MMAP_MAX, 0)
-
-
-def give_back_freed_memory() -> None:
-    """Have glibc return it to the system: what one thread frees is not reused by the others."""
-    if trim := _glibc("malloc_trim"):
-        trim(0)
-
-
-def _glibc(name: str):
-    with contextlib.suppress(OSError, TypeError):
-        return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None

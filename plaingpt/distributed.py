@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from plaingpt.console import UserError, cores, counted, is_rank_0, one_line
-from plaingpt.cpu import keep_freed_memory
 from plaingpt.workarounds import rendezvous_store, silence_gloo_all_to_all
 
 # Dense half-precision TFLOP/s of matrix products, from the makers' data sheets; the first name that matches counts
@@ -145,8 +144,6 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
         _check_card(chosen)
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if chosen.type == "cpu":
-        keep_freed_memory()
     if chosen.type == "cpu" and world_size > 1:
         torch.set_num_threads(max(1, cores() // local_world_size))  # torchrun sets one thread for each process
         silence_gloo_all_to_all()

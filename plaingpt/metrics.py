@@ -1,7 +1,6 @@
 """The record of a run: metrics.jsonl, loss.png, Weights & Biases, and what the terminal shows."""
 
 import contextlib
-import html
 import json
 import math
 import shutil
@@ -60,10 +59,6 @@ class Metrics:
             note(f"{self.path}: {one_line(error)}")
         self._call_wandb("log", record)
 
-    def sample(self, step: int, text: str) -> None:
-        """Send a sample to Weights & Biases."""
-        self._call_wandb("sample", step, text)
-
     def draw(self) -> None:
         if not self.active:
             return
@@ -111,12 +106,6 @@ class WandB:
 
     def log(self, record: dict) -> None:
         self.run.log(record)
-
-    def sample(self, step: int, text: str) -> None:
-        import wandb
-
-        page = f'<meta charset="utf-8"><pre style="white-space: pre-wrap">{html.escape(text)}</pre>'
-        self.run.log({"step": step, "sample": wandb.Html(page)})
 
     def close(self) -> None:
         self.run.finish()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plaingpt.console import UserError, note, one_line
-from plaingpt.cpu import speed_up
+from plaingpt.cpu import keep_freed_memory, speed_up
 from plaingpt.distributed import Distributed
 from plaingpt.workarounds import fall_back_to_eager, silence_broadcast_buffers
 
@@ -19,11 +19,10 @@ def wrap(
     model: nn.Module,
     dist: Distributed,
     sharding: str = "ddp",
-    reduce_dtype: str = "float32",
     recompute: bool = False,
     compiled: bool = False,
 ) -> nn.Module:
-    """Move `model` to the device; `backward` then averages gradients over all processes in `reduce_dtype`. All ranks.
+    """Move `model` to the device; `backward` then averages gradients over all processes. All ranks.
 
     sharding: `ddp`: every process has the full model. `fsdp`: each has an equal shard of parameters, gradients and
         optimizer state, and gathers a block while it is computed. `hybrid`: fsdp within a node, ddp between nodes.
@@ -32,25 +31,18 @@ def wrap(
     """
     model.recompute = recompute
     speed_up(model)
+    if dist.device.type == "cpu":
+        keep_freed_memory()
     sharded = dist.world_size > 1 and sharding != "ddp"
     if compiled:
         _compile(model, dist, sharded)
-    reduce_in = getattr(torch, reduce_dtype)
-    return _shard(model, dist, sharding, reduce_in) if sharded else _replicate(model.to(dist.device), dist, reduce_in)
-
-
-def _replicate(model: nn.Module, dist: Distributed, reduce_in: torch.dtype) -> nn.Module:
+    if sharded:
+        return _shard(model, dist, sharding)
+    model = model.to(dist.device)
     if dist.world_size == 1:
         return model
     with silence_broadcast_buffers():  # the model's buffer never changes: no need to broadcast it before each forward
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if reduce_in == torch.bfloat16:
-        if dist.device.type != "cuda":
-            raise UserError("--reduce_dtype=bfloat16: without CUDA it needs --sharding=fsdp or hybrid")
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        model.register_comm_hook(None, bf16_compress_hook)
-    return model
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def shard_count(dist: Distributed, sharding: str) -> int:
@@ -58,7 +50,7 @@ def shard_count(dist: Distributed, sharding: str) -> int:
     return {"ddp": 1, "fsdp": dist.world_size, "hybrid": dist.local_world_size}[sharding]
 
 
-def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.dtype) -> nn.Module:
+def _shard(model: nn.Module, dist: Distributed, sharding: str) -> nn.Module:
     """Matrices are cast to `dist.dtype` before they are gathered: autocast would do it afterwards, at twice the
     traffic. Embeddings and LayerNorms are small; they are gathered in float32, as autocast needs them.
     """
@@ -71,15 +63,13 @@ def _shard(model: nn.Module, dist: Distributed, sharding: str, reduce_in: torch.
     hybrid = sharding == "hybrid"
     shape, names = ((dist.world_size // size, size), ("nodes", "in_node")) if hybrid else ((size,), ("all",))
     mesh = init_device_mesh(dist.device.type, shape, mesh_dim_names=names)
-    precise = MixedPrecisionPolicy(reduce_dtype=reduce_in, cast_forward_inputs=False)
-    policy = MixedPrecisionPolicy(dist.dtype, reduce_in, cast_forward_inputs=False)
+    precise = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(dist.dtype, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=precise)
     # The root keeps its parameters gathered until a backward pass; without one, nothing would shard them again.
     model.register_forward_hook(lambda root, *_: None if torch.is_grad_enabled() else root.reshard())
-    # Micro-steps that are not exchanged between nodes would be summed in the precision of the exchange.
-    model.exchanged_each_time = hybrid and reduce_in != torch.float32
     return model
 
 
@@ -125,12 +115,11 @@ def _reason(error: BaseException) -> str:
 def exchange_gradients(model: nn.Module, last: bool) -> None:
     """Before a micro-step: whether it is the `last` of its step, after which gradients are averaged.
 
-    Sharded gradients are averaged within the node each time, so that no process ever has all of them; in bfloat16
-    also between nodes, so that they are summed in float32.
+    Sharded gradients are averaged within the node each time, so that no process ever has all of them.
     """
     model.require_backward_grad_sync = last  # DDP's
     if hasattr(model, "set_requires_all_reduce"):  # FSDP's
-        model.set_requires_all_reduce(last or model.exchanged_each_time)
+        model.set_requires_all_reduce(last)
 
 
 def is_sharded(tensor: Tensor) -> bool:

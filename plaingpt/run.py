@@ -22,14 +22,8 @@ from plaingpt.tokens import DataSet
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 # These settings belong to the machine and the command, not to the run.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "minutes"}
-# These may differ from the checkpoint's; the others decide what is trained.
-CHANGEABLE = LOCAL | {
-    "data_dir", "dtype", "compile", "eval_interval", "eval_iters", "log_interval", "sample_tokens",
-    "wandb_log", "wandb_project", "wandb_run_name", "batch_size",
-    "gradient_accumulation_steps", "learning_rate", "max_iters", "patience", "keep_every", "decay_lr", "lr_schedule",
-    "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip", "dropout", "momentum", "sharding",
-    "reduce_dtype", "recompute",
-}  # fmt: skip
+# These decide what is trained: a resumed run keeps them.
+FIXED = {"dataset", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "beta1", "beta2"}
 
 
 def resumed_settings(config: Any, given: dict[str, str], state: RunState, directory: Path) -> Any:
@@ -52,14 +46,14 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
         asked = f"{given[name]}: {name}={getattr(config, name)}"
         if name not in flags:
             note(f"using the checkpoint's {name}={trained[name]} (not {asked}; a flag would change it)")
-        elif name in CHANGEABLE:
-            note(f"changed on resume: {asked}, until now {trained[name]}")
-        else:
+        elif name in FIXED:
             raise UserError(
                 f"{asked}, but the checkpoint was trained with {trained[name]}; "
                 "leave it out, or start a new run: --init_from=scratch, or from this model "
                 f"--init_from={shlex.quote(str(directory.parent / 'best'))} with another --out_dir"
             )
+        else:
+            note(f"changed on resume: {asked}, until now {trained[name]}")
     saved = {name: value for name, value in trained.items() if name in (hints.keys() - flags - LOCAL) | {"init_from"}}
     for setting in dataclasses.fields(config):  # derived settings are derived again, from what may have changed
         if setting.default is None and setting.name in state.derived and setting.name not in flags:

@@ -24,7 +24,7 @@ from plaingpt.tokenizer import Tokenizer, gpt2
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 # Data sets that prepare_data.py knows by name
-NAMED = ("python", "shakespeare", "shakespeare_char", "tinystories", "openwebtext", "fineweb_edu", "fineweb10B-gpt2")
+NAMED = ("python", "shakespeare", "shakespeare_char", "tinystories", "openwebtext", "fineweb_edu")
 HASHED = 256 << 20  # bytes; SHA-256 takes about half a second for them
 CHUNK = 1 << 22  # ids read at a time from a file that is read from beginning to end
 SAMPLE = 1 << 16  # ids at the beginning of a file of unknown dtype that are looked at
@@ -104,7 +104,9 @@ class Tokens:
 
 
 def how_to_get(name: str) -> str:
-    """The command that prepares the data set `name`."""
+    """The command that prepares or downloads the data set `name`."""
+    if name == "fineweb10B-gpt2":  # llm.c's token files
+        return f"hf download kjj0/{name} --repo-type=dataset --local-dir=data/{name}"
     return f"python prepare_data.py {name if name in NAMED else f'FILES --name={shlex.quote(name)}'}"
 
 
@@ -189,8 +191,7 @@ def _open_foreign(directory: Path) -> DataSet:
             "nor shards of llm.c, such as NAME_train_000001.bin and NAME_val_000000.bin"
         )
     ids = {path: _open_foreign_ids(path) for split in SPLITS for path in paths[split]}
-    dtypes = sorted({array.dtype.name for array in ids.values()})
-    note(f"{directory}: no meta.json: reading as GPT-2 tokens, {' and '.join(dtypes)}")
+    note(f"{directory}: no meta.json: reading as GPT-2 tokens, uint16")
     tokenizer = gpt2()
     train, val = (Tokens([ids[path] for path in paths[split]], None, tokenizer.vocab_size) for split in SPLITS)
     small = sum(array.nbytes for array in ids.values()) <= HASHED
@@ -203,18 +204,17 @@ def _open_foreign(directory: Path) -> DataSet:
 
 
 def _open_foreign_ids(path: Path) -> np.ndarray:
-    """The ids of a file without meta.json: after a header of llm.c or from the start, in 2 or 4 bytes each."""
-    start = np.fromfile(path, "<i4", 3) if os.path.isfile(path) else np.empty(0)
+    """The ids of a file without meta.json: uint16, after a header of llm.c or from the start."""
+    start, uint16 = np.fromfile(path, "<i4", 3) if os.path.isfile(path) else np.empty(0), np.dtype("<u2")
     if len(start) == 3 and start[0] in (LLM_C_GPT2, LLM_C_LLAMA3):
         if start[0] != LLM_C_GPT2 or start[1] != 1:
             raise UserError(
                 f"{path} is a shard of llm.c, but not of GPT-2 tokens (magic number {LLM_C_GPT2}, version 1)"
             )
-        return _open_ids(path, np.dtype("<u2"), int(start[2]), LLM_C_HEADER)
-    for dtype in ("<u2", "<u4"):
-        ids = _open_ids(path, np.dtype(dtype))
-        if len(ids) >= 16 and not ids[-16:].any():
-            raise UserError(f"{path} ends in zeros: its preparation was interrupted; prepare the text again")
-        if len(ids) < 16 or ids[1:SAMPLE:2].any():  # in wider integers every second one would be 0
-            return ids
-    raise UserError(f"{path} has integers of 8 bytes: convert it to uint16, or prepare the text again")
+        return _open_ids(path, uint16, int(start[2]), LLM_C_HEADER)
+    ids = _open_ids(path, uint16)
+    if len(ids) >= 16 and not ids[-16:].any():
+        raise UserError(f"{path} ends in zeros: its preparation was interrupted; prepare the text again")
+    if len(ids) >= 16 and not ids[1:SAMPLE:2].any():  # in wider integers every second one would be 0
+        raise UserError(f"{path} has integers of 4 or 8 bytes: convert it to uint16, or prepare the text again")
+    return ids

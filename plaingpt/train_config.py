@@ -123,8 +123,6 @@ class HardwareSettings:
     """activation checkpointing: less memory for a third more compute"""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
     """ddp: each process holds the full model; fsdp: one shard of it; hybrid: fsdp within a node, ddp across nodes"""
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """precision of gradient communication; bfloat16 halves the traffic"""
     timeout: Positive = 600
     """seconds that a process waits for the others before the run fails"""
 
@@ -135,7 +133,6 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
     RETIRED: ClassVar = {
         "backend": "ignored: the device determines it (nccl on CUDA, gloo elsewhere)",
         "always_save_checkpoint": "ignored: out_dir/last is always saved, and out_dir/best at each improvement",
-        "tensorboard_log": "ignored: metrics.jsonl has the same figures",
         "local_rank": "ignored; start processes with torchrun instead of python -m torch.distributed.launch",
     }
 
@@ -177,9 +174,4 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
             note(
                 f"warmup_iters={self.warmup_iters} is not below max_iters={self.max_iters}: the learning rate never "
                 f"reaches {self.learning_rate:g}; give a lower --warmup_iters"
-            )
-        if self.decay_lr and self.min_lr > self.learning_rate:
-            note(
-                f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: after the warmup the learning "
-                "rate rises to it; give a lower --min_lr, or --decay_lr=False to keep it constant"
             )

@@ -12,7 +12,6 @@ LAYERS = [
     ["plaingpt.settings"],
     ["plaingpt.generate"],
     ["plaingpt.files", "plaingpt.hub"],
-    ["plaingpt.text.bpe"],
     ["plaingpt.tokenizer"],
     ["plaingpt.tokens"],
     ["plaingpt.text.streams"],

@@ -143,9 +143,9 @@ def test_an_earlier_data_set_stays_complete_until_the_new_one_is(tmp_path, text,
     prepare(write(tmp_path / "old.jsonl", ["old text " * 50] * 3), tmp_path)
     old = contents(tmp_path / "set")
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 30)
-    assert contents(tmp_path / "set") == old and (tmp_path / "set.partial").exists()
+    assert contents(tmp_path / "set") == old and (tmp_path / ".set.partial").exists()
     prepare(text, tmp_path)
-    assert len(documents(tmp_path, "train")) > 200 and not (tmp_path / "set.partial").exists()
+    assert len(documents(tmp_path, "train")) > 200 and not (tmp_path / ".set.partial").exists()
 
 
 def test_other_settings_or_another_text_begin_anew(tmp_path, text, small):
@@ -169,19 +169,6 @@ def test_killed_while_other_work_is_removed_that_work_can_be_done_after_all(tmp_
     assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed" / "set")
 
 
-@pytest.mark.parametrize("names", [["poem.txt"], ["yarn.lock"], ["plan.json"], ["part-1.lock", "plan"]])
-def test_a_folder_of_the_user_in_the_place_of_unfinished_work_is_left_alone(tmp_path, text, names):
-    (tmp_path / "set.partial").mkdir()
-    for name in names:
-        (tmp_path / "set.partial" / name).write_text("{}")
-    before = contents(tmp_path)
-    assert (
-        "is not unfinished work of ours; move it away, or choose another --name"
-        in prepare(text, tmp_path, status=2).err
-    )
-    assert contents(tmp_path) == before
-
-
 def test_a_folder_with_a_meta_json_of_another_program_is_left_alone(tmp_path, text):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "meta.json").write_text('{"title": "mine"}')
@@ -193,7 +180,7 @@ def test_a_folder_with_a_meta_json_of_another_program_is_left_alone(tmp_path, te
 def test_a_shard_that_was_damaged_before_going_on_is_made_anew(tmp_path, text, small):
     prepare(text, tmp_path / "undisturbed")
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
-    shard = tmp_path / "set.partial" / "shards" / "part1_train_000000.bin"
+    shard = tmp_path / ".set.partial" / "shards" / "part1_train_000000.bin"
     assert shard.stat().st_size > 1000
     shard.write_bytes(bytes(shard.stat().st_size))
     assert f"{shard} is damaged; run again" in prepare(text, tmp_path, status=1).err
@@ -205,8 +192,8 @@ def test_nothing_is_written_through_a_link_in_the_place_of_a_shard(tmp_path, tex
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
     (tmp_path / "mine").write_text("mine")
     for name in ("part1_train_000000.bin", "part1_val_000000.bin"):
-        (tmp_path / "set.partial" / "shards" / name).unlink()
-        (tmp_path / "set.partial" / "shards" / name).symlink_to(tmp_path / "mine")
+        (tmp_path / ".set.partial" / "shards" / name).unlink()
+        (tmp_path / ".set.partial" / "shards" / name).symlink_to(tmp_path / "mine")
     assert "run again" in prepare(text, tmp_path, status=1).err
     prepare(text, tmp_path)
     assert (tmp_path / "mine").read_text() == "mine" and len(documents(tmp_path, "train")) > 200
@@ -215,7 +202,7 @@ def test_nothing_is_written_through_a_link_in_the_place_of_a_shard(tmp_path, tex
 def test_progress_that_a_loss_of_power_left_empty_counts_as_none(tmp_path, text, small):
     prepare(text, tmp_path / "undisturbed")
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
-    (tmp_path / "set.partial" / "part-1.json").write_text("")
+    (tmp_path / ".set.partial" / "part-1.json").write_text("")
     prepare(text, tmp_path)
     assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed" / "set")
 
@@ -223,7 +210,7 @@ def test_progress_that_a_loss_of_power_left_empty_counts_as_none(tmp_path, text,
 @pytest.mark.parametrize("flags", [[], ["--part=1/2"]])
 def test_work_that_somebody_removes_under_way_is_no_success(tmp_path, text, small, flags):
     def work() -> None:
-        at_each_change(tmp_path, lambda count: count != 30 or shutil.rmtree(tmp_path / "set.partial"))
+        at_each_change(tmp_path, lambda count: count != 30 or shutil.rmtree(tmp_path / ".set.partial"))
         prepare(text, tmp_path, *flags, status=2)
         (tmp_path / "refused").touch()
 
@@ -302,13 +289,13 @@ def test_a_part_that_was_killed_goes_on_and_the_last_part_ends_the_work(tmp_path
 
 
 def test_a_part_that_waits_to_begin_is_in_nobodys_way(tmp_path, mixed):
-    (tmp_path / "set.partial").mkdir()
-    with FileLock(tmp_path / "set.partial" / "plan.lock"):
+    (tmp_path / ".set.partial").mkdir()
+    with FileLock(tmp_path / ".set.partial" / "plan.lock"):
         pid = forked(lambda: prepare(mixed, tmp_path, "--part=1/2"))
         time.sleep(0.3)
     assert "is done" in prepare(mixed, tmp_path, "--part=2/2").err or (tmp_path / "set").exists()
     os.waitpid(pid, 0)
-    assert len(documents(tmp_path, "train")) > 200 and os.listdir(tmp_path) != ["set.partial"]
+    assert len(documents(tmp_path, "train")) > 200 and os.listdir(tmp_path) != [".set.partial"]
 
 
 def test_threads_make_what_one_makes(tmp_path, mixed, small):
@@ -323,7 +310,7 @@ def test_a_mistake_in_the_text_is_one_line_and_the_corrected_text_is_prepared(tm
     with open(source, "a") as file:
         file.write('{"words": 1}\n')
     ended = prepare(source, tmp_path / "made", "--threads=2", status=2)
-    assert "has no 'text'" in ended.err and os.listdir(tmp_path / "made") == ["set.partial"]
+    assert "has no 'text'" in ended.err and os.listdir(tmp_path / "made") == [".set.partial"]
     write(source, DOCUMENTS)
     prepare(source, tmp_path / "made", "--threads=2")
     assert os.listdir(tmp_path / "made") == ["set"]
@@ -341,7 +328,7 @@ def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, mixed, s
     rows = mixed / "rows.parquet"
 
     def away(_: int) -> None:
-        if (tmp_path / "made" / "set.partial" / "shards").exists() and rows.exists():  # the plan is made
+        if (tmp_path / "made" / ".set.partial" / "shards").exists() and rows.exists():  # the plan is made
             rows.rename(tmp_path / "away")
 
     def work() -> None:
@@ -357,11 +344,11 @@ def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, mixed, s
 
 def test_a_file_that_changes_while_it_is_read_is_no_mixture_of_both(tmp_path, text, small):
     def change(_: int) -> None:
-        if (tmp_path / "set.partial" / "shards").exists() and text.stat().st_size > 10_000:  # the plan is made
+        if (tmp_path / ".set.partial" / "shards").exists() and text.stat().st_size > 10_000:  # the plan is made
             write(text, DOCUMENTS[:100])
 
     def work() -> None:
-        at_each_change(tmp_path / "set.partial", change)
+        at_each_change(tmp_path / ".set.partial", change)
         assert f"{text} was changed while it was read; run again" in prepare(text, tmp_path, status=1).err
         (tmp_path / "refused").touch()
 
@@ -419,7 +406,7 @@ def test_a_slurm_array_with_gaps_is_refused(monkeypatch):
 def test_what_cannot_be_done_in_parts_is_refused_with_the_reason(tmp_path, text):
     assert "--dedup compares each document with all" in prepare(text, tmp_path, "--part=1/2", "--dedup", status=2).err
     assert "save it to a file" in prepare("-", tmp_path, "--part=1/2", status=2, stdin="text").err
-    assert not (tmp_path / "set.partial").exists()
+    assert not (tmp_path / ".set.partial").exists()
 
 
 def test_a_split_beyond_the_size_of_a_file_has_several_and_is_read_as_one(tmp_path, text, small):

@@ -310,7 +310,7 @@ def test_a_failure_is_one_line_and_leaves_an_existing_data_set_as_it_was(prepare
 def test_what_the_system_refuses_is_named_with_its_reason(folder, tmp_path):
     folder({"a.txt": "text " * 100, "file": ""}, ".")
     line = failed(["a.txt", "--name=set", "--data_dir=file"], tmp_path)
-    assert line == "prepare_data.py: file/set cannot be prepared: file/set.partial: Not a directory"
+    assert line == "prepare_data.py: file/set cannot be prepared: file/.set.partial: Not a directory"
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", ".hidden", "with space", "-", "ends\n", "x" * 300, "é" * 150])

@@ -5,16 +5,12 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import sysconfig
 import threading
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, child_environment
 
 from plaingpt.console import UserError
 from plaingpt.text.sources import Source, download, find_source, read_options
@@ -275,53 +271,3 @@ def test_nobody_listening_is_a_refusal_with_the_reason(tmp_path):
         url = f"http://127.0.0.1:{closed.server_port}/good"
     with pytest.raises(UserError, match=r"cannot be downloaded: .*refused"):
         download(url, tmp_path / "text.txt", DIGEST, timeout=10)
-
-
-# token files that are downloaded as they are, from a server that answers as the hub does
-
-SHARDS = {name: bytes([i]) * 3000 for i, name in enumerate(["fineweb_train_000001.bin", "fineweb_val_000000.bin"])}
-
-
-class Hub(BaseHTTPRequestHandler):
-    def do_GET(self):
-        name = self.path.rsplit("/", 1)[-1]
-        if name in self.server.broken:
-            return self.send_error(404)
-        self.send_response(200)
-        answer = {"id": "x/y", "sha": "5" * 40, "siblings": [{"rfilename": name} for name in SHARDS]}
-        if "/tree/" in self.path:
-            answer = [{"type": "file", "path": name, "size": len(SHARDS[name]), "oid": "1"} for name in SHARDS]
-        body = SHARDS.get(name) or json.dumps(answer).encode()
-        self.send_header("X-Repo-Commit", "5" * 40)
-        self.send_header("ETag", hashlib.sha1(body).hexdigest())
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-
-def test_shards_are_downloaded_and_appear_when_they_are_all_there(tmp_path):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        environment = child_environment(
-            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "home")
-        )
-        command = [sys.executable, str(ROOT / "prepare_data.py"), "fineweb10B-gpt2", f"--data_dir={tmp_path}"]
-        fetch = partial(subprocess.run, command, env=environment, capture_output=True, text=True, timeout=60)
-        server.broken = ["fineweb_val_000000.bin"]
-        failed = fetch()
-        assert failed.returncode == 1 and failed.stderr.endswith("; run again to go on\n")
-        assert not (tmp_path / "fineweb10B-gpt2").exists()
-        server.broken = []
-        made = fetch()
-        server.shutdown()
-    assert (
-        made.returncode == 0 and "next: python train.py config/train_gpt2.py --dataset=fineweb10B-gpt2" in made.stderr
-    ), made.stderr
-    found = {path.name: path.read_bytes() for path in (tmp_path / "fineweb10B-gpt2").glob("*.bin")}
-    assert found == SHARDS

@@ -38,7 +38,7 @@ def wandb_records(folder: Path) -> list:
     raise AssertionError(f"{path} is incomplete")
 
 
-def test_wandb_records_metrics_and_samples_and_a_resumed_run_continues(tmp_path, train, resume, monkeypatch):
+def test_wandb_records_metrics_and_a_resumed_run_continues(tmp_path, train, resume, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -65,9 +65,7 @@ def test_wandb_records_metrics_and_samples_and_a_resumed_run_continues(tmp_path,
             if record.WhichOneof("record_type") == "history"
         ]
         own = [{k: v for k, v in history.items() if not k.startswith("_")} for history in histories]
-        assert [history for history in own if "sample.path" not in history] == written
-        pages = [(folder / "files" / history["sample.path"]).read_text() for history in own if "sample.path" in history]
-        assert pages and all("<pre" in page for page in pages)
+        assert own == written
     assert load_state(out_dir / "last")[0].step == 6
 
 

@@ -1,7 +1,7 @@
 """One data set in preparation: what all processes that work on it share, and how the last one completes it.
 
-data/<name>.partial has a marker that makes the folder ours, plan.json, the tokenizer, the progress of each part, and
-the shards. It stays after any failure: the same command continues, another one for the same name replaces it.
+data/.<name>.partial has plan.json, the tokenizer, the progress of each part, and the shards. It stays after a failure:
+the same command continues, another one for the same name replaces it.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -30,8 +29,7 @@ from plaingpt.text.streams import ReadOptions
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import SPLITS
 
-FORMAT = 5  # of unfinished work; that of another version starts over
-MARKER = "plaingpt-preparation"  # the file that makes a folder ours to delete
+FORMAT = 6  # of unfinished work; that of another version starts over
 MANY_DOCUMENTS = 200  # from here on entire documents go to validation; with fewer, the tail of each
 TRAINING_BYTES = 1 << 26  # of text that a BPE is trained on: more hardly changes it
 
@@ -53,7 +51,7 @@ class Job:
     @functools.cached_property
     def partial(self) -> Path:
         directory = self.directory.resolve() if self.directory.is_symlink() else self.directory  # to another disk
-        return directory.with_name(f"{directory.name}.partial")
+        return directory.with_name(f".{directory.name}.partial")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -83,7 +81,7 @@ def prepare(job: Job, part: int, threads: int) -> dict | None:
     if job.parts > 1 and job.is_done() and not job.partial.exists():
         return note(f"{job.directory} is prepared already")
     try:
-        claim(job.partial)
+        job.partial.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as until_done:
             with FileLock(job.partial / "plan.lock"):  # while the plan is made; the part's lock is for all of its work
                 until_done.enter_context(job.lock(part))
@@ -96,16 +94,6 @@ def prepare(job: Job, part: int, threads: int) -> dict | None:
         if job.parts == 1 or not job.is_done() or job.partial.exists():
             raise
     return note(f"{job.directory} is prepared already")
-
-
-def claim(partial: Path) -> None:
-    """Create the folder of unfinished work; UserError if the user has another folder of that name."""
-    partial.mkdir(parents=True, exist_ok=True)
-    names = os.listdir(partial)
-    others = [name for name in names if not re.fullmatch(r"(plan|part-\d+)\.lock", name)]  # filelock makes folders
-    if others and MARKER not in names:
-        raise UserError(f"{partial} exists and is not unfinished work of ours; move it away, or choose another --name")
-    (partial / MARKER).touch()
 
 
 def make_work(job: Job, part: int) -> Work | None:
@@ -202,7 +190,7 @@ def clear(partial: Path) -> None:
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != MARKER and path.suffix != ".lock":
+        elif path.suffix != ".lock":
             path.unlink()
 
 

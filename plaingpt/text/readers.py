@@ -166,22 +166,12 @@ def parquet_texts(file: File, options: ReadOptions) -> Iterator[Text]:
             check_column(file.path, parquet.schema_arrow, options.column)
             for group in range(parquet.num_row_groups):
                 where, done = f"{file.path}, rows of group {group}", file.size * (group + 1) // parquet.num_row_groups
-                rows = _rows_at_a_time(parquet.metadata.row_group(group), options.column, where)
-                for batch in parquet.iter_batches(rows, [group], columns=[options.column], use_threads=False):
+                for batch in parquet.iter_batches(ROWS, [group], columns=[options.column], use_threads=False):
                     yield from _column_texts(batch.column(0), where, done, options)
     except (OSError, pyarrow.ArrowException) as error:
         if getattr(error, "errno", None):  # the operating system's error, not a fault of the file
             raise
         raise UserError(f"{file.path} is not a Parquet file, or is damaged: {one_line(error)}") from error
-
-
-def _rows_at_a_time(group: Any, column: str, where: str) -> int:
-    """A few hundred bytes can stand for a million equal rows of a megabyte: such a file is read row by row."""
-    chunks = map(group.column, range(group.num_columns))
-    chunk = next(c for c in chunks if c.path_in_schema.split(".")[0] == column)
-    if chunk.total_uncompressed_size > streams.MAX_RECORD * max(group.num_rows, 1):
-        raise UserError(f"{where} has rows of more than {streams.MAX_RECORD >> 20} MB")
-    return ROWS if chunk.total_uncompressed_size < 100 * chunk.total_compressed_size else 1
 
 
 def _column_texts(column: Any, where: str, done: int, options: ReadOptions) -> Iterator[Text]:

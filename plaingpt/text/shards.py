@@ -1,4 +1,4 @@
-"""Token files as preparation writes them: numbered shards and meta.json; and those that others prepared, downloaded."""
+"""Token files as preparation writes them: numbered shards and meta.json."""
 
 import hashlib
 import json
@@ -8,11 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from plaingpt.console import RunFailed, UserError, one_line
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import FORMAT_VERSION, id_dtype
-
-READY = {"fineweb10B-gpt2": "kjj0/fineweb10B-gpt2"}  # repositories of the hub with llm.c's shards
 
 
 class ShardWriter:
@@ -101,17 +98,3 @@ def write_meta(directory: Path, tokenizer: Tokenizer, kind: str, source: str, sp
     }
     (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
-
-
-def fetch_tokens(name: str, directory: Path) -> None:
-    """Download the token files of one of READY; `directory` appears when they are all there."""
-    import huggingface_hub
-
-    partial = directory.with_name(f"{directory.name}.partial")
-    if partial.exists() and any(partial.iterdir()) and not (partial / ".cache" / "huggingface").exists():
-        raise UserError(f"{partial} exists and is not an unfinished download of ours; choose another --name")
-    try:
-        huggingface_hub.snapshot_download(READY[name], repo_type="dataset", local_dir=partial)
-    except Exception as error:  # of any library below: network, server, disk
-        raise RunFailed(f"{READY[name]} cannot be downloaded: {one_line(error)}; run again to go on") from error
-    partial.rename(directory)
