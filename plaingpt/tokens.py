@@ -6,8 +6,9 @@ vocabulary ever reaches a model, because ids are checked as they are read. A lar
 and a change of its bytes into other valid ids is found only by tools/inspect_data.py, which reads everything.
 """
 
-import functools
+import bisect
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -56,44 +57,24 @@ class Tokens:
 
     def __init__(self, files: list[np.ndarray], n_bytes: int | None = None, vocab_size: int = 1 << 32):
         self._files = [np.asarray(file) for file in files if len(file)]  # slicing a memmap is slow
-        self._ends = np.cumsum([len(file) for file in self._files])
-        self._views = functools.lru_cache(4)(self._windows_of_files)
+        self._ends = list(itertools.accumulate(map(len, self._files)))
         self.n_bytes, self._vocab_size = n_bytes, vocab_size
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def read(self, start: int, out: np.ndarray) -> None:
-        """Copy the ids from position `start` on into `out`."""
-        filled = 0
-        while filled < len(out):
-            position = (start + filled) % len(self)
-            shard = int(np.searchsorted(self._ends, position, side="right"))
-            left = int(self._ends[shard]) - position
-            ids = self._files[shard][len(self._files[shard]) - left :][: len(out) - filled]
-            out[filled : filled + len(ids)] = self._checked(ids)
-            filled += len(ids)
+        return self._ends[-1] if self._ends else 0
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The `length` ids from each position on, (len(starts), length) int64: one gather per file."""
-        views, places = self._views(length), starts % len(self)
-        if len(views) == 1 and places.max() < len(views[0]):
-            return self._checked(views[0][places]).astype(np.int64)
-        out = np.empty((len(starts), length), np.int64)
-        files = np.searchsorted(self._ends, places, side="right")
-        places -= (self._ends - [len(file) for file in self._files])[files]
-        for i in set(files.tolist()):
-            rows = (files == i) & (places < len(views[i]))
-            out[rows] = views[i][places[rows]]
-            for row in np.flatnonzero((files == i) & ~rows):  # continues in the next file
-                self.read(int(starts[row]), out[row])
-        return self._checked(out)
-
-    def _windows_of_files(self, length: int) -> list[np.ndarray]:
-        """Every window of each file, as views."""
-        view = np.lib.stride_tricks.sliding_window_view
-        none = np.empty((0, length), np.uint16)
-        return [view(file, length) if len(file) >= length else none for file in self._files]
+        """The `length` ids from each position on: (len(starts), length) int64."""
+        windows = np.empty((len(starts), length), np.int64)
+        for window, start in zip(windows, starts.tolist()):
+            filled = 0
+            while filled < length:
+                position = (start + filled) % len(self)
+                i = bisect.bisect_right(self._ends, position)
+                ids = self._files[i][position - self._ends[i] :][: length - filled]  # counted from the file's end
+                window[filled : filled + len(ids)] = ids
+                filled += len(ids)
+        return self._checked(windows)
 
     def all(self) -> Iterable[np.ndarray]:
         """All ids in order, in arrays of bounded size."""

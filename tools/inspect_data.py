@@ -74,8 +74,7 @@ def describe(split: str, tokens: Tokens, tokenizer: Tokenizer) -> None:
     shown = shown[np.linspace(0, len(shown) - 1, min(SAMPLES, len(shown))).astype(int)]
     extremes = {"shortest": np.where(lengths > 0, lengths, lengths.max() + 1).argmin(), "longest": lengths.argmax()}
     for name, i in [*extremes.items(), *((f"document {i + 1:,}", i) for i in shown)]:
-        ids = np.empty(min(int(lengths[i]), SAMPLE_TOKENS), np.int64)
-        tokens.read(int(starts[i]), ids)
+        (ids,) = tokens.windows(starts[i : i + 1], min(int(lengths[i]), SAMPLE_TOKENS))
         text = repr(tokenizer.decode(ids.tolist()))
         note(f"  {name}, {counted(lengths[i], 'token')}: {text}{' …' if len(ids) < lengths[i] else ' (ends here)'}")
 
