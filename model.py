@@ -130,7 +130,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
-        """A model of these very tensors, by name; `wte` may lack its padding. Nothing is initialised in vain."""
+        """A model that uses these tensors, without initialising it first; `wte` may lack its padding."""
         with torch.device("meta"), NoDraws():
             model = cls(config)
         wte = weights["transformer.wte.weight"]

@@ -7,6 +7,7 @@ python prepare_data.py hf:owner/name --column=text --part=3/16          # one of
 
 import plaingpt.startup
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from plaingpt.console import UserError, cores, counted, escaped, note, one_line, run_script
-from plaingpt.settings import PathName, PositiveInt, Range, load_settings
+from plaingpt.settings import PathName, PositiveInt, Range, Size, load_settings
 from plaingpt.text.job import Job, prepare
 from plaingpt.text.shards import json_in
 from plaingpt.text.sources import Source, find_source, read_options
@@ -35,7 +36,7 @@ class PrepareConfig:
     """name of the data set, a folder of data_dir: train.py's `dataset` (default: from the source)"""
     tokenizer: PathName | None = None
     """gpt2, char, byte, bpe (trained on the text), or a model directory (default: what suits the source)"""
-    vocab_size: PositiveInt = 2048
+    vocab_size: Size = 2048
     """ids of a bpe tokenizer, including end of text"""
     val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
     """share of the text that is held out for validation (default: what suits the source)"""
@@ -73,7 +74,11 @@ def main() -> None:
     config, given = load_settings(PrepareConfig, positional="sources")
     source = find_source(config.sources, config, json_lines="column" in given)
     directory = directory_of(config.name or source.name, config.data_dir)
-    part, parts = part_of(config.part)
+    try:
+        part, parts = part_of(config.part)
+        processes_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"Slurm's or torchrun's variables in the environment are missing or no numbers: {error}") from error
     if parts > 1 and source.once:
         raise UserError("standard input cannot be split into parts: save it to a file first")
     if parts > 1 and config.dedup:
@@ -82,7 +87,7 @@ def main() -> None:
     started = time.perf_counter()
     try:
         job = make_job(directory, source, config, parts)
-        meta = prepare(job, part, config.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+        meta = prepare(job, part, config.threads or max(1, cores() // processes_here))
     except OSError as error:
         raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
     except KeyboardInterrupt:
@@ -147,11 +152,14 @@ def report(directory: Path, meta: dict, seconds: float) -> None:
     lines.append(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
     name, place = directory.name, f" --data_dir={shlex.quote(str(directory.parent))}"
     place = "" if directory.parent == Path("data") else place
-    if name in RECIPES and not place:
+    if min(figures["tokens"] for figures in meta["splits"].values()) < 2:
+        lines.append("this is too little text to train on")
+    elif name in RECIPES and not place:
         lines.append(f"next: python train.py config/{RECIPES[name]}.py")
     else:
         lines.append(f"next: python train.py --dataset={name}{place} --out_dir=out-{name} --minutes=10")
-    print(escaped("\n".join(lines)), file=sys.stderr)
+    with contextlib.suppress(OSError):  # a closed terminal
+        print(escaped("\n".join(lines)), file=sys.stderr)
 
 
 if __name__ == "__main__":

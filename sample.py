@@ -92,7 +92,7 @@ def main() -> None:
     config, given = load_settings(SampleConfig)
     modes = [f"--{name}" for name in MODES if name in given and getattr(config, name) not in (None, False)]
     if len(modes) > 1:
-        raise UserError(f"{' and '.join(modes)} exclude each other: give one of them")
+        raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
     model, tokenizer = load_model(which_model(config))
     decoder = make_decoder(model, config)
     if config.score:

@@ -159,7 +159,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
                 (train_loss,) = dist.sum(loss.item() / dist.world_size)  # waits for the device: only here
                 rate = watch.rate(state.step)
                 record = dict(step=state.step, train_loss=train_loss, grad_norm=norm.item(), seconds=watch.seconds)
-                record |= dict(skipped=skipped.total or None) | computed(run, state.step, rate)
+                record |= dict(skipped=skipped.total or None) | derived_figures(run, state.step, rate)
                 metrics.write(**record)
                 progress.show(record, seconds_left=(config.max_iters - state.step) / rate)
             progress.advance()
@@ -172,8 +172,8 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     return closing_lines(config, state, dist.max(stop.number)[0], problem)
 
 
-def computed(run: Run, steps: int, steps_per_second: float) -> dict[str, float]:
-    """What a record says besides what was measured."""
+def derived_figures(run: Run, steps: int, steps_per_second: float) -> dict[str, float]:
+    """The figures of a log record that are not measured."""
     found = {"tokens": steps * run.tokens_per_step, "lr": run.config.learning_rate_at(steps - 1)}
     found["tokens_per_second"] = steps_per_second * run.tokens_per_step
     if run.dist.peak_flops:
@@ -222,7 +222,9 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
     return rate
 
 
-def run(config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed) -> int:
+def start_run(
+    config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed
+) -> int:
     """From the data to the last save. checkpoint: what the run is resumed from. All ranks. Returns the exit status."""
     dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
@@ -287,7 +289,7 @@ def main() -> int:
     dist = connect(config.device, config.dtype, config.timeout)
     if not checkpoint:
         check_default(config, given, dist.device.type)
-    status = run(config, given, state, checkpoint, dist)
+    status = start_run(config, given, state, checkpoint, dist)
     dist.close()  # not after an error: it might wait for processes that still compute
     return status
 

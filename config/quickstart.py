@@ -6,7 +6,7 @@
 
 out_dir = "out-quickstart"
 dataset = "python"
-init_from = "auto"  # run again, it resumes
+init_from = "auto"  # a second run resumes
 eval_interval = 325
 eval_iters = 0  # the entire validation split
 

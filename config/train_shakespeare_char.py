@@ -6,7 +6,7 @@
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
-eval_interval = 250  # it overfits towards the end: best/ has the model from before
+eval_interval = 250  # it overfits towards the end: best/ keeps the best model
 eval_iters = 0
 
 n_layer = 6

@@ -7,7 +7,7 @@
 out_dir = "out-shakespeare-cpu"
 dataset = "shakespeare_char"
 eval_interval = 250
-eval_iters = 0  # the entire validation split: 145 batches, one second
+eval_iters = 0  # the entire validation split: 146 batches, one second
 
 n_layer = 4
 n_head = 4

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model import IGNORED
-from plaingpt.console import UserError
+from plaingpt.console import UserError, counted
 from plaingpt.tokens import Tokens
 
 AHEAD = 1 << 15  # sequences whose positions are computed at once, which takes a few milliseconds
@@ -120,6 +120,6 @@ class EvalBatches:
 def check_length(tokens: Tokens, block_size: int, split: str) -> None:
     if len(tokens) <= block_size:
         raise UserError(
-            f"the {split} split has {len(tokens):,} tokens, too few for one block of {block_size:,}: "
+            f"the {split} split has {counted(len(tokens), 'token')}, too few for one block of {block_size:,}: "
             "prepare more text" + (f", or set --block_size={max(len(tokens) // 4, 1)}" if len(tokens) > 1 else "")
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from plaingpt.checkpoint import load_model, model_directory, read_config
-from plaingpt.console import UserError, note
+from plaingpt.console import UserError, note, one_line
 from plaingpt.distributed import Distributed
 from plaingpt.files import new_file
 from plaingpt.metrics import Stopwatch
@@ -29,6 +29,7 @@ TRAINING = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS = 4  # after the one at the start
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATED = 0.03  # tokens of an evaluation, of those trained on: 1% of the time
+FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
 
 
@@ -171,7 +172,7 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
 
 
 def longer(config: TrainConfig, given: dict[str, str], state: RunState) -> tuple[TrainConfig, dict[str, str]]:
-    """What continues a run for `config.minutes`, at the speed it had so far."""
+    """Settings that continue a run for `config.minutes`, at the speed it had so far."""
     check_flags(given)
     rate = state.step / max(state.seconds, 1.0)
     steps = state.step + max(1, int(TRAINING * 60 * config.minutes * rate))
@@ -250,11 +251,16 @@ def write_recipe(config: TrainConfig) -> None:
     """out_dir/recipe.py: the settings that differ from the defaults."""
     path = Path(config.out_dir) / "recipe.py"
     init_from = "scratch" if config.init_from == "auto" else config.init_from
-    lines = [f"# Chosen by --minutes={config.minutes:g}. To train with these settings: python train.py {path}"]
+    lines = [f"{FIRST_LINE}={config.minutes:g}; `python train.py` with this file trains with the same settings"]
     lines += [f"out_dir = {config.out_dir!r}", f"init_from = {init_from!r}"]
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)
         if setting.name not in LOCAL and value != setting.default:
             lines.append(f"{setting.name} = {value!r}")
-    with new_file(path) as file:
-        file.write("\n".join(lines) + "\n")
+    try:
+        if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
+            return note(f"{path} is not from this run and stays as it is: the settings are not written to it")
+        with new_file(path) as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as error:  # a full disk does not stop training
+        note(f"{path}: {one_line(error)}")

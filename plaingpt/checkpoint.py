@@ -199,6 +199,8 @@ def read_config(directory: Path) -> GPTConfig:
     found = read_json(directory, path.name)
     if found.get("model_type") != "gpt2":
         raise UserError(f"{path}: a model of type {found.get('model_type')}, not a GPT-2")
+    if found.get("activation_function") == "gelu_pytorch_tanh":  # the same function
+        found["activation_function"] = "gelu_new"
     for name, expected in OF_GPT2.items():
         if found.get(name, expected) != expected:
             raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {expected}")

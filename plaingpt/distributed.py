@@ -185,6 +185,8 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"--device={name}: there is no such device; use cpu, cuda, cuda:1 or mps") from error
     if device.type == "cuda":
+        if world_size > 1 and device.index is not None:
+            raise UserError(f"--device={name}: each process takes a card of its own; use --device=cuda")
         index = local_rank if world_size > 1 else device.index or 0
         if not torch.cuda.is_available():
             problem = _unusable_card() or f"torch {torch.__version__} finds no CUDA device"

@@ -92,6 +92,7 @@ def existing(final: Path) -> Path | None:
 def check_writable(directory: Path) -> None:
     """UserError if `directory`, which need not exist yet, cannot be written to. Call it before work is spent."""
     try:
+        str(directory).encode()  # libraries below take names in UTF-8 only
         with contextlib.suppress(FileNotFoundError):
             directory.stat()
         nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
@@ -128,10 +129,14 @@ def set_aside(out_dir: Path) -> None:
         raise UserError(f"{out_dir} is a model or a data set, not the folder of a run; choose another --out_dir")
     if out_dir.is_dir():
         release(claim(out_dir))
-    if existing(out_dir / "last") or existing(out_dir / "best") or next(out_dir.glob("step-*"), None):
+    saved = [place for name in ("last", "best") if (place := existing(out_dir / name))] + [*out_dir.glob("step-*")]
+    is_run = any((place / name).exists() for place in saved for name in ("config.json", "training.json"))
+    if foreign := [name for name in ("last", "best") if os.path.lexists(out_dir / name) and not is_run]:
+        raise UserError(f"{out_dir / foreign[0]} is not a checkpoint of a run; choose another --out_dir")
+    if is_run:
         folder = Path(os.path.realpath(out_dir))
-        free = next(path for i in itertools.count(1) if not (path := Path(f"{folder}.{i}")).exists())
         try:
+            free = next(path for i in itertools.count(1) if not (path := Path(f"{folder}.{i}")).exists())
             if Path.cwd().is_relative_to(folder):
                 raise OSError("it is the current folder")
             folder.rename(free)
@@ -140,7 +145,7 @@ def set_aside(out_dir: Path) -> None:
         except OSError as error:  # a mount point, for example
             problem = f"{out_dir} holds an earlier run and cannot be renamed ({one_line(error)})"
             raise UserError(f"{problem}; choose another --out_dir") from error
-        note(f"{out_dir} held an earlier run, which is now {free} (to continue a run: --init_from=resume)")
+        note(f"moved the earlier run in {out_dir} to {free}; to continue it: --init_from=resume --out_dir={free}")
 
 
 def check_sums(directory: Path) -> None:
@@ -152,8 +157,10 @@ def check_sums(directory: Path) -> None:
     if not sums.is_file():
         return  # a directory that another tool made
     try:
-        expected = dict(reversed(line.split("  ", 1)) for line in inside(directory, SUMS).read_text().splitlines())
-        changed = [name for name, digest in expected.items() if sha256(inside(directory, name)) != digest]
+        lines = [line.partition("  ") for line in inside(directory, SUMS).read_text().splitlines()]
+        if not lines:
+            raise ValueError(f"{SUMS} is empty")
+        changed = [name for digest, _, name in lines if sha256(inside(directory, name)) != digest]
     except (OSError, ValueError) as error:
         raise UserError(f"{directory} is damaged: {one_line(error)}") from error
     if changed:

@@ -30,7 +30,10 @@ class Metrics:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.path.parent)
-        earlier = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
+        earlier = read_metrics(self.path)
+        if until_step is None and not earlier and self.path.exists() and self.path.stat().st_size:
+            raise UserError(f"{self.path} is not the record of a run; move it away, or choose another --out_dir")
+        earlier = [record for record in earlier if record["step"] <= (until_step or -1)]
         if branch and self.path.exists():
             shutil.copyfile(self.path, self.path.with_name(f"metrics-before-{branch}.jsonl"))
         try:
@@ -207,6 +210,7 @@ def curves(out_dirs: list[Path]):
     names = [Path(out_dir).resolve().name for out_dir in out_dirs]
     if len({*names}) < len(names):
         names = [str(out_dir) for out_dir in out_dirs]
+    names = [name.replace("$", r"\$") for name in names]  # matplotlib would read it as mathematics
     runs = {name: read_metrics(Path(out_dir) / "metrics.jsonl") for name, out_dir in zip(names, out_dirs)}
     alone = len(runs) == 1
     compare_bits = not alone and all(any("val_bpb" in record for record in records) for records in runs.values())

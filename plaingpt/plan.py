@@ -81,8 +81,8 @@ def check_memory(config: GPTConfig, dist: Distributed, cost: Callable[[GPT], dic
     smaller = f"--n_layer={layers}" if layers > 0 else "a smaller --n_embd"
     more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
     raise UserError(
-        f"{counted(config.n_layer, 'layer')} of width {config.n_embd} take at least {gb(total)} to train, and "
-        f"{gb(free)} are free; try {smaller}, a smaller --batch_size or --recompute=True{more}"
+        f"{counted(config.n_layer, 'layer')} of width {config.n_embd} need at least {gb(total)} to train, and "
+        f"{gb(free)} is free; try {smaller}, a smaller --batch_size or --recompute=True{more}"
     )
 
 
@@ -96,7 +96,8 @@ def free_memory(dist: Distributed) -> float | None:
         free = size["MemAvailable:"] + size["SwapFree:"]
         limit = Path("/sys/fs/cgroup/memory.max")
         if limit.exists() and (text := limit.read_text().strip()).isdecimal():  # a container's
-            free = min(free, int(text))
+            stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            free = min(free, int(text) - int(stat["anon"]))
     except (OSError, KeyError, ValueError, IndexError):  # not Linux
         return None
     return free / dist.local_world_size

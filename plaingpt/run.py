@@ -1,7 +1,6 @@
 """How a run starts, with which settings and which model, and what it says at its end."""
 
 import dataclasses
-import json
 import shlex
 import signal
 import typing
@@ -16,7 +15,7 @@ from plaingpt.checkpoint import load_model, model_directory, read_config
 from plaingpt.console import RunFailed, UserError, counted, note
 from plaingpt.run_state import RunState, suggesting_intact
 from plaingpt.settings import check_value
-from plaingpt.tokenizer import Tokenizer, gpt2
+from plaingpt.tokenizer import gpt2
 from plaingpt.tokens import DataSet
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
@@ -118,25 +117,12 @@ def initial_model(
         if name in given and asked != found:
             raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")
     if not tokenizer.same_as(data.tokenizer):
-        problem = f"the data set {config.dataset} was prepared with another tokenizer than {source}"
-        if checkpoint:
-            again = prepare_command(config.data_dir, config.dataset, config.dataset, source, tokenizer)
-            raise UserError(f"{problem}; choose another --out_dir for a new run, or prepare it as it was: {again}")
-        name = f"{config.dataset}-again"
-        again = prepare_command(config.data_dir, config.dataset, name, source, tokenizer)
-        raise UserError(f"{problem}; prepare it again: {again}, then train with --dataset={name}")
+        wanted = "gpt2" if tokenizer.same_as(gpt2()) else shlex.quote(str(model_directory(source)))
+        raise UserError(
+            f"the data set {config.dataset} was prepared with another tokenizer than {source}; prepare its text again "
+            f"with --tokenizer={wanted}" + (", or choose another --out_dir" if checkpoint else " and another --name")
+        )
     return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in SHAPE})
-
-
-def prepare_command(data_dir: str, dataset: str, name: str, model: str | Path, tokenizer: Tokenizer) -> str:
-    """The command that prepares the text of a data set again, as `name`, with the tokenizer of a model."""
-    meta = Path(data_dir) / dataset / "meta.json"
-    text = json.loads(meta.read_bytes()).get("source", "FILES") if meta.is_file() else "FILES"
-    # quoted again, because meta.json may come from anyone
-    text = "-" if text == "standard input" else shlex.join(shlex.split(text))
-    wanted = "gpt2" if tokenizer.same_as(gpt2()) else model_directory(model)
-    folder = "" if data_dir == "data" else f" --data_dir={shlex.quote(data_dir)}"
-    return f"python prepare_data.py {text} --name={shlex.quote(name)} --tokenizer={shlex.quote(str(wanted))}{folder}"
 
 
 def closing_lines(config: Any, state: RunState, stopping: int, problem: str | None) -> int:

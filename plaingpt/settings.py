@@ -29,15 +29,19 @@ class Range:
     def __contains__(self, value: float) -> bool:
         return self.min <= value <= self.max and value > self.above and math.isfinite(value)
 
-    def __str__(self) -> str:
-        bounds = [("at least", self.min), ("more than", self.above), ("at most", self.max)]
-        return " and ".join(f"{word} {bound}" for word, bound in bounds if abs(bound) < 2**62)
+    def described(self, value: Any) -> str:
+        """The bounds; a very high one only if `value` is above it."""
+        too_high = isinstance(value, int | float) and value > self.max
+        upper = self.max if too_high or self.max < 2**62 else math.inf
+        bounds = [("at least", self.min), ("more than", self.above), ("at most", upper)]
+        return " and ".join(f"{word} {bound}" for word, bound in bounds if math.isfinite(bound))
 
 
 PositiveInt = Annotated[int, Range(min=1)]
+Size = Annotated[int, Range(min=1, max=2**20)]
 NonNegativeInt = Annotated[int, Range(min=0, max=2**63 - 1)]
-Positive = Annotated[float, Range(above=0)]
-NonNegative = Annotated[float, Range(min=0)]
+Positive = Annotated[float, Range(above=0, max=1e30)]
+NonNegative = Annotated[float, Range(min=0, max=1e30)]
 Fraction = Annotated[float, Range(min=0, max=1)]
 BelowOne = Annotated[float, Range(min=0, max=0.999999)]
 PathName = Annotated[str, os.path.expanduser]  # ~ is the home directory, as in a shell
@@ -78,6 +82,10 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
 def _split(argv: list[str], cls: type, hints: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
     """The files, and the name and text of each flag: --name=text, --name text, or --name alone if it is a switch."""
     files, flags, words = [], [], list(argv)
+
+    def is_switch(hint: Any) -> bool:
+        return hint is None or bool in _leaves(hint)  # None: a retired setting
+
     while words:
         word = words.pop(0)
         flag, equals, text = word.partition("=")
@@ -86,17 +94,15 @@ def _split(argv: list[str], cls: type, hints: dict[str, Any]) -> tuple[list[str]
             files.append(word)
             continue
         if not word.startswith("--"):
-            raise UserError(f"{word}: did you mean -{word}?")
+            raise UserError(f"{word}: did you mean {'./' if os.path.exists(word) else '-'}{word}?")
         if name not in hints:
             raise UserError(no_setting(name, flag, cls, hints))
         if equals:
             flags.append((name, text))
-        elif bool in _leaves(hints[name]) and (words[0] if words else "").lower() not in (*SWITCH, "none"):
+        elif is_switch(hints[name]) and (words[0] if words else "").lower() not in (*SWITCH, "none"):
             flags.append((name, "True"))
         elif words and not words[0].startswith("--"):
             flags.append((name, words.pop(0)))
-        elif hints[name] is None:  # a retired switch
-            flags.append((name, ""))
         else:
             raise UserError(f"{flag} needs a value: {flag}=…")
     return files, flags
@@ -152,7 +158,7 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     ranges = [leaf for leaf in allowed if isinstance(leaf, Range)]
     fits = type(value) in allowed or (type(value) in (str, int) and value in allowed)
     if not fits or (value is not None and any(value not in bounds for bounds in ranges)):
-        wanted = _kinds(hint) + "".join(f" ({bounds})" for bounds in ranges)
+        wanted = _kinds(hint) + "".join(f" ({bounds.described(value)})" for bounds in ranges)
         raise UserError(f"{source}: {name} must be {wanted}, not {value!r:.100}")
     if value is None or os.path.expanduser not in allowed:
         return value

@@ -96,7 +96,7 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, and the tokenizer_config.json that transformers' AutoTokenizer requires."""
-        self._backend.save(str(Path(directory) / "tokenizer.json"))
+        (Path(directory) / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.end_of_text is not None:
             config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}

@@ -6,10 +6,10 @@ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from plaingpt.console import UserError, note
-from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt
+from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, Range, Size
 
 DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that are computed from others unless given
 
@@ -29,7 +29,7 @@ class RunSettings:
     """directory of the prepared data sets"""
     init_from: PathName = "scratch"
     """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); or a model: gpt2, a directory"""
-    minutes: Positive | None = None
+    minutes: Annotated[float, Range(above=0, max=1e6)] | None = None
     """minutes that the entire command may take: chooses the model, the batch and the number of steps unless given"""
     max_iters: PositiveInt = 600000
     """number of training steps"""
@@ -39,7 +39,7 @@ class RunSettings:
     """micro-steps per training step over all processes, so that adding GPUs does not change the recipe"""
     eval_interval: PositiveInt = 2000
     """steps between evaluations; each is followed by a checkpoint"""
-    eval_iters: NonNegativeInt = 200
+    eval_iters: Annotated[int, Range(min=0, max=2**31)] = 200
     """batches per evaluation, the same ones each time (0: the entire validation split)"""
     patience: NonNegativeInt = 0
     """stop after this many evaluations without improvement (0: never)"""
@@ -55,13 +55,13 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    n_layer: PositiveInt = 12
+    n_layer: Size = 12
     """number of blocks"""
-    n_head: PositiveInt = 12
+    n_head: Size = 12
     """attention heads per block"""
-    n_embd: PositiveInt = 768
+    n_embd: Size = 768
     """width of the model, in channels"""
-    block_size: PositiveInt = 1024
+    block_size: Size = 1024
     """context length, in tokens"""
     dropout: BelowOne = 0.0
     """dropout probability: 0 for pretraining, 0.1 or more for small data sets"""
@@ -123,7 +123,7 @@ class HardwareSettings:
     """activation checkpointing: less memory for a third more compute"""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
     """ddp: each process holds the full model; fsdp: one shard of it; hybrid: fsdp within a node, ddp across nodes"""
-    timeout: Positive = 600
+    timeout: Annotated[float, Range(min=1, max=1e6)] = 600
     """seconds that a process waits for the others before the run fails"""
 
 

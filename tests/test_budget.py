@@ -229,3 +229,14 @@ def test_a_recipe_has_every_setting_that_is_not_a_default(tmp_path):
 
 def test_adamw_gets_a_lower_learning_rate_than_muon(data):
     assert chosen(data, 1, dict(optimizer="adamw")).learning_rate == chosen(data, 1).learning_rate / 4
+
+
+def test_a_recipe_of_the_user_stays_and_a_full_disk_is_only_noted(tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("n_embd = 32\n")
+    write_recipe(TrainConfig(minutes=1, out_dir=str(tmp_path)))
+    assert recipe.read_text() == "n_embd = 32\n" and "stays as it is" in capsys.readouterr().err
+    recipe.unlink()
+    recipe.mkdir()
+    write_recipe(TrainConfig(minutes=1, out_dir=str(tmp_path)))
+    assert "recipe.py: Is a directory" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -235,6 +236,8 @@ def test_a_new_directory_is_not_written_through_a_link(tmp_path, name):
 
 def test_a_run_behind_a_link_is_set_aside_on_its_own_disk(tmp_path):
     write(tmp_path / "disk" / "out" / "last", "earlier")
+    (tmp_path / "disk" / "out" / "best").mkdir()
+    (tmp_path / "disk" / "out" / "best" / "config.json").touch()
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
     set_aside(tmp_path / "out")
     write(tmp_path / "out" / "last", "new")
@@ -243,8 +246,36 @@ def test_a_run_behind_a_link_is_set_aside_on_its_own_disk(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["disk", "out"] and (tmp_path / "out").is_symlink()
 
 
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_what_is_not_a_checkpoint_is_neither_renamed_nor_replaced(tmp_path, name):
+    for make in (lambda path: path.write_text("mine"), lambda path: path.mkdir()):
+        path = tmp_path / "out" / name
+        path.parent.mkdir()
+        make(path)
+        with pytest.raises(UserError, match=f"{name} is not a checkpoint of a run; choose another --out_dir"):
+            set_aside(tmp_path / "out")
+        assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == [name]
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_sums_that_are_empty_or_cut_are_damage(tmp_path):
+    write(tmp_path / "set", "text")
+    whole = (tmp_path / "set" / SUMS).read_text()
+    for damaged in ("", whole[:30], whole[:64], whole[:-2]):
+        (tmp_path / "set" / SUMS).write_text(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            check_sums(tmp_path / "set")
+
+
+def test_a_name_that_is_not_unicode_cannot_be_written_to(tmp_path):
+    with pytest.raises(UserError, match="cannot be written to"):
+        check_writable(Path(os.fsdecode(bytes(tmp_path) + b"/n\xff")))
+
+
 def test_a_run_in_the_current_folder_is_not_renamed(tmp_path, monkeypatch):
     write(tmp_path / "out" / "last", "earlier")
+    (tmp_path / "out" / "best").mkdir()
+    (tmp_path / "out" / "best" / "config.json").touch()
     (tmp_path / "out" / "inner").mkdir()
     for here, name in ((tmp_path / "out", "."), (tmp_path / "out" / "inner", "..")):
         monkeypatch.chdir(here)

@@ -263,7 +263,7 @@ def test_any_number_of_parts_in_any_order_have_the_documents_of_one(tmp_path, mi
     prepare(mixed, tmp_path / "one")
     for part in order[:-1]:
         ended = prepare(mixed, tmp_path / "parts", f"--part={part}/{len(order)}")
-        assert f"part {part} of {len(order)} is done; not done yet: " in ended.err
+        assert f"part {part} of {len(order)} is done; " in ended.err
         assert not (tmp_path / "parts" / "set").exists()
     last = prepare(mixed, tmp_path / "parts", f"--part={order[-1]}/{len(order)}")
     assert "next: python train.py" in last.err and os.listdir(tmp_path / "parts") == ["set"]

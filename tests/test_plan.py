@@ -63,7 +63,7 @@ def test_a_model_that_cannot_fit_is_refused_with_one_that_does():
     with torch.device("meta"):
         layer = GPT(GPTConfig(n_layer=1)).transformer.h[0]
     too_many = int(free_memory(CPU) / (16 * sum(p.numel() for p in layer.parameters()))) + 1
-    with pytest.raises(UserError, match=r"take at least .* are free; try --n_layer=\d+,") as refused:
+    with pytest.raises(UserError, match=r"need at least .* is free; try --n_layer=\d+,") as refused:
         check_memory(GPTConfig(n_layer=too_many), CPU, cost)
     fitting = int(str(refused.value).partition("--n_layer=")[2].partition(",")[0])
     assert 0.4 * too_many < fitting < too_many
@@ -72,7 +72,7 @@ def test_a_model_that_cannot_fit_is_refused_with_one_that_does():
 
 def test_a_dry_run_refuses_before_it_makes_the_model(tmp_path, train):
     err = train(tmp_path / "run", 2, dry_run=True, n_layer=1000, n_head=64, n_embd=65536).err
-    assert "1,000 layers of width 65536 take at least" in err and "a smaller --n_embd" in err
+    assert "1,000 layers of width 65536 need at least" in err and "a smaller --n_embd" in err
 
 
 def test_a_dry_run_writes_nothing(tmp_path, train):

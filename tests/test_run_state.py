@@ -160,7 +160,7 @@ def test_an_earlier_run_is_set_aside_and_never_destroyed(tmp_path):
 
 
 def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
-    (tmp_path / "out" / "step-000010").mkdir(parents=True)
+    save_checkpoint(tmp_path / "out" / "step-000010", *trained(), of_kind("char"))
     set_aside(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.1"]
 

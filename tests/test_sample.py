@@ -195,7 +195,7 @@ def test_a_file_without_prompts_is_one_line_and_status_2(learned, tmp_path):
 def test_a_prompt_beside_prompts_or_a_score_is_refused_in_one_line(learned, tmp_path):
     (tmp_path / "prompts.txt").write_text("the sea\n")
     error = sample(learned, status=2, start="", prompts=tmp_path / "prompts.txt")
-    assert error == "sample.py: --start and --prompts exclude each other: give one of them\n"
+    assert error == "sample.py: --start and --prompts cannot be combined: give one of them\n"
     assert "--start and --score" in sample(learned, status=2, start="east", score=tmp_path / "prompts.txt")
     assert sample(learned, start="east", interactive=False) == sample(learned, start="east")
 

@@ -156,6 +156,7 @@ def test_a_retired_flag_gives_a_note_only(capsys):
 def test_a_retired_switch_needs_no_value(capsys):
     assert load("--lard", "--layers=2") == Cake(layers=2)
     assert "lard: not needed" in capsys.readouterr().err
+    assert refusal("--lard", "nothing.py").startswith("nothing.py: no such recipe file")
 
 
 def test_an_empty_path_is_refused():
@@ -230,7 +231,7 @@ def test_a_tilde_is_the_home_directory_in_a_path_and_a_tilde_in_a_text(recipe, m
         ("--candles=-1", "--candles: candles must be int (at least 0), not -1"),
         ("--sugar=0", "--sugar: sugar must be float (more than 0), not 0.0"),
         ("--sugar=-1e-9", "--sugar: sugar must be float (more than 0), not -1e-09"),
-        ("--sugar=inf", "--sugar: sugar must be float (more than 0), not inf"),
+        ("--sugar=inf", "--sugar: sugar must be float (more than 0 and at most 1e+30), not inf"),
         ("--sugar=nan", "--sugar: sugar must be float (more than 0), not nan"),
         ("--sugar=much", "--sugar: sugar must be float (more than 0), not 'much'"),
         ("--glaze_share=1.01", "--glaze_share: glaze_share must be float (at least 0 and at most 1), not 1.01"),

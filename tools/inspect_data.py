@@ -39,7 +39,7 @@ def main() -> None:
 def inspect(directory: Path) -> None:
     data = open_data_set(directory, check_all=True)
     meta = directory / "meta.json"
-    source = json.loads(meta.read_bytes())["source"] if meta.exists() else None
+    source = json.loads(meta.read_bytes()).get("source") if meta.exists() else None
     found = f"from {source}; checksums and ids are right" if source else "no checksums; ids are right"
     note(f"{directory}: {found}")
     for split in SPLITS:

@@ -7,6 +7,7 @@ compressed base64, so no token or name can become markup or script.
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -108,16 +109,16 @@ def run_data(directory: Path, model: GPT) -> dict:
     """Facts, settings and losses of the run that a model directory belongs to, as far as they are known."""
     facts = {"parameters": model.num_parameters()} | asdict(model.config)
     records, last = read_metrics(directory.parent / "metrics.jsonl"), existing(directory.parent / "last")
-    if records and last and (last / "training.json").is_file():
+    if not records or not last:
+        return {"facts": facts, "records": records}
+    figures = {name: value for record in records for name, value in record.items()}
+    facts |= {name: round(figures[name], 4) for name in FIGURES if name in figures}
+    with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):  # missing or damaged
         settings = read_json(last, "training.json")["settings"]
-        figures = {name: value for record in records for name, value in record.items()}
-        facts |= {name: round(figures[name], 4) for name in FIGURES if name in figures}
-        prepared = Path(settings["data_dir"]) / settings["dataset"]
-        if (prepared / "meta.json").is_file():
-            meta = read_json(prepared, "meta.json")
-            facts["tokenizer"] = meta["tokenizer"]
-            facts |= {f"{split}_{key}": of[key] for split, of in meta["splits"].items() for key in ("tokens", "bytes")}
         facts |= {name: value for name, value in settings.items() if name not in PRIVATE}
+        meta = read_json(Path(settings["data_dir"]) / settings["dataset"], "meta.json")
+        facts["tokenizer"] = meta["tokenizer"]
+        facts |= {f"{split}_{key}": of[key] for split, of in meta["splits"].items() for key in ("tokens", "bytes")}
     return {"facts": facts, "records": records}
 
 
@@ -171,12 +172,14 @@ def main() -> None:
     config, _ = load_settings(PageConfig, positional="models")
     if len(config.models) != 1:
         raise UserError("name one model: python tools/page.py out/best --out=model.html")
+    if Path(config.out).is_dir():
+        raise UserError(f"--out={config.out} is a folder: name the file to write")
     model, tokenizer = load_model(config.models[0])
     millions, path = model.num_parameters() / 1e6, Path(config.out)
     if millions > MOST_MILLIONS:
         raise UserError(f"{millions:,.0f}M parameters, at most {MOST_MILLIONS}M: browsers do not open larger pages")
     bits = 16 if millions <= 20 else 8
-    note(f"{millions:,.2f}M parameters in {bits} bits: a page of about {millions * bits / 6:,.0f} MB")
+    note(f"{millions:,.2f}M parameters in {bits} bits: a page of about {millions * bits / 6:,.2g} MB")
     difference = write_page(path, config.models[0], model, tokenizer, bits, config.start)
     size = path.stat().st_size / 1e6
     note(f"wrote {path}: {size:.2f} MB, logits within {difference:.2g} of torch's; open it in a browser")

@@ -167,7 +167,7 @@ def finish(job: Job, work: Work) -> dict | None:
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
     progress = [json_in(job.progress(part)) for part in range(1, job.parts + 1)]
     if missing := sum(not found.get("finished") for found in progress):
-        return note(f"part {work.part} of {job.parts} is done; not done yet: {counted(missing, 'part')}")
+        return note(f"part {work.part} of {job.parts} is done; {counted(missing, 'part')} left")
     splits, shards = {}, work.directory
     for split in SPLITS:
         files = [file for found in progress for file in found["splits"][split]["files"] if file["tokens"]]
