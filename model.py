@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # targets with this id do not count in the loss
@@ -82,13 +81,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class NoDraws(TorchFunctionMode):
-    """Within it no normal numbers are drawn: on the meta device that would import torch's compiler, over a second."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
-
-
 class GPT(nn.Module):
     recompute = False  # activation checkpointing: the backward pass computes each block again
     cross_entropy = staticmethod(F.cross_entropy)
@@ -128,22 +120,8 @@ class GPT(nn.Module):
         and stays 0."""
         self.padding.zero_()[self.config.vocab_size :] = -torch.inf
 
-    @classmethod
-    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
-        """A model that uses these tensors, without initialising it first; `wte` may lack its padding."""
-        with torch.device("meta"), NoDraws():
-            model = cls(config)
-        wte = weights["transformer.wte.weight"]
-        if missing := config.padded_vocab_size - len(wte):
-            wte = F.pad(wte, (0, 0, 0, missing))
-        model.load_state_dict(weights | {"transformer.wte.weight": wte}, assign=True)
-        model.requires_grad_(True)
-        model.padding = torch.empty(config.padded_vocab_size)
-        model.init_padding()
-        return model
-
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, `wte` without its padding: what `from_weights` takes."""
+        """The parameters by name, `wte` without its padding: what `checkpoint.model_with` takes."""
         weights = self.state_dict()
         wte = "transformer.wte.weight"
         return weights | {wte: weights[wte][: self.config.vocab_size]}

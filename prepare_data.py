@@ -78,7 +78,9 @@ def main() -> None:
         part, parts = part_of(config.part)
         processes_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     except (KeyError, ValueError) as error:
-        raise UserError(f"Slurm's or torchrun's variables in the environment are missing or no numbers: {error}") from error
+        raise UserError(
+            f"Slurm's or torchrun's variables in the environment are missing or no numbers: {error}"
+        ) from error
     if parts > 1 and source.once:
         raise UserError("standard input cannot be split into parts: save it to a file first")
     if parts > 1 and config.dedup:

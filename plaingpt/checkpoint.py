@@ -19,12 +19,14 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, note, one_line
 from plaingpt.files import check_sums, existing, inside, read_json
 from plaingpt.hub import TOKENIZER_FILES, download, how_to_convert
 from plaingpt.tokenizer import Tokenizer, gpt2
+from plaingpt.workarounds import NoDraws
 
 PATIENCE = 30  # seconds of trying to read a directory that a run replaces again and again
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
@@ -92,9 +94,23 @@ def load_model(
         weights[WPE] = weights[WPE][:block_size].clone()
     config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=dropout)
     try:
-        return GPT.from_weights(config, weights).eval(), tokenizer
+        return model_with(config, weights).eval(), tokenizer
     except (RuntimeError, KeyError) as error:
         raise UserError(f"{path_or_name}: the weights do not fit the configuration: {one_line(error)}") from error
+
+
+def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """A model that uses these tensors, without initialising it first; `wte` may lack its padding."""
+    with torch.device("meta"), NoDraws():
+        model = GPT(config)
+    wte = weights[WTE]
+    if missing := config.padded_vocab_size - len(wte):
+        wte = F.pad(wte, (0, 0, 0, missing))
+    model.load_state_dict(weights | {WTE: wte}, assign=True)
+    model.requires_grad_(True)
+    model.padding = torch.empty(config.padded_vocab_size)
+    model.init_padding()
+    return model
 
 
 def model_directory(path_or_name: str | Path) -> Path:

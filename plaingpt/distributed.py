@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 
 from plaingpt.console import UserError, cores, counted, is_rank_0, one_line
 from plaingpt.workarounds import rendezvous_store, silence_gloo_all_to_all
@@ -71,11 +71,11 @@ class Distributed:
 
     def sum(self, *numbers: float) -> list[float]:
         """Each number summed over all ranks. All ranks; over the CPU, so it does not wait for the device."""
-        return self._reduce(numbers, dist.ReduceOp.SUM)
+        return self._reduce(numbers, torch_dist.ReduceOp.SUM)
 
     def max(self, *numbers: int) -> list[int]:
         """The largest of each number over all ranks. All ranks."""
-        return [int(number) for number in self._reduce(numbers, dist.ReduceOp.MAX)]
+        return [int(number) for number in self._reduce(numbers, torch_dist.ReduceOp.MAX)]
 
     def all_equal(self, number: int) -> bool:
         """Whether all ranks have the same number. All ranks."""
@@ -96,7 +96,7 @@ class Distributed:
         if self.world_size == 1:
             return list(numbers)
         totals = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(totals, operation)
+        torch_dist.all_reduce(totals, operation)
         return totals.tolist()
 
     def synchronize(self) -> None:
@@ -105,10 +105,10 @@ class Distributed:
             getattr(torch, self.device.type).synchronize()
 
     def close(self) -> None:
-        if dist.is_initialized():
+        if torch_dist.is_initialized():
             gc.unfreeze()
             gc.collect()  # a wrapped model that is still alive keeps the group's threads, and the process would abort
-            dist.destroy_process_group()
+            torch_dist.destroy_process_group()
 
 
 class StopSignal:
@@ -151,7 +151,7 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
         wait = timedelta(seconds=timeout)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = rendezvous_store(wait)
-        dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
+        torch_dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
     return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size, local_world_size)
 
 

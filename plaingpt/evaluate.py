@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from model import GPT, IGNORED
 from plaingpt.batches import EvalBatches
+from plaingpt.checkpoint import model_with
 from plaingpt.console import perplexity
 from plaingpt.distributed import Distributed, StopSignal
 from plaingpt.generate import Decoder
@@ -54,7 +55,7 @@ def sample_text(model: GPT, data: DataSet, length: int, dist: Distributed, seed:
     """A short text that starts from the first token of the validation split; empty except on main. All ranks."""
     if any(map(is_sharded, model.parameters())):
         weights = gather(model.weights(), dist)
-        model = GPT.from_weights(model.config, weights) if dist.is_main else model  # a sharded run's GPU may be full
+        model = model_with(model.config, weights) if dist.is_main else model  # a sharded run's GPU may be full
     if not dist.is_main:
         return ""
     prompt, generator = [int(next(iter(data.val.all()))[0])], torch.Generator().manual_seed(seed)

@@ -201,13 +201,13 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """(B,) ids, one for each row of logits (B, V). uniform: (B,) float64 from 0 to 1."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    p, ids = candidates(logits, sampling)
+    p, ids = filtered(logits, sampling)
     total = p.double().cumsum(-1)
     which = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True).clamp(max=p.size(-1) - 1)
     return (which if ids is None else ids.gather(-1, which))[:, 0]
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """The ids that can be drawn from logits (B, V), likeliest first, and their weights: (B, K) each.
 
     With no filter, weights are in the order of the ids, and None stands for the ids.

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from plaingpt.console import RunFailed
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
 def batch_of_matrices(numel: int) -> int:
@@ -134,11 +134,11 @@ def split_among_processes(function: Callable[[Tensor], Tensor], stack: Tensor, l
     if processes() == 1:
         return function(stack)
     count = math.ceil(len(stack) / processes())
-    mine = torch.arange(count, device=stack.device) + dist.get_rank() * count
+    mine = torch.arange(count, device=stack.device) + torch_dist.get_rank() * count
     done = function(stack[mine % len(stack)])  # modulo: the last process may compute some again
     gathered = done.new_empty(processes() * count, *done.shape[1:])
     # its name in torch 2.13; 2.11 has only the old one
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
     all_gather(gathered, done.contiguous())
     return gathered[: len(stack)]
 

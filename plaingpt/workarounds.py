@@ -1,4 +1,4 @@
-"""What torch 2.13 does not do by itself. Each function says why it exists; it can go once torch changes."""
+"""What torch 2.13 does not do by itself. Each part says why it exists; it can go once torch changes."""
 
 import logging
 import os
@@ -7,13 +7,15 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
+from torch.overrides import TorchFunctionMode
 
 from plaingpt.console import RunFailed, note, one_line
 
 
-def rendezvous_store(timeout: timedelta) -> dist.Store:
+def rendezvous_store(timeout: timedelta) -> torch_dist.Store:
     """The store in which processes exchange addresses, with separate keys for each restart of the workers.
 
     torchrun's store outlives workers that fail and keeps their addresses, and torch adds no prefix: restarted workers
@@ -22,16 +24,23 @@ def rendezvous_store(timeout: timedelta) -> dist.Store:
     """
     try:
         store, *_ = next(rendezvous("env://", timeout=timeout))
-    except (dist.DistError, ValueError, OSError) as error:
+    except (torch_dist.DistError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
         raise RunFailed(f"the processes did not meet at {where} within {timeout}: {one_line(error)}") from error
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
     if int(os.environ["GROUP_WORLD_SIZE"]) == 1:
-        return dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        return torch_dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
         note("several nodes: restarts need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for every torchrun (docs/scaling.md)")
     return store
+
+
+class NoDraws(TorchFunctionMode):
+    """Within it no normal numbers are drawn: on the meta device that would import torch's compiler, over a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
 
 def silence_gloo_all_to_all() -> None:

@@ -11,7 +11,7 @@ from test_model import SMALL, random_ids, random_model
 
 from model import GPT, GPTConfig
 from plaingpt.cpu import has_fp16_products
-from plaingpt.generate import Batch, Decoder, Sampling, candidates, draw
+from plaingpt.generate import Batch, Decoder, Sampling, draw, filtered
 
 GREEDY = Sampling(temperature=0)
 BLOCK = SMALL.block_size
@@ -217,7 +217,7 @@ GRID = itertools.product([0.5, 1.0, 2.0], [0, 1, 7, 500], [0.0, 0.5, 0.9, 1.0], 
 @pytest.mark.parametrize("values", [*GRID])
 def test_candidates_equal_plain_reference_code(values):
     logits = np.random.default_rng(0).normal(0, 2, (2, 100))
-    p, ids = candidates(torch.from_numpy(logits).float(), Sampling(*values))
+    p, ids = filtered(torch.from_numpy(logits).float(), Sampling(*values))
     ids = torch.arange(100).expand(2, 100) if ids is None else ids
     got = torch.zeros(2, 100).scatter(1, ids, p / p.sum(1, keepdim=True))
     expected = np.stack([reference(row, Sampling(*values)) for row in logits])

@@ -16,8 +16,8 @@ from conftest import ROOT, run_main
 from test_checkpoint import TEXT, make_model, of_kind
 
 from model import GPT, GPTConfig
-from plaingpt.checkpoint import load_model, save_model
-from plaingpt.generate import Sampling, candidates
+from plaingpt.checkpoint import load_model, model_with, save_model
+from plaingpt.generate import Sampling, filtered
 from plaingpt.tokenizer import make_tokenizer
 from tools.page import quantize, write_page
 
@@ -127,7 +127,7 @@ def test_logits_are_torchs_at_every_position(opened, kind, bias, shape, bits):
         if weight.dim() == 2:
             scale, integers = quantize(weight, bits)
             weights[name] = scale[:, None] * integers
-    rounded = GPT.from_weights(model.config, weights)
+    rounded = model_with(model.config, weights)
     ids = torch.randint(tokenizer.vocab_size, (block_size,), generator=torch.Generator().manual_seed(2)).tolist()
     assert (all_logits(page, ids) - in_torch(rounded, ids)).abs().max() <= 1e-4
     # The cache is used again for another text with the same beginning, and after a walk back
@@ -214,7 +214,7 @@ def test_sampling_follows_the_distribution(opened):
         Sampling(1.0, 7, 0.9, 0.08),
         Sampling(0.8, min_p=0.1),
     ):
-        p, ids = candidates(logits, sampling)
+        p, ids = filtered(logits, sampling)
         expected = torch.zeros(12, dtype=torch.float64)
         expected[ids[0] if ids is not None else torch.arange(12)] = p[0].double() / p.sum()
         settings = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}

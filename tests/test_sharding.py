@@ -175,6 +175,7 @@ sys.path.insert(0, {root!r})
 import torch
 from plaingpt.console import UserError
 from plaingpt.distributed import connect
+from plaingpt.checkpoint import model_with
 from plaingpt.evaluate import sample_text
 from model import GPT, GPTConfig
 from plaingpt.parallel import full, gather, wrap
@@ -211,7 +212,7 @@ def work(dist):
     data = SimpleNamespace(val=SimpleNamespace(all=lambda: iter([[1]])), tokenizer=tokenizer)
     text, weights = sample_text(model, data, 9, dist, seed=3), gather(model.weights(), dist)
     alone = replace(dist, world_size=1)
-    assert text == (sample_text(GPT.from_weights(model.config, weights), data, 9, alone, seed=3) if weights else "")
+    assert text == (sample_text(model_with(model.config, weights), data, 9, alone, seed=3) if weights else "")
 
 def uneven(dist):
     try:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plaingpt.startup
 
 from model import GPT
-from plaingpt.checkpoint import load_model
+from plaingpt.checkpoint import load_model, model_with
 from plaingpt.console import UserError, note, run_script
 from plaingpt.files import existing, new_file, read_json
 from plaingpt.metrics import read_metrics
@@ -62,7 +62,7 @@ def logit_difference(model: GPT, matrices: dict[str, tuple[Tensor, Tensor]], ids
     """The largest change of any logit by quantization, at any position of `ids`."""
     rounded = model.weights() | {name: scale[:, None] * integers for name, (scale, integers) in matrices.items()}
     idx = torch.tensor([ids])
-    return (GPT.from_weights(model.config, rounded)(idx)[0] - model(idx)[0]).abs().max().item()
+    return (model_with(model.config, rounded)(idx)[0] - model(idx)[0]).abs().max().item()
 
 
 @torch.inference_mode()

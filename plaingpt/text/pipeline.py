@@ -104,11 +104,11 @@ def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
     seen = set()  # 64 bits a document: of ten million one is lost with a chance of 1 in 400,000
     for i, source in enumerate(work.inputs):
         texts = source.texts(work.options) if work.dedup or i >= start[0] else ()
-        split, entered = "", set()  # of the document; splits that have a piece of it
+        split, splits_so_far = "", set()  # of the document; splits that have a part of it
         for n, text in enumerate(texts, 1):
             if text.begins:
                 digest = xxhash.xxh3_64_intdigest(text.data)
-                split, entered = split_of(digest, work.options.val_fraction), set()
+                split, splits_so_far = split_of(digest, work.options.val_fraction), set()
                 if work.dedup and text.ends:
                     if digest in seen:
                         continue
@@ -118,11 +118,11 @@ def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
                 if batch.size and (not text.begins or batch.size >= streams.PIECE):
                     yield batch
                     batch = Batch()
-                batch.continued |= parts.keys() & entered
+                batch.continued |= parts.keys() & splits_so_far
                 batch.position, batch.done, batch.size = (i, n), before + text.done, batch.size + len(text.data)
                 for name, data in parts.items():
                     batch.splits[name].append(data)
-            entered |= parts.keys()
+            splits_so_far |= parts.keys()
         before += source.size
     if batch.size:
         yield batch
@@ -148,7 +148,7 @@ def encode(batch: Batch, work: Work, encoder: BulkEncoder) -> dict[str, tuple[np
             note_once(message, message)
         continued = split in batch.continued
         encoded[split] = (
-            encoder.encode(texts)[continued:].astype(dtype), sum(map(len, texts)), len(texts) - continued
+            encoder.encode(texts)[1 if continued else 0 :].astype(dtype), sum(map(len, texts)), len(texts) - continued
         )  # fmt: skip
     return encoded
 
