@@ -9,6 +9,7 @@ import plaingpt.startup
 import dataclasses
 import functools
 import gc
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
 from plaingpt.files import check_writable, existing, set_aside
 from plaingpt.graphs import Captured
-from plaingpt.metrics import Metrics, Progress, Stopwatch
+from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import SkippedUpdates, apply_gradients, check_gradients, drop_gradients, make_optimizers
 from plaingpt.parallel import exchange_gradients, shard_count, wrap
 from plaingpt.plan import announce, check_memory, dry_run, memory
@@ -116,8 +117,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     config, dist, start = run.config, run.dist, state.step
     metrics = Metrics(out_dir, dist.is_main, start or None, branch)
     metrics.track(state.settings)
-    progress = Progress(start, config.max_iters, dist.is_main)
-    saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist, progress.print)
+    saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedUpdates(state.skipped, dist.device)
     stop, deadline, stopping, paused_at = StopSignal(), Deadline(config, state, run.steps_per_epoch), 0, None
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
@@ -125,7 +125,6 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     while True:
         step = state.step
         config = run.config = deadline.corrected(config, state, dist, watch)
-        progress.bar.total = config.max_iters
         due = step == config.max_iters or step % config.eval_interval == 0
         evaluating = due and step != state.evaluated_at and not (stopping and step < config.max_iters)
         keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
@@ -139,14 +138,14 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
                 state.evaluated_at = step
                 bpb = bits_per_byte(val_loss, run.data.val)
                 metrics.write(step=step, tokens=step * run.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
-                progress.print(f"step {step}: {describe_loss(val_loss, run.data)}")
+                note(f"step {step}: {describe_loss(val_loss, run.data)}")
             if step > start or (step and val_loss is not None):
                 state.seconds, state.skipped, state.scaler = watch.seconds, skipped.total, run.scaler.state_dict()
                 saver.save(val_loss, keeping)
             metrics.draw()
             if val_loss is not None and config.sample_tokens:
                 text = sample_text(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
-                progress.print(text, indent="  ")
+                note(textwrap.indent(text, "  "))
         if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_best:
             break
 
@@ -161,12 +160,10 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
                 record = dict(step=state.step, train_loss=train_loss, grad_norm=norm.item(), seconds=watch.seconds)
                 record |= dict(skipped=skipped.total or None) | derived_figures(run, state.step, rate)
                 metrics.write(**record)
-                progress.show(record, seconds_left=(config.max_iters - state.step) / rate)
-            progress.advance()
+                note(log_line(record, config.max_iters, seconds_left=(config.max_iters - state.step) / rate))
         stopping, failing = dist.max(stop.number, skipped.in_a_row)
         check_gradients(failing, state.step)
 
-    progress.close()
     problem = saver.wait()
     metrics.close()
     return closing_lines(config, state, dist.max(stop.number)[0], problem)

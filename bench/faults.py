@@ -242,7 +242,7 @@ def disk(folder: Path) -> None:
 
     def save(step: int, val_loss: float) -> str | None:
         state = RunState(step=step, best_val_loss=val_loss + 1)
-        saver = Saver(place / "out", state, model, optimizers, tokenizer, HERE, report=lambda text: None)
+        saver = Saver(place / "out", state, model, optimizers, tokenizer, HERE)
         saver.save(val_loss)
         return saver.wait()
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from plaingpt.checkpoint import load_model, model_directory, read_config
+from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError, note, one_line
 from plaingpt.distributed import Distributed
 from plaingpt.files import new_file
+from plaingpt.hub import model_directory, read_config
 from plaingpt.metrics import Stopwatch
 from plaingpt.run import LOCAL, SHAPE
 from plaingpt.run_state import RunState

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, note, one_line
-from plaingpt.files import check_sums, existing, inside, read_json
-from plaingpt.hub import TOKENIZER_FILES, download, how_to_convert
+from plaingpt.files import check_sums, inside
+from plaingpt.hub import CONFIG_NAMES, TOKENIZER_FILES, checked_config, how_to_convert, model_directory, read_config
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.workarounds import NoDraws
 
@@ -32,15 +32,6 @@ PATIENCE = 30  # seconds of trying to read a directory that a run replaces again
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
 # Hugging Face's GPT-2 stores these matrices as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-CONFIG_NAMES = {
-    "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
-    "n_embd": "n_embd", "dropout": "resid_pdrop", "bias": "bias",
-}  # fmt: skip
-# Other values that a config.json of this type may set, and those of GPT-2
-OF_GPT2 = {
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "add_cross_attention": False,
-}  # fmt: skip
 NANOGPT_ROWS = (50257, 50304)  # GPT-2's ids, alone or padded to a multiple of 64
 
 
@@ -113,18 +104,6 @@ def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     return model
 
 
-def model_directory(path_or_name: str | Path) -> Path:
-    """The directory of that name; of the folder of a run, `best`, else `last`; of a model on the hub, its copy in the
-    cache."""
-    found = existing(Path(path_or_name))
-    if found and not (found / "config.json").exists():
-        if inner := existing(found / "best") or existing(found / "last"):
-            return inner
-        if (found / "ckpt.pt").exists():
-            raise UserError(f"{found} is the folder of a nanoGPT run: name the model in it, {found / 'ckpt.pt'}")
-    return found or download(str(path_or_name), read_config)
-
-
 def _read_unchanged(path_or_name: str | Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     """Read a model directory, and again if it was replaced meanwhile: all files have to be of one save."""
     deadline = time.monotonic() + PATIENCE
@@ -179,14 +158,6 @@ def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[i
             raise UserError(f"{misfit}: {name} is {shape}, not a matrix")
 
 
-def _checked(source: str | Path, config: GPTConfig) -> GPTConfig:
-    c = config
-    sizes = (c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
-    if not all(type(n) is int and n > 0 for n in sizes) or c.n_embd % c.n_head or type(c.bias) is not bool:
-        raise UserError(f"{source}: its configuration does not describe a GPT-2")
-    return config
-
-
 def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
     """The configuration with as many embedding rows as there are ids: what has no token is never predicted."""
     if tokenizer.vocab_size > config.vocab_size:
@@ -208,22 +179,6 @@ def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Te
     if not tensor.is_floating_point() or not copy.isfinite().all():
         raise UserError(f"{source}: {name} has weights that are not finite numbers")
     return copy
-
-
-def read_config(directory: Path) -> GPTConfig:
-    path = directory / "config.json"
-    found = read_json(directory, path.name)
-    if found.get("model_type") != "gpt2":
-        raise UserError(f"{path}: a model of type {found.get('model_type')}, not a GPT-2")
-    if found.get("activation_function") == "gelu_pytorch_tanh":  # the same function
-        found["activation_function"] = "gelu_new"
-    for name, expected in OF_GPT2.items():
-        if found.get(name, expected) != expected:
-            raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {expected}")
-    if missing := set(CONFIG_NAMES.values()) - {"bias", "resid_pdrop"} - set(found):
-        raise UserError(f"{path} does not describe a GPT-2: {', '.join(sorted(missing))} missing")
-    sizes = {ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found}
-    return _checked(path, GPTConfig(**sizes))
 
 
 def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -272,7 +227,7 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     unsafe = f"{path} is not a nanoGPT checkpoint that can be read safely"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config = _checked(path, GPTConfig(**checkpoint["model_args"]))
+        config = checked_config(path, GPTConfig(**checkpoint["model_args"]))
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
         if not all(map(_is_plain, tensors.values())):
             raise TypeError("a sparse, quantized or expanded tensor")

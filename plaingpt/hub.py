@@ -1,15 +1,24 @@
-"""Models on the Hugging Face hub: download a GPT-2 by name; its pickles are refused."""
+"""Where a model is, in a directory, in the folder of a run or on the Hugging Face hub, and its configuration."""
 
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from model import GPTConfig
 from plaingpt.console import UserError, one_line
+from plaingpt.files import existing, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 FILES = ["config.json", "*.safetensors", *TOKENIZER_FILES, "tokenizer_config.json"]
+CONFIG_NAMES = {
+    "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+    "n_embd": "n_embd", "dropout": "resid_pdrop", "bias": "bias",
+}  # fmt: skip
+# Other values that a config.json of this type may set, and those of GPT-2
+OF_GPT2 = {
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "add_cross_attention": False,
+}  # fmt: skip
 REASONS = {  # huggingface_hub's own messages have many lines
     "RepositoryNotFoundError": "no model has this name, or it is private; if so, log in: hf auth login",
     "GatedRepoError": "its owner has to grant you access, on its page there; then log in: hf auth login",
@@ -19,11 +28,44 @@ REASONS = {  # huggingface_hub's own messages have many lines
 }
 
 
-def download(name: str, check_config: Callable[[Path], Any]) -> Path:
-    """Download a model, or find it in the cache; `name` may end in @ and a branch, tag or commit.
+def model_directory(path_or_name: str | Path) -> Path:
+    """The directory of that name; of the folder of a run, `best`, else `last`; of a model on the hub, its copy in the
+    cache."""
+    found = existing(Path(path_or_name))
+    if found and not (found / "config.json").exists():
+        if inner := existing(found / "best") or existing(found / "last"):
+            return inner
+        if (found / "ckpt.pt").exists():
+            raise UserError(f"{found} is the folder of a nanoGPT run: name the model in it, {found / 'ckpt.pt'}")
+    return found or download(str(path_or_name))
 
-    `check_config` raises UserError if the config.json in a directory is not one we can read.
-    """
+
+def read_config(directory: Path) -> GPTConfig:
+    path = directory / "config.json"
+    found = read_json(directory, path.name)
+    if found.get("model_type") != "gpt2":
+        raise UserError(f"{path}: a model of type {found.get('model_type')}, not a GPT-2")
+    if found.get("activation_function") == "gelu_pytorch_tanh":  # the same function
+        found["activation_function"] = "gelu_new"
+    for name, expected in OF_GPT2.items():
+        if found.get(name, expected) != expected:
+            raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {expected}")
+    if missing := set(CONFIG_NAMES.values()) - {"bias", "resid_pdrop"} - set(found):
+        raise UserError(f"{path} does not describe a GPT-2: {', '.join(sorted(missing))} missing")
+    sizes = {ours: found[theirs] for ours, theirs in CONFIG_NAMES.items() if theirs in found}
+    return checked_config(path, GPTConfig(**sizes))
+
+
+def checked_config(source: str | Path, config: GPTConfig) -> GPTConfig:
+    c = config
+    sizes = (c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
+    if not all(type(n) is int and n > 0 for n in sizes) or c.n_embd % c.n_head or type(c.bias) is not bool:
+        raise UserError(f"{source}: its configuration does not describe a GPT-2")
+    return config
+
+
+def download(name: str) -> Path:
+    """Download a model, or find it in the cache; `name` may end in @ and a branch, tag or commit."""
     import huggingface_hub
 
     repository, _, revision = name.partition("@")
@@ -31,7 +73,7 @@ def download(name: str, check_config: Callable[[Path], Any]) -> Path:
         # The configuration first: a model of another type is refused before its weights are downloaded.
         for patterns in ["config.json"], FILES:
             found = huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
-            check_config(Path(found))
+            read_config(Path(found))
     except UserError:
         raise
     except Exception as error:  # no such name, no network, no permission, not in the cache, …

@@ -4,13 +4,12 @@ import contextlib
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from plaingpt.console import UserError, escaped, note, one_line
+from plaingpt.console import UserError, note, one_line
 from plaingpt.files import claim, new_file, release
 
 WANDB_REMEDY = "pip install wandb; `wandb offline` or WANDB_MODE=offline needs no account"
@@ -137,42 +136,15 @@ class Stopwatch:
         return (step - before) / max(self._last[0] - seconds, 1e-9)
 
 
-class Progress:
-    """Progress on standard error: a bar on a terminal, otherwise lines. Main only."""
-
-    def __init__(self, start: int, max_iters: int, active: bool):
-        self.active = active
-        self.bar = tqdm(
-            total=max_iters,
-            initial=start,
-            unit="step",
-            disable=not (active and sys.stderr.isatty()),
-            dynamic_ncols=True,
-        )
-
-    def print(self, text: str, indent: str = "") -> None:
-        if self.active:
-            with contextlib.suppress(OSError):  # the terminal is gone: the run continues
-                self.bar.write(escaped(indent + text.replace("\n", "\n" + indent)), file=sys.stderr)
-
-    def show(self, record: dict, seconds_left: float) -> None:
-        mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""
-        mfu += f" | {record['skipped']:,} skipped" if record.get("skipped") else ""
-        figures = (
-            f"loss {record['train_loss']:.4f} | lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} "
-            f"| {record['tokens_per_second']:,.0f} tok/s{mfu}"
-        )
-        if self.bar.disable:
-            left = tqdm.format_interval(seconds_left)
-            self.print(f"step {record['step']}/{self.bar.total} | {figures} | {left} left")
-        else:
-            self.bar.set_postfix_str(figures)
-
-    def advance(self) -> None:
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
+def log_line(record: dict, max_iters: int, seconds_left: float) -> str:
+    """A log record for people."""
+    mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""
+    skipped = f" | {record['skipped']:,} skipped" if record.get("skipped") else ""
+    return (
+        f"step {record['step']}/{max_iters} | loss {record['train_loss']:.4f} | lr {record['lr']:.2e} "
+        f"| norm {record['grad_norm']:.2f} | {record['tokens_per_second']:,.0f} tok/s{mfu}{skipped} "
+        f"| {tqdm.format_interval(seconds_left)} left"
+    )
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from model import GPT, GPTConfig
-from plaingpt.checkpoint import load_model, model_directory, read_config
+from plaingpt.checkpoint import load_model
 from plaingpt.console import RunFailed, UserError, counted, note
+from plaingpt.hub import model_directory, read_config
 from plaingpt.run_state import RunState, suggesting_intact
 from plaingpt.settings import check_value
 from plaingpt.tokenizer import gpt2

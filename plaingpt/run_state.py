@@ -114,10 +114,9 @@ class Saver:
         optimizers: list,
         tokenizer: Tokenizer,
         dist: Distributed,
-        report: Callable[[str], None] = note,
     ):
         self.out_dir, self.state, self.model, self.optimizers = out_dir, state, model, optimizers
-        self.tokenizer, self.dist, self.report = tokenizer, dist, report
+        self.tokenizer, self.dist = tokenizer, dist
         self._problem: str | None = None
         self._best: tuple[float, int] = (math.inf, 0)  # loss and step of the model that is being saved as `best`
         self._best_saved = False
@@ -183,7 +182,7 @@ class Saver:
 
     def _failed(self, problem: str) -> None:
         self._problem = problem
-        self.report(problem + ("; the earlier checkpoint is intact" if existing(self.out_dir / "last") else ""))
+        note(problem + ("; the earlier checkpoint is intact" if existing(self.out_dir / "last") else ""))
 
 
 def load_optimizers(

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from plaingpt.console import counted, escaped, note, perplexity, run_script
-from plaingpt.metrics import Progress
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -103,9 +102,7 @@ def test_control_characters_are_escaped_and_letters_of_any_language_are_not():
 
 
 def test_a_sample_cannot_control_the_terminal(capsys):
-    progress = Progress(0, 1, True)
-    progress.print("red: \x1b[31m\nnext line")
-    progress.close()
+    note("red: \x1b[31m\nnext line")
     assert capsys.readouterr().err == "red: \\x1b[31m\nnext line\n"
 
 

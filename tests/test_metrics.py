@@ -7,7 +7,7 @@ import pytest
 from conftest import run_main
 
 from plaingpt.console import UserError, note
-from plaingpt.metrics import Metrics, Progress, Stopwatch, curves, read_metrics, smoothed
+from plaingpt.metrics import Metrics, Stopwatch, curves, log_line, read_metrics, smoothed
 
 PNG = b"\x89PNG"
 
@@ -199,26 +199,11 @@ def test_a_stopwatch_counts_updates_per_second_of_training():
     assert 0 < watch.rate(16) <= 20
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
-    progress = Progress(0, 10, active=True)
-    progress.print("a\nb", indent="  ")
-    progress.show(dict(step=4, train_loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_second=1234.5, mfu=0.4), 65)
-    progress.advance()
-    progress.close()
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    first, second, third = printed.err.splitlines()
-    assert (first, second) == ("  a", "  b")
-    for part in ("step 4/10", "loss 2.5000", "lr 1.00e-03", "norm 0.50", "mfu 40.0%", "01:05 left"):
-        assert part in third
-
-
-def test_progress_of_other_processes_is_silent(capsys):
-    progress = Progress(0, 10, active=False)
-    progress.print("a")
-    progress.show(dict(step=4, train_loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_second=1234.5), 65)
-    progress.close()
-    assert capsys.readouterr().err == ""
+def test_a_log_line_has_the_figures_and_the_time_left():
+    record = dict(step=4, train_loss=2.5, lr=1e-3, grad_norm=0.5, tokens_per_second=1234.5)
+    line = "step 4/10 | loss 2.5000 | lr 1.00e-03 | norm 0.50 | 1,234 tok/s"
+    assert log_line(record, 10, 65) == f"{line} | 01:05 left"
+    assert log_line(record | dict(mfu=0.4, skipped=2), 10, 65) == f"{line}, mfu 40.0% | 2 skipped | 01:05 left"
 
 
 def test_a_run_goes_on_when_nobody_listens_any_more(monkeypatch):
@@ -229,7 +214,6 @@ def test_a_run_goes_on_when_nobody_listens_any_more(monkeypatch):
     with pytest.raises(BrokenPipeError):
         print("nobody hears it", file=sys.stderr)
     note("nor this")
-    Progress(0, 10, active=True).print("nor this")
     with pytest.raises(BrokenPipeError):
         stderr.close()
 

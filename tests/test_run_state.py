@@ -205,11 +205,10 @@ def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
     load_model(tmp_path / "best")
 
 
-def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
+def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path, capsys):
     model, optimizers = trained()
-    printed = []
     state = RunState(step=1)
-    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, report=printed.append)
+    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE)
     saver.save(val_loss=float("nan"))  # of an overflow, say: the weights are sound
     assert saver.wait() is None
     assert not (tmp_path / "best").exists()
@@ -221,7 +220,7 @@ def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path):
     state.step = 3
     saver.save(val_loss=2.0, keep=True)
     assert "wpe.weight has values that are not finite" in saver.wait()
-    assert printed == [f"{saver.wait()}; the earlier checkpoint is intact"]
+    assert capsys.readouterr().err == f"{saver.wait()}; the earlier checkpoint is intact\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last"]
     assert load_state(tmp_path / "last")[0].step == 2
 
@@ -232,7 +231,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     model, optimizers = trained()
     state = RunState(step=1)
-    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE, report=lambda text: None)
+    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE)
     saver.save(val_loss=2.0)
     saver.wait()
     sizes = [path.stat().st_size for path in (tmp_path / "last").iterdir()]
