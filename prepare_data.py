@@ -35,7 +35,7 @@ class PrepareConfig:
     name: str | None = None
     """name of the data set, a folder of data_dir: train.py's `dataset` (default: from the source)"""
     tokenizer: PathName | None = None
-    """gpt2, char, byte, bpe (trained on the text), or a model directory (default: what suits the source)"""
+    """gpt2, char, byte, bpe (trained on the first 64 MB), or a model directory (default: what suits the source)"""
     vocab_size: Size = 2048
     """ids of a bpe tokenizer, including end of text"""
     val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
@@ -79,7 +79,7 @@ def main() -> None:
         processes_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"Slurm's or torchrun's variables in the environment are missing or no numbers: {error}"
+            f"Slurm's or torchrun's variables in the environment are missing or are not numbers: {error}"
         ) from error
     if parts > 1 and source.once:
         raise UserError("standard input cannot be split into parts: save it to a file first")

@@ -9,7 +9,6 @@ import plaingpt.startup
 import dataclasses
 import functools
 import gc
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +144,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
             metrics.draw()
             if val_loss is not None and config.sample_tokens:
                 text = sample_text(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
-                note(textwrap.indent(text, "  "))
+                note("  " + text.replace("\n", "\n  "))
         if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_best:
             break
 

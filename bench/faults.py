@@ -243,8 +243,9 @@ def disk(folder: Path) -> None:
     def save(step: int, val_loss: float) -> str | None:
         state = RunState(step=step, best_val_loss=val_loss + 1)
         saver = Saver(place / "out", state, model, optimizers, tokenizer, HERE)
-        saver.save(val_loss)
-        return saver.wait()
+        with contextlib.redirect_stderr(io.StringIO()):
+            saver.save(val_loss)
+            return saver.wait()
 
     def attempt(kind: str) -> bool:
         """Save step 2; returns whether that succeeded. In any case both checkpoints must be complete."""

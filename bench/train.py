@@ -150,7 +150,7 @@ class Contestant:
     def __init__(self, name: str, work: Work, config: BenchConfig):
         torch.manual_seed(0)
         kind, *options = name.split("-")
-        # `connect` sets up memory allocation and tf32 for ours; the others run as Python starts them
+        # `connect` and `wrap` set up tf32 and memory allocation for ours; the others run as Python starts them
         is_ours = kind == "ours"
         self.dist = connect(config.device) if is_ours else Distributed(torch.device(config.device), torch.float32)
         if kind == "nanogpt":

@@ -260,8 +260,8 @@ def write_recipe(config: TrainConfig) -> None:
             lines.append(f"{setting.name} = {value!r}")
     try:
         if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
-            return note(f"{path} is not from this run and stays as it is: the settings are not written to it")
+            return note(f"{path} was not written by --minutes and stays as it is: the settings are not saved")
         with new_file(path) as file:
             file.write("\n".join(lines) + "\n")
     except OSError as error:  # a full disk does not stop training
-        note(f"{path}: {one_line(error)}")
+        note(f"the settings are not saved: {one_line(error)}")

@@ -127,6 +127,7 @@ def pack(model: GPT, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
             for name, child in part.named_children():
                 if type(child) is nn.Linear:
                     setattr(part, name, PackedLinear(child.weight.detach(), child.bias, dtype))
+                    child.weight = None  # frees it now: the loop keeps the module
     return PackedLinear(model.transformer.wte.weight.detach(), None, dtype)
 
 

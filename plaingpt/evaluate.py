@@ -55,7 +55,8 @@ def sample_text(model: GPT, data: DataSet, length: int, dist: Distributed, seed:
     """A short text that starts from the first token of the validation split; empty except on main. All ranks."""
     if any(map(is_sharded, model.parameters())):
         weights = gather(model.weights(), dist)
-        model = model_with(model.config, weights) if dist.is_main else model  # a sharded run's GPU may be full
+        if dist.is_main:  # in 16 bits: a GPU that needs sharding has no room for more
+            model = model_with(model.config, weights).to(dist.device, dist.dtype)
     if not dist.is_main:
         return ""
     prompt, generator = [int(next(iter(data.val.all()))[0])], torch.Generator().manual_seed(seed)

@@ -158,8 +158,8 @@ def check_sums(directory: Path) -> None:
         return  # a directory that another tool made
     try:
         lines = [line.partition("  ") for line in inside(directory, SUMS).read_text().splitlines()]
-        if not lines:
-            raise ValueError(f"{SUMS} is empty")
+        if unlisted := {path.name for path in directory.glob("*.safetensors")} - {name for _, _, name in lines}:
+            raise ValueError(f"{SUMS} lacks {unlisted.pop()}")
         changed = [name for digest, _, name in lines if sha256(inside(directory, name)) != digest]
     except (OSError, ValueError) as error:
         raise UserError(f"{directory} is damaged: {one_line(error)}") from error

@@ -29,10 +29,9 @@ class Metrics:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.path.parent)
-        earlier = read_metrics(self.path)
-        if until_step is None and not earlier and self.path.exists() and self.path.stat().st_size:
+        if until_step is None and self.path.is_file() and not _is_ours(self.path):
             raise UserError(f"{self.path} is not the record of a run; move it away, or choose another --out_dir")
-        earlier = [record for record in earlier if record["step"] <= (until_step or -1)]
+        earlier = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
         if branch and self.path.exists():
             shutil.copyfile(self.path, self.path.with_name(f"metrics-before-{branch}.jsonl"))
         try:
@@ -134,6 +133,12 @@ class Stopwatch:
         """Updates per second since the last call."""
         (seconds, before), self._last = self._last, (self.seconds, step)
         return (step - before) / max(self._last[0] - seconds, 1e-9)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins as a record does, even if it was cut."""
+    with open(path, "rb") as file:
+        return b'{"step": '.startswith(file.read(9))
 
 
 def log_line(record: dict, max_iters: int, seconds_left: float) -> str:

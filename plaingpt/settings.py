@@ -37,7 +37,7 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in bounds if math.isfinite(bound))
 
 
-PositiveInt = Annotated[int, Range(min=1)]
+PositiveInt = Annotated[int, Range(min=1, max=2**63 - 1)]
 Size = Annotated[int, Range(min=1, max=2**20)]
 NonNegativeInt = Annotated[int, Range(min=0, max=2**63 - 1)]
 Positive = Annotated[float, Range(above=0, max=1e30)]

@@ -96,7 +96,9 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, and the tokenizer_config.json that transformers' AutoTokenizer requires."""
-        (Path(directory) / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        (Path(directory) / "tokenizer.json").write_text(
+            self._backend.to_str(pretty=True), encoding="utf-8", newline="\n"
+        )
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.end_of_text is not None:
             config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
@@ -163,9 +165,10 @@ def _trained_bpe(documents: Iterable[str], vocab_size: int) -> models.BPE:
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(256)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    texts = list(documents)
     interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the library may not return to Python for a minute
     try:
-        backend.train_from_iterator(documents, trainer)
+        backend.train_from_iterator(texts, trainer)
     finally:
         signal.signal(signal.SIGINT, interrupted)
     return backend.model

@@ -84,10 +84,11 @@ class Tokens:
         return _check_ids("the data set", ids, self._vocab_size)
 
 
-def how_to_get(name: str) -> str:
-    """The command that prepares or downloads the data set `name`."""
+def how_to_get(directory: Path) -> str:
+    """The command that prepares or downloads a data set."""
+    name = directory.name
     if name == "fineweb10B-gpt2":  # llm.c's token files
-        return f"hf download kjj0/{name} --repo-type=dataset --local-dir=data/{name}"
+        return f"hf download kjj0/{name} --repo-type=dataset --local-dir={shlex.quote(str(directory))}"
     return f"python prepare_data.py {name if name in NAMED else f'FILES --name={shlex.quote(name)}'}"
 
 
@@ -98,7 +99,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     """
     found = existing(directory)
     if found is None:
-        raise UserError(f"{directory}: no such data set; to get it: {how_to_get(Path(directory).name)}")
+        raise UserError(f"{directory}: no such data set; to get it: {how_to_get(Path(directory))}")
     if not (found / "meta.json").exists():
         return _open_foreign(found)
     check_sums(found)
@@ -160,7 +161,7 @@ def _open_foreign(directory: Path) -> DataSet:
             f"python prepare_data.py FILES --tokenizer=char --name={shlex.quote(directory.name)}"
         )
     if any(directory.glob("tokenizer*.json")):  # ours: as GPT-2's, its ids would mean something else
-        again = how_to_get(directory.name)
+        again = how_to_get(directory)
         raise UserError(f"{directory} has lost its meta.json: remove the folder and prepare the text again: {again}")
     paths = {split: [directory / f"{split}.bin"] for split in SPLITS}
     if not any(path.exists() for (path,) in paths.values()):

@@ -239,4 +239,4 @@ def test_a_recipe_of_the_user_stays_and_a_full_disk_is_only_noted(tmp_path, caps
     recipe.unlink()
     recipe.mkdir()
     write_recipe(TrainConfig(minutes=1, out_dir=str(tmp_path)))
-    assert "recipe.py: Is a directory" in capsys.readouterr().err
+    assert "the settings are not saved: " in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_control_characters_are_escaped_and_letters_of_any_language_are_not():
     assert escaped(text) == text
 
 
-def test_a_sample_cannot_control_the_terminal(capsys):
+def test_a_note_cannot_control_the_terminal(capsys):
     note("red: \x1b[31m\nnext line")
     assert capsys.readouterr().err == "red: \\x1b[31m\nnext line\n"
 

@@ -259,9 +259,12 @@ def test_what_is_not_a_checkpoint_is_neither_renamed_nor_replaced(tmp_path, name
 
 
 def test_sums_that_are_empty_or_cut_are_damage(tmp_path):
-    write(tmp_path / "set", "text")
+    with new_directory(tmp_path / "set") as new:
+        for name in ("config.json", "model.safetensors"):
+            (new / name).write_text(name)
     whole = (tmp_path / "set" / SUMS).read_text()
-    for damaged in ("", whole[:30], whole[:64], whole[:-2]):
+    check_sums(tmp_path / "set")
+    for damaged in ("", whole[:30], whole[:64], whole[:-2], whole.splitlines(True)[0]):
         (tmp_path / "set" / SUMS).write_text(damaged)
         with pytest.raises(UserError, match="damaged"):
             check_sums(tmp_path / "set")

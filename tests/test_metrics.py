@@ -50,7 +50,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path):
     metrics = Metrics(tmp_path / "run", active=False)
-    metrics.track({"wandb_log": True, "tensorboard_log": True})
+    metrics.track({"wandb_log": True})
     metrics.write(step=1, train_loss=1.0)
     metrics.draw()
     metrics.close()
@@ -216,6 +216,17 @@ def test_a_run_goes_on_when_nobody_listens_any_more(monkeypatch):
     note("nor this")
     with pytest.raises(BrokenPipeError):
         stderr.close()
+
+
+def test_a_file_of_the_user_is_not_overwritten_and_one_that_was_cut_is(tmp_path):
+    for notes in ("my notes", '{"epoch": 1}', '{"steps": 1}'):
+        (tmp_path / "metrics.jsonl").write_text(notes)
+        with pytest.raises(UserError, match=r"metrics\.jsonl is not the record of a run; move it away, or"):
+            Metrics(tmp_path, True)
+        assert (tmp_path / "metrics.jsonl").read_text() == notes
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tr')
+    Metrics(tmp_path, True).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path):

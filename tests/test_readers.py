@@ -446,7 +446,7 @@ def test_a_refusal_within_a_csv_file_ends_the_process_in_one_line(tmp_path):
     assert re.search(r"texts\.csv\.zst, line \d cannot be read: field larger than field limit", ended.stderr)
 
 
-def test_equal_rows_that_take_little_room_in_a_file_are_read_in_little_memory(tmp_path):
+def test_equal_rows_that_take_little_room_in_a_file_make_batches_of_bounded_size(tmp_path):
     pq.write_table(pa.table({"text": ["a" * 100_000] * 300}), tmp_path / "a.parquet", compression="zstd")
     assert (tmp_path / "a.parquet").stat().st_size < 1000
     assert [sum(map(len, batch.splits.values())) for batch in batches(tmp_path)] == [11] * 27 + [3]

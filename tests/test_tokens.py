@@ -449,13 +449,13 @@ def test_the_bytes_of_validation_text_are_counted_where_others_prepared_it(llm_c
     ("name", "command"),
     [
         ("openwebtext", "python prepare_data.py openwebtext"),
-        ("fineweb10B-gpt2", "hf download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir=data/fineweb10B-gpt2"),
+        ("fineweb10B-gpt2", "hf download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir={}"),
         ("mine", "python prepare_data.py FILES --name=mine"),
         ("a;b", "python prepare_data.py FILES --name='a;b'"),
     ],
 )
 def test_a_data_set_that_is_missing_is_answered_with_the_command_that_works(tmp_path, name, command):
-    assert refusal(tmp_path / name).endswith(f"no such data set; to get it: {command}")
+    assert refusal(tmp_path / name).endswith(f"no such data set; to get it: {command.format(tmp_path / name)}")
 
 
 # reading

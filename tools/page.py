@@ -179,7 +179,7 @@ def main() -> None:
     if millions > MOST_MILLIONS:
         raise UserError(f"{millions:,.0f}M parameters, at most {MOST_MILLIONS}M: browsers do not open larger pages")
     bits = 16 if millions <= 20 else 8
-    note(f"{millions:,.2f}M parameters in {bits} bits: a page of about {millions * bits / 6:,.2g} MB")
+    note(f"{millions:,.2f}M parameters in {bits} bits: a page of about {max(1, round(millions * bits / 6)):,} MB")
     difference = write_page(path, config.models[0], model, tokenizer, bits, config.start)
     size = path.stat().st_size / 1e6
     note(f"wrote {path}: {size:.2f} MB, logits within {difference:.2g} of torch's; open it in a browser")

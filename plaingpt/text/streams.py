@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 from plaingpt.console import UserError, note, one_line
 
 PIECE = 1 << 20  # bytes of text that are read, and encoded, at a time
-MAX_RECORD = 1 << 26  # bytes of a line, field or row: a few kilobytes of compressed data can stand for gigabytes
+MAX_RECORD = 1 << 26  # bytes of a line or a field: a few kilobytes of compressed data can stand for gigabytes
 # No token of GPT-2 or of a tokenizer of ours spans these places: before a space between two characters that are not
 # white space, and after a line's end between such. Python's white space includes that of the tokenizers; the surrogates
 # stand for the bytes of a character that is cut.
