@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -122,13 +123,19 @@ def pack(model: GPT, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     Each matrix is freed as soon as it is packed, so there are never two copies of all of them. Float16 on an x86 CPU
     is the precision of the weights alone.
     """
-    for block in model.transformer.h:
-        for part in block.attn, block.mlp:
-            for name, child in part.named_children():
-                if type(child) is nn.Linear:
-                    setattr(part, name, PackedLinear(child.weight.detach(), child.bias, dtype))
-                    child.weight = None  # frees it now: the loop keeps the module
-    return PackedLinear(model.transformer.wte.weight.detach(), None, dtype)
+
+    def pack_matrices(part: nn.Module) -> None:
+        for name, child in part.named_children():
+            if type(child) is nn.Linear:
+                setattr(part, name, PackedLinear(child.weight.detach(), child.bias, dtype))
+                child.weight = None  # frees it now: the loop keeps the module
+
+    parts = [part for block in model.transformer.h for part in (block.attn, block.mlp)]
+    # Packing one matrix uses one core; with more OpenMP threads than cores, all of them would be slow.
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        head = pool.submit(PackedLinear, model.transformer.wte.weight.detach(), None, dtype)
+        list(pool.map(pack_matrices, parts))
+    return head.result()
 
 
 class PackedLinear(nn.Module):
