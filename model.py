@@ -190,13 +190,14 @@ class GPT(nn.Module):
                 caches, position, unread = [Cache() for _ in self.transformer.h], 0, text[start:]
             idx = torch.tensor([unread], device=self.padding.device)
             positions = torch.arange(position, position + len(unread), device=idx.device)
-            logits = self.logits(self.hidden(idx, positions, caches)[0, -1]).float()
+            logits = self.logits(self.hidden(idx, positions, caches)[0, -1])[: self.config.vocab_size]
+            logits = logits.float().cpu().nan_to_num()  # weights that overflow must not end a run
             position += len(unread)
             if top_k:
                 logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
             if temperature:
-                p = (logits / temperature).softmax(-1)
-                token = int(torch.multinomial(p.cpu(), 1, generator=generator))
+                p = ((logits - logits.max()) / temperature).softmax(-1)
+                token = int(torch.multinomial(p, 1, generator=generator))
             else:
                 token = int(logits.argmax())
             if token == end_of_text:

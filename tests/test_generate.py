@@ -186,6 +186,17 @@ def test_a_text_is_the_same_alone_and_among_64_of_other_lengths_and_ends(dtype):
     assert len({tuple(text[:5]) for text in together}) > 32
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e38, -1e38])
+def test_a_model_that_overflows_still_generates_ids(value):
+    """A sample at an evaluation must not end the run."""
+    model = random_model(SMALL)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(value)
+    for how in dict(), dict(top_k=3), dict(temperature=0):
+        ids = list(model.generate([1], 20, **how))
+        assert len(ids) == 20 and max(ids) < SMALL.vocab_size
+
+
 def test_padded_ids_are_never_generated():
     model = random_model(GPTConfig(block_size=8, vocab_size=3, n_layer=1, n_head=1, n_embd=8))
     with torch.no_grad():
