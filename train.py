@@ -23,7 +23,7 @@ from plaingpt.budget import Deadline, choose, longer
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
-from plaingpt.files import check_writable, existing, set_aside
+from plaingpt.files import check_writable, existing, holds_run, set_aside
 from plaingpt.graphs import Captured
 from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import SkippedUpdates, apply_gradients, check_gradients, drop_gradients, make_optimizers
@@ -230,6 +230,8 @@ def start_run(
     out_dir, writes = Path(config.out_dir), not (config.eval_only or config.dry_run)
     if writes and dist.is_main:
         check_writable(out_dir)
+        if not checkpoint:
+            holds_run(out_dir)  # raises UserError before time is spent
     if config.minutes and not checkpoint and not config.eval_only:
         config, given = choose(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     compiled, shards = config.compiles_on(dist.device.type), shard_count(dist, config.sharding)

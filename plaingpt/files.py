@@ -120,20 +120,26 @@ def release(lock: FileLock) -> None:
     lock.release()
 
 
+def holds_run(out_dir: Path) -> bool:
+    """Whether the folder has checkpoints of an earlier run; UserError if it is something else."""
+    if (out_dir / SUMS).exists():
+        raise UserError(f"{out_dir} is a model or a data set, not the folder of a run; choose another --out_dir")
+    saved = [place for name in ("last", "best") if (place := existing(out_dir / name))] + [*out_dir.glob("step-*")]
+    is_run = any((place / name).exists() for place in saved for name in ("config.json", "training.json"))
+    if foreign := [name for name in ("last", "best") if os.path.lexists(out_dir / name) and not is_run]:
+        raise UserError(f"{out_dir / foreign[0]} is not a checkpoint of a run; choose another --out_dir")
+    return is_run
+
+
 def set_aside(out_dir: Path) -> None:
     """Rename the folder of an earlier run, if there is one: a new run never destroys it.
 
     If `out_dir` is a link, the folder is renamed on its own disk and the new run writes to that disk, too.
     """
-    if (out_dir / SUMS).exists():
-        raise UserError(f"{out_dir} is a model or a data set, not the folder of a run; choose another --out_dir")
+    earlier = holds_run(out_dir)
     if out_dir.is_dir():
         release(claim(out_dir))
-    saved = [place for name in ("last", "best") if (place := existing(out_dir / name))] + [*out_dir.glob("step-*")]
-    is_run = any((place / name).exists() for place in saved for name in ("config.json", "training.json"))
-    if foreign := [name for name in ("last", "best") if os.path.lexists(out_dir / name) and not is_run]:
-        raise UserError(f"{out_dir / foreign[0]} is not a checkpoint of a run; choose another --out_dir")
-    if is_run:
+    if earlier:
         folder = Path(os.path.realpath(out_dir))
         try:
             free = next(path for i in itertools.count(1) if not (path := Path(f"{folder}.{i}")).exists())
