@@ -203,7 +203,7 @@ class Deadline:
 
     The learning rates until then do not depend on it, so a run of the corrected recipe is the same from its first step
     on. Evaluations correct it again only if the machine's speed has changed. If two in a row find no lower loss after a
-    few epochs, the learning rate decays within an eighth of the steps made so far, and the run ends before its time.
+    few epochs, the learning rate drops and decays within an eighth of the steps made so far, and the run ends early.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float = math.inf):

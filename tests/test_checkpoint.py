@@ -56,6 +56,12 @@ def saved(tmp_path) -> Path:
     return tmp_path
 
 
+def test_another_name_of_gpt2s_gelu_is_read(saved):
+    config = json.loads((saved / "config.json").read_text()) | {"activation_function": "gelu_pytorch_tanh"}
+    (saved / "config.json").write_text(json.dumps(config))
+    assert load_model(saved)[0].config.n_layer == config["n_layer"]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_model_comes_back_bit_for_bit(tmp_path, bias):
     tokenizer = of_kind("char")

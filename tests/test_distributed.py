@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, child_environment
 
 from plaingpt.console import RunFailed, UserError
-from plaingpt.distributed import StopSignal, _unusable_card, connect
+from plaingpt.distributed import StopSignal, _choose_device, _unusable_card, connect
 from plaingpt.parallel import wrap
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -63,6 +63,11 @@ def test_a_device_that_does_not_exist_is_a_user_error(name):
 def test_cuda_without_cuda_is_a_user_error():
     with pytest.raises(UserError, match=r"--device=cuda: .* finds no CUDA device; use --device=cpu"):
         connect("cuda")
+
+
+def test_one_card_for_several_processes_is_a_user_error():
+    with pytest.raises(UserError, match="--device=cuda:1: each process takes a card of its own; use --device=cuda"):
+        _choose_device("cuda:1", local_rank=0, world_size=2)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="has an Apple GPU")

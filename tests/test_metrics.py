@@ -7,7 +7,7 @@ import pytest
 from conftest import run_main
 
 from plaingpt.console import UserError, note
-from plaingpt.metrics import Metrics, Stopwatch, curves, log_line, read_metrics, smoothed
+from plaingpt.metrics import Metrics, Stopwatch, curves, draw, log_line, read_metrics, smoothed
 
 PNG = b"\x89PNG"
 
@@ -139,6 +139,11 @@ def test_numbers_too_large_to_draw_are_left_out(tmp_path):
         '{"step": 1, "train_loss": 1' + "0" * 320 + '}\n{"step": 2, "train_loss": NaN}\n'
     )
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_name_with_dollar_signs_is_not_mathematics(tmp_path):
+    write_run(tmp_path / r"a$\frac{$")
+    assert draw([tmp_path / r"a$\frac{$", tmp_path / r"a$\frac{$"], tmp_path / "picture.png")
 
 
 def test_runs_in_folders_of_one_name_are_all_drawn(tmp_path):

@@ -403,6 +403,15 @@ def test_a_slurm_array_with_gaps_is_refused(monkeypatch):
         prepare_data.part_of(None)
 
 
+@pytest.mark.parametrize(
+    "variables", [{"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}]
+)
+def test_variables_that_are_missing_or_no_numbers_are_refused(tmp_path, text, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert "variables in the environment are missing or are not numbers" in prepare(text, tmp_path, status=2).err
+
+
 def test_what_cannot_be_done_in_parts_is_refused_with_the_reason(tmp_path, text):
     assert "--dedup compares each document with all" in prepare(text, tmp_path, "--part=1/2", "--dedup", status=2).err
     assert "save it to a file" in prepare("-", tmp_path, "--part=1/2", status=2, stdin="text").err

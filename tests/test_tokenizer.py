@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -155,18 +156,24 @@ def test_bpe_of_text_without_spaces_takes_seconds():
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT between processes")
 def test_ctrl_c_ends_the_training_of_a_bpe(tmp_path):
+    """Without returning to Python, which would take seconds."""
     code = (
-        "import sys, prepare_data; from plaingpt.text import job; "
-        "job.sample = lambda *_: (print('here', flush=True) or 'text' for _ in iter(int, 1)); "
-        "sys.argv = ['p', 'a.txt', '--tokenizer=bpe']; prepare_data.main()"
+        "import sys, prepare_data\n"
+        "from plaingpt.text import job\n"
+        "sample = job.sample\n"
+        "job.sample = lambda *_: [*sample(*_), print('read', flush=True) or '']\n"
+        "sys.argv = ['p', 'a.txt', '--tokenizer=bpe']\n"
+        "try:\n    prepare_data.main()\n"
+        "except KeyboardInterrupt:\n    print('Python again')"
     )
-    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    (tmp_path / "a.txt").write_text("".join(random.Random(0).choices("ACGT", k=3_000_000)))
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path, env=child_environment()
     )
-    assert process.stdout.readline() == b"here\n"
+    assert process.stdout.readline() == b"read\n"
+    time.sleep(1)  # into the library
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == -signal.SIGINT
+    assert process.communicate(timeout=60)[0] == b"" and process.returncode == -signal.SIGINT
 
 
 def test_bpe_can_be_as_small_as_bytes_and_end_of_text_and_no_smaller():
