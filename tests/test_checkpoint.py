@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import made_text
+from conftest import ROOT, made_text
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
@@ -60,6 +60,15 @@ def test_another_name_of_gpt2s_gelu_is_read(saved):
     config = json.loads((saved / "config.json").read_text()) | {"activation_function": "gelu_pytorch_tanh"}
     (saved / "config.json").write_text(json.dumps(config))
     assert load_model(saved)[0].config.n_layer == config["n_layer"]
+
+
+def test_loading_a_model_does_not_import_torchs_compiler(saved):
+    """That takes over a second."""
+    code = (
+        "import sys; from plaingpt.checkpoint import load_model; load_model(sys.argv[1]); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, saved], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("bias", [True, False])
