@@ -14,8 +14,8 @@ test: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-# On Linux, torch and NVIDIA's libraries are 2.7 GB to download, torch for CPUs is 0.2 GB. It is chosen where there is no
-# NVIDIA GPU, unless pip is configured to use an index of its own; where it cannot be fetched, the default build follows.
+# On Linux, torch and NVIDIA's libraries are 2.7 GB to download, torch for CPUs is 0.2 GB. The latter is installed if
+# there is no NVIDIA GPU and pip is not configured to use another index; if the download fails, the default build is used.
 CPU_TORCH := --index-url=https://download.pytorch.org/whl/cpu --retries=1 $(shell grep -o '^torch==[0-9.]*' requirements.txt)
 
 .venv/ready: requirements.txt

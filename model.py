@@ -103,7 +103,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0, LayerNorms the identity."""
+        """As GPT-2: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0, LayerNorm weights 1."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -187,7 +187,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if position == self.config.block_size:  # at the start, or when the window is full: read it again
                 start = max(0, len(text) - self.config.block_size) if not caches else len(text) - max(1, position // 2)
-                caches, position, unread = [Cache() for _ in self.transformer.h], 0, text[start:]
+                caches, position, unread = [KVCache() for _ in self.transformer.h], 0, text[start:]
             idx = torch.tensor([unread], device=self.padding.device)
             positions = torch.arange(position, position + len(unread), device=idx.device)
             logits = self.logits(self.hidden(idx, positions, caches)[0, -1])[: self.config.vocab_size]
@@ -195,7 +195,7 @@ class GPT(nn.Module):
             position += len(unread)
             if top_k:
                 logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
-            if temperature:
+            if temperature > 1e-6:  # float32 cannot divide by much less
                 p = ((logits - logits.max()) / temperature).softmax(-1)
                 token = int(torch.multinomial(p, 1, generator=generator))
             else:
@@ -220,8 +220,8 @@ class GPT(nn.Module):
         return 6 * (self.num_parameters() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
-class Cache:
-    """Attention that remembers the keys and values of earlier positions, (B, H, T, D) each: one for each block."""
+class KVCache:
+    """The key/value cache of one block: attention that remembers the keys and values of earlier positions."""
 
     def __init__(self):
         self.k = self.v = None

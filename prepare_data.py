@@ -16,40 +16,40 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from plaingpt.console import UserError, cores, counted, escaped, note, one_line, run_script
 from plaingpt.settings import PathName, PositiveInt, Range, Size, load_settings
 from plaingpt.text.job import Job, prepare
 from plaingpt.text.shards import json_in
 from plaingpt.text.sources import Source, find_source, read_options
-from plaingpt.tokenizer import tokenizer_of
+from plaingpt.tokenizer import resolve_tokenizer
 
-RECIPES = {"python": "quickstart", "shakespeare_char": "train_shakespeare_cpu"}  # that name the data set themselves
+RECIPES = {"python": "quickstart", "shakespeare_char": "train_shakespeare_cpu"}  # recipes that set `dataset`
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     sources: list[PathName] = field(default_factory=list)
-    """a named source, hf:owner/name, - (standard input), or files, folders and globs: text, JSON, CSV, TSV, Parquet"""
+    """a named source, hf:owner/name, - (standard input), or files, directories, globs: text, JSON, CSV, TSV, Parquet"""
     name: str | None = None
-    """name of the data set, a folder of data_dir: train.py's `dataset` (default: from the source)"""
+    """name of the data set: its directory in data_dir, train.py's `dataset` (default: from the source)"""
     tokenizer: PathName | None = None
-    """gpt2, char, byte, bpe (trained on the first 64 MB), or a model directory (default: what suits the source)"""
+    """gpt2, char, byte, bpe (trained on the first 64 MB), or a model directory (default: gpt2 for your own text)"""
     vocab_size: Size = 2048
     """ids of a bpe tokenizer, including end of text"""
     val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
-    """share of the text that is held out for validation (default: what suits the source)"""
+    """fraction of the text held out for validation (default: 0.05 for files, 0.01 for hf:; named sources differ)"""
     dedup: bool = False
-    """drop exact copies of documents, except of text files over 1 MB; takes about 100 bytes of memory a document"""
+    """drop exact copies of documents, except text files over 1 MB; takes about 100 bytes of memory per document"""
     split_documents: bool = False
     """split text files into documents at <|endoftext|>"""
     bad_files: Literal["stop", "skip", "replace"] = "stop"
-    """text that is not UTF-8: stop, skip the document (of a text file, up to 1 MB), or write U+FFFD for the bytes"""
+    """text that is invalid in its encoding: stop; skip the document (in a text file, up to 1 MB); or write U+FFFD"""
     encoding: str | None = None
     """encoding of text files, such as latin-1 (default: by byte order mark, else UTF-8)"""
     column: str = "text"
-    """the text's column in JSON, CSV, TSV, Parquet and Hugging Face data sets; with -, standard input is JSON Lines"""
+    """name of the text column in JSON, CSV, TSV, Parquet and Hugging Face data sets; if given, - reads JSON Lines"""
     config: str | None = None
     """configuration of a Hugging Face data set, such as sample-10BT"""
     split: str = "train"
@@ -59,15 +59,13 @@ class PrepareConfig:
     streaming: bool = True
     """read a Hugging Face data set while it downloads; False: download it to Hugging Face's cache first"""
     shard_tokens: PositiveInt = 1 << 28
-    """ids in a file; a larger split has several files"""
+    """maximum number of ids per file; a larger split is written to several files"""
     part: str | None = None
-    """such as 3/16: the third of 16 parts; set by torchrun and Slurm arrays. The last to finish writes meta.json"""
+    """part to prepare: 3/16 is the third of 16; torchrun and Slurm arrays set it. The last one writes meta.json"""
     threads: PositiveInt | None = None
-    """threads that encode (default: one a core)"""
+    """number of encoding threads (default: one per core)"""
     data_dir: PathName = "data"
-    """folder of the data sets"""
-
-    RETIRED: ClassVar = {"inspect": "use python tools/inspect_data.py data/NAME"}
+    """directory of the data sets"""
 
 
 def main() -> None:
@@ -84,7 +82,7 @@ def main() -> None:
     if parts > 1 and source.once:
         raise UserError("standard input cannot be split into parts: save it to a file first")
     if parts > 1 and config.dedup:
-        raise UserError("--dedup compares each document with all others, which only one process can: leave out --part")
+        raise UserError("--dedup needs all documents in one process: leave out --part")
     check_replaced(directory, source, config.name)
     started = time.perf_counter()
     try:
@@ -106,10 +104,10 @@ def directory_of(name: str, data_dir: str) -> Path:
 
 
 def check_replaced(directory: Path, source: Source, name: str | None) -> None:
-    """UserError if `directory` exists and is not a data set, or one of another text and its name was not given."""
+    """UserError if `directory` exists and is no data set, or comes from another source and --name was not given."""
     found = json_in(directory / "meta.json")
     if os.path.lexists(directory) and not {"format_version", "splits"} <= found.keys():
-        raise UserError(f"{directory} exists and is not a data set of ours; choose another --name")
+        raise UserError(f"{directory} exists and is not a plainGPT data set; choose another --name")
     if found and name is None and (found.get("source") != source.description or source.once):
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
@@ -121,12 +119,12 @@ def make_job(directory: Path, source: Source, config: PrepareConfig, parts: int)
         bad_files=source.bad_files or config.bad_files,
         val_fraction=config.val_fraction or source.val_fraction,
     )
-    kind, tokenizer = tokenizer_of(config.tokenizer or source.tokenizer)
+    kind, tokenizer = resolve_tokenizer(config.tokenizer or source.tokenizer)
     return Job(directory, source, options, kind, tokenizer, config.vocab_size, config.dedup, config.shard_tokens, parts)
 
 
 def part_of(given: str | None) -> tuple[int, int]:
-    """Which part of how many this process does, counted from 1: as given, by the Slurm array or torchrun, or all."""
+    """(part, parts) of this process, counted from 1: from --part, a Slurm array or torchrun; (1, 1) without them."""
     env = os.environ
     if given is not None:
         what, match = f"--part={given}", re.fullmatch(r"(\d+)/(\d+)", given)
@@ -148,7 +146,8 @@ def report(directory: Path, meta: dict, seconds: float) -> None:
     for split, figures in meta["splits"].items():
         tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
         files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
-        lines.append(f"{split}: {tokens} of {figures['bytes'] / figures['tokens']:.2f} bytes, {documents}{files}")
+        size = figures["bytes"] / figures["tokens"]
+        lines.append(f"{split}: {tokens} ({size:.2f} bytes per token), {documents}{files}")
     size = sum(figures["bytes"] for figures in meta["splits"].values())
     rate = f"{size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
     lines.append(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")

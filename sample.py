@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 
 from model import GPT
-from plaingpt.batches import mix
+from plaingpt.batches import derive_seed
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError, escaped, note, one_line, perplexity, run_script
 from plaingpt.cpu import has_fp16_products
@@ -54,7 +54,7 @@ class SampleConfig:
     top_p: Fraction = 1.0
     """sample from the most likely tokens that together have this probability (1: from all)"""
     min_p: Fraction = 0.0
-    """sample from tokens at least this many times as likely as the most likely one (0: from all)"""
+    """sample from tokens whose probability is at least this fraction of the highest (0: from all)"""
     stop: str = ""
     """strings that end a sample, separated by |; \\n is a line break, \\| a literal |"""
     seed: NonNegativeInt = 1337
@@ -76,7 +76,6 @@ class SampleConfig:
 
     RETIRED: ClassVar = {
         "compile": "ignored: sampling needs no compilation",
-        "quantize": "ignored: for 8-bit weights export the model with tools/to_gguf.py",
     }
     SYNONYMS: ClassVar = {
         "": "start", "prompt": "start", "text": "start", "model": "init_from", "temp": "temperature",
@@ -114,7 +113,7 @@ def make_decoder(model: GPT, config: SampleConfig) -> Decoder:
 
 
 def write(samples: "Samples", last: bool = True) -> None:
-    """Print the first sample that has not ended as it grows, the others in their turn. last: no samples follow."""
+    """Print the samples one after another, each as it is generated. last: no other batch follows."""
     tokenizer = samples.tokenizer
     for i, prompt in enumerate(samples.prompts):
         start = tokenizer.decode(token for token in prompt if token != tokenizer.end_of_text)
@@ -129,7 +128,7 @@ def write(samples: "Samples", last: bool = True) -> None:
 
 
 class Samples:
-    """The samples of one batch, numbers `first` and following of the seed. They all advance together."""
+    """A batch of samples, generated together and numbered from `first`; seed and number determine a sample."""
 
     def __init__(
         self, decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int
@@ -138,7 +137,7 @@ class Samples:
         parts = re.split(r"(?<!\\)\|", config.stop)
         self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in parts if part]
         sampling = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
-        generators = [torch.Generator().manual_seed(mix(config.seed, first + i)) for i in range(len(prompts))]
+        generators = [torch.Generator().manual_seed(derive_seed(config.seed, first + i)) for i in range(len(prompts))]
         self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
         self.unread = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet
         self.counts, self.seconds = [0] * len(prompts), [0.0] * len(prompts)
@@ -172,7 +171,7 @@ class Samples:
                 self.seconds[i] = time.perf_counter() - self.started
 
     def ends_with_stop(self, i: int) -> bool:
-        """Whether the newest token completes a stop string. A token is at least a byte, so the last ones suffice."""
+        """Whether the newest token completes a stop string. A token has at least one byte, so a few suffice."""
         if not self.stops:
             return False
         enough = min(self.counts[i], 4 + max(len(stop.encode()) for stop in self.stops))
@@ -181,7 +180,7 @@ class Samples:
 
 
 def before_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """The text before the first stop string. What may be the start of one is held back until it is not."""
+    """Yield the text before the first stop string. Text that may begin one is delayed until that is clear."""
     pending = ""
     for piece in pieces:
         pending += piece
@@ -211,7 +210,7 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
                 name, _, text = line[1:].partition(" ")
                 changed, given = load_settings(SampleConfig, [f"--{name}={text.strip()}"])
                 if fixed := given.keys() - INTERACTIVE:
-                    raise UserError(f"{', '.join(fixed)} cannot change here; what can: {', '.join(INTERACTIVE)}")
+                    raise UserError(f"{', '.join(fixed)} cannot be changed here; these can: {', '.join(INTERACTIVE)}")
                 config = dataclasses.replace(config, **{name: getattr(changed, name) for name in given})
             else:
                 write(Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=i))
@@ -229,7 +228,7 @@ def score(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
     if tokenizer.end_of_text is not None:
         ids = [tokenizer.end_of_text, *ids]
     if len(ids) < 2:
-        raise UserError(f"{config.score} has no token to score")
+        raise UserError(f"{config.score} has nothing to score")
     found = log_probabilities(decoder, ids)
     if config.output == "jsonl":
         for token, value in zip(ids[1:], found.tolist()):
@@ -259,22 +258,28 @@ def read_text(path: str) -> str:
 
 
 def read_prompts(path: str) -> list[str]:
-    prompts = [line for line in read_text(path).replace("\r\n", "\n").split("\n") if line]
+    prompts = [line for line in with_line_feeds(read_text(path)).split("\n") if line]
     if not prompts:
-        raise UserError(f"{path} has no prompt in it; each line is one")
+        raise UserError(f"{path} contains no prompt; write one per line")
     return prompts
 
 
 def read_start(start: str) -> str:
     if start == "-":
-        return sys.stdin.buffer.read().decode("utf-8", errors="replace")
-    return read_text(os.path.expanduser(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
+        return with_line_feeds(sys.stdin.buffer.read().decode("utf-8-sig", errors="replace"))
+    if start.startswith("FILE:"):
+        return with_line_feeds(read_text(os.path.expanduser(start.removeprefix("FILE:"))))
+    return start
+
+
+def with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n")  # Windows
 
 
 def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
     prompt = tokenizer.encode(start, special=True)
     if not prompt and tokenizer.end_of_text is None:
-        raise UserError("this tokenizer has no end of text to start from: give a prompt, --start=…")
+        raise UserError("this tokenizer has no end-of-text token, so a prompt is required: --start=…")
     return prompt or [tokenizer.end_of_text]
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +19,18 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import errors
 
 from model import GPT, GPTConfig
-from plaingpt.batches import EvalBatches, TrainBatches, mix
-from plaingpt.budget import Deadline, choose, longer
+from plaingpt.batches import EvalBatches, TrainBatches, derive_seed
+from plaingpt.budget import Deadline, choose_settings, extend_run
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
 from plaingpt.files import check_writable, existing, holds_run, set_aside
 from plaingpt.graphs import Captured
 from plaingpt.metrics import Metrics, Stopwatch, log_line
-from plaingpt.optimizer import SkippedUpdates, apply_gradients, check_gradients, drop_gradients, make_optimizers
-from plaingpt.parallel import exchange_gradients, shard_count, wrap
+from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
+from plaingpt.parallel import set_gradient_sync, shard_count, wrap
 from plaingpt.plan import announce, check_memory, dry_run, memory
-from plaingpt.run import SHAPE, check_default, closing_lines, initial_model, resumed_settings
+from plaingpt.run import MODEL_SETTINGS, check_default, finish_run, initial_model, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set
@@ -55,18 +56,14 @@ class Run:
         self.parameters = list(self.model.parameters())
         self.micro_step = functools.partial(forward_backward, self.model, self.dist, self.scaler)
         self.gradients = []
-        if captures(self.config, self.dist, self.raw_model):
+        if uses_graphs(self.config, self.dist, self.raw_model):
             self.micro_step = Captured(self.micro_step)
             self.gradients = [torch.zeros_like(p) for p in self.parameters]
 
-    @property
-    def steps_per_epoch(self) -> float:
-        return len(self.data.train) / self.tokens_per_step
 
-
-def captures(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
-    """Whether micro-steps become CUDA graphs. It pays where Python takes longer to launch the kernels than the GPU to
-    run them; larger micro-steps only need more memory. Recomputation saves random states, which a graph cannot do.
+def uses_graphs(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
+    """Whether micro-steps become CUDA graphs. That pays where Python takes longer to launch the kernels than the GPU to
+    run them; larger micro-steps would only need more memory. Recomputation saves random states, which a graph cannot.
     """
     alone = dist.device.type == "cuda" and dist.world_size == 1 and not config.recompute
     return alone and config.batch_size * config.block_size * model.flop_per_token() < 4e12
@@ -75,7 +72,7 @@ def captures(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
 def forward_backward(
     model: nn.Module, dist: Distributed, scaler: torch.amp.GradScaler, inputs: Tensor, targets: Tensor, count: Tensor
 ) -> Tensor:
-    """Add the gradients of one of `count` micro-batches. Returns its part of the step's mean loss."""
+    """Accumulate the gradients of one of `count` micro-batches. Returns its contribution to the step's mean loss."""
     with dist.autocast():
         _, loss = model(inputs, targets, need_logits=False)
     loss = loss / count
@@ -88,8 +85,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor] | None:
     """One training step. Returns the mean loss of this rank's micro-batches and the gradients' norm, on the device.
 
-    If `stop` asks for it before a micro-step, returns None with nothing changed. micro_steps: other than the run's, to
-    measure their time. All ranks.
+    If `stop` is set before a micro-step, drops the gradients and returns None. micro_steps: replaces the run's number,
+    for timing. All ranks.
     """
     config, dist = run.config, run.dist
     micro_steps = micro_steps or dist.per_process(config.gradient_accumulation_steps)
@@ -100,12 +97,12 @@ def train_step(
             parameter.grad = gradient
     for i in range(micro_steps):
         if stop and dist.max(stop.number)[0]:
-            drop_gradients(run.parameters)
+            clear_gradients(run.parameters)
             return None
         index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in a step
         inputs, targets = dist.to_device(*run.train_batches.micro_batch(step, index, config.batch_size))
-        torch.manual_seed(mix(config.seed, step, index))  # dropout: no random state has to be saved
-        exchange_gradients(run.model, last=i == micro_steps - 1)
+        torch.manual_seed(derive_seed(config.seed, step, index))  # dropout: no random state has to be saved
+        set_gradient_sync(run.model, last=i == micro_steps - 1)
         total += run.micro_step(inputs, targets, count)
     lr = config.learning_rate_at(step)
     return total, apply_gradients(run.parameters, run.optimizers, run.scaler, lr, config.grad_clip)
@@ -117,8 +114,9 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     metrics = Metrics(out_dir, dist.is_main, start or None, branch)
     metrics.track(state.settings)
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
-    watch, skipped = Stopwatch(state.seconds, start), SkippedUpdates(state.skipped, dist.device)
-    stop, deadline, stopping, paused_at = StopSignal(), Deadline(config, state, run.steps_per_epoch), 0, None
+    watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
+    deadline = Deadline(config, state, steps_per_epoch=len(run.data.train) / run.tokens_per_step)
+    stop, stopping, paused_at = StopSignal(), 0, None
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
@@ -132,14 +130,14 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
             dist.synchronize()
             watch.pause()
             gc.collect()
-            check_gradients(skipped.in_a_row, step)
+            state.skipped = skipped.total(step)
             if evaluating and (val_loss := evaluate(run.model, run.eval_batches, dist, stop)) is not None:
                 state.evaluated_at = step
                 bpb = bits_per_byte(val_loss, run.data.val)
                 metrics.write(step=step, tokens=step * run.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
                 note(f"step {step}: {describe_loss(val_loss, run.data)}")
-            if step > start or (step and val_loss is not None):
-                state.seconds, state.skipped, state.scaler = watch.seconds, skipped.total, run.scaler.state_dict()
+            if step > start or (step and (val_loss is not None or branch)):
+                state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
                 saver.save(val_loss, keeping)
             metrics.draw()
             if val_loss is not None and config.sample_tokens:
@@ -153,23 +151,24 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
             state.step += 1
             loss, norm = update
             skipped.count(norm)
+            if state.step % MAX_SKIPPED == 0:
+                skipped.total(state.step)  # raises RunFailed if too many
             if state.step % config.log_interval == 0 or state.step == config.max_iters:
                 (train_loss,) = dist.sum(loss.item() / dist.world_size)  # waits for the device: only here
                 rate = watch.rate(state.step)
                 record = dict(step=state.step, train_loss=train_loss, grad_norm=norm.item(), seconds=watch.seconds)
-                record |= dict(skipped=skipped.total or None) | derived_figures(run, state.step, rate)
+                record |= dict(skipped=skipped.total(state.step) or None) | derived_figures(run, state.step, rate)
                 metrics.write(**record)
                 note(log_line(record, config.max_iters, seconds_left=(config.max_iters - state.step) / rate))
-        stopping, failing = dist.max(stop.number, skipped.in_a_row)
-        check_gradients(failing, state.step)
+        (stopping,) = dist.max(stop.number)
 
     problem = saver.wait()
     metrics.close()
-    return closing_lines(config, state, dist.max(stop.number)[0], problem)
+    return finish_run(config, state, dist.max(stop.number)[0], problem)
 
 
 def derived_figures(run: Run, steps: int, steps_per_second: float) -> dict[str, float]:
-    """The figures of a log record that are not measured."""
+    """The figures of a log record that follow from the step number and the speed."""
     found = {"tokens": steps * run.tokens_per_step, "lr": run.config.learning_rate_at(steps - 1)}
     found["tokens_per_second"] = steps_per_second * run.tokens_per_step
     if run.dist.peak_flops:
@@ -178,7 +177,7 @@ def derived_figures(run: Run, steps: int, steps_per_second: float) -> dict[str, 
 
 
 def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:
-    """Everything but the state of the run. All ranks."""
+    """Create everything a run needs but its state: batches, optimizers and the wrapped model. All ranks."""
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
     train_batches = TrainBatches(data.train, config.block_size, tokens_per_step // config.block_size, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
@@ -197,13 +196,18 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
     return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches, tokens_per_step)
 
 
+def memory_of(config: TrainConfig, dist: Distributed) -> Callable[[GPTConfig], dict[str, float]]:
+    """`memory` with the settings of a run."""
+    compiled, shards = config.compiles_on(dist.device.type), shard_count(dist, config.sharding)
+    return functools.partial(memory, config.batch_size, config.optimizer, config.recompute, compiled, shards)
+
+
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
-    """Of training the model of `config`, not compiled, timed for so many seconds. All ranks."""
-    shape = GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in SHAPE})
-    check_memory(
-        shape, dist, functools.partial(memory, config.batch_size, config.optimizer, config.recompute, False, 1)
-    )
-    run = set_up(dataclasses.replace(config, compile=False), data, GPT(shape), 1, dist)
+    """Training speed with the settings of `config`, not compiled, measured for that many seconds. All ranks."""
+    shape = GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in MODEL_SETTINGS})
+    config = dataclasses.replace(config, compile=False)
+    check_memory(dist, memory_of(config, dist), shape)
+    run = set_up(config, data, GPT(shape), 1, dist)
     for _ in range(2 if run.gradients else 1):  # the first one allocates; the second one captures a graph
         train_step(run, 0, micro_steps=1)
     dist.synchronize()
@@ -221,8 +225,9 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
 def start_run(
     config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed
 ) -> int:
-    """From the data to the last save. checkpoint: what the run is resumed from. All ranks. Returns the exit status."""
-    dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
+    """Open the data and the model, then train. checkpoint: resume from it. All ranks. Returns the exit status."""
+    if not (config.eval_only or config.minutes):
+        dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if checkpoint and state.data != data.digest:
         note(f"the data set {config.dataset} is not the one that {checkpoint} was trained on")
@@ -233,10 +238,9 @@ def start_run(
         if not checkpoint:
             holds_run(out_dir)  # raises UserError before time is spent
     if config.minutes and not checkpoint and not config.eval_only:
-        config, given = choose(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
-    compiled, shards = config.compiles_on(dist.device.type), shard_count(dist, config.sharding)
-    cost = functools.partial(memory, config.batch_size, config.optimizer, config.recompute, compiled, shards)
-    check = (lambda shape: None) if config.eval_only else (lambda shape: check_memory(shape, dist, cost))
+        config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
+    cost = memory_of(config, dist)
+    check = (lambda shape: None) if config.eval_only else functools.partial(check_memory, dist, cost)
     raw_model, config = initial_model(config, given, data, checkpoint, check)
     if state.eval_sequences is None or "eval_iters" in given:
         sequences = config.eval_iters * config.batch_size
@@ -250,17 +254,16 @@ def start_run(
     announce(raw_model, dist, config.max_iters, run.tokens_per_step, len(data.train))
     if state.step < config.max_iters:
         config.check_schedule()
+    elif state.evaluated_at == state.step:
+        note(f"the run is complete at step {state.step}: raise --max_iters, or start again: --init_from=scratch")
     if config.dry_run:
-
-        def step(micro_steps: int) -> None:
-            train_step(run, 0, micro_steps=micro_steps)
-
+        step = functools.partial(train_step, run, 0, None)  # takes the number of micro-steps
         micro_steps = dist.per_process(config.gradient_accumulation_steps)
-        dry_run(raw_model, dist, step, micro_steps, run.tokens_per_step, config.max_iters, cost(raw_model))
+        dry_run(dist, step, micro_steps, run.tokens_per_step, config.max_iters, cost(raw_model.config))
         return 0
 
     if not dist.all_equal(state.step):
-        raise UserError(f"the processes found different checkpoints in {out_dir}: all nodes need the same disk")
+        raise UserError(f"the processes found different checkpoints in {out_dir}: all nodes must share its disk")
     if checkpoint:
         load_optimizers(checkpoint, state.scaler, raw_model, run.optimizers, run.scaler)
     elif dist.is_main:
@@ -281,9 +284,9 @@ def main() -> int:
         state, checkpoint = load_state(directory)
         note(f"resuming {checkpoint} at step {state.step}")
         if config.minutes:
-            config, given = longer(config, given, state)
+            config, given = extend_run(config, given, state)
         config = resumed_settings(config, given, state, checkpoint)
-        given = {name: source for name, source in given.items() if source.startswith("--")}  # a recipe changes nothing
+        given = {name: source for name, source in given.items() if source.startswith("--")}  # recipes change nothing
     dist = connect(config.device, config.dtype, config.timeout)
     if not checkpoint:
         check_default(config, given, dist.device.type)

@@ -38,10 +38,10 @@ from model import GPT, IGNORED, GPTConfig
 from plaingpt.console import run_script
 from plaingpt.distributed import Distributed, connect
 from plaingpt.generate import Batch, Decoder, Sampling
-from plaingpt.optimizer import SkippedUpdates, apply_gradients, make_optimizers
+from plaingpt.optimizer import SkippedSteps, apply_gradients, make_optimizers
 from plaingpt.parallel import wrap
 from plaingpt.plan import memory
-from plaingpt.run import SHAPE
+from plaingpt.run import MODEL_SETTINGS
 from plaingpt.settings import load_settings
 from plaingpt.tokens import open_data_set
 from train import TrainConfig, set_up, train_step
@@ -233,7 +233,7 @@ def updates(config: TrainConfig, model: GPT, dist: Distributed) -> Callable[[int
     """update(micro_steps), as train.py makes it."""
     with tempfile.TemporaryDirectory() as folder:
         run = set_up(config, open_data_set(random_tokens(Path(folder) / "random")), model, 1, dist)
-    skipped = SkippedUpdates(0, dist.device)
+    skipped = SkippedSteps(0, dist.device)
 
     def update(micro_steps: int) -> None:
         skipped.count(train_step(run, 0, micro_steps=micro_steps)[1])
@@ -265,7 +265,7 @@ def training_step(bench: Bench) -> None:
     micro_steps = config.gradient_accumulation_steps
     seconds, tokens = one + (micro_steps - 1) * (two - one), config.batch_size * config.block_size
     speed = micro_steps * tokens / seconds
-    planned = sum(memory(config.batch_size, config.optimizer, False, True, 1, model).values())
+    planned = sum(memory(config.batch_size, config.optimizer, False, True, 1, model.config).values())
     mfu = speed * model.flop_per_token() / (bench.dist.peak_flops or math.nan)
     times = dict(micro_step_ms=(two - one) * 1e3, optimizer_ms=(2 * one - two) * 1e3, first_step_s=first)
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -283,7 +283,7 @@ def small_steps(bench: Bench) -> None:
     """Steps of config/train_shakespeare_char.py with micro-steps as CUDA graphs, and launched kernel by kernel."""
     config, _ = load_settings(TrainConfig, [str(ROOT / "config/train_shakespeare_char.py")])
     data = open_data_set(Path(bench.config.data_dir) / "shakespeare_char")
-    shape = {name: getattr(config, name) for name in SHAPE}
+    shape = {name: getattr(config, name) for name in MODEL_SETTINGS}
     steps, losses = 5 if bench.quick else 100, []
     for name in ("graphs", "kernel by kernel"):
         torch.manual_seed(0)

@@ -144,7 +144,7 @@ def llama_cpp(folder: str, precision: str) -> Sampler:
     import llama_cpp
 
     path = Path(folder) / f"{precision}.gguf"
-    write_gguf(path, load_model(folder)[0], GGUF[precision])
+    write_gguf(path, *load_model(folder), GGUF[precision])
     model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=cores(), n_threads_batch=cores(), verbose=False)
 
     def sample(count: int, tokens: int, on_token: Callable) -> list[int]:

@@ -1,7 +1,7 @@
 """Which learning rate is best, for models of several widths and depths, texts and numbers of steps.
 
 OMP_NUM_THREADS=1 python bench/transfer.py --texts=python,shakespeare_char --shapes=64x2,128x4 --steps=200,1000
-python bench/transfer.py --report        # a table of the results, with the loss at the default learning rate
+python bench/transfer.py --report --picture=docs/learning_rate.png   # the results, and the loss at the default rate
 python bench/transfer.py --fit           # the law by which --minutes chooses a model, against the results
 
 In each cell, learning rates are tried around `start` until the best has a worse one on either side. Each run is one
@@ -54,13 +54,15 @@ class BenchConfig:
     start: Positive | None = None
     """first learning rate to try (None: train.py's default)"""
     factor: Positive = 2.0
-    """ratio of neighbouring learning rates"""
+    """ratio of neighboring learning rates"""
     once: bool = False
     """only try the first learning rate"""
     results: PathName = "transfer.jsonl"
     """file of results, one JSON object per line"""
     report: bool = False
     """train nothing, print the results"""
+    picture: PathName | None = None
+    """with report: file for a plot of the results"""
     fit: bool = False
     """train nothing, fit the loss law of plaingpt/budget.py to the results"""
 
@@ -116,25 +118,58 @@ def interpolated(losses: dict[float, float], rate: float) -> float:
     return float(np.polyval(curve, math.log2(rate)))
 
 
-def report(runs: list[dict]) -> None:
-    """A row for each cell with at least three learning rates; in brackets, percent above the interpolated best."""
+def cells_of(runs: list[dict]) -> dict[tuple, dict[float, float]]:
+    """Losses by learning rate for each text, width, depth, number of steps, tokens per step and changed settings."""
     cells = defaultdict(dict)
     for run in runs:
-        text, shape = run["dataset"], f"{run['n_embd']} x {run['n_layer']}"
-        tokens = run["batch_size"] * run["block_size"]
         changed = " ".join(f"{name} {run[name]}" for name in ("momentum", "seed") if name in run)
-        cells[text, shape, run["max_iters"], tokens, changed, run["n_embd"]][run["learning_rate"]] = run["val_loss"]
+        key = run["dataset"], run["n_embd"], run["n_layer"], run["max_iters"], run["batch_size"] * run["block_size"]
+        cells[*key, changed][run["learning_rate"]] = run["val_loss"]
+    return {key: losses for key, losses in cells.items() if len(losses) > 2}
+
+
+def lowest(losses: dict[float, float]) -> tuple[float, float]:
+    """The best learning rate and its loss, interpolated."""
+    rate = min(np.geomspace(min(losses), max(losses), 200), key=lambda rate: interpolated(losses, rate))
+    return rate, interpolated(losses, rate)
+
+
+def report(runs: list[dict]) -> None:
+    """A row for each cell with at least three learning rates."""
     print("| text | width x depth | steps | tokens/step | | losses by learning rate | best rate | default: % above |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for (*names, n_embd), losses in cells.items():
-        if len(losses) < 3:
-            continue
-        tried = np.geomspace(min(losses), max(losses), 200)
-        best = min(tried, key=lambda rate: interpolated(losses, rate))
-        default = learning_rate(n_embd, names[2])
-        above = 100 * (interpolated(losses, default) / interpolated(losses, best) - 1)
+    for (text, n_embd, n_layer, steps, tokens, changed), losses in cells_of(runs).items():
+        (best, loss), default = lowest(losses), learning_rate(n_embd, steps)
+        above = 100 * (interpolated(losses, default) / loss - 1)
         listed = ", ".join(f"{rate:.2g}: {losses[rate]:.3f}" for rate in sorted(losses))
-        print("|", " | ".join([*map(str, names), listed, f"{best:.2g}", f"{default:g}: {above:.2f}"]), "|")
+        print(f"| {text} | {n_embd} x {n_layer} | {steps} | {tokens} | {changed} | {listed} | {best:.2g} |", end="")
+        print(f" {default:g}: {above:.2f} |")
+
+
+def draw(runs: list[dict], picture: str) -> None:
+    """Percent above the best loss of each cell, against the learning rate and against its ratio to the default."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    raw, relative = figure.subplots(1, 2, sharey=True)
+    widths = sorted({run["n_embd"] for run in runs})
+    named = set()
+    for (_, n_embd, _, steps, _, changed), losses in cells_of(runs).items():
+        if changed:
+            continue
+        rates = np.array(sorted(losses))
+        above = [100 * (losses[rate] / lowest(losses)[1] - 1) for rate in rates]
+        style = dict(color=f"C{widths.index(n_embd)}", marker=".", lw=1)
+        raw.plot(rates, above, label=None if n_embd in named else f"width {n_embd}", **style)
+        relative.plot(rates / learning_rate(n_embd, steps), above, **style)
+        named.add(n_embd)
+    for axes, label in (raw, "learning rate"), (relative, "learning rate / default"):
+        axes.set(xscale="log", xlabel=label, ylim=(0, 8))
+        axes.grid(alpha=0.3)
+    relative.axvline(1, color="black", lw=1, ls=":")
+    raw.set_ylabel("loss, % above the best of its sweep")
+    raw.legend()
+    figure.savefig(picture)
 
 
 def fit(runs: list[dict]) -> None:
@@ -180,6 +215,8 @@ def main() -> None:
     bench, _ = load_settings(BenchConfig)
     path = Path(bench.results)
     runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if bench.report and bench.picture:
+        draw(runs, bench.picture)
     if bench.report or bench.fit:
         return report(runs) if bench.report else fit(runs)
     extra = dict(pair.split("=") for pair in bench.extra.split(",") if pair)

@@ -1,4 +1,4 @@
-# Evaluate OpenAI's GPT-2 350M on a data set of GPT-2 tokens. Downloads the weights once.
+# Evaluate OpenAI's GPT-2 355M on a data set of GPT-2 tokens. Downloads the weights once.
 #
 #   python train.py config/eval_gpt2_medium.py --dataset=openwebtext
 

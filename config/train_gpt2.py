@@ -19,4 +19,4 @@ gradient_accumulation_steps = 16
 
 learning_rate = 0.0018
 warmup_iters = 250
-max_iters = 6100  # 3.0B tokens, to a validation loss of 3.28 (docs/scaling.md)
+max_iters = 6100  # 3.0B tokens; the aim is a validation loss of 3.28 (docs/scaling.md)

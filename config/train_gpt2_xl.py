@@ -1,4 +1,4 @@
-# Train GPT-2 1558M on FineWeb, on 8 GPUs or any number that divides 48. Memory, hours and reasons: docs/scaling.md.
+# Train GPT-2 1557M on FineWeb, on 8 GPUs or any number that divides 48. Memory, hours and reasons: docs/scaling.md.
 #
 #   hf download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir=data/fineweb10B-gpt2
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_xl.py

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Two nodes of eight GPUs, from the folder of the repository, which has to be on a disk that they share:
 #   sbatch docs/slurm.sh config/train_gpt2.py
-# The same command again goes on where a job ended. A node that fails puts its job back into the queue.
+# Submit the same command again to continue where a job ended. If a node fails, Slurm requeues the job.
+# The recipe has to train a new model: --init_from=auto replaces its init_from.
 #SBATCH --job-name=plaingpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -4,7 +4,6 @@ Each epoch reads every window of the corpus once, in a new order: no sampling wi
 permutation in memory, and the same batches for any number of processes.
 """
 
-import functools
 import hashlib
 import math
 
@@ -16,10 +15,8 @@ from model import IGNORED
 from plaingpt.console import UserError, counted
 from plaingpt.tokens import Tokens
 
-AHEAD = 1 << 15  # sequences whose positions are computed at once, which takes a few milliseconds
 
-
-def mix(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """A 63-bit hash of integers: an independent random seed for each (seed, purpose, index)."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
 
@@ -32,14 +29,14 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """
     half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
     mask = np.uint64((1 << half) - 1)
-    keys = [np.uint64(mix(key, turn)) for turn in range(4)]
+    keys = [np.uint64(derive_seed(key, turn)) for turn in range(4)]
     value, outside = index.astype(np.uint64), np.arange(len(index))
     while len(outside):
         walking = value[outside]
         left, right = walking >> np.uint64(half), walking & mask
         h, shifted = np.empty_like(left), np.empty_like(left)
         for turn_key in keys:
-            # splitmix64's finaliser (Steele et al. 2014), in place; products wrap at 64 bits
+            # splitmix64's finalizer (Steele et al. 2014), in place; products wrap at 64 bits
             np.bitwise_xor(right, turn_key, out=h)
             h *= np.uint64(0xBF58476D1CE4E5B9)
             h ^= np.right_shift(h, np.uint64(27), out=shifted)
@@ -62,24 +59,16 @@ class TrainBatches:
         check_length(tokens, block_size, "train")
         self.tokens, self.block_size, self.sequences, self.seed = tokens, block_size, sequences, seed
         self.windows = len(tokens) // block_size  # per epoch; which tokens are left over differs between epochs
-        self._block = functools.lru_cache(2)(self._starts_of_block)
 
     def starts(self, step: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Positions in the corpus of `count` (or all) sequences of step `step` from number `first` on."""
-        begin = step * self.sequences + first
-        end = (step + 1) * self.sequences if count is None else begin + count
-        blocks = [self._block(block) for block in range(begin // AHEAD, -(-end // AHEAD))]
-        return (np.concatenate(blocks) if len(blocks) > 1 else blocks[0])[begin % AHEAD :][: end - begin]
-
-    def _starts_of_block(self, block: int) -> np.ndarray:
-        """Positions of sequences `block * AHEAD` to `(block + 1) * AHEAD - 1`, counted from the start of the run."""
-        index = block * AHEAD + np.arange(AHEAD)
-        epochs = index // self.windows
-        starts = np.empty(AHEAD, np.int64)
+        """Start positions in the corpus of `count` (default: all) sequences of a step, from sequence `first` on."""
+        index = step * self.sequences + first + np.arange(count or self.sequences - first)  # from the start of the run
+        epochs, starts = index // self.windows, np.empty_like(index)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
-            window = permute(index[of_epoch] % self.windows, self.windows, mix(self.seed, int(epoch)))
-            shift = mix(self.seed, int(epoch), 1) % self.block_size  # each epoch cuts the text elsewhere
+            window = permute(index[of_epoch] % self.windows, self.windows, derive_seed(self.seed, int(epoch)))
+            # each epoch cuts the text at other positions
+            shift = derive_seed(self.seed, int(epoch), 1) % self.block_size
             starts[of_epoch] = shift + window * self.block_size
         return starts
 
@@ -108,7 +97,7 @@ class EvalBatches:
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         """Batch `index`, always of full size (one shape to compile for): positions without a target are IGNORED."""
-        starts = np.full(self.batch_size, len(self.tokens))  # of a row without a sequence: no target is in the split
+        starts = np.full(self.batch_size, len(self.tokens))  # unused rows start past the end: no target is in the split
         found = self.starts[index * self.batch_size :][: self.batch_size]
         starts[: len(found)] = found
         ids = self.tokens.windows(starts, self.block_size + 1)

@@ -11,46 +11,45 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from plaingpt.checkpoint import load_model
-from plaingpt.console import UserError, note, one_line
+from plaingpt.console import UserError, note, one_line, out_of_memory
 from plaingpt.distributed import Distributed
 from plaingpt.files import new_file
 from plaingpt.hub import model_directory, read_config
 from plaingpt.metrics import Stopwatch
-from plaingpt.run import LOCAL, SHAPE
+from plaingpt.run import LOCAL, MODEL_SETTINGS
 from plaingpt.run_state import RunState
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import TrainConfig, learning_rate
 
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
-SEQUENCES = 16  # in a step
-TRAINING = 0.85  # of the time; the rest is for evaluations and saves
+SEQUENCES_PER_STEP = 16
+TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS = 4  # after the one at the start
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
-EVALUATED = 0.03  # tokens of an evaluation, of those trained on: 1% of the time
+EVALUATION_SHARE = 0.03  # tokens of an evaluation, of all training tokens: 1% of the time
 FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
 
 
-def predicted_loss(config: TrainConfig, tokens: float, text: int) -> float:
-    """Loss, up to factors of the text, after `tokens` of training on a text of `text` tokens.
+def predicted_loss(config: TrainConfig, tokens: float, text_tokens: int) -> float:
+    """Predicted loss, up to constants of the text, after training on `tokens` tokens of a text of `text_tokens`.
 
-    A law fitted to 45 runs (docs/scaling.md): more parameters without more tokens help less than in the sum of
-    Hoffmann et al. 2022. Repeated tokens count less and less (Muennighoff et al. 2023, whose large models gain for 15
-    epochs where these gain for 5).
+    A law fitted to 45 runs (docs/scaling.md). The terms for size and data are combined with an exponent, not summed as
+    by Hoffmann et al. 2022: more parameters without more tokens help less. Repeated tokens count less and less
+    (Muennighoff et al. 2023, whose large models gain for 15 epochs where these gain for 5).
     """
-    repeated = max(tokens / text - 1, 0)
-    worth = min(tokens, text) + text * 5 * (1 - math.exp(-repeated / 5))
-    return ((block_parameters(config) / 1e6) ** (-0.18 * 3.7) + (1.7 * (worth / 1e6) ** -0.2) ** 3.7) ** (1 / 3.7)
+    repeated = max(tokens / text_tokens - 1, 0)
+    effective_tokens = min(tokens, text_tokens) + text_tokens * 5 * (1 - math.exp(-repeated / 5))
+    size, data, p = (block_parameters(config) / 1e6) ** -0.18, 1.7 * (effective_tokens / 1e6) ** -0.2, 3.7
+    return (size**p + data**p) ** (1 / p)
 
 
 def block_parameters(config: TrainConfig) -> int:
     return 12 * config.n_layer * config.n_embd**2
 
 
-def choose(
+def choose_settings(
     config: TrainConfig,
     given: dict[str, str],
     data: DataSet,
@@ -59,7 +58,7 @@ def choose(
 ) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run that ends in time, and where they came from. All ranks.
 
-    tokens_per_second: times training for so many seconds; UserError if memory is short.
+    tokens_per_second: measures training for that many seconds; UserError if the model does not fit in memory.
     """
     check_flags(given)
     if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
@@ -73,18 +72,18 @@ def choose(
         candidate = with_batch(candidate, given, tokens, data, dist)
         try:
             rate, candidate = time_model(candidate, given, min(1.0, seconds / 100), tokens_per_second)
-        except (UserError, torch.OutOfMemoryError):
-            if not timed:
+        except Exception as error:
+            if not timed or not needs_memory(error):
                 raise
             break  # larger models need more memory still
-        tokens = rate * seconds * TRAINING
+        tokens = rate * seconds * TRAINING_SHARE
         timed.append((predicted_loss(candidate, tokens, len(data.train)), rate, candidate))
         if len(timed) > 2 and min(timed[-2:])[0] > min(timed)[0]:
             break  # two in a row are worse
     _, rate, best = min(timed, key=lambda found: found[0])
-    config = with_schedule(best, given, rate * time_to_plan(config.minutes, dist) * TRAINING, data)
+    config = with_schedule(best, given, rate * time_to_plan(config.minutes, dist) * TRAINING_SHARE, data)
     tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {speed:,.0f}" for _, speed, c in timed)
-    note(f"tokens/s of models, layers x width, not compiled: {tried}")
+    note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
     note(
         f"lowest predicted loss in {config.minutes:g} minutes: {config.n_layer} x {config.n_embd}, block_size "
         f"{config.block_size}, learning_rate {config.learning_rate:g}, dropout {config.dropout:g}"
@@ -102,12 +101,17 @@ def time_model(
     """Tokens per second, and `candidate` with the largest micro-batch for which there is memory."""
     try:
         return tokens_per_second(candidate, seconds), candidate
-    except (UserError, torch.OutOfMemoryError):
-        if candidate.batch_size == 1 or {"batch_size", "gradient_accumulation_steps"} & given.keys():
+    except Exception as error:
+        fixed = candidate.batch_size == 1 or {"batch_size", "gradient_accumulation_steps"} & given.keys()
+        if fixed or not needs_memory(error):
             raise
     smaller = dict(batch_size=candidate.batch_size // 2)
     smaller |= dict(gradient_accumulation_steps=2 * candidate.gradient_accumulation_steps)
     return time_model(dataclasses.replace(candidate, **smaller), given, seconds, tokens_per_second)
+
+
+def needs_memory(error: Exception) -> bool:
+    return isinstance(error, UserError) or out_of_memory(error)
 
 
 def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConfig]:
@@ -115,19 +119,20 @@ def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConf
     if config.init_from not in ("scratch", "auto"):
         model = config.init_from
         shape = load_model(model)[0].config if model.endswith(".pt") else read_config(model_directory(model))
-        yield dataclasses.replace(config, **{name: getattr(shape, name) for name in SHAPE if name not in given})
+        yield dataclasses.replace(
+            config, **{name: getattr(shape, name) for name in MODEL_SETTINGS if name not in given}
+        )
         return
-    tried = set()
-    for width in WIDTHS:
-        n_embd = config.n_embd if "n_embd" in given else width
+    widths = [config.n_embd] if "n_embd" in given else WIDTHS
+    if "n_head" in given:
+        widths = [n_embd for n_embd in widths if n_embd % config.n_head == 0]
+        if not widths:
+            raise UserError(f"--n_head={config.n_head} needs an --n_embd that is a multiple of it")
+    for n_embd in widths:
         n_layer = config.n_layer if "n_layer" in given else max(2, round(n_embd / 80))
         heads = [n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0]
         n_head = config.n_head if "n_head" in given else heads[-1]
-        if n_embd % n_head:
-            raise UserError(f"n_embd={n_embd} must be a multiple of n_head={n_head}")
-        if (n_layer, n_embd) not in tried:
-            tried.add((n_layer, n_embd))
-            yield dataclasses.replace(config, n_layer=n_layer, n_embd=n_embd, n_head=n_head)
+        yield dataclasses.replace(config, n_layer=n_layer, n_embd=n_embd, n_head=n_head)
 
 
 def with_batch(
@@ -138,23 +143,23 @@ def with_batch(
     block = max(64, 2 ** round(math.log2(64 * (tokens / 1e6) ** 0.4)))
     new = config.init_from in ("scratch", "auto")
     block_size = max(1, min(block, 1024, longest)) if new and "block_size" not in given else config.block_size
-    sequences = max(1, SEQUENCES * block // block_size // dist.world_size)  # of each process in a step
+    sequences = max(1, SEQUENCES_PER_STEP * block // block_size // dist.world_size)  # of each process in a step
     chosen = {"batch_size": sequences, "gradient_accumulation_steps": dist.world_size}
     chosen = {name: value for name, value in chosen.items() if name not in given}
     return dataclasses.replace(config, block_size=block_size, **chosen)
 
 
 def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, data: DataSet) -> TrainConfig:
-    """What follows from the model and the number of tokens to train on. Only flags keep a recipe's intervals."""
+    """What follows from the model and the number of tokens to train on. Intervals are kept only if flags give them."""
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
     steps = int(tokens / tokens_per_step)
     if steps < 2:
         raise UserError(
             f"--minutes={config.minutes:g} is too short for two steps of {tokens_per_step:,} tokens: give more time, "
-            "or smaller steps: --gradient_accumulation_steps"
+            "or a smaller --batch_size or --gradient_accumulation_steps"
         )
     rate = learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
-    sequences = int(EVALUATED * tokens / config.block_size)
+    sequences = int(EVALUATION_SHARE * tokens / config.block_size)
     chosen = {
         "learning_rate": rate if config.init_from in ("scratch", "auto") else rate / 3,
         "momentum": 0.85 if steps < 500 else 0.95,
@@ -172,12 +177,13 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     return dataclasses.replace(config, max_iters=steps, warmup_iters=steps // 20, lr_decay_iters=steps, **chosen)
 
 
-def longer(config: TrainConfig, given: dict[str, str], state: RunState) -> tuple[TrainConfig, dict[str, str]]:
+def extend_run(config: TrainConfig, given: dict[str, str], state: RunState) -> tuple[TrainConfig, dict[str, str]]:
     """Settings that continue a run for `config.minutes`, at the speed it had so far."""
     check_flags(given)
     rate = state.step / max(state.seconds, 1.0)
-    steps = state.step + max(1, int(TRAINING * 60 * config.minutes * rate))
-    changed = {"max_iters": steps} | ({} if "lr_decay_iters" in state.derived else {"lr_decay_iters": steps})
+    steps = state.step + max(1, int(TRAINING_SHARE * 60 * config.minutes * rate))
+    changed = {"max_iters": steps, "warmup_iters": state.settings.get("warmup_iters")}
+    changed |= {} if "lr_decay_iters" in state.derived else {"lr_decay_iters": steps}
     return dataclasses.replace(config, **changed), given | dict.fromkeys(changed, "--minutes")
 
 
@@ -193,7 +199,7 @@ def time_left(minutes: float) -> float:
 
 
 def time_to_plan(minutes: float, dist: Distributed) -> float:
-    """The same for all processes, which have to choose the same; at least a second, to train a little."""
+    """`time_left`, equal on all processes so that they choose the same settings; at least one second."""
     (milliseconds,) = dist.max(int(1000 * time_left(minutes)))
     return max(1.0, milliseconds / 1000)
 
@@ -203,10 +209,10 @@ class Deadline:
 
     The learning rates until then do not depend on it, so a run of the corrected recipe is the same from its first step
     on. Evaluations correct it again only if the machine's speed has changed. If two in a row find no lower loss after a
-    few epochs, the learning rate drops and decays within an eighth of the steps made so far, and the run ends early.
+    few epochs of a new run, the learning rate drops and decays within an eighth of the steps made so far, and it ends.
     """
 
-    def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float = math.inf):
+    def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float):
         self.minutes, self.start = config.minutes, state.step
         steps = config.max_iters - state.step
         self.warmup_end, self.measured_from = state.step + max(1, steps // 20), state.step + steps // 40
@@ -218,9 +224,13 @@ class Deadline:
         step = state.step
         if not self.minutes or self.ending:
             return config
-        if state.evaluations_since_best > 1 and state.evaluated_at > max(self.few_steps, self.warmup_end):
+        if (
+            not self.start
+            and state.evaluations_since_best > 1
+            and state.evaluated_at > max(self.few_steps, self.warmup_end)
+        ):
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
-            note(f"stopping after step {steps}: the validation loss no longer falls, because this text is small")
+            note(f"stopping after step {steps}: the validation loss no longer falls")
             return self.with_steps(config, state, steps, dist)
         evaluating = step % config.eval_interval == 0 and self.warmup_end < step < config.max_iters
         if step not in (self.measured_from, self.warmup_end) and not evaluating:
@@ -234,14 +244,14 @@ class Deadline:
             return config
         per_step = (seconds - before) / (step - step_before) + self.longest_pause / config.eval_interval
         steps = step + max(1, int((time_left(self.minutes) - self.longest_pause) / per_step))
-        wrong = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
-        correct, steps = dist.max(step == self.warmup_end or wrong, steps if dist.is_main else 0)
+        misses_time = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
+        correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)
         return self.with_steps(config, state, steps, dist) if correct else config
 
     def with_steps(self, config: TrainConfig, state: RunState, steps: int, dist: Distributed) -> TrainConfig:
         """`config` with another number of steps, also in the state and, unless the run was resumed, in the recipe."""
         changed = dict(max_iters=steps, lr_decay_iters=steps)
-        state.settings |= changed
+        state.settings = state.settings | changed  # a save may still read the old ones
         config = dataclasses.replace(config, **changed)
         if dist.is_main and self.start == 0:
             write_recipe(config)
@@ -260,7 +270,7 @@ def write_recipe(config: TrainConfig) -> None:
             lines.append(f"{setting.name} = {value!r}")
     try:
         if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
-            return note(f"{path} was not written by --minutes and stays as it is: the settings are not saved")
+            return note(f"{path} was not written by --minutes, so it is not replaced and the settings are not saved")
         with new_file(path) as file:
             file.write("\n".join(lines) + "\n")
     except OSError as error:  # a full disk does not stop training

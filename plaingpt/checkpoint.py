@@ -1,13 +1,12 @@
 """Model directories in Hugging Face's GPT-2 format, and import of GPT-2 and nanoGPT weights.
 
-A model is a directory with config.json, model.safetensors and the tokenizer's files. It may come from anyone: nothing
-is unpickled but nanoGPT's ckpt.pt (with weights_only), and no path or link in it is followed out of it.
+A model is a directory with config.json, model.safetensors and the tokenizer's files. Directories are not trusted:
+nothing is unpickled except nanoGPT's ckpt.pt (with weights_only), and no path or link is followed out of a directory.
 """
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shutil
 import time
@@ -24,11 +23,11 @@ from torch.nn import functional as F
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, note, one_line
 from plaingpt.files import check_sums, inside
-from plaingpt.hub import CONFIG_NAMES, TOKENIZER_FILES, checked_config, how_to_convert, model_directory, read_config
+from plaingpt.hub import CONFIG_NAMES, CONVERT, TOKENIZER_FILES, checked_config, model_directory, read_config
 from plaingpt.tokenizer import Tokenizer, gpt2
-from plaingpt.workarounds import NoDraws
+from plaingpt.workarounds import SkipNormalInit
 
-PATIENCE = 30  # seconds of trying to read a directory that a run replaces again and again
+READ_TIMEOUT = 30  # seconds of trying to read a directory that a run replaces again and again
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
 # Hugging Face's GPT-2 stores these matrices as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -73,7 +72,7 @@ def load_model(
     The model is in fp32 on the CPU, in evaluation mode; loading needs little more memory than the weights.
     `model.config.vocab_size` is the tokenizer's: embedding rows that belong to no token are dropped. A smaller
     `block_size` crops the positions. With `check`, files are compared with their checksums, if there are any.
-    A directory may be replaced while it is read, as by a run that saves: the model is one of those saved.
+    A run may replace the directory while it is read; the result is always one complete save.
     """
     if str(path_or_name).endswith(".pt"):
         config, weights, tokenizer = _read_nanogpt(Path(path_or_name))
@@ -91,8 +90,8 @@ def load_model(
 
 
 def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
-    """A model that uses these tensors, without initialising it first; `wte` may lack its padding."""
-    with torch.device("meta"), NoDraws():
+    """A model that uses these tensors, without initializing it first; `wte` may lack its padding."""
+    with torch.device("meta"), SkipNormalInit():
         model = GPT(config)
     wte = weights[WTE]
     if missing := config.padded_vocab_size - len(wte):
@@ -105,8 +104,8 @@ def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
 
 
 def _read_unchanged(path_or_name: str | Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
-    """Read a model directory, and again if it was replaced meanwhile: all files have to be of one save."""
-    deadline = time.monotonic() + PATIENCE
+    """Read a model directory, again if it was replaced meanwhile, so that all files belong to the same save."""
+    deadline = time.monotonic() + READ_TIMEOUT
     while time.monotonic() < deadline:
         directory = model_directory(path_or_name)
         before = _identity(directory)
@@ -129,7 +128,7 @@ def _identity(directory: Path) -> tuple[int, int] | None:
 
 def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     if not any(directory.glob("*.safetensors*")) and (pickles := sorted(directory.glob("*.bin"))):
-        raise UserError(f"{directory} has its weights in {pickles[0].name}: {how_to_convert(str(directory))}")
+        raise UserError(f"{directory} has its weights in {pickles[0].name}: {CONVERT}")
     with ThreadPoolExecutor(1) as thread:  # checksums beside reading: each takes half a second for 124M
         sums = thread.submit(check_sums, directory) if check else None
         try:
@@ -142,7 +141,7 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
             return *_read_weights(directory, config, tokenizer), tokenizer
         finally:
             if sums:
-                sums.result()  # that a file is damaged is a better message than how reading it failed
+                sums.result()  # a failed checksum explains more than the error that it caused
 
 
 def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:
@@ -168,7 +167,7 @@ def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPT
 
 
 def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
-    """A copy of the parameter in fp32; `wte` with the rows it has inside the model, so that it is copied only once.
+    """A copy of the parameter in fp32; `wte` gets its padding here, so that it is copied only once.
 
     Raises UserError if it contains numbers that are not finite.
     """
@@ -194,17 +193,13 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
                 shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
     _check_shape(directory, config, shapes)
     config, weights = _cropped(directory, config, tokenizer), {}
-    # Files are mapped into memory: reopening them after 16 MB, the largest tensors first, releases what was read.
-    # Opening them for each tensor takes so long that a run that saves would replace them meanwhile.
-    names = sorted(shapes, key=lambda name: (places[name][0], -math.prod(shapes[name])))
-    while names:
-        file, size = places[names[0]][0], 0
+    for file in files:
         with _opened(directory, file) as tensors:
-            while names and places[names[0]][0] == file and size < 1 << 24:
-                tensor = tensors.get_tensor(places[name := names.pop(0)][1])
-                weights[name] = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
-                size += tensor.nbytes
-        del tensor
+            for name, (place, theirs) in places.items():
+                if place == file:
+                    found = tensors.get_tensor(theirs)
+                    found = found.T if name.endswith(TRANSPOSED) else found
+                    weights[name] = _in_memory(directory, name, found, config)
     if not config.bias:
         biases = {name: weights.pop(name) for name in list(weights) if name.endswith("bias")}
         if changed := next((name for name in biases if biases[name].any()), None):  # `save_model` wrote zeros
@@ -231,12 +226,13 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     unsafe = f"{path} is not a nanoGPT checkpoint that can be read safely"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config = checked_config(path, GPTConfig(**checkpoint["model_args"]))
+        config = GPTConfig(**checkpoint["model_args"])
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
         if not all(map(_is_plain, tensors.values())):
             raise TypeError("a sparse, quantized or expanded tensor")
     except Exception as error:  # a damaged file, or one that wants to run code, fails in many ways
         raise UserError(f"{unsafe}: {type(error).__name__}") from error
+    checked_config(path, config)
     if config.vocab_size not in NANOGPT_ROWS:
         raise UserError(
             f"{path} has {config.vocab_size} ids, and its tokenizer is in a pickle elsewhere: only GPT-2's vocabulary "

@@ -32,9 +32,9 @@ def run_script(main: Callable[[], int | None], less_memory: str = "--batch_size"
     """
     if signal.getsignal(signal.SIGINT) is startup.end_process:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in sys.stdout, sys.stderr:
+    for stream, errors in (sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"):
         if hasattr(stream, "reconfigure"):  # not in Jupyter
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors=errors)
     try:
         status = main()
         gc.freeze()  # skips Python's last garbage collection: half a second for torch's 300,000 objects
@@ -64,8 +64,8 @@ def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
     text = one_line(error)
     if isinstance(error, UserError | RunFailed):
         return 2 if isinstance(error, UserError) else 1, str(error)
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or NO_MEMORY.search(text):
-        return 1, f"out of memory: {text.rpartition('DefaultCPUAllocator: ')[2]}; a smaller {less_memory} needs less"
+    if out_of_memory(error):
+        return 1, f"out of memory: {text.rpartition('DefaultCPUAllocator: ')[2]}; try a smaller {less_memory}"
     if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
         return 2, text
     if type(error).__name__ == "PanicException":  # a Rust library's, and not an Exception
@@ -73,8 +73,12 @@ def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
     return 1, ""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or bool(NO_MEMORY.search(str(error)))
+
+
 def _report_to_torchrun(line: str) -> None:
-    """Have torchrun end with `line` instead of the traceback that torch's `record` has written."""
+    """Make torchrun end with `line` instead of the traceback that torch's `record` has written."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):

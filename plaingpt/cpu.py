@@ -1,4 +1,4 @@
-"""What makes the model fast where torch.compile does not: mostly on CPUs, where that gains little.
+"""Faster replacements for parts of the model where torch.compile is off or gains little, mostly on CPUs.
 
     speed_up(model)                         # training and evaluation: dropout, attention, the loss
     head = pack(model, torch.bfloat16)      # sampling: weights in the layout and precision that is read fastest
@@ -63,7 +63,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Causal scaled dot-product attention of (B, H, T, D) queries, keys and values; p: dropout.
 
     In bfloat16, torch's fused attention for CPUs multiplies at the speed of float32, and its backward pass is slower
-    still. Plain products take half the time. Of long sequences, keys that no query of a chunk may see are left out.
+    still. Plain products take half the time. In long sequences, keys that no query of a chunk may see are skipped.
     """
     if q.device.type != "cpu" or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
@@ -79,14 +79,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """F.cross_entropy of logits (N, V) that nobody needs afterwards; compiled, torch fuses it anyway."""
+    """F.cross_entropy for logits (N, V) that are not used afterwards. torch.compile fuses it anyway."""
     if torch.compiler.is_compiling():
         return F.cross_entropy(logits, targets, ignore_index=ignore_index)
     return CrossEntropy.apply(logits, targets, ignore_index)
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The logits become their own gradient, some rows at a time: one (N, V) matrix in place of four, three in fp32."""
+    """Overwrites the logits with their gradient, some rows at a time: one (N, V) matrix instead of four."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
@@ -111,7 +111,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def has_fp16_products() -> bool:
-    """Whether torch can multiply by float16 weights fast on this CPU. The operators are to leave torch after 2.13."""
+    """Whether torch can multiply by float16 weights fast on this CPU. torch will remove the operators after 2.13."""
     quantized = torch.ops.quantized
     available = hasattr(quantized, "linear_prepack_fp16") and hasattr(quantized, "linear_dynamic_fp16")
     return available and "fbgemm" in torch.backends.quantized.supported_engines
@@ -120,8 +120,8 @@ def has_fp16_products() -> bool:
 def pack(model: GPT, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Pack the matrices of the model's blocks in `dtype`; return the packed head, (..., C) to (..., padded V).
 
-    Each matrix is freed as soon as it is packed, so there are never two copies of all of them. Float16 on an x86 CPU
-    is the precision of the weights alone.
+    Each matrix is freed as soon as it is packed, so there are never two copies of all weights. On an x86 CPU, float16
+    applies to the weights only.
     """
 
     def pack_matrices(part: nn.Module) -> None:

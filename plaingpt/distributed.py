@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import gc
 import glob
+import logging
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as torch_dist
 
 from plaingpt.console import UserError, cores, counted, is_rank_0, one_line
-from plaingpt.workarounds import rendezvous_store, silence_gloo_all_to_all
+from plaingpt.workarounds import rendezvous_store
 
 # Dense half-precision TFLOP/s of matrix products, from the makers' data sheets; the first name that matches counts
 PEAK_TFLOPS = {
@@ -44,7 +45,7 @@ class Distributed:
 
     @property
     def peak_flops(self) -> float | None:
-        """Half-precision FLOP/s of the cards of all processes; None if unknown."""
+        """Half-precision FLOP/s of the GPUs of all processes; None if unknown."""
         known = self.device.type == "cuda" and self.dtype != torch.float32
         name = torch.cuda.get_device_name(self.device) if known else ""
         peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)), None)
@@ -54,7 +55,7 @@ class Distributed:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def per_process(self, micro_steps: int) -> int:
-        """Micro-steps that each process makes of a step's."""
+        """How many of a step's micro-steps each process computes; UserError if they cannot be divided equally."""
         if micro_steps % self.world_size:
             raise UserError(
                 f"gradient_accumulation_steps={micro_steps} must be a multiple of the number of processes, "
@@ -70,7 +71,7 @@ class Distributed:
         return [tensor.to(self.device) for tensor in tensors]
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over all ranks. All ranks; over the CPU, so it does not wait for the device."""
+        """Sum each number over all ranks, on the CPU, so that nothing waits for the device. All ranks."""
         return self._reduce(numbers, torch_dist.ReduceOp.SUM)
 
     def max(self, *numbers: int) -> list[int]:
@@ -128,8 +129,10 @@ class StopSignal:
         self.number = number
         if is_rank_0():
             with contextlib.suppress(OSError):  # the terminal may be gone; os.write, as the signal may interrupt print
-                again = b"" if "TORCHELASTIC_RUN_ID" in os.environ else b"; Ctrl-C ends it at once"  # torchrun gets it
-                os.write(2, b"\nstopping: the run is saved after this micro-step" + again + b"\n")
+                again = b"; press Ctrl-C again to exit at once"
+                if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun gets it
+                    again = b""
+                os.write(2, b"\nstopping: saving the run after this micro-step" + again + b"\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # even inside a collective that hangs
 
 
@@ -143,10 +146,11 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
     if chosen.type == "cuda":
         _check_card(chosen)
         torch.cuda.set_device(chosen)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True
     if chosen.type == "cpu" and world_size > 1:
         torch.set_num_threads(max(1, cores() // local_world_size))  # torchrun sets one thread for each process
-        silence_gloo_all_to_all()
+        # torch would warn on every rank that gloo's all-to-all, which Muon uses under FSDP, is an all-gather
+        logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     if world_size > 1:
         wait = timedelta(seconds=timeout)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -186,14 +190,14 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
         raise UserError(f"--device={name}: there is no such device; use cpu, cuda, cuda:1 or mps") from error
     if device.type == "cuda":
         if world_size > 1 and device.index is not None:
-            raise UserError(f"--device={name}: each process takes a card of its own; use --device=cuda")
+            raise UserError(f"--device={name}: torchrun gives each process its own GPU; use --device=cuda")
         index = local_rank if world_size > 1 else device.index or 0
         if not torch.cuda.is_available():
             problem = _unusable_card() or f"torch {torch.__version__} finds no CUDA device"
             raise UserError(f"--device={name}: {problem}; use --device=cpu")
         if index >= torch.cuda.device_count():
-            cards = counted(torch.cuda.device_count(), "card")
-            raise UserError(f"--device={name}: process {index} has no card, this machine has {cards}")
+            gpus = counted(torch.cuda.device_count(), "GPU")
+            raise UserError(f"--device={name}: there is no GPU {index}; this machine has {gpus}")
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device={name}: torch {torch.__version__} finds no Apple GPU; use --device=cpu")
@@ -204,7 +208,7 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
 
 def _unusable_card(devices: str = "/dev/nvidia[0-9]*") -> str | None:
     """Why CUDA finds no device although the machine has one, such as a driver that is too old. None if the machine
-    has no NVIDIA card, torch is not a CUDA build, or CUDA_VISIBLE_DEVICES hides all cards."""
+    has no NVIDIA GPU, torch is not a CUDA build, or CUDA_VISIBLE_DEVICES hides all GPUs."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
     if not torch.version.cuda or hidden or not glob.glob(devices):
         return None
@@ -213,11 +217,11 @@ def _unusable_card(devices: str = "/dev/nvidia[0-9]*") -> str | None:
         reason = "CUDA reports no device"
     except (RuntimeError, AssertionError) as error:
         reason = one_line(error).partition(" Please")[0].rstrip(".")
-    return f"there is an NVIDIA card, but torch {torch.__version__} cannot use it: {reason}"
+    return f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it: {reason}"
 
 
 def _check_card(device: torch.device) -> None:
-    """Refuse a card that this build of torch has no kernels for, or that does not work now."""
+    """Refuse a GPU that this build of torch has no kernels for, or that does not work now."""
     card, version = torch.cuda.get_device_name(device), torch.__version__
     major, minor = torch.cuda.get_device_capability(device)
     capability = 10 * major + minor

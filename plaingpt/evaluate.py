@@ -80,4 +80,4 @@ def log_probabilities(decoder: Decoder, ids: list[int]) -> Tensor:
         targets = torch.tensor(ids[done + 1 : end + 1], device=decoder.device)
         parts.append(-F.cross_entropy(decoder.logits(hidden), targets, reduction="none").cpu())
         done = end
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat(parts)

@@ -1,6 +1,7 @@
 """Files and directories that are complete or absent, checksums, and safe access to files of unknown origin."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -23,21 +24,23 @@ UNCHECKED = (".bin", ".md", ".png")  # token files, whose checksums are in meta.
 def new_file(path: Path, mode: str = "w") -> Iterator[IO]:
     """Open a file for writing ("w": UTF-8, or "wb") that replaces `path` when the block ends without an error.
 
-    Use it for every file created in a folder that others may write to: a link that already has the name of the file
+    Use it for every file created in a directory that others may write to: a link that already has the name of the file
     is removed, never written through. Until the block ends, and if anything fails, `path` stays as it was.
     """
     path = Path(path)
     temporary = _sibling(path, "new")
-    _remove(temporary)
     try:
+        _remove(temporary)
         with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        if not isinstance(error, OSError) or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
 
 @contextlib.contextmanager
@@ -99,16 +102,16 @@ def check_writable(directory: Path) -> None:
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except (OSError, ValueError) as error:
         link = f", a link to {os.path.realpath(directory)}," if os.path.islink(directory) else ""
-        raise UserError(f"{directory}{link} cannot be written to: {one_line(error)}; choose another folder") from error
+        raise UserError(f"{directory}{link} cannot be written to: {one_line(error)}; choose another one") from error
 
 
 def claim(out_dir: Path) -> FileLock:
-    """Lock a run's folder until `release` or the end of the process; UserError if another run has locked it."""
+    """Lock a run's directory until `release` or the end of the process; UserError if another run has locked it."""
     lock = FileLock(out_dir / "run.lock")
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise UserError(f"another run is still using {out_dir}; end it, or choose another --out_dir") from error
+        raise UserError(f"another run is still using {out_dir}; stop it, or choose another --out_dir") from error
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     return lock
@@ -121,9 +124,9 @@ def release(lock: FileLock) -> None:
 
 
 def holds_run(out_dir: Path) -> bool:
-    """Whether the folder has checkpoints of an earlier run; UserError if it is something else."""
+    """Whether the directory contains checkpoints of an earlier run; UserError if it contains something else."""
     if (out_dir / SUMS).exists():
-        raise UserError(f"{out_dir} is a model or a data set, not the folder of a run; choose another --out_dir")
+        raise UserError(f"{out_dir} is a model or a data set, not the directory of a run; choose another --out_dir")
     saved = [place for name in ("last", "best") if (place := existing(out_dir / name))] + [*out_dir.glob("step-*")]
     is_run = any((place / name).exists() for place in saved for name in ("config.json", "training.json"))
     if foreign := [name for name in ("last", "best") if os.path.lexists(out_dir / name) and not is_run]:
@@ -132,24 +135,24 @@ def holds_run(out_dir: Path) -> bool:
 
 
 def set_aside(out_dir: Path) -> None:
-    """Rename the folder of an earlier run, if there is one: a new run never destroys it.
+    """Rename the directory of an earlier run, if there is one: a new run never destroys it.
 
-    If `out_dir` is a link, the folder is renamed on its own disk and the new run writes to that disk, too.
+    If `out_dir` is a link, the directory is renamed on its own disk and the new run writes to that disk, too.
     """
     earlier = holds_run(out_dir)
     if out_dir.is_dir():
         release(claim(out_dir))
     if earlier:
-        folder = Path(os.path.realpath(out_dir))
+        directory = Path(os.path.realpath(out_dir))
         try:
-            free = next(path for i in itertools.count(1) if not (path := Path(f"{folder}.{i}")).exists())
-            if Path.cwd().is_relative_to(folder):
-                raise OSError("it is the current folder")
-            folder.rename(free)
+            free = next(path for i in itertools.count(1) if not (path := Path(f"{directory}.{i}")).exists())
+            if Path.cwd().is_relative_to(directory):
+                raise OSError("it is the current directory")
+            directory.rename(free)
             if out_dir.is_symlink():
-                folder.mkdir()
+                directory.mkdir()
         except OSError as error:  # a mount point, for example
-            problem = f"{out_dir} holds an earlier run and cannot be renamed ({one_line(error)})"
+            problem = f"{out_dir} contains an earlier run and cannot be renamed ({one_line(error)})"
             raise UserError(f"{problem}; choose another --out_dir") from error
         note(f"moved the earlier run in {out_dir} to {free}; to continue it: --init_from=resume --out_dir={free}")
 
@@ -195,7 +198,7 @@ def inside(directory: Path, name: str) -> Path:
 
 
 def read_json(directory: Path, name: str) -> dict:
-    """The JSON object in a file of `directory`; UserError if it is missing, damaged, or holds NaN or an infinity."""
+    """The JSON object in a file of `directory`; UserError if it is missing, damaged, or contains NaN or infinity."""
 
     def refuse(number: str):
         raise ValueError(f"{number} is not a number")

@@ -41,12 +41,12 @@ class Sampling:
 class Decoder:
     """A model prepared for sampling: packed weights in `dtype`, LayerNorms and the residual stream in float32.
 
-    It takes the model's matrices away: the model itself cannot be used afterwards.
+    It moves the weights out of the model, which cannot be used afterwards.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype):
         self.model, self.config, self.device = model.eval(), model.config, model.padding.device
-        self.fixed_shapes = self.device.type == "cuda"  # steps of few shapes, each of which is captured as a graph
+        self.on_cuda = self.device.type == "cuda"  # where steps have few shapes: each can be captured as a graph
         self.draw_device = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
         # On a CPU attention in bfloat16 is slower than in float32.
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype
@@ -57,7 +57,7 @@ class Decoder:
         attentions = [functools.partial(attend, layer) for layer in range(self.config.n_layer)]
         # cuDNN would build a plan for each new length, 40 to 440 ms each.
         backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        without_cudnn = sdpa_kernel(backends) if self.device.type == "cuda" else contextlib.nullcontext()
+        without_cudnn = sdpa_kernel(backends) if self.on_cuda else contextlib.nullcontext()
         with torch.autocast(self.device.type, enabled=False), without_cudnn:
             return self.model.hidden(idx, positions, attentions)
 
@@ -113,13 +113,13 @@ class Batch:
         # Of each row: its last token, the position of that, and the bits of a random float64
         self.inputs = torch.zeros(3, B, dtype=torch.int64, device=decoder.device)
         # One launch in place of 200
-        self.next_ids = Captured(self._draw) if decoder.device.type == "cuda" else self._draw
+        self.next_ids = Captured(self._draw) if decoder.on_cuda else self._draw
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """(text, its next token) for every text that has not ended."""
         ids = self.next_ids(*self._prepare()).tolist()
-        new = list(zip(self.rows, ids))  # fixed shapes may have more rows
+        new = list(zip(self.rows, ids))  # on CUDA there may be more rows
         for text, token in new:
             self.texts[text].append(token)
         return new
@@ -155,12 +155,12 @@ class Batch:
         if self.sampling.temperature:
             draws = [torch.rand(1, generator=self.generators[text], dtype=torch.float64) for text in self.rows]
             inputs[2, :n] = torch.cat(draws).view(torch.int64)
-        on_cuda = self.decoder.device.type == "cuda"
-        self.inputs.copy_(inputs.pin_memory() if on_cuda else inputs, non_blocking=on_cuda)
+        pinned = self.inputs.device.type == "cuda"
+        self.inputs.copy_(inputs.pin_memory() if pinned else inputs, non_blocking=pinned)
         for text in self.rows:
             self.lengths[text] += 1
         length = max(self.lengths[text] for text in self.rows)
-        if self.decoder.fixed_shapes:  # powers of two
+        if self.decoder.on_cuda:  # powers of two
             n, length = (1 << (x - 1).bit_length() for x in (n, max(128, length)))
         return min(n, len(self.texts)), min(length, self.cache.size(-2))
 
@@ -171,16 +171,16 @@ class Batch:
         return draw(logits, self.sampling, draws.view(torch.float64))
 
     def _logits(self, rows: int, length: int) -> Tensor:
-        """Read the last token of each row: (B, V) in float32. With fixed shapes only `inputs` and the cache matter."""
+        """Read the last token of each row: (B, V) in float32. On CUDA only `inputs` and the cache matter."""
         decoder, cache = self.decoder, self.cache[:, :, :rows]
         ids, positions, _ = self.inputs[:, :rows, None]
         where = positions[..., None, None].expand(-1, cache.size(3), -1, cache.size(5))  # (B, H, 1, D)
-        groups = []  # rows that attend together, their mask, and views made once: L of (B, H, T, D) twice
-        if decoder.fixed_shapes:
+        groups = []  # rows that attend together, their mask, and their keys and values: L views of (B, H, T, D) each
+        if decoder.on_cuda:
             unwritten = torch.arange(length, device=decoder.device) > positions  # (B, T)
             mask = torch.zeros_like(unwritten, dtype=cache.dtype).masked_fill_(unwritten, -torch.inf)
             groups.append((slice(rows), mask[:, None, None], *map(torch.unbind, cache[..., :length, :].unbind(1))))
-        else:  # neighbours of equal length need no mask, so that a text is the same alone and in a batch
+        else:  # rows of equal length attend together without a mask: a text is the same alone and in a batch
             for length, group in itertools.groupby(range(rows), lambda row: self.lengths[self.rows[row]]):
                 members = list(group)
                 which = slice(members[0], members[-1] + 1)
@@ -199,7 +199,7 @@ class Batch:
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """(B,) ids, one for each row of logits (B, V). uniform: (B,) float64 from 0 to 1."""
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # float32 cannot divide by much less
         return logits.argmax(-1)
     p, ids = filtered(logits, sampling)
     total = p.double().cumsum(-1)

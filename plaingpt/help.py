@@ -60,7 +60,7 @@ def no_setting(name: str, source: str, cls: type, names: Iterable[str]) -> str:
         return f"{source}: there is no setting {name}; did you mean --{name[3:]}=False?"
     if source.startswith("--"):
         return f"{source}: there is no setting {name}{closest(meant, names, '--') or '; --help lists them'}"
-    remedy = closest(meant, names) or "; --help lists them, and a variable of your own begins with _"
+    remedy = closest(meant, names) or "; --help lists them. Start a variable of your own with _"
     return f"{source}: there is no setting {name}{remedy}"
 
 

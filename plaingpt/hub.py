@@ -1,7 +1,5 @@
-"""Where a model is, in a directory, in the folder of a run or on the Hugging Face hub, and its configuration."""
+"""Where a model is, in a directory, in the directory of a run or on the Hugging Face hub, and its configuration."""
 
-import json
-import shlex
 from pathlib import Path
 
 from model import GPTConfig
@@ -15,7 +13,7 @@ CONFIG_NAMES = {
     "n_embd": "n_embd", "dropout": "resid_pdrop", "bias": "bias",
 }  # fmt: skip
 # Other values that a config.json of this type may set, and those of GPT-2
-OF_GPT2 = {
+GPT2_VALUES = {
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True, "add_cross_attention": False,
 }  # fmt: skip
@@ -26,17 +24,21 @@ REASONS = {  # huggingface_hub's own messages have many lines
     "LocalEntryNotFoundError": "the hub does not answer, and the model is not in the cache; you can name a directory",
     "HFValidationError": "names there have the form owner/name",
 }
+CONVERT = (
+    "a pickle can run code when it is read; if you trust it, load model and tokenizer with transformers' "
+    "from_pretrained and write both with save_pretrained"
+)
 
 
 def model_directory(path_or_name: str | Path) -> Path:
-    """The directory of that name; of the folder of a run, `best`, else `last`; of a model on the hub, its copy in the
-    cache."""
+    """The directory of a model: the one of that name; in a run's directory, `best` or else `last`; or the cached copy
+    of a model on the hub."""
     found = existing(Path(path_or_name))
     if found and not (found / "config.json").exists():
         if inner := existing(found / "best") or existing(found / "last"):
             return inner
         if (found / "ckpt.pt").exists():
-            raise UserError(f"{found} is the folder of a nanoGPT run: name the model in it, {found / 'ckpt.pt'}")
+            raise UserError(f"{found} is the directory of a nanoGPT run: use {found / 'ckpt.pt'}")
     return found or download(str(path_or_name))
 
 
@@ -47,7 +49,7 @@ def read_config(directory: Path) -> GPTConfig:
         raise UserError(f"{path}: a model of type {found.get('model_type')}, not a GPT-2")
     if found.get("activation_function") == "gelu_pytorch_tanh":  # the same function
         found["activation_function"] = "gelu_new"
-    for name, expected in OF_GPT2.items():
+    for name, expected in GPT2_VALUES.items():
         if found.get(name, expected) != expected:
             raise UserError(f"{path}: {name} is {found[name]}, but GPT-2 has {expected}")
     if missing := set(CONFIG_NAMES.values()) - {"bias", "resid_pdrop"} - set(found):
@@ -80,17 +82,5 @@ def download(name: str) -> Path:
         reason = REASONS.get(type(error).__name__) or one_line(error)
         raise UserError(f"{name} is not a directory here, and cannot be loaded from the hub: {reason}") from error
     if not any(Path(found).glob("*.safetensors")):
-        raise UserError(
-            f"{name} has no weights in safetensors, on the hub or in the cache; {how_to_convert(repository)}"
-        )
+        raise UserError(f"{name} has no weights in safetensors, on the hub or in the cache: {CONVERT}")
     return Path(found)
-
-
-def how_to_convert(source: str) -> str:
-    """Why a pickle is refused, and the command that converts the model `source`, a directory or a name on the hub."""
-    old, new = json.dumps(source), json.dumps(f"{Path(source).name}-safetensors")  # in double quotes
-    code = f"[c.from_pretrained({old}).save_pretrained({new}) for c in (t.GPT2LMHeadModel, t.AutoTokenizer)]"
-    return (
-        "a pickle can run code when it is read. If you trust it, convert it: "
-        f"python -c {shlex.quote(f'import transformers as t; {code}')}"
-    )

@@ -1,6 +1,7 @@
 """The record of a run: metrics.jsonl, loss.png, Weights & Biases, and what the terminal shows."""
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -19,9 +20,9 @@ class Metrics:
     """Records one run. In processes other than main, every method does nothing."""
 
     def __init__(self, out_dir: Path, active: bool, until_step: int | None = None, branch: str = ""):
-        """Start a record, or with `until_step` continue that of an interrupted run from this step.
+        """Start a record; with `until_step`, continue an earlier one and drop what follows that step.
 
-        branch: the earlier checkpoint that the run returns to. What was recorded after it is kept in a copy.
+        branch: name of the checkpoint the run returned to; the old record is copied to metrics-before-NAME.jsonl.
         """
         self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
         self.resumed_from = until_step  # goes into the next record
@@ -33,18 +34,16 @@ class Metrics:
             raise UserError(f"{self.path} is not the record of a run; move it away, or choose another --out_dir")
         earlier = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
         if branch and self.path.exists():
-            shutil.copyfile(self.path, self.path.with_name(f"metrics-before-{branch}.jsonl"))
-        try:
-            with new_file(self.path) as file:
-                file.writelines(json.dumps(record) + "\n" for record in earlier)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {one_line(error)}") from error
+            names = (f"metrics-before-{branch}{f'-{i}' if i > 1 else ''}.jsonl" for i in itertools.count(1))
+            shutil.copyfile(self.path, next(path for name in names if not (path := self.path.with_name(name)).exists()))
+        with new_file(self.path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in earlier)
 
     def track(self, settings: dict) -> None:
         """Start Weights & Biases, if `wandb_log` is set."""
         if self.active and settings["wandb_log"]:
             try:
-                self.wandb = WandB(settings, self.path.parent, resumed=self.resumed_from is not None)
+                self.wandb = start_wandb(settings, self.path.parent, resumed=self.resumed_from is not None)
             except Exception as error:  # of many kinds: not installed, no login, no network
                 note(f"wandb is off: {one_line(error)} ({WANDB_REMEDY})")
 
@@ -69,7 +68,7 @@ class Metrics:
             note(f"loss.png: {one_line(error)}")
 
     def close(self) -> None:
-        self._call_wandb("close")
+        self._call_wandb("finish")
         if self.active:
             release(self.lock)
 
@@ -82,34 +81,27 @@ class Metrics:
                 self.wandb = None
 
 
-class WandB:
+def start_wandb(settings: dict, out_dir: Path, resumed: bool):
     """A run of Weights & Biases. A resumed run continues the same W&B run."""
+    import wandb
 
-    def __init__(self, settings: dict, out_dir: Path, resumed: bool):
-        import wandb
-
-        # The mode may come from WANDB_MODE or from a settings file. `init` would wait for a login forever.
-        if wandb.setup().settings.mode == "online" and not wandb.login(timeout=30):
-            raise RuntimeError("not logged in")
-        run_id = out_dir / "wandb_run_id"
-        self.run = wandb.init(
-            project=settings["wandb_project"],
-            name=settings["wandb_run_name"],
-            config=settings,
-            dir=out_dir,
-            id=run_id.read_text().strip() if resumed and run_id.is_file() else None,
-            resume="allow",
-            allow_val_change=True,  # of settings changed on resume
-        )
-        # Without this, wandb drops records whose own step number is not larger than its last one, as after a resume
-        self.run.define_metric("*", step_metric="step")
-        run_id.write_text(self.run.id + "\n")
-
-    def log(self, record: dict) -> None:
-        self.run.log(record)
-
-    def close(self) -> None:
-        self.run.finish()
+    # The mode may come from WANDB_MODE or from a settings file. `init` would wait for a login forever.
+    if wandb.setup().settings.mode == "online" and not wandb.login(timeout=30):
+        raise RuntimeError("not logged in")
+    run_id = out_dir / "wandb_run_id"
+    run = wandb.init(
+        project=settings["wandb_project"],
+        name=settings["wandb_run_name"],
+        config=settings,
+        dir=out_dir,
+        id=run_id.read_text().strip() if resumed and run_id.is_file() else None,
+        resume="allow",
+        allow_val_change=True,  # of settings changed on resume
+    )
+    # Without this, wandb drops records whose own step number is not larger than its last one, as after a resume
+    run.define_metric("*", step_metric="step")
+    run_id.write_text(run.id + "\n")
+    return run
 
 
 class Stopwatch:

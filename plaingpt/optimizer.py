@@ -16,7 +16,7 @@ from plaingpt.parallel import full, is_sharded
 
 MATRICES_AT_ONCE = 2**27  # elements, 0.5 GB in float32 for each of five temporary tensors
 
-MAX_SKIPPED = 20  # consecutive steps with non-finite gradients after which the run ends
+MAX_SKIPPED = 20  # consecutive steps with non-finite gradients after which a run ends
 
 
 def make_optimizers(
@@ -40,37 +40,37 @@ def make_optimizers(
         {"params": [p for p in others if p.dim() == 2], "weight_decay": weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if matrices:
-        fused = {id(p) for name, p in matrices.items() if name.endswith("c_attn.weight")}
-        optimizers.append(Muon(list(matrices.values()), learning_rate, weight_decay, fused, momentum, dtype))
+        qkv = [p for name, p in matrices.items() if name.endswith("c_attn.weight")]
+        rest = [p for name, p in matrices.items() if not name.endswith("c_attn.weight")]
+        parts = [{"params": qkv, "parts": 3}, {"params": rest, "parts": 1}]
+        optimizers.append(Muon(parts, learning_rate, weight_decay, momentum, dtype))
     return optimizers
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised matrix by matrix (Jordan et al. 2024), with the step's size matched to AdamW's
+    """Momentum, orthogonalized matrix by matrix (Jordan et al. 2024), with the step's size matched to AdamW's
     (0.2 sqrt(longer side), Liu et al. 2025), so that both share one learning rate.
 
-    Matrices of one shape are orthogonalised together: one batched product instead of many small ones. Those in
-    `fused_qkv` (by id) count as three: query, key and value are different maps.
+    Matrices of one shape are orthogonalized together: one batched product instead of many small ones. `parts`: how many
+    matrices are stacked in each parameter of a group (3 in c_attn: query, key and value are different maps).
 
-    With W processes, each orthogonalises a W-th of the matrices. Under DDP an all-gather in `dtype` then brings the
-    other updates. Under FSDP a process stores some rows of every matrix: an all-to-all brings the rows of its matrices
-    in float32, and another returns their updates in `dtype`. For N parameters each process receives 2 N bytes a
-    step under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
+    With W processes (hybrid: the W of a node), each orthogonalizes a W-th of the matrices. Under DDP an all-gather in
+    `dtype` then brings the other updates. Under FSDP a process stores some rows of every matrix: an all-to-all brings
+    the rows of its matrices in float32, and another returns their updates in `dtype`. For N parameters each process
+    receives 2 N bytes per step under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
     """
 
     def __init__(
         self,
-        parameters: list[Tensor],
+        groups: list[dict],
         lr: float,
         weight_decay: float,
-        fused_qkv: set[int],
         momentum: float,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.fused_qkv = fused_qkv
+        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, parts=1))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -80,14 +80,15 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             stacks = {}
             for p in group["params"]:
-                stacks.setdefault((p.shape, id(p) in self.fused_qkv), []).append(p)
-            for (shape, fused), parameters in stacks.items():
+                stacks.setdefault(p.shape, []).append(p)
+            for shape, parameters in stacks.items():
                 at_once = batch_of_matrices(shape.numel())
                 for i in range(0, len(parameters), at_once):
-                    self._step_together(parameters[i : i + at_once], 3 if fused else 1, group, skipped)
+                    self._step_together(parameters[i : i + at_once], group, skipped)
 
-    def _step_together(self, parameters: list[Tensor], parts: int, group: dict, skipped: Tensor) -> None:
-        """One step of n parameters of one shape (R, C), each of which is `parts` matrices stacked in its rows."""
+    def _step_together(self, parameters: list[Tensor], group: dict, skipped: Tensor) -> None:
+        """One step of n parameters of one shape (R, C)."""
+        parts = group["parts"]
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -157,8 +158,8 @@ def _split_sharded(function: Callable[[Tensor], Tensor], stack: Tensor, like: Te
 
 
 # Odd quintics a x + b x^3 + c x^5 of the Polar Express (Amsel et al. 2025; for singular values from 1e-3 to 1), each
-# optimal after the ones before. Four raise the smallest values 444 times, as much as five with Jordan's coefficients,
-# with a fifth less work and equal losses (bench/LOG.md).
+# optimal after the ones before. Four raise the smallest values by a factor of 444, like five with Jordan's
+# coefficients, with a fifth less work and equal losses (bench/LOG.md).
 QUINTICS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -197,7 +198,7 @@ def apply_gradients(
     norm = full(nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf))
     skip = (~norm.isfinite()).float()
     if norm.device.type == "mps" and skip:  # its fused kernel ignores found_inf: here the host waits
-        drop_gradients(parameters)
+        clear_gradients(parameters)
         scaler.update()
         return norm
     for optimizer in optimizers:
@@ -207,43 +208,32 @@ def apply_gradients(
         optimizer.grad_scale, optimizer.found_inf = None, skip
         optimizer.step()
     scaler.update()
-    drop_gradients(parameters)
+    clear_gradients(parameters)
     return norm
 
 
-def drop_gradients(parameters: list[Tensor]) -> None:
+def clear_gradients(parameters: list[Tensor]) -> None:
     for parameter in parameters:
         parameter.grad = None
 
 
-class SkippedUpdates:
-    """Counts the steps with non-finite gradients, on the device, so that the host never waits."""
+class SkippedSteps:
+    """Counts the steps with non-finite gradients on the device, so that the host waits only where it asks."""
 
     def __init__(self, before: int, device: torch.device):
-        self._total, self._in_a_row = torch.tensor([before, 0], device=device)
-        self._on_host = torch.zeros((), dtype=torch.long, pin_memory=device.type == "cuda")  # copy of `_in_a_row`
+        self._total, self._in_a_row, self._longest = torch.tensor([before, 0, 0], device=device)
 
     def count(self, norm: Tensor) -> None:
         """After each step, with the norm of its gradients."""
         bad = ~norm.isfinite()
         self._total, self._in_a_row = self._total + bad, (self._in_a_row + 1) * bad
-        self._on_host.copy_(self._in_a_row, non_blocking=True)
+        self._longest = torch.maximum(self._longest, self._in_a_row)
 
-    @property
-    def total(self) -> int:
-        """How many in total; a CPU-GPU sync point."""
+    def total(self, step: int) -> int:
+        """How many until `step`; a CPU-GPU sync point. RunFailed after MAX_SKIPPED or more in a row."""
+        if (failing := int(self._longest)) >= MAX_SKIPPED:
+            raise RunFailed(
+                f"the gradients were not finite in {failing} consecutive steps, seen after step {step}; "
+                "no weights were changed: resume from the last save or start again, with a lower --learning_rate"
+            )
         return int(self._total)
-
-    @property
-    def in_a_row(self) -> int:
-        """Skipped steps since the last good one, as of the last finished copy from the device; does not wait."""
-        return int(self._on_host)
-
-
-def check_gradients(failing: int, step: int) -> None:
-    """RunFailed if the gradients were not finite in too many consecutive steps."""
-    if failing >= MAX_SKIPPED:
-        raise RunFailed(
-            f"the gradients were not finite in {failing} consecutive steps, seen after step {step}; "
-            "no weights were changed: resume from the last save or start again, with a lower --learning_rate"
-        )

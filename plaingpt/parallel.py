@@ -4,6 +4,7 @@ model = wrap(raw_model, dist, sharding="fsdp")     # call it; raw_model has the 
 """
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from plaingpt.console import UserError, note, one_line
 from plaingpt.cpu import keep_freed_memory, speed_up
 from plaingpt.distributed import Distributed
-from plaingpt.workarounds import fall_back_to_eager, silence_broadcast_buffers
+from plaingpt.workarounds import fall_back_to_eager
 
 
 def wrap(
@@ -41,7 +42,7 @@ def wrap(
     model = model.to(dist.device)
     if dist.world_size == 1:
         return model
-    with silence_broadcast_buffers():  # the model's buffer never changes: no need to broadcast it before each forward
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renamed broadcast_buffers
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -112,8 +113,8 @@ def _reason(error: BaseException) -> str:
     return one_line(error).split(" Set TORCH")[0]  # without advice for torch's developers
 
 
-def exchange_gradients(model: nn.Module, last: bool) -> None:
-    """Before a micro-step: whether it is the `last` of its step, after which gradients are averaged.
+def set_gradient_sync(model: nn.Module, last: bool) -> None:
+    """Call before each micro-step; after the `last` one of a step, gradients are averaged over all processes.
 
     Sharded gradients are averaged within the node each time, so that no process ever has all of them.
     """

@@ -19,7 +19,7 @@ from plaingpt.settings import check_value
 from plaingpt.tokenizer import gpt2
 from plaingpt.tokens import DataSet
 
-SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+MODEL_SETTINGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 # These settings belong to the machine and the command, not to the run.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "minutes"}
 # These decide what is trained: a resumed run keeps them.
@@ -45,7 +45,8 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
             continue
         asked = f"{given[name]}: {name}={getattr(config, name)}"
         if name not in flags:
-            note(f"using the checkpoint's {name}={trained[name]} (not {asked}; a flag would change it)")
+            hint = "" if name in FIXED else "; a flag overrides it"
+            note(f"using the checkpoint's {name}={trained[name]}, not {asked}{hint}")
         elif name in FIXED:
             raise UserError(
                 f"{asked}, but the checkpoint was trained with {trained[name]}; "
@@ -63,13 +64,11 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
     if now != before:
         raise UserError(
             f"gradient_accumulation_steps x batch_size is {now}, but the checkpoint was trained with {before} "
-            "sequences a step: keep the product"
+            "sequences per step: keep the product"
         )
-    steps = counted(state.step, "step")
     if config.max_iters < state.step:
+        steps = counted(state.step, "step")
         raise UserError(f"max_iters={config.max_iters}, but the checkpoint in {directory} has {steps}")
-    if config.max_iters == state.step and not config.eval_only:
-        note(f"the run is complete at {steps}: raise --max_iters to continue, or start again: --init_from=scratch")
     return config
 
 
@@ -99,13 +98,17 @@ def initial_model(
     if not checkpoint and config.init_from in ("scratch", "auto"):
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
-        shape = GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in SHAPE})
+        shape = GPTConfig(
+            vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in MODEL_SETTINGS}
+        )
         check(shape)
         torch.manual_seed(config.seed)
         return GPT(shape), config
     if checkpoint:
         with suggesting_intact(checkpoint):
-            check(read_config(checkpoint))
+            shape = read_config(checkpoint)
+        check(shape)
+        with suggesting_intact(checkpoint):
             model, tokenizer = load_model(checkpoint, dropout=config.dropout, check=False)  # checked with the state
     else:
         if not config.init_from.endswith(".pt"):
@@ -113,7 +116,7 @@ def initial_model(
         block_size = config.block_size if "block_size" in given else None
         model, tokenizer = load_model(config.init_from, block_size, config.dropout)
     source = checkpoint or config.init_from
-    for name in SHAPE:
+    for name in MODEL_SETTINGS:
         asked, found = getattr(config, name), getattr(model.config, name)
         if name in given and asked != found:
             raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")
@@ -123,11 +126,11 @@ def initial_model(
             f"the data set {config.dataset} was prepared with another tokenizer than {source}; prepare its text again "
             f"with --tokenizer={wanted}" + (", or choose another --out_dir" if checkpoint else " and another --name")
         )
-    return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in SHAPE})
+    return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in MODEL_SETTINGS})
 
 
-def closing_lines(config: Any, state: RunState, stopping: int, problem: str | None) -> int:
-    """The closing lines and the exit status of a run."""
+def finish_run(config: Any, state: RunState, stopping: int, problem: str | None) -> int:
+    """Print the last lines of a run and return its exit status."""
     if problem:
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
@@ -140,7 +143,7 @@ def closing_lines(config: Any, state: RunState, stopping: int, problem: str | No
     if state.step < config.max_iters:
         note(f"ended early, after step {state.step}: {config.patience} evaluations without improvement (--patience)")
     risen = state.evaluations_since_best and state.best_step < state.step
-    rise = ", and has risen since: the model has begun to overfit" if risen else ""
+    rise = ", and has risen since: the model may be overfitting" if risen else ""
     note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{rise}")
     note(f"next: python sample.py --out_dir={out_dir}")
     return 0

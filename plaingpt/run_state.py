@@ -1,8 +1,8 @@
 """Saving a run and resuming it.
 
-The folder of a run holds checkpoints: `last`, from which it resumes; `best`, the model with the lowest validation loss;
-and, where asked for, `step-001000` and so on. `last` and the numbered ones are model directories with the optimizer
-state (optimizer.safetensors) and the state of the run (training.json) beside the model.
+The directory of a run holds checkpoints: `last`, from which it resumes; `best`, the model with the lowest validation
+loss; and, where asked for, `step-001000` and so on. `last` and the numbered ones are model directories with the
+optimizer state (optimizer.safetensors) and the state of the run (training.json) beside the model.
 """
 
 import contextlib
@@ -60,8 +60,8 @@ class RunState:
         return val_loss < (math.inf if self.best_val_loss is None else self.best_val_loss)
 
     def forget_best(self) -> None:
-        """When `best` is lost, or its loss does not compare with those to come."""
-        self.best_val_loss, self.best_step, self.evaluations_since_best = None, 0, 0
+        """Start anew with the next evaluation: `best` is missing, or its loss is not comparable with later ones."""
+        self.best_val_loss, self.best_step, self.evaluations_since_best, self.evaluated_at = None, 0, 0, None
 
 
 def load_state(directory: Path) -> tuple[RunState, Path]:
@@ -69,7 +69,7 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
     found = existing(directory)
     if found is None:
         others = ", ".join(sorted(path.parent.name for path in directory.parent.glob("*/training.json")))
-        remedy = f"there are {others}" if others else "start a run with --init_from=scratch"
+        remedy = f"available: {others}" if others else "start a run with --init_from=scratch"
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
     with suggesting_intact(found):
         if is_rank_0():  # one process is enough: if it refuses, torchrun ends the others
@@ -81,7 +81,8 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
     for other in directory.parent.glob("*/training.json") if state.best_step else ():
         with contextlib.suppress(UserError):
             later = _read_state(other.parent)
-            if later.best_val_loss is not None and state.is_best(later.best_val_loss):
+            comparable = (later.data, later.eval_sequences) == (state.data, state.eval_sequences)
+            if comparable and later.best_val_loss is not None and state.is_best(later.best_val_loss):
                 state.best_val_loss, state.best_step = later.best_val_loss, later.best_step
                 state.evaluations_since_best = 0
     return state, found
@@ -103,17 +104,11 @@ def _read_state(directory: Path) -> RunState:
 class Saver:
     """Saves a run in a background thread: training waits until its state is copied, but not for the disk.
 
-    A save waits until the one before has ended. If a save fails, that is reported, and the earlier checkpoint remains.
+    Each save first waits for the previous one. A failed save is reported, and the earlier checkpoint remains.
     """
 
     def __init__(
-        self,
-        out_dir: Path,
-        state: RunState,
-        model: GPT,
-        optimizers: list,
-        tokenizer: Tokenizer,
-        dist: Distributed,
+        self, out_dir: Path, state: RunState, model: GPT, optimizers: list, tokenizer: Tokenizer, dist: Distributed
     ):
         self.out_dir, self.state, self.model, self.optimizers = out_dir, state, model, optimizers
         self.tokenizer, self.dist = tokenizer, dist
@@ -131,11 +126,11 @@ class Saver:
         self.wait()
         weights = gather(self.model.weights(), self.dist)
         moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
-        if val_loss is not None:
-            self._best = (val_loss, self.state.step)
-            since = 0 if self.state.is_best(val_loss) else self.state.evaluations_since_best + 1
-            self.state.evaluations_since_best = since
-        is_best = val_loss is not None and since == 0
+        is_best = val_loss is not None and self.state.is_best(val_loss)
+        if is_best:
+            self._best, self.state.evaluations_since_best = (val_loss, self.state.step), 0
+        elif val_loss is not None:
+            self.state.evaluations_since_best += 1
         if self.dist.is_main:
             state = dataclasses.replace(self.state)
             self._job = self._threads.submit(self._write, weights, moments, state, is_best, keep)
@@ -188,7 +183,7 @@ class Saver:
 def load_optimizers(
     directory: Path, saved_scaler: dict, model: nn.Module, optimizers: list, scaler: torch.amp.GradScaler
 ) -> None:
-    """Load the saved state into `optimizers`, and into `scaler` if there was and is a loss scale (float16).
+    """Load the saved state into `optimizers`, and into `scaler` if the saved run and this one use float16.
 
     Reads one tensor at a time and keeps this process's shard, so no process needs memory for the full state.
     """

@@ -30,7 +30,7 @@ class Range:
         return self.min <= value <= self.max and value > self.above and math.isfinite(value)
 
     def described(self, value: Any) -> str:
-        """The bounds; a very high one only if `value` is above it."""
+        """The bounds in words; a very high upper bound only if `value` exceeds it."""
         too_high = isinstance(value, int | float) and value > self.max
         upper = self.max if too_high or self.max < 2**62 else math.inf
         bounds = [("at least", self.min), ("more than", self.above), ("at most", upper)]

@@ -9,8 +9,8 @@ import sys
 import time
 
 STARTED = time.monotonic()  # train.py --minutes counts from here
-# torch's threads on a CPU spin, at most this often, while they wait for each other, then sleep. With OpenMP's default,
-# 300,000, training beside one busy process is half as fast, and an idle machine gains 2%. Read when torch is loaded.
+# While torch's CPU threads wait for each other, they spin at most this often before they sleep. OpenMP's default,
+# 300,000, halves the training speed beside one busy process and gains 2% on an idle machine. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")

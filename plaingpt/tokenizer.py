@@ -145,12 +145,12 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
     if kind == "gpt2":
         return gpt2()
     if kind == "byte":
-        return rebuilt("BPE", {symbol: byte for byte, symbol in byte_symbols().items()}, [])
+        return tokenizer_from_vocab("BPE", {symbol: byte for byte, symbol in byte_symbols().items()}, [])
     if kind == "char":
         characters = set()
         for text in documents:
             characters.update(text)
-        return rebuilt("WordLevel", {c: i for i, c in enumerate(sorted(characters))}, [])
+        return tokenizer_from_vocab("WordLevel", {c: i for i, c in enumerate(sorted(characters))}, [])
     if vocab_size < 257:
         raise UserError(
             f"--vocab_size={vocab_size}: a byte-level BPE has 256 bytes and {END_OF_TEXT}: at least 257 ids"
@@ -174,7 +174,7 @@ def _trained_bpe(documents: Iterable[str], vocab_size: int) -> models.BPE:
     return backend.model
 
 
-def rebuilt(model_type: str, vocab: dict[str, int], merges: list) -> Tokenizer:
+def tokenizer_from_vocab(model_type: str, vocab: dict[str, int], merges: list) -> Tokenizer:
     """A tokenizer of ours: by characters ("WordLevel"), by bytes ("BPE" without merges), or a BPE of words."""
     if model_type == "BPE":
         return Tokenizer(_byte_level(models.BPE(vocab, [*map(tuple, merges)]), split_words=bool(merges)))
@@ -185,7 +185,39 @@ def rebuilt(model_type: str, vocab: dict[str, int], merges: list) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def tokenizer_of(wanted: str) -> tuple[str, Tokenizer | None]:
+def as_ours(description: dict) -> dict | None:
+    """Our own tokenizer.json, parsed, that encodes as the tokenizer of `description` does; None if there is none.
+
+    A tokenizer that comes with a model, such as OpenAI's GPT-2, may be written otherwise. The order of its ids has to
+    be that of its merges, which is how gigatoken and other programs rank them.
+    """
+    model, added = description["model"], description["added_tokens"]
+    vocab, merges = model["vocab"], model.get("merges") or []
+    ids = {*vocab.values(), *(token["id"] for token in added)}
+    if model["type"] not in ("BPE", "WordLevel") or sorted(ids) != list(range(len(ids))):
+        return None
+    if model["type"] == "WordLevel":
+        if any(len(token) > 1 and token != END_OF_TEXT for token in vocab):
+            return None
+    else:
+        ranked = [token for token in sorted(vocab, key=vocab.get) if token != END_OF_TEXT]
+        symbols = byte_symbols()
+        if ranked[256:] != list(dict.fromkeys(map("".join, merges))) or {*ranked[:256]} != {*symbols.values()}:
+            return None
+        if not merges and ranked != [symbols[byte] for byte in range(256)]:
+            return None
+    ours = json.loads(tokenizer_from_vocab(model["type"], vocab, merges).to_json())
+    return ours if _encoding(ours) == _encoding(description) else None
+
+
+def _encoding(description: dict) -> list:
+    """The parts of a tokenizer.json that determine how ordinary text is encoded."""
+    added = [{k: value for k, value in token.items() if k != "normalized"} for token in description["added_tokens"]]
+    model = {k: value or None for k, value in description["model"].items()}  # some write "" for null
+    return [description["normalizer"], description["pre_tokenizer"], model, added]
+
+
+def resolve_tokenizer(wanted: str) -> tuple[str, Tokenizer | None]:
     """The name of the tokenizer for meta.json, and the tokenizer itself if it exists already."""
     if wanted in KINDS:
         return wanted, None

@@ -30,7 +30,7 @@ HASHED = 256 << 20  # bytes; SHA-256 takes about half a second for them
 CHUNK = 1 << 22  # ids read at a time from a file that is read from beginning to end
 SAMPLE = 1 << 16  # ids at the beginning of a file of unknown dtype that are looked at
 # llm.c's shards: 256 int32 before the ids, of which the first three are magic number, version and number of tokens
-LLM_C_HEADER, LLM_C_GPT2, LLM_C_LLAMA3 = 1024, 20240520, 20240801
+LLM_C_HEADER, LLM_C_GPT2 = 1024, 20240520
 LLM_C_NAME = re.compile(r"(?:.*[_-])?(train|val)(?:[_-]\d+)?\.bin")  # the corpus may be called `medieval`
 
 
@@ -162,7 +162,7 @@ def _open_foreign(directory: Path) -> DataSet:
         )
     if any(directory.glob("tokenizer*.json")):  # ours: as GPT-2's, its ids would mean something else
         again = how_to_get(directory)
-        raise UserError(f"{directory} has lost its meta.json: remove the folder and prepare the text again: {again}")
+        raise UserError(f"{directory} has lost its meta.json: remove the directory and prepare the text again: {again}")
     paths = {split: [directory / f"{split}.bin"] for split in SPLITS}
     if not any(path.exists() for (path,) in paths.values()):
         split_of = {path: match[1] for path in directory.glob("*.bin") if (match := LLM_C_NAME.fullmatch(path.name))}
@@ -188,11 +188,7 @@ def _open_foreign(directory: Path) -> DataSet:
 def _open_foreign_ids(path: Path) -> np.ndarray:
     """The ids of a file without meta.json: uint16, after a header of llm.c or from the start."""
     start, uint16 = np.fromfile(path, "<i4", 3) if os.path.isfile(path) else np.empty(0), np.dtype("<u2")
-    if len(start) == 3 and start[0] in (LLM_C_GPT2, LLM_C_LLAMA3):
-        if start[0] != LLM_C_GPT2 or start[1] != 1:
-            raise UserError(
-                f"{path} is a shard of llm.c, but not of GPT-2 tokens (magic number {LLM_C_GPT2}, version 1)"
-            )
+    if len(start) == 3 and tuple(start[:2]) == (LLM_C_GPT2, 1):
         return _open_ids(path, uint16, int(start[2]), LLM_C_HEADER)
     ids = _open_ids(path, uint16)
     if len(ids) >= 16 and not ids[-16:].any():

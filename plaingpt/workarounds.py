@@ -2,7 +2,6 @@
 
 import logging
 import os
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -36,21 +35,11 @@ def rendezvous_store(timeout: timedelta) -> torch_dist.Store:
     return store
 
 
-class NoDraws(TorchFunctionMode):
+class SkipNormalInit(TorchFunctionMode):
     """Within it no normal numbers are drawn: on the meta device that would import torch's compiler, over a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
-
-
-def silence_gloo_all_to_all() -> None:
-    """On every rank torch warns that gloo's all-to-all, which Muon uses under FSDP, is an all-gather."""
-    logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
-
-
-def silence_broadcast_buffers() -> warnings.catch_warnings:
-    """DDP's argument has another name since torch 2.13, which 2.11 does not know."""
-    return warnings.catch_warnings(action="ignore", category=FutureWarning)
 
 
 def fall_back_to_eager(reason: Callable[[BaseException], str]) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import IGNORED
-from plaingpt.batches import EvalBatches, TrainBatches, mix, permute
+from plaingpt.batches import EvalBatches, TrainBatches, derive_seed, permute
 from plaingpt.console import UserError
 from plaingpt.tokens import Tokens
 
@@ -146,7 +146,7 @@ def test_permute_mixes_well_enough_that_neighbours_part():
 
 def test_mix_gives_a_stream_of_its_own_for_each_purpose():
     keys = [(0,), (1,), (-1,), (10,), (0, 0), (0, 1), (1, 0), (1, 1), (1, 11), (11, 1), (0, 0, 0)]
-    numbers = {mix(*key) for key in keys}
+    numbers = {derive_seed(*key) for key in keys}
     assert len(numbers) == len(keys) and all(0 <= number < 2**63 for number in numbers)
 
 

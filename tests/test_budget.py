@@ -1,6 +1,7 @@
 """--minutes: what it chooses, that the run ends in time, and that its recipe repeats it."""
 
 import dataclasses
+import math
 import runpy
 import time
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 from conftest import flags, run_main
 
 from plaingpt import budget
-from plaingpt.budget import Deadline, block_parameters, choose, longer, write_recipe
+from plaingpt.budget import Deadline, block_parameters, choose_settings, extend_run, write_recipe
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed, connect
 from plaingpt.run_state import RunState, load_state
@@ -32,14 +33,14 @@ def data():
 
 
 def chosen(data, minutes: float, given: dict | None = None, flop_per_second: float = 1e12) -> TrainConfig:
-    """By `choose`, on a machine of that speed."""
+    """By `choose_settings`, on a machine of that speed."""
     given = given or {}
 
     def tokens_per_second(config, seconds):
         return flop_per_second / (6 * block_parameters(config))
 
     config = TrainConfig(minutes=minutes, **given)
-    return choose(config, dict.fromkeys(given, "recipe.py"), data, DIST, tokens_per_second)[0]
+    return choose_settings(config, dict.fromkeys(given, "recipe.py"), data, DIST, tokens_per_second)[0]
 
 
 def test_more_time_or_a_faster_machine_trains_a_larger_model(data):
@@ -74,8 +75,9 @@ def test_what_is_given_stays(data):
     config = chosen(data, 1, given)
     assert given.items() <= vars(config).items()
     assert chosen(data, 1, dict(n_layer=7)).n_layer == 7
-    with pytest.raises(UserError, match="n_embd=100 must be a multiple of n_head=3"):
+    with pytest.raises(UserError, match="--n_head=3 needs an --n_embd that is a multiple of it"):
         chosen(data, 1, dict(n_embd=100, n_head=3))
+    assert chosen(data, 1, dict(n_head=6)).n_embd % 6 == 0
 
 
 def test_a_model_for_which_memory_is_short_is_not_chosen(data):
@@ -84,10 +86,10 @@ def test_a_model_for_which_memory_is_short_is_not_chosen(data):
             raise UserError("take at least")
         return 1e9
 
-    config, given = choose(TrainConfig(minutes=9), {}, data, DIST, tokens_per_second)
+    config, given = choose_settings(TrainConfig(minutes=9), {}, data, DIST, tokens_per_second)
     assert config.n_layer == 2 and "warmup_iters" in given
     with pytest.raises(UserError, match="take at least"):
-        choose(TrainConfig(minutes=9, n_layer=3), {"n_layer": "--n_layer"}, data, DIST, tokens_per_second)
+        choose_settings(TrainConfig(minutes=9, n_layer=3), {"n_layer": "--n_layer"}, data, DIST, tokens_per_second)
 
 
 def test_short_runs_on_cuda_are_not_compiled(data):
@@ -95,7 +97,9 @@ def test_short_runs_on_cuda_are_not_compiled(data):
 
     def compiled(minutes, given=None, dist=cuda):
         config = TrainConfig(minutes=minutes, **(given or {}))
-        return choose(config, dict.fromkeys(given or {}, "--"), data, dist, lambda *_: 1e6)[0].compiles_on("cuda")
+        return choose_settings(config, dict.fromkeys(given or {}, "--"), data, dist, lambda *_: 1e6)[0].compiles_on(
+            "cuda"
+        )
 
     assert not compiled(9) and compiled(10)
     assert compiled(9, {"compile": True}) and compiled(9, dist=DIST)
@@ -107,8 +111,8 @@ def test_micro_batches_are_halved_until_they_fit(data):
             raise UserError("take at least")
         return 1e6
 
-    config, _ = choose(TrainConfig(minutes=1), {}, data, DIST, tokens_per_second)
-    without_limit, _ = choose(TrainConfig(minutes=1), {}, data, DIST, lambda *_: 1e6)
+    config, _ = choose_settings(TrainConfig(minutes=1), {}, data, DIST, tokens_per_second)
+    without_limit, _ = choose_settings(TrainConfig(minutes=1), {}, data, DIST, lambda *_: 1e6)
     assert 1 <= config.batch_size <= 3
     sequences = [c.batch_size * c.gradient_accumulation_steps for c in (config, without_limit)]
     assert sequences[0] == sequences[1] > 3
@@ -116,7 +120,10 @@ def test_micro_batches_are_halved_until_they_fit(data):
 
 @pytest.mark.parametrize("name", ["max_iters", "warmup_iters", "lr_decay_iters"])
 def test_a_number_of_steps_contradicts_a_time(data, name):
-    for plan in (lambda *given: longer(*given, RunState()), lambda *given: choose(*given, data, DIST, None)):
+    for plan in (
+        lambda *given: extend_run(*given, RunState()),
+        lambda *given: choose_settings(*given, data, DIST, None),
+    ):
         with pytest.raises(UserError, match=f"--minutes determines {name}: leave out --{name}, or --minutes"):
             plan(TrainConfig(minutes=1), {name: f"--{name}"})
 
@@ -144,13 +151,21 @@ def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock
             config = dataclasses.replace(config, max_iters=steps, lr_decay_iters=steps)
 
 
+def test_a_resumed_run_does_not_end_early(clock):
+    config = TrainConfig(minutes=10, max_iters=1000, eval_interval=100, warmup_iters=50)
+    state, watch = RunState(step=400, settings=dataclasses.asdict(config)), SimpleNamespace(seconds=0.0)
+    deadline = Deadline(config, state, steps_per_epoch=50)
+    state.step, state.evaluated_at, state.evaluations_since_best = 601, 600, 5
+    assert deadline.corrected(config, state, DIST, watch).max_iters == 1000
+
+
 @pytest.mark.parametrize("slower", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_run_ends_in_time_on_a_machine_of_another_speed(tmp_path, clock, slower, changes):
     """changes: the speed again, after a third of the time."""
     config = TrainConfig(minutes=10, max_iters=1000, eval_interval=200, warmup_iters=50, out_dir=str(tmp_path))
     state = RunState(settings=dataclasses.asdict(config))
-    deadline, training, corrections = Deadline(config, state), 0.0, set()
+    deadline, training, corrections = Deadline(config, state, math.inf), 0.0, set()
     while True:
         config = deadline.corrected(config, state, DIST, SimpleNamespace(seconds=training))
         corrections.add(config.max_iters)
@@ -214,9 +229,9 @@ def test_a_dry_run_writes_nothing(tmp_path, data_dir):
 
 
 def test_the_rest_of_the_time_of_a_run_of_no_seconds_is_positive():
-    state = RunState(step=5, seconds=0.0, derived=["lr_decay_iters"])
-    config, given = longer(TrainConfig(minutes=0.001), {}, state)
-    assert config.max_iters > 5 and given == {"max_iters": "--minutes"}
+    state = RunState(step=5, seconds=0.0, derived=["lr_decay_iters"], settings={"warmup_iters": 2})
+    config, given = extend_run(TrainConfig(minutes=0.001), {}, state)
+    assert config.max_iters > 5 and given.keys() == {"max_iters", "warmup_iters"} and config.warmup_iters == 2
 
 
 def test_a_recipe_has_every_setting_that_is_not_a_default(tmp_path):
@@ -235,7 +250,7 @@ def test_a_recipe_of_the_user_stays_and_a_full_disk_is_only_noted(tmp_path, caps
     recipe = tmp_path / "recipe.py"
     recipe.write_text("n_embd = 32\n")
     write_recipe(TrainConfig(minutes=1, out_dir=str(tmp_path)))
-    assert recipe.read_text() == "n_embd = 32\n" and "stays as it is" in capsys.readouterr().err
+    assert recipe.read_text() == "n_embd = 32\n" and "it is not replaced" in capsys.readouterr().err
     recipe.unlink()
     recipe.mkdir()
     write_recipe(TrainConfig(minutes=1, out_dir=str(tmp_path)))

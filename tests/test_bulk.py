@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import ANY_TEXT, TEXTS
 
-from plaingpt.text.bulk import BulkEncoder, of_our_form
-from plaingpt.tokenizer import END_OF_TEXT, KINDS, Tokenizer, gpt2, make_tokenizer
+from plaingpt.text.bulk import BulkEncoder
+from plaingpt.tokenizer import END_OF_TEXT, KINDS, Tokenizer, as_ours, gpt2, make_tokenizer
 from plaingpt.tokens import open_data_set
 
 WORDS = [*"a 1!é字²ǅ👍\n\t\u00a0", "tree", "  ", "23", "'s", "'S", "<|endoftext|>"]
@@ -149,7 +149,7 @@ FORMS = [
 def test_a_tokenizer_of_another_form_has_its_own_ids_in_bulk(form):
     texts = [*TEXTS.values(), "Tree 123 TREE tree", f"a {END_OF_TEXT}<|user|> b"]
     backend = of_another_form(form)
-    assert not of_our_form(json.loads(backend.to_str()))
+    assert not as_ours(json.loads(backend.to_str()))
     encoder = BulkEncoder(Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str())))
     backend.encode_special_tokens = True  # in a document everything is text
     assert encoded(encoder, texts) == [backend.encode(text, add_special_tokens=False).ids for text in texts]
@@ -163,13 +163,26 @@ def test_a_tokenizer_of_another_form_has_its_own_ids_in_bulk(form):
 )  # fmt: skip
 def test_every_setting_of_a_model_is_looked_at(kind, key, value):
     description = json.loads(make_tokenizer(kind, list(TEXTS.values()), 400).to_json())
-    assert of_our_form(description)
+    assert as_ours(description)
     if key in description["model"]:
-        assert not of_our_form(description | {"model": description["model"] | {key: value}})
+        assert not as_ours(description | {"model": description["model"] | {key: value}})
     special = description["added_tokens"][0]
-    assert not of_our_form(description | {"added_tokens": [special | {"lstrip": True}]})
-    assert not of_our_form(description | {"normalizer": {"type": "NFC"}})
-    assert not of_our_form(description | {"pre_tokenizer": None})
+    assert not as_ours(description | {"added_tokens": [special | {"lstrip": True}]})
+    assert not as_ours(description | {"normalizer": {"type": "NFC"}})
+    assert not as_ours(description | {"pre_tokenizer": None})
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "byte", "bpe"])
+def test_a_tokenizer_that_transformers_has_written_is_ours(kind):
+    """As OpenAI's on the hub: empty strings where ours have null."""
+    description = json.loads(make_tokenizer(kind, list(TEXTS.values()), 400).to_json())
+    empty = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    theirs = description | {"model": description["model"] | empty}
+    assert as_ours(theirs) == description
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(theirs)))
+    assert json.loads(tokenizer.to_json())["model"]["end_of_word_suffix"] == ""
+    for text in TEXTS.values():
+        assert encoded(BulkEncoder(tokenizer), [text]) == [tokenizer.encode(text)]
 
 
 def test_ids_above_65_535_are_written_as_uint32(tmp_path):

@@ -66,7 +66,7 @@ def test_cuda_without_cuda_is_a_user_error():
 
 
 def test_one_card_for_several_processes_is_a_user_error():
-    with pytest.raises(UserError, match="--device=cuda:1: each process takes a card of its own; use --device=cuda"):
+    with pytest.raises(UserError, match="--device=cuda:1: torchrun gives each process its own GPU; use --device=cuda"):
         _choose_device("cuda:1", local_rank=0, world_size=2)
 
 
@@ -81,7 +81,7 @@ def test_a_card_that_torch_cannot_use_is_reported(tmp_path, monkeypatch):
     """Without a driver, or with an old one; the file stands for /dev/nvidia0. It trained on the CPU without a word."""
     (tmp_path / "nvidia0").touch()
     here = str(tmp_path / "nvidia[0-9]*")
-    assert "there is an NVIDIA card, but torch" in _unusable_card(here)
+    assert "there is an NVIDIA GPU, but torch" in _unusable_card(here)
     assert _unusable_card(str(tmp_path / "amd[0-9]*")) is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert _unusable_card(here) is None
@@ -132,7 +132,7 @@ def test_cuda_is_chosen_where_there_is_one():
 
 @needs_cuda
 def test_a_card_that_is_not_there_is_a_user_error():
-    with pytest.raises(UserError, match="has no card"):
+    with pytest.raises(UserError, match="there is no GPU"):
         connect("cuda:99")
 
 
@@ -143,7 +143,10 @@ def test_a_signal_is_noted_and_reported_and_a_second_interrupt_is_not_held_back(
         assert stop.number == 0
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.number == signal.SIGUSR1
-        assert capfd.readouterr().err == "\nstopping: the run is saved after this micro-step; Ctrl-C ends it at once\n"
+        assert (
+            capfd.readouterr().err
+            == "\nstopping: saving the run after this micro-step; press Ctrl-C again to exit at once\n"
+        )
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # ends the process, whatever it waits for
     finally:
         for number, handler in before.items():
@@ -190,9 +193,9 @@ def test_a_mistake_is_what_the_last_lines_of_torchrun_say(script):
     ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True)
     summary = ended.stderr.partition(f"{script} FAILED")[2]
     assert "Traceback" not in summary
-    *_, cause, border = summary.strip().splitlines()
+    *_, cause, boundary = summary.strip().splitlines()
     printed = r": --data_di: there is no setting data_di; did you mean --data_dir\?"
-    assert re.fullmatch(rf"  traceback : {re.escape(script)}( \[rank 1\])?{printed}", cause) and set(border) == {"="}
+    assert re.fullmatch(rf"  traceback : {re.escape(script)}( \[rank 1\])?{printed}", cause) and set(boundary) == {"="}
 
 
 def test_the_old_launcher_works_and_names_the_new_one(tmp_path, tiny_flags):

@@ -18,7 +18,3 @@ def test_log_probabilities_are_the_models_in_windows_that_overlap_by_half(length
         before = ids[:i] if i <= SMALL.block_size else ids[(i - 1) // 6 * 6 - 6 : i]
         expected = model(torch.tensor([before]))[0][0, -1].log_softmax(-1)[ids[i]]
         assert got[i - 1].item() == pytest.approx(expected.item(), abs=1e-4)
-
-
-def test_no_log_probabilities_of_a_single_id():
-    assert log_probabilities(Decoder(random_model(SMALL), torch.float32), [3]).shape == (0,)

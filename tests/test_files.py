@@ -282,7 +282,7 @@ def test_a_run_in_the_current_folder_is_not_renamed(tmp_path, monkeypatch):
     (tmp_path / "out" / "inner").mkdir()
     for here, name in ((tmp_path / "out", "."), (tmp_path / "out" / "inner", "..")):
         monkeypatch.chdir(here)
-        with pytest.raises(UserError, match=r"cannot be renamed \(it is the current folder\); choose another"):
+        with pytest.raises(UserError, match=r"cannot be renamed \(it is the current directory\); choose another"):
             set_aside(Path(name))
     assert contents(tmp_path / "out" / "last") == {"a.txt": "earlier"}
 

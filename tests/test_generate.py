@@ -69,16 +69,16 @@ ragged = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1,
 
 @settings(max_examples=60)
 @given(ragged, st.sampled_from([(12, True), (1, True), (2, False), (150, False)]), st.integers(0, 9), st.booleans())
-def test_cached_logits_equal_uncached_ones(lengths, shape, seed, fixed_shapes):
+def test_cached_logits_equal_uncached_ones(lengths, shape, seed, on_cuda):
     """Prompts of 1 to beyond the block, unequal lengths and ends in one batch, across the window's moves.
 
-    fixed_shapes: as on a GPU.
+    on_cuda: with the shapes that steps have on a GPU.
     """
     block, bias = shape
     model = random_model(GPTConfig(block, 65, 2, 2, 32, bias=bias), std=0.1)
     ids = torch.randint(65, (len(lengths), 60), generator=torch.Generator().manual_seed(seed)).tolist()
     texts = batch(model, [row[:n] for row, (n, _) in zip(ids, lengths)])
-    texts.decoder.fixed_shapes = fixed_shapes
+    texts.decoder.on_cuda = on_cuda
     for step in range(max(new for _, new in lengths)):
         for row, logits in zip(list(texts.rows), next_logits(texts)):
             prompt, new = lengths[row]
@@ -98,7 +98,7 @@ def test_steps_recorded_once_for_each_shape_and_repeated_write_the_same(sampling
     alone = [batch(model, [prompt], 50, sampling, [i]) for i, prompt in enumerate(prompts)]
     expected = [write(text, [length])[0] for text, length in zip(alone, lengths)]
     texts = batch(model, prompts, 50, sampling)
-    texts.decoder.fixed_shapes = True
+    texts.decoder.on_cuda = True
     texts.next_ids = Recorded(texts._draw)
     assert write(texts, lengths) == expected
     assert texts.next_ids.calls == {(5, 304), (4, 304), (4, 256), (1, 128)}  # powers of two, or as many as there are

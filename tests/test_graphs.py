@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 from plaingpt.distributed import Distributed, connect
 from plaingpt.graphs import Captured
 from plaingpt.tokens import DataSet, Tokens
-from train import TrainConfig, captures, set_up, train_step
+from train import TrainConfig, set_up, train_step, uses_graphs
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHAPE = dict(block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -74,7 +74,7 @@ def trained(device: str, **settings) -> dict[str, torch.Tensor]:
 
 def test_a_captured_micro_step_trains_the_same_weights(monkeypatch):
     expected = trained("cpu", dropout=0.1)
-    monkeypatch.setattr(train, "captures", lambda *_: True)
+    monkeypatch.setattr(train, "uses_graphs", lambda *_: True)
 
     def recorded(function: functools.partial) -> Recorded:
         return Recorded(function, lambda: [parameter.grad for parameter in function.args[0].parameters()])
@@ -98,17 +98,17 @@ def test_where_capturing_fails_every_call_runs_as_usual(capsys):
 def test_only_small_micro_steps_of_one_process_on_cuda_are_captured():
     model = GPT(GPTConfig(vocab_size=65, **SHAPE))
     alone, config = Distributed(torch.device("cuda"), torch.bfloat16), TrainConfig(**SHAPE, batch_size=2)
-    assert captures(config, alone, model)
-    assert not captures(replace(config, batch_size=10**7), alone, model)
-    assert not captures(replace(config, recompute=True), alone, model)
-    assert not captures(config, replace(alone, world_size=2), model)
-    assert not captures(config, replace(alone, device=torch.device("cpu")), model)
+    assert uses_graphs(config, alone, model)
+    assert not uses_graphs(replace(config, batch_size=10**7), alone, model)
+    assert not uses_graphs(replace(config, recompute=True), alone, model)
+    assert not uses_graphs(config, replace(alone, world_size=2), model)
+    assert not uses_graphs(config, replace(alone, device=torch.device("cpu")), model)
 
 
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_cuda_a_captured_micro_step_trains_the_same_weights(monkeypatch, compiled):
     found = trained("cuda", dropout=0.1, compile=compiled)
-    monkeypatch.setattr(train, "captures", lambda *_: False)
+    monkeypatch.setattr(train, "uses_graphs", lambda *_: False)
     expected = trained("cuda", dropout=0.1, compile=compiled)
     assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)

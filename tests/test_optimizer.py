@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from plaingpt.console import RunFailed
 from plaingpt.optimizer import (
+    MAX_SKIPPED,
     QUINTICS,
     SAFETY,
-    SkippedUpdates,
+    SkippedSteps,
     apply_gradients,
     make_optimizers,
     orthogonalize,
@@ -226,13 +228,18 @@ def test_a_first_gradient_that_is_not_finite_leaves_no_trace(kind):
     assert equal(snapshot(model, optimizers), snapshot(fresh, fresh_optimizers))
 
 
-def test_skipped_updates_are_counted_all_together_and_in_a_row():
-    skipped = SkippedUpdates(5, torch.device("cpu"))
+def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
+    skipped = SkippedSteps(5, torch.device("cpu"))
     counts = []
     for norm in (1.0, math.nan, math.inf, 0.0, math.nan):
         skipped.count(torch.tensor(norm))
-        counts.append((skipped.total, skipped.in_a_row))
-    assert counts == [(5, 0), (6, 1), (7, 2), (7, 0), (8, 1)]
+        counts.append(skipped.total(1))
+    assert counts == [5, 6, 7, 7, 8]
+    for _ in range(MAX_SKIPPED - 1):
+        skipped.total(1)
+        skipped.count(torch.tensor(math.nan))
+    with pytest.raises(RunFailed, match=f"not finite in {MAX_SKIPPED} consecutive steps, seen after step 40;"):
+        skipped.total(40)
 
 
 def loss_scaler() -> torch.amp.GradScaler:

@@ -152,11 +152,11 @@ def test_other_settings_or_another_text_begin_anew(tmp_path, text, small):
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
     printed = prepare(text, tmp_path, "--tokenizer=gpt2").err
     assert "continuing after" not in printed
-    assert "unfinished work of another text or other settings: it is removed" in printed
+    assert "unfinished work for another text or other settings: removing it" in printed
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
     write(text, DOCUMENTS[::-1])
     printed = prepare(text, tmp_path).err
-    assert "continuing after" not in printed and "unfinished work of another text or other settings" in printed
+    assert "continuing after" not in printed and "unfinished work for another text or other settings" in printed
     assert documents(tmp_path, "train")[0] == DOCUMENTS[-1]
 
 
@@ -173,7 +173,7 @@ def test_a_folder_with_a_meta_json_of_another_program_is_left_alone(tmp_path, te
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "meta.json").write_text('{"title": "mine"}')
     before = contents(tmp_path)
-    assert "is not a data set of ours; choose another --name" in prepare(text, tmp_path, status=2).err
+    assert "is not a plainGPT data set; choose another --name" in prepare(text, tmp_path, status=2).err
     assert contents(tmp_path) == before
 
 
@@ -354,7 +354,7 @@ def test_a_file_that_changes_while_it_is_read_is_no_mixture_of_both(tmp_path, te
 
     os.waitpid(forked(work), 0)
     assert (tmp_path / "refused").exists() and not (tmp_path / "set").exists()
-    assert "unfinished work of another text" in prepare(text, tmp_path).err
+    assert "unfinished work for another text" in prepare(text, tmp_path).err
     assert len(documents(tmp_path, "train") + documents(tmp_path, "val")) == 200  # the tail of each
 
 
@@ -413,7 +413,9 @@ def test_variables_that_are_missing_or_no_numbers_are_refused(tmp_path, text, mo
 
 
 def test_what_cannot_be_done_in_parts_is_refused_with_the_reason(tmp_path, text):
-    assert "--dedup compares each document with all" in prepare(text, tmp_path, "--part=1/2", "--dedup", status=2).err
+    assert (
+        "--dedup needs all documents in one process" in prepare(text, tmp_path, "--part=1/2", "--dedup", status=2).err
+    )
     assert "save it to a file" in prepare("-", tmp_path, "--part=1/2", status=2, stdin="text").err
     assert not (tmp_path / ".set.partial").exists()
 
@@ -464,7 +466,9 @@ def test_the_split_is_the_same_in_another_form_order_and_size_of_the_source(tmp_
 
 def test_standard_input_is_a_document_or_with_a_column_json_lines(tmp_path):
     ended = prepare("-", tmp_path / "text", stdin="all of it is one document " * 10)
-    assert "train: 247 tokens of 1.00 bytes, 1 document\n" in ended.err and ": 260 bytes, vocabulary" in ended.err
+    assert (
+        "train: 247 tokens (1.00 bytes per token), 1 document\n" in ended.err and ": 260 bytes, vocabulary" in ended.err
+    )
     meta = json.loads((tmp_path / "text" / "set" / "meta.json").read_text())
     assert meta["source"] == "standard input" and meta["splits"]["train"]["documents"] == 1
     lines = "\n".join(json.dumps({"story": text}) for text in DOCUMENTS)

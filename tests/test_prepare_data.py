@@ -140,8 +140,8 @@ def test_the_order_does_not_depend_on_how_much_is_encoded_at_a_time(prepare, fol
     texts = {f"{letter}.txt": letter * size for letter in "abc"}
     directory = prepare(folder(texts), "--tokenizer=char", "--val_fraction=0.25")
     runs = [(i, len(list(group))) for i, group in itertools.groupby(np.fromfile(directory / "train.bin", "<u2"))]
-    border = int(size * 0.75)
-    assert runs == [(0, border), (3, 1), (1, border), (3, 1), (2, border)]
+    boundary = int(size * 0.75)
+    assert runs == [(0, boundary), (3, 1), (1, boundary), (3, 1), (2, boundary)]
 
 
 def test_preparing_twice_gives_the_same_bytes(prepare, folder):
@@ -261,18 +261,18 @@ def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, f
     directory = prepare(source, "--tokenizer=byte")
     assert split_texts(directory, "train") == ["a" * 95, "c" * 95]
     printed = capsys.readouterr().err
-    assert "reading 2 files: 2 text; 7 skipped: 3 binary files, " in printed
-    for kind in ("1 PDF", "1 RTF", "1 JSON without 'text'", "1 CSV without 'text'"):
+    assert "reading 2 files: 2 text; 7 skipped: 5 binary files, " in printed
+    for kind in ("1 JSON without 'text'", "1 CSV without 'text'"):
         assert kind in printed.splitlines()[0]
     for name, message in {
-        "b.png": "not text (binary file): if it is UTF-16", "b.pdf": "not text (PDF)", "c.json": "has no 'text'",
+        "b.png": "b.png is not text but a binary file", "b.pdf": "not text but a binary", "c.json": "has no 'text'",
         "e.csv": "no column",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=re.escape(message)):
             prepare(source / name)
     (source / "a.txt").unlink()
     (source / "c.txt").unlink()
-    with pytest.raises(UserError, match="texts: 7 skipped: 3 binary files"):
+    with pytest.raises(UserError, match="texts: 7 skipped: 5 binary files"):
         prepare(source)
 
 
@@ -288,10 +288,10 @@ def failed(arguments, directory: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.txt"], "prepare_data.py: nowhere.txt: no such file, folder or source"),
+        (["nowhere.txt"], "prepare_data.py: nowhere.txt: no such file, directory or source"),
         (["nothing/*.txt"], "prepare_data.py: nothing/*.txt: no such file"),
         (["empty.txt"], "prepare_data.py: empty.txt: there is no text in it"),
-        (["good.txt", "binary.txt"], "prepare_data.py: binary.txt is not text (binary file): if it is UTF-16, "),
+        (["good.txt", "binary.txt"], "prepare_data.py: binary.txt is not text but a binary file: "),
         (["good.txt", "--tokenizer=bpe", "--vocab_size=256"], "prepare_data.py: --vocab_size=256: a byte-level BPE"),
         (["one.txt"], "prepare_data.py: too little text: the train split is empty"),
     ],
@@ -326,7 +326,7 @@ def test_a_folder_that_is_not_a_data_set_is_left_alone(prepare, folder, tmp_path
     source = folder({"a.txt": "text " * 100})
     folder({"train.bin": "from nanoGPT", "prepare.py": "code"}, "data/set")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="set exists and is not a data set of ours; choose another --name"):
+    with pytest.raises(UserError, match="set exists and is not a plainGPT data set; choose another --name"):
         prepare(source)
     assert contents(tmp_path) == before
 
@@ -348,10 +348,10 @@ def test_end_of_text_in_a_text_gets_a_note_and_splits_documents_on_request(prepa
     source = folder({"a.txt": "\n<|endoftext|>\n".join(["one " * 20, "two " * 20])})
     prepare(source, "--tokenizer=byte")
     printed = capsys.readouterr().err
-    assert printed.count("<|endoftext|> occurs in the text and is encoded letter by letter") == 1
+    assert printed.count("<|endoftext|> occurs in the text and is encoded as ordinary text") == 1
     assert "--split_documents" in printed
     directory = prepare(source, "--tokenizer=byte", "--split_documents", "--val_fraction=0.5")
     assert split_texts(directory, "train") == ["one " * 10, "two " * 10]
-    assert "encoded letter by letter" not in capsys.readouterr().err
+    assert "encoded as ordinary text" not in capsys.readouterr().err
     prepare(folder({"b.txt": "a | b " * 20}, "other"), "--tokenizer=byte")
-    assert "encoded letter by letter" not in capsys.readouterr().err
+    assert "encoded as ordinary text" not in capsys.readouterr().err

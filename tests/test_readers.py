@@ -405,11 +405,21 @@ def test_an_unknown_encoding_and_text_in_another_are_refused(tmp_path):
         read(tmp_path)
 
 
+def test_a_character_longer_than_the_buffer_is_read_in_parts():
+    text = "aß漢😀" * 50
+    for size in (1, 2, 3, 5):
+        stream = streams.Transcoded(io.BytesIO(text.encode("utf-16-le")), "utf-16-le")
+        read_part = partial(stream.read, size)
+        assert b"".join(iter(read_part, b"")).decode() == text
+
+
 def test_replacing_leaves_no_nul(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"text " * 2000 + b"\0\xff end")
     assert read(tmp_path, bad_files="replace") == ["text " * 2000 + "\ufffd\ufffd end"]
     (tmp_path / "b.txt").write_bytes("UTF-16 without a mark".encode("utf-16-le"))
-    with pytest.raises(UserError, match=r"b\.txt is not text \(binary file\): if it is UTF-16, name the --encoding"):
+    with pytest.raises(
+        UserError, match=r"b\.txt is not text but a binary file: convert it to text, name its --encoding"
+    ):
         read(tmp_path / "b.txt", bad_files="replace")
 
 

@@ -168,12 +168,12 @@ def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
 def test_a_folder_where_a_run_goes_on_or_that_is_a_checkpoint_is_refused(tmp_path):
     save_checkpoint(tmp_path / "run" / "last", *trained(), of_kind("char"))
     lock = claim(tmp_path / "run")
-    with pytest.raises(UserError, match=r"another run is still using .*; end it, or choose another --out_dir"):
+    with pytest.raises(UserError, match=r"another run is still using .*; stop it, or choose another --out_dir"):
         set_aside(tmp_path / "run")
     with pytest.raises(UserError, match="another run is still using"):
         Metrics(tmp_path / "run", active=True)
     release(lock)
-    with pytest.raises(UserError, match="last is a model or a data set, not the folder of a run"):
+    with pytest.raises(UserError, match="last is a model or a data set, not the directory of a run"):
         set_aside(tmp_path / "run" / "last")
     set_aside(tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run.1"]
@@ -326,10 +326,14 @@ def test_a_return_to_an_earlier_checkpoint_does_not_forget_the_best_model(tmp_pa
     before = dict(best_val_loss=3.0, best_step=1, evaluations_since_best=2)
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=1, **before)
     (tmp_path / "last").rename(tmp_path / "step-000001")
+    others = dict(best_val_loss=1.0, best_step=3, eval_sequences=7)
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=3, **others)
+    (tmp_path / "last").rename(tmp_path / "step-000003")
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=2, best_val_loss=2.0, best_step=2)
     (tmp_path / "best").mkdir()
     state, _ = load_state(tmp_path / "step-000001")
     assert (state.best_val_loss, state.best_step, state.evaluations_since_best) == (2.0, 2, 0)
+    assert load_state(tmp_path / "step-000003")[0].best_val_loss == 1.0  # of other sequences: it does not compare
     (tmp_path / "best").rmdir()  # as when only `last` is copied to another folder
     assert load_state(tmp_path / "step-000001")[0].best_val_loss is None
 

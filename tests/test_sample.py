@@ -189,7 +189,7 @@ def test_a_line_of_a_file_of_prompts_or_typed_is_text_and_names_no_file(emoji, t
 
 def test_a_file_without_prompts_is_one_line_and_status_2(learned, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
-    assert "empty.txt has no prompt" in sample(learned, status=2, prompts=tmp_path / "empty.txt")
+    assert "empty.txt contains no prompt" in sample(learned, status=2, prompts=tmp_path / "empty.txt")
 
 
 def test_a_prompt_beside_prompts_or_a_score_is_refused_in_one_line(learned, tmp_path):
@@ -261,7 +261,7 @@ def test_score_is_the_loss_of_the_text(learned, tmp_path):
 
 def test_a_text_without_tokens_cannot_be_scored(learned, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    assert "no token to score" in sample(learned, status=2, score=tmp_path / "empty.txt")
+    assert "has nothing to score" in sample(learned, status=2, score=tmp_path / "empty.txt")
 
 
 def test_16_bits_change_the_loss_little(learned, tmp_path):
@@ -290,7 +290,23 @@ def test_a_setting_can_be_changed_in_interactive_mode(learned):
     assert (likely, short) == ("the sea" + expected, "the sea" + expected[:2]) and drawn != likely
     assert "there is no setting temprature; did you mean --temperature?" in ended.err
     assert "--top_k: top_k must be int (at least 0), not -1" in ended.err
-    assert "dtype cannot change here; what can: temperature, " in ended.err
+    assert "dtype cannot be changed here; these can: temperature, " in ended.err
+
+
+def test_bytes_that_are_no_text_do_not_end_interactive_mode(learned):
+    command = [sys.executable, str(ROOT / "sample.py"), f"--out_dir={learned}", "--max_new_tokens=2", "--interactive"]
+    ended = subprocess.run([*command, "--device=cpu"], input=b"the sea\nthe \xff\nthe sea\n", capture_output=True)
+    assert ended.returncode == 0 and b"Traceback" not in ended.stderr
+    assert ended.stdout.count(b"the sea") == 2
+
+
+def test_a_file_of_windows_has_the_same_prompt(learned, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"the sea\r\n")
+    assert sample(learned, start=f"FILE:{tmp_path}/prompt.txt") == sample(learned, start="the sea\n")
+
+
+def test_a_temperature_that_float32_cannot_divide_by_takes_the_likeliest(learned):
+    assert sample(learned, temperature=1e-46) == sample(learned, temperature=0)
 
 
 def test_only_a_line_feed_ends_a_prompt_in_a_file(emoji, tmp_path):

@@ -131,9 +131,7 @@ def test_a_misspelled_name_in_a_file_is_refused_with_the_file_and_the_nearest_na
 def test_a_name_similar_to_none_is_refused_with_a_hint_to_help(recipe):
     assert refusal("--qqq=1") == "--qqq: there is no setting qqq; --help lists them"
     path = recipe("qqq = 1")
-    assert refusal(path) == (
-        f"{path}: there is no setting qqq; --help lists them, and a variable of your own begins with _"
-    )
+    assert refusal(path) == (f"{path}: there is no setting qqq; --help lists them. Start a variable of your own with _")
 
 
 def test_an_argument_that_is_neither_file_nor_setting_is_refused():

@@ -291,7 +291,7 @@ def test_a_tokenizer_that_does_not_fit_or_is_missing_is_refused(data_set):
 def test_a_data_set_without_its_meta_json_is_not_taken_for_gpt2_tokens(data_set):
     (data_set / "meta.json").unlink()
     command = f"python prepare_data.py FILES --name={data_set.name}"
-    printed = f"{data_set} has lost its meta.json: remove the folder and prepare the text again: {command}"
+    printed = f"{data_set} has lost its meta.json: remove the directory and prepare the text again: {command}"
     assert refusal(data_set) == printed
     (data_set / "tokenizer.json").unlink()  # the other file of the tokenizer is enough
     assert refusal(data_set) == printed
@@ -401,8 +401,8 @@ def test_shards_of_llm_c_are_read_as_one_without_their_headers(llm_c):
     ("header", "message"),
     [
         ({"magic": 20240521}, "has the id 55433, but the vocabulary ends at 50256"),
-        ({"magic": 20240801, "version": 7}, "is a shard of llm.c, but not of GPT-2 tokens"),
-        ({"version": 2}, "is a shard of llm.c, but not of GPT-2 tokens"),
+        ({"magic": 20240801, "version": 7}, "has the id 55713, but the vocabulary ends at 50256"),
+        ({"version": 2}, "has the id 55432, but the vocabulary ends at 50256"),
         ({"tokens": 4}, "was cut or changed: its 6 bytes are not the 4 ids"),
     ],
 )

@@ -35,22 +35,17 @@ def test_a_gguf_file_replaces_a_link_and_not_its_target(tmp_path, tiny_run):
     assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "m.gguf").is_symlink()
 
 
-@pytest.mark.parametrize("change", ["padded embedding", "gap in the ids"])
-def test_a_gguf_file_has_a_token_for_each_row_of_its_embedding(tmp_path, change):
+def test_a_gguf_file_has_a_token_for_each_row_of_its_embedding(tmp_path):
     gguf = pytest.importorskip("gguf")
     tokenizer = of_kind("bpe")
     tokenizer.save(tmp_path)
-    if change == "gap in the ids":
-        content = json.loads((tmp_path / "tokenizer.json").read_text())
-        content["model"]["vocab"]["\u0143"] = tokenizer.vocab_size + 4  # it was 255, which no UTF-8 text contains
-        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     transformers_model(tokenizer.vocab_size + 10).save_pretrained(tmp_path)
     ended = run_main("tools.to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
     assert ended.status == 0, ended.err
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
     (rows,) = (tensor.shape[1] for tensor in reader.tensors if tensor.name == "token_embd.weight")
-    assert len(tokens) == rows == tokenizer.vocab_size + (5 if change == "gap in the ids" else 0)
+    assert len(tokens) == rows == tokenizer.vocab_size
     assert len(set(tokens)) == len(tokens) == len(reader.fields["tokenizer.ggml.token_type"].contents())
 
 
@@ -103,11 +98,13 @@ def test_a_tokenizer_that_splits_texts_in_its_own_way_is_refused_for_llama_cpp(t
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "SHA256SUMS").unlink(missing_ok=True)
     ended = run_main("tools.to_gguf", tmp_path, f"--out={tmp_path}/m.gguf")
-    assert ended.status == 2 and "neither GPT-2's nor one of ours" in ended.err
+    assert ended.status == 2 and "neither GPT-2's nor plainGPT's" in ended.err
     assert not list(tmp_path.glob("m.gguf*"))
 
 
-@pytest.mark.parametrize(("flag", "words"), [("--dtype=int8", "n_embd=8"), ("--out=nowhere/m.gguf", "be written")])
+@pytest.mark.parametrize(
+    ("flag", "words"), [("--dtype=int8", "n_embd=8"), ("--out=nowhere/m.gguf", "m.gguf: No such file")]
+)
 def test_what_gguf_cannot_be_made_is_a_user_error(tmp_path, flag, words):
     pytest.importorskip("gguf")
     save_model(tmp_path, make_model(of_kind("byte")), of_kind("byte"))

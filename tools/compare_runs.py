@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plaingpt.startup
 
-from plaingpt.console import UserError, note, one_line, run_script
+from plaingpt.console import UserError, note, run_script
 from plaingpt.metrics import draw
 from plaingpt.settings import PathName, load_settings
 
@@ -29,11 +29,8 @@ def main() -> None:
     for out_dir in out_dirs:
         if not (out_dir / "metrics.jsonl").exists():
             raise UserError(f"{out_dir} has no metrics.jsonl")
-    try:
-        if not draw(out_dirs, picture):
-            raise UserError("the runs have no loss to draw yet")
-    except OSError as error:
-        raise UserError(f"{picture} cannot be written: {one_line(error)}") from error
+    if not draw(out_dirs, picture):
+        raise UserError("the runs have no loss to draw yet")
     note(f"wrote {picture}")
 
 

@@ -25,7 +25,7 @@ SAMPLE_TOKENS = 60
 @dataclass(frozen=True)
 class InspectConfig:
     data_sets: tuple[PathName, ...] = ()
-    """folders of prepared data sets"""
+    """directories of prepared data sets"""
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def inspect(directory: Path) -> None:
     data = open_data_set(directory, check_all=True)
     meta = directory / "meta.json"
     source = json.loads(meta.read_bytes()).get("source") if meta.exists() else None
-    found = f"from {source}; checksums and ids are right" if source else "no checksums; ids are right"
+    found = f"from {source}; checksums and ids are correct" if source else "no checksums; ids are correct"
     note(f"{directory}: {found}")
     for split in SPLITS:
         describe(split, getattr(data, split), data.tokenizer)
@@ -54,8 +54,8 @@ def measure(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarra
         counts += np.bincount(ids, minlength=len(counts))
         ends.append(np.flatnonzero(ids == tokenizer.end_of_text) + position)
         position += len(ids)
-    borders = np.concatenate([[-1], *ends, [position]])
-    return np.diff(borders) - 1, counts
+    boundaries = np.concatenate([[-1], *ends, [position]])
+    return np.diff(boundaries) - 1, counts
 
 
 def describe(split: str, tokens: Tokens, tokenizer: Tokenizer) -> None:
@@ -63,12 +63,12 @@ def describe(split: str, tokens: Tokens, tokenizer: Tokenizer) -> None:
     n_bytes = int(counts @ tokenizer.byte_lengths())
     documents = lengths[lengths > 0]  # end of text may stand before the first document, too
     sizes = counted(len(documents), "document"), counted(len(tokens), "token"), counted(n_bytes, "byte")
-    note(f"{split}: {', '.join(sizes)}: {n_bytes / max(len(tokens), 1):.2f} bytes a token")
+    note(f"{split}: {', '.join(sizes)}: {n_bytes / max(len(tokens), 1):.2f} bytes per token")
     used = np.count_nonzero(counts)
     note(f"  {used:,} of {len(counts):,} ids of the vocabulary occur ({used / len(counts):.1%})")
     if not len(documents):
         return
-    note(f"  tokens a document: mean {documents.mean():,.0f}, median {np.median(documents):,.0f}")
+    note(f"  tokens per document: mean {documents.mean():,.0f}, median {np.median(documents):,.0f}")
     starts = np.cumsum(lengths + 1) - lengths - 1
     shown = np.flatnonzero(lengths > 0)
     shown = shown[np.linspace(0, len(shown) - 1, min(SAMPLES, len(shown))).astype(int)]

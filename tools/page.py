@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
 import struct
 import sys
@@ -32,8 +33,7 @@ from plaingpt.console import UserError, note, run_script
 from plaingpt.files import existing, new_file, read_json
 from plaingpt.metrics import read_metrics
 from plaingpt.settings import PathName, load_settings
-from plaingpt.text.bulk import of_our_form
-from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
+from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, as_ours, byte_symbols
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_MILLIONS = 130  # parameters; GPT-2 124M in 8 bits is a page of about 150 MB, and takes 400 MB of memory to open
@@ -75,19 +75,16 @@ def token_map(wte: Tensor) -> Tensor:
     return (points / points.abs().amax(0).clamp(min=1e-30)).float()
 
 
-def tokenizer_data(tokenizer: Tokenizer, vocab_size: int) -> dict:
+def tokenizer_data(tokenizer: Tokenizer) -> dict:
     """What the page needs to encode and decode. UserError for a tokenizer that it cannot reproduce."""
-    description, ids = json.loads(tokenizer.to_json()), tokenizer.vocabulary()
-    if not of_our_form(description):
+    if not (ours := as_ours(json.loads(tokenizer.to_json()))):
         raise UserError("the tokenizer is neither GPT-2's nor one of plainGPT's: the page cannot encode with it")
-    by_id = {i: token for token, i in ids.items()}
-    tokens = [by_id.get(i) for i in range(vocab_size)]
-    data = {"tokens": tokens, "end_of_text": tokenizer.end_of_text, "end_of_text_is": END_OF_TEXT}
-    if description["model"]["type"] == "BPE":
-        merges = [m.split(" ") if isinstance(m, str) else m for m in description["model"]["merges"]]
+    ids = tokenizer.vocabulary()
+    data = {"tokens": sorted(ids, key=ids.get), "end_of_text": tokenizer.end_of_text, "end_of_text_is": END_OF_TEXT}
+    if ours["model"]["type"] == "BPE":
         data["alphabet"] = [byte_symbols()[byte] for byte in range(256)]
-        data["merges"] = [[ids[left], ids[right], ids[left + right]] for left, right in merges]
-        if description["pre_tokenizer"]["use_regex"]:
+        data["merges"] = [[ids[left], ids[right], ids[left + right]] for left, right in ours["model"]["merges"]]
+        if ours["pre_tokenizer"]["use_regex"]:
             L, N, s = code_points(r"\p{L}"), code_points(r"\p{N}"), r"\p{White_Space}"
             data["pattern"] = f"'(?:s|t|re|ve|m|ll|d)| ?[{L}]+| ?[{N}]+| ?[^{s}{L}{N}]+|{s}+(?!\\P{{White_Space}})|{s}+"
     return data
@@ -105,10 +102,17 @@ PRIVATE = ("out_dir", "data_dir", "init_from", "eval_only", "dry_run", "wandb_lo
 FIGURES = ("step", "tokens", "seconds", "train_loss", "val_loss", "val_bpb")  # of metrics.jsonl
 
 
-def run_data(directory: Path, model: GPT) -> dict:
-    """Facts, settings and losses of the run that a model directory belongs to, as far as they are known."""
+def run_of(name: str) -> Path | None:
+    """The directory of the run that a model belongs to; None for a model on the hub or one without a run."""
+    if directory := existing(Path(name)):
+        directory = directory.resolve()
+        return next((path for path in (directory, directory.parent) if (path / "metrics.jsonl").is_file()), None)
+
+
+def run_data(run: Path | None, model: GPT) -> dict:
+    """Facts, settings and losses of the run whose directory this is, as far as they are known."""
     facts = {"parameters": model.num_parameters()} | asdict(model.config)
-    records, last = read_metrics(directory.parent / "metrics.jsonl"), existing(directory.parent / "last")
+    records, last = read_metrics(run / "metrics.jsonl") if run else [], run and existing(run / "last")
     if not records or not last:
         return {"facts": facts, "records": records}
     figures = {name: value for record in records for name, value in record.items()}
@@ -116,33 +120,30 @@ def run_data(directory: Path, model: GPT) -> dict:
     with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):  # missing or damaged
         settings = read_json(last, "training.json")["settings"]
         facts |= {name: value for name, value in settings.items() if name not in PRIVATE}
-        meta = read_json(Path(settings["data_dir"]) / settings["dataset"], "meta.json")
-        facts["tokenizer"] = meta["tokenizer"]
-        facts |= {f"{split}_{key}": of[key] for split, of in meta["splits"].items() for key in ("tokens", "bytes")}
     return {"facts": facts, "records": records}
 
 
 def write_page(path: Path, name: str, model: GPT, tokenizer: Tokenizer, bits: int = 16, start: str = "") -> float:
-    """Write the page of the model that is called `name` or lies there. Returns its largest `logit_difference`."""
-    weights = model.weights()
+    """Write the page of a model; `name` is its directory or its name. Returns its largest `logit_difference`."""
+    encoding, weights = tokenizer_data(tokenizer), model.weights()
     matrices = {key: quantize(weight, bits) for key, weight in weights.items() if weight.dim() == 2}
     tensors = {"points": token_map(weights["transformer.wte.weight"])} | weights
     for key, (scale, integers) in matrices.items():
         tensors[key] = F.pad(integers, (0, -integers.size(1) % 8))  # which also aligns all tensors to 4 bytes
         tensors[key.replace("weight", "scale")] = scale
-    first, random = [tokenizer.end_of_text or 0], torch.Generator().manual_seed(1337)
+    first, random = [tokenizer.end_of_text], torch.Generator().manual_seed(1337)
     ids = first + list(model.generate(first, min(model.config.block_size, 256) - 1, 0.8, 200, generator=random))
     tokenizer.encode(start)  # UserError for characters that the model does not know
-    directory = (existing(Path(name)) or Path(name)).resolve()
+    run = run_of(name)
     header = {
-        "name": directory.parent.name if directory.name in ("best", "last") else directory.name,
+        "name": (run or Path(os.path.abspath(name))).name,
         "config": asdict(model.config),
         "parameters": model.num_parameters(),
         "bits": bits,
         "difference": logit_difference(model, matrices, ids),
         "start": start or tokenizer.decode(ids[1:13]).strip("\ufffd"),
-        "tokenizer": tokenizer_data(tokenizer, model.config.vocab_size),
-        "run": run_data(directory, model),
+        "tokenizer": encoding,
+        "run": run_data(run, model),
         "tensors": [[key, tensor.numel(), ARRAYS[tensor.dtype]] for key, tensor in tensors.items()],
     }
     text = json.dumps(header).encode()
@@ -173,7 +174,7 @@ def main() -> None:
     if len(config.models) != 1:
         raise UserError("name one model: python tools/page.py out/best --out=model.html")
     if Path(config.out).is_dir():
-        raise UserError(f"--out={config.out} is a folder: name the file to write")
+        raise UserError(f"--out={config.out} is a directory: name the file to write")
     model, tokenizer = load_model(config.models[0])
     millions, path = model.num_parameters() / 1e6, Path(config.out)
     if millions > MOST_MILLIONS:

@@ -18,11 +18,10 @@ import plaingpt.startup
 
 from model import GPT
 from plaingpt.checkpoint import load_model, with_biases
-from plaingpt.console import UserError, note, one_line, run_script
+from plaingpt.console import UserError, note, run_script
 from plaingpt.files import new_file
 from plaingpt.settings import PathName, load_settings
-from plaingpt.text.bulk import of_our_form
-from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols
+from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, as_ours, byte_symbols
 
 NAMES = {
     "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm",
@@ -42,8 +41,8 @@ class ExportConfig:
     """precision of the matrices; int8 is llama.cpp's Q8_0"""
 
 
-def write_gguf(path: Path, model: GPT, dtype: str, tokenizer: Tokenizer | None = None) -> None:
-    """Write the model for llama.cpp, its matrices in `dtype`; without a tokenizer it is one of ids only."""
+def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str) -> None:
+    """Write the model for llama.cpp, its matrices in `dtype`."""
     import gguf
 
     kind, c = gguf.GGMLQuantizationType[KINDS[dtype]], model.config
@@ -55,10 +54,7 @@ def write_gguf(path: Path, model: GPT, dtype: str, tokenizer: Tokenizer | None =
     writer.add_head_count(c.n_head)
     writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(c.vocab_size)
-    if tokenizer:
-        add_tokenizer(writer, tokenizer)
-    else:
-        writer.add_tokenizer_model("no_vocab")
+    add_tokenizer(writer, tokenizer)
     for name, weight in with_biases(model.weights()).items():
         raw = kind if weight.dim() == 2 and "wpe" not in name else gguf.GGMLQuantizationType.F32
         for old, new in NAMES.items():
@@ -74,24 +70,18 @@ def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
     """To llama.cpp, all of ours are of GPT-2's kind: bytes and merges, of which byte and char tokenizers have none."""
     import gguf
 
-    description = json.loads(tokenizer.to_json())
-    model = description["model"]
-    if not of_our_form(description):
-        raise UserError("the tokenizer is neither GPT-2's nor one of ours: llama.cpp would split texts differently")
-    if tokenizer.end_of_text is None:
-        raise UserError(f"the tokenizer has no {END_OF_TEXT}, which llama.cpp requires")
-    spelling = {i: token for token, i in tokenizer.vocabulary().items()}
-    unused = set(range(tokenizer.vocab_size)) - set(spelling)  # gaps: llama.cpp needs a token for each row
-    texts = [spelling.get(i, f"[UNUSED{i}]") for i in range(tokenizer.vocab_size)]
-    if model["type"] == "WordLevel":
-        if any(len(text.encode()) > 1 for text in spelling.values() if text != END_OF_TEXT):
+    if not (ours := as_ours(json.loads(tokenizer.to_json()))):
+        raise UserError("the tokenizer is neither GPT-2's nor plainGPT's: llama.cpp would split texts differently")
+    vocabulary = tokenizer.vocabulary()
+    texts = sorted(vocabulary, key=vocabulary.get)
+    if ours["model"]["type"] == "WordLevel":
+        if any(len(text.encode()) > 1 for text in texts if text != END_OF_TEXT):
             raise UserError("llama.cpp has no tokenizer for characters other than ASCII: use --tokenizer=bpe")
         texts = [byte_symbols()[ord(text)] if len(text) == 1 else text for text in texts]
-    nothing = byte_symbols()[
-        0
-    ]  # llama.cpp requires a merge; the result of this one is not a token, so it has no effect
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])] or [f"{nothing} {nothing}"]
-    kinds = [gguf.TokenType.UNUSED if i in unused else gguf.TokenType.NORMAL for i in range(len(texts))]
+    # llama.cpp requires a merge; the result of this one is not a token, so it has no effect
+    no_merge = f"{byte_symbols()[0]} {byte_symbols()[0]}"
+    merges = [" ".join(pair) for pair in ours["model"].get("merges", [])] or [no_merge]
+    kinds = [gguf.TokenType.NORMAL] * len(texts)
     kinds[tokenizer.end_of_text] = gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -117,11 +107,8 @@ def main() -> None:
     path = Path(config.out)
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"--out={config.out} is not a file")
-    try:
-        with new_file(path, "wb") as file:
-            write_gguf(Path(file.name), model, config.dtype, tokenizer)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
+    with new_file(path, "wb") as file:
+        write_gguf(Path(file.name), model, tokenizer, config.dtype)
     note(f"{path}: {path.stat().st_size / 1e6:.2f} MB; next: llama-cli -m {shlex.quote(str(path))}")
 
 

@@ -1,7 +1,7 @@
-"""Bulk encoding: the ids of `Tokenizer.encode`, as arrays, at some 100 MB/s a core.
+"""Bulk encoding: the ids of `Tokenizer.encode`, as arrays, at some 100 MB/s per core.
 
-GPT-2's tokenizer and our own BPE use gigatoken (about 20 times tiktoken's speed on one core), bytes and characters a
-table. Everything else, and a machine that gigatoken has no wheel for, uses the tokenizer itself.
+GPT-2's tokenizer and our own BPE use gigatoken (about 20 times tiktoken's speed on one core); characters use a lookup
+table; bytes are their own ids. All others, and machines without a gigatoken wheel, use the tokenizer itself.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, byte_symbols, rebuilt
+from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, as_ours
 
 # gigatoken 0.10 knows the letters of Unicode 17, tiktoken and tokenizers those of Unicode 16. Documents with a letter
 # or digit newer than Unicode 14, or with one of the rare scripts near it, go to the tokenizer itself. By the first of
@@ -36,24 +36,22 @@ class BulkEncoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self._end_of_text = tokenizer, tokenizer.end_of_text
         self._gigatoken = self._table = None
-        # Stands before each document in the one text that gigatoken gets, whose tokenizer has it as end of text. It is
-        # random, so no document contains it.
-        self._border = secrets.token_hex(8).encode()
-        written = tokenizer.to_json()
-        description = json.loads(written)
-        model = description["model"]
-        is_ours = of_our_form(description)
-        self._is_bytes = is_ours and model["type"] == "BPE" and not model["merges"]
-        if is_ours and model["type"] == "WordLevel":
+        # A delimiter before each document in the text that gigatoken gets; gigatoken's tokenizer knows it as end of
+        # text. It is random, so no document contains it.
+        self._delimiter = secrets.token_hex(8).encode()
+        ours = as_ours(json.loads(tokenizer.to_json()))
+        model = ours["model"] if ours else {"type": None}
+        self._is_bytes = model["type"] == "BPE" and not model["merges"]
+        if model["type"] == "WordLevel":
             characters = {ord(c): i for c, i in model["vocab"].items() if len(c) == 1}
             self._table = np.full(0x110000, -1, np.int32)
             self._table[list(characters)] = list(characters.values())
-        elif is_ours and model["merges"]:
+        elif model["type"] == "BPE" and model["merges"]:
             with contextlib.suppress(ImportError):  # no wheel for this machine
                 import gigatoken
 
                 self._gigatoken = gigatoken
-                self._json = written.replace(f'"{END_OF_TEXT}"', f'"{self._border.decode()}"')
+                self._json = json.dumps(ours).replace(f'"{END_OF_TEXT}"', f'"{self._delimiter.decode()}"')
         self._of_thread = threading.local()  # a shared encoder serves one thread at a time
         self._threads = set()
 
@@ -83,7 +81,7 @@ class BulkEncoder:
         return self._joined(self._tokenizer.encode_documents([document.decode() for document in documents]))
 
     def _by_gigatoken(self, documents: list[bytes]) -> np.ndarray:
-        joined = self._border.join([b"", *documents])
+        joined = self._delimiter.join([b"", *documents])
         mine = self._of_thread
         if not hasattr(mine, "encoder"):
             mine.encoder, mine.encoded_bytes = self._gigatoken.Tokenizer.from_json(self._json), 0
@@ -102,38 +100,6 @@ def has_recent_letter(document: bytes) -> bool:
     if document.isascii():
         return False
     return any(first in document and letters.search(document) is not None for first, letters in RECENT.items())
-
-
-def of_our_form(description: dict) -> bool:
-    """Whether a tokenizer.json encodes as one that plaingpt/tokenizer.py makes; a model may come with another.
-
-    A tokenizer of ours with its vocabulary and merges has to have the same description, and the order of ids has to be
-    that of the merges, which is how gigatoken and other programs rank them.
-    """
-    model, added = description["model"], description["added_tokens"]
-    vocab, merges = model["vocab"], model.get("merges") or []
-    ids = {*vocab.values(), *(token["id"] for token in added)}
-    if model["type"] not in ("BPE", "WordLevel") or sorted(ids) != list(range(len(ids))):
-        return False
-    if model["type"] == "WordLevel":
-        if any(len(token) > 1 and token != END_OF_TEXT for token in vocab):
-            return False
-    else:
-        ranked = [token for token in sorted(vocab, key=vocab.get) if token != END_OF_TEXT]
-        symbols = byte_symbols().values()
-        if ranked[256:] != list(dict.fromkeys(map("".join, merges))) or {*ranked[:256]} != {*symbols}:
-            return False
-        if not merges and ranked != [*(symbol for _, symbol in sorted(byte_symbols().items()))]:
-            return False
-    return _encoding(description) == _encoding(json.loads(rebuilt(model["type"], vocab, merges).to_json()))
-
-
-def _encoding(description: dict) -> list:
-    """What of a tokenizer.json decides how ordinary text is encoded."""
-    added = [
-        {key: value for key, value in token.items() if key != "normalized"} for token in description["added_tokens"]
-    ]
-    return [*map(description.get, ("normalizer", "pre_tokenizer", "model")), added]
 
 
 def _resident_bytes(otherwise: int) -> int:

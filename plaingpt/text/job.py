@@ -1,7 +1,7 @@
 """One data set in preparation: what all processes that work on it share, and how the last one completes it.
 
-data/.<name>.partial has plan.json, the tokenizer, the progress of each part, and the shards. It stays after a failure:
-the same command continues, another one for the same name replaces it.
+data/.<name>.partial contains plan.json, the tokenizer, the progress of each part, and the shards. It survives a
+failure: the same command continues it; another command for the same name replaces it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from plaingpt.text.streams import ReadOptions
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import SPLITS
 
-FORMAT = 6  # of unfinished work; that of another version starts over
+FORMAT = 6  # version of the .partial directory; work in another version starts over
 MANY_DOCUMENTS = 200  # from here on entire documents go to validation; with fewer, the tail of each
 TRAINING_BYTES = 1 << 26  # of text that a BPE is trained on: more hardly changes it
 
@@ -57,8 +57,9 @@ class Job:
     def digest(self) -> str:
         """A name for the result: from the same source and settings it is the same on every machine."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
+        shards = type(self.source.dataset).__name__  # with and without --streaming they are different ones
         tokenizer = self.kind, self.vocab_size if self.kind == "bpe" else None
-        result = FORMAT, source, tokenizer, self.options, self.dedup, self.shard_tokens, self.parts
+        result = FORMAT, source, shards, tokenizer, self.options, self.dedup, self.shard_tokens, self.parts
         return hashlib.sha256(repr(result).encode("utf-8", "surrogateescape")).hexdigest()
 
     def is_done(self) -> bool:
@@ -90,7 +91,7 @@ def prepare(job: Job, part: int, threads: int) -> dict | None:
                 encode_part(work, threads)
                 with FileLock(job.partial / "plan.lock"):
                     return finish(job, work)
-    except FileNotFoundError:
+    except FileNotFoundError:  # the last part removed the directory while this one waited for a lock
         if job.parts == 1 or not job.is_done() or job.partial.exists():
             raise
     return note(f"{job.directory} is prepared already")
@@ -100,14 +101,16 @@ def make_work(job: Job, part: int) -> Work | None:
     """What this part has to do; None if the data set is complete. Unfinished work for another result is removed."""
     plan, shards = json_in(job.partial / "plan.json"), job.partial / "shards"
     is_same = plan.get("digest") == job.digest
-    if job.is_done() and (job.parts > 1 or is_same) and not shards.exists():  # killed before the folder was removed
-        return remove(job.partial) if is_same or not plan else None
+    if job.is_done() and (job.parts > 1 or is_same) and not shards.exists():  # killed before the directory was removed
+        if is_same or not plan:
+            remove(job.partial)
+        return None
     if not is_same:
         for path in job.partial.glob("part-*.lock"):
             if (other := int(path.stem[5:])) != part:
                 job.lock(other).lock.release()
         if plan:
-            note(f"{job.partial} has unfinished work of another text or other settings: it is removed")
+            note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
         clear(job.partial)
     try:
         source = job.source.fetched(job.partial)
@@ -195,6 +198,6 @@ def clear(partial: Path) -> None:
 
 
 def remove(partial: Path) -> None:
-    """Delete the folder in one step: a process that waits for a lock in it never sees half of it."""
-    with contextlib.suppress(OSError):  # Windows renames no folder with open files; the next command removes it
+    """Delete the directory in one step: a process that waits for a lock in it never sees half of it."""
+    with contextlib.suppress(OSError):  # Windows cannot rename a directory with open files: there it stays
         shutil.rmtree(partial.rename(f"{partial}.{os.getpid()}"), ignore_errors=True)

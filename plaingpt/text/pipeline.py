@@ -1,15 +1,13 @@
-"""One pass in order: a thread reads batches of texts, a pool encodes them, and shards are written in their order.
+"""One pass in order: batches of texts are read, encoded by a pool of threads, and written to shards in their order.
 
-Progress is a small file: how far reading had come, and the length of what was written and fsynced by then. Whoever
-continues cuts the files to that length and reads from there, so a stop at any moment changes nothing in the result.
+A small file records the progress: the position in the input, and the length of the output fsynced up to it. To
+continue, the output is truncated to that length and reading resumes there, so interruptions do not change the result.
 """
 
 import collections
-import concurrent.futures
 import json
-import queue
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.readers import SEPARATOR, File, Shard, Text
 from plaingpt.text.shards import ShardWriter, json_in
-from plaingpt.text.streams import ReadOptions, character_border, note_once, split_of
+from plaingpt.text.streams import ReadOptions, character_boundary, note_once, split_of
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
 
@@ -52,7 +50,7 @@ class Batch:
     done: int = 0  # bytes of all inputs that have been read
     size: int = 0
     splits: dict[str, list[bytes]] = field(default_factory=lambda: collections.defaultdict(list))
-    continued: set[str] = field(default_factory=set)  # splits whose first text continues the one written before
+    continued: set[str] = field(default_factory=set)  # splits whose first text is a later piece of a document
 
 
 def encode_part(work: Work, threads: int) -> None:
@@ -62,32 +60,22 @@ def encode_part(work: Work, threads: int) -> None:
         return
     if output.position > (0, 0):
         note(f"continuing after {sum(output.splits[split]['tokens'] for split in SPLITS):,} tokens")
-    encoded, room, stop = queue.SimpleQueue(), threading.Semaphore(8 * threads), threading.Event()
+    encoding = collections.deque()  # batches and their ids, in order
 
-    def feed() -> None:
-        for batch in read(work, output.position):
-            room.acquire()
-            if stop.is_set():
-                return
-            encoded.put((batch, pool.submit(encode, batch, work, encoder)))
+    def write_oldest() -> None:
+        batch, ids = encoding.popleft()
+        output.write(batch, ids.result())
+        bar.update(batch.done - bar.n)
 
-    with (
-        progress_bar(work.inputs) as bar,
-        concurrent.futures.ThreadPoolExecutor(1) as reader,
-        concurrent.futures.ThreadPoolExecutor(threads) as pool,  # gigatoken releases the GIL
-    ):
-        feeding = reader.submit(feed)
-        feeding.add_done_callback(lambda _: encoded.put(None))
+    with progress_bar(work.inputs) as bar, ThreadPoolExecutor(threads) as pool:  # gigatoken releases the GIL
         try:
-            while found := encoded.get():
-                batch, ids = found
-                output.write(batch, ids.result())
-                room.release()
-                bar.update(batch.done - bar.n)
-            feeding.result()  # raises what stopped the reading
+            for batch in read(work, output.position):
+                encoding.append((batch, pool.submit(encode, batch, work, encoder)))
+                if len(encoding) > 16 * threads:
+                    write_oldest()
+            while encoding:
+                write_oldest()
         finally:  # also after a failure or Ctrl-C
-            stop.set()
-            room.release()
             pool.shutdown(cancel_futures=True)
     output.finish()
 
@@ -99,9 +87,9 @@ def progress_bar(inputs: list[File | Shard]) -> tqdm:
 
 
 def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
-    """Batches of the texts after `start`. With dedup, those before are read, too, to know them."""
+    """Batches of the texts after `start`. With dedup, earlier texts are read again for their hashes."""
     before, batch = 0, Batch()
-    seen = set()  # 64 bits a document: of ten million one is lost with a chance of 1 in 400,000
+    seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
     for i, source in enumerate(work.inputs):
         texts = source.texts(work.options) if work.dedup or i >= start[0] else ()
         split, splits_so_far = "", set()  # of the document; splits that have a part of it
@@ -130,9 +118,9 @@ def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
 
 def divided(text: Text, val_fraction: float) -> dict[str, bytes]:
     """A text, or a piece of it, whose tail goes to validation."""
-    border = int(len(text.data) * (1 - val_fraction)) if text.border is None else text.border
-    border = character_border(text.data, border)
-    parts = {"train": text.data[:border], "val": text.data[border:]}
+    boundary = int(len(text.data) * (1 - val_fraction)) if text.boundary is None else text.boundary
+    boundary = character_boundary(text.data, boundary)
+    parts = {"train": text.data[:boundary], "val": text.data[boundary:]}
     return {split: data for split, data in parts.items() if data}
 
 
@@ -142,14 +130,13 @@ def encode(batch: Batch, work: Work, encoder: BulkEncoder) -> dict[str, tuple[np
     for split, texts in batch.splits.items():
         if not work.options.split_documents and any(b"|" in text and SEPARATOR in text for text in texts):
             message = (
-                "<|endoftext|> occurs in the text and is encoded letter by letter; if it stands between documents, "
-                "give --split_documents"
+                "<|endoftext|> occurs in the text and is encoded as ordinary text; if it separates documents of a text "
+                "file, give --split_documents"
             )
             note_once(message, message)
         continued = split in batch.continued
-        encoded[split] = (
-            encoder.encode(texts)[1 if continued else 0 :].astype(dtype), sum(map(len, texts)), len(texts) - continued
-        )  # fmt: skip
+        ids = encoder.encode(texts)[int(continued) :].astype(dtype)
+        encoded[split] = ids, sum(map(len, texts)), len(texts) - continued
     return encoded
 
 

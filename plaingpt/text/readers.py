@@ -1,7 +1,7 @@
 """Texts from files and Hugging Face data sets, one after another, in bounded memory.
 
-Text files are read in pieces of up to 1 MB that end where no token is cut. JSON, CSV, TSV and Parquet have a text a
-row. pyarrow is imported inside the functions: that takes a third of a second, and plain text does without it.
+Text files are read in pieces of up to 1 MB that end where no token is split. JSON, CSV, TSV and Parquet have one
+document per row. pyarrow takes a third of a second to import, so only the functions that need it import it.
 """
 
 import csv
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from plaingpt.console import RunFailed, UserError, closest, counted, one_line
 from plaingpt.text import streams
-from plaingpt.text.streams import ReadOptions, checked, last_border, open_utf8, too_long
+from plaingpt.text.streams import ReadOptions, checked, last_boundary, open_utf8, too_long
 from plaingpt.tokenizer import END_OF_TEXT
 
 SEPARATOR = END_OF_TEXT.encode()
@@ -28,7 +28,7 @@ class Text(NamedTuple):
     done: int  # bytes of the file that have been read
     begins: bool = True  # False: it continues the text before
     ends: bool = True
-    border: int | None = None  # where validation begins if the tail of each document goes there; None: by its length
+    boundary: int | None = None  # where validation begins if the tail of each document goes there; None: by its length
 
 
 class File(NamedTuple):
@@ -51,16 +51,16 @@ class File(NamedTuple):
 
 def text_pieces(file: File, options: ReadOptions) -> Iterator[Text]:
     """One document. If its tail goes to validation, that begins at (1 - val_fraction) of its bytes in UTF-8."""
-    border = 0 if options.by_content else int(text_size(file, options) * (1 - options.val_fraction))
+    boundary = 0 if options.by_content else int(text_size(file, options) * (1 - options.val_fraction))
     with open_utf8(file.path, options) as opened:
         rest, position, begins, ends = b"", 0, True, False
         while not ends:
             data = rest + opened.stream.read(max(1, streams.PIECE - len(rest)))
             ends = len(data) < streams.PIECE
-            cut = len(data) if ends else last_border(data)
+            cut = len(data) if ends else last_boundary(data)
             piece, rest = data[:cut], data[cut:]
             if text := opened.checked(piece, file.path, position, binary=True):
-                yield Text(text, opened.raw.tell(), begins, ends, min(max(border - position, 0), len(text)))
+                yield Text(text, opened.raw.tell(), begins, ends, min(max(boundary - position, 0), len(text)))
                 begins = False
             position += cut
 

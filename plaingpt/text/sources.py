@@ -41,7 +41,7 @@ class Source:
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
     bad_files: str | None = None  # instead of the setting
-    fetch: Callable[[Path], Path] | None = None  # downloads the only file, or copies it to the given folder
+    fetch: Callable[[Path], Path] | None = None  # downloads the only file, or copies it to the given directory
     once: bool = False  # it cannot be read again later
     summary: str = ""  # of the files read and skipped
 
@@ -76,18 +76,17 @@ def read_options(config: Any) -> ReadOptions:
 
 def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> Source:
     """The source that the command line names. `options`: the settings of prepare_data.py."""
-    is_named = (w == "-" or w.startswith("hf:") or (w in NAMED and not os.path.exists(w)) for w in wanted)
-    named = next((word for word, found in zip(wanted, is_named) if found), None)
+    named = next((w for w in wanted if w == "-" or w.startswith("hf:") or (w in NAMED and not os.path.exists(w))), None)
     if named and len(wanted) > 1:
         others = shlex.join(word for word in wanted if word != named)
         raise UserError(f"{named} cannot be combined with other sources: prepare it without {others}")
     if not wanted:
         raise UserError(
-            f"name a source: one of {', '.join(NAMED)}, or files, folders and globs of text, or hf:owner/name"
+            f"name a source: one of {', '.join(NAMED)}, or files, directories and globs of text, or hf:owner/name"
         )
     if named == "-":
         path = "stdin.jsonl" if json_lines else "stdin.txt"
-        return Source("stdin", "standard input", fetch=lambda folder: _standard_input(folder / path), once=True)
+        return Source("stdin", "standard input", fetch=lambda directory: _standard_input(directory / path), once=True)
     if named == "python":
         return Source("python", "python", _python_files(), tokenizer="bpe", bad_files="skip")
     if named in ("shakespeare", "shakespeare_char"):
@@ -103,7 +102,7 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
 
 
 def _hub(repository: str, name: str, val_fraction: float, options: Any, pinned: dict) -> Source:
-    """A data set of the Hugging Face hub, or a local folder of that form."""
+    """A data set of the Hugging Face hub, or a local directory of that form."""
     if options.streaming and "[" in options.split:
         raise UserError(f"--split={options.split}: a part of a split requires --streaming=False")
     import datasets

@@ -13,16 +13,16 @@ from plaingpt.console import UserError, note, one_line
 
 PIECE = 1 << 20  # bytes of text that are read, and encoded, at a time
 MAX_RECORD = 1 << 26  # bytes of a line or a field: a few kilobytes of compressed data can stand for gigabytes
-# No token of GPT-2 or of a tokenizer of ours spans these places: before a space between two characters that are not
-# white space, and after a line's end between such. Python's white space includes that of the tokenizers; the surrogates
-# stand for the bytes of a character that is cut.
+# Places that no token of GPT-2's or our tokenizers spans: before a space, or after a line break, between two characters
+# that are not white space. Python's white space includes that of the tokenizers; the surrogates stand for the bytes of
+# an incomplete character.
 _INK = r"[^\s\udc80-\udcff]"
-SAFE_BORDER = re.compile(f"(?<={_INK})(?= {_INK})|(?<={_INK}\n)(?={_INK})")
+SAFE_BOUNDARY = re.compile(f"(?<={_INK})(?= {_INK})|(?<={_INK}\n)(?={_INK})")
 BOMS = {  # UTF-32's first: it begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
 }  # fmt: skip
-BAD = "\udcff"  # stands for bytes that an encoding does not have; written as 0xff, which UTF-8 does not have
+BAD = "\udcff"  # replaces bytes that are invalid in the encoding; written as 0xff, which is invalid UTF-8
 _noted = set()
 
 
@@ -59,11 +59,12 @@ def open_utf8(path: str, options: ReadOptions) -> Iterator[Utf8]:
 
             stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), PIECE)
         try:
-            encoding = encoding_of(stream.peek(4)[:4], options.encoding)
+            head = stream.peek(4)[:4]
+            encoding = next((name for bom, name in BOMS.items() if head.startswith(bom)), options.encoding)
             if encoding == "utf-8-sig":
                 stream.read(len(codecs.BOM_UTF8))
             elif encoding:
-                stream = io.BufferedReader(Recoded(stream, encoding), PIECE)
+                stream = io.BufferedReader(Transcoded(stream, encoding), PIECE)
             yield Utf8(raw, stream, options, encoding)
         except UnicodeError as error:
             raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; name the --encoding") from error
@@ -74,27 +75,23 @@ def open_utf8(path: str, options: ReadOptions) -> Iterator[Utf8]:
             raise UserError(f"{path} cannot be decompressed: {one_line(error)}{remedy}") from error
 
 
-class Recoded(io.RawIOBase):
+class Transcoded(io.RawIOBase):
     """A stream in another encoding, read as UTF-8."""
 
     def __init__(self, stream: IO[bytes], encoding: str):
-        self._text = io.TextIOWrapper(stream, encoding, "plaingpt_bad", newline="\n")
+        self._text, self._rest = io.TextIOWrapper(stream, encoding, "plaingpt_bad", newline="\n"), b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        data = self._text.read(max(1, len(buffer) // 4)).encode("utf-8", "surrogateescape")  # up to 4 bytes each
-        buffer[: len(data)] = data
-        return len(data)
+        data = self._rest or self._text.read(max(1, len(buffer) // 4)).encode("utf-8", "surrogateescape")
+        fitting, self._rest = data[: len(buffer)], data[len(buffer) :]  # a character can be longer than the buffer
+        buffer[: len(fitting)] = fitting
+        return len(fitting)
 
 
 codecs.register_error("plaingpt_bad", lambda error: (BAD, error.end))
-
-
-def encoding_of(head: bytes, given: str | None) -> str | None:
-    """The encoding that a byte order mark names, else the one given."""
-    return next((name for bom, name in BOMS.items() if head.startswith(bom)), given)
 
 
 def checked(
@@ -136,7 +133,7 @@ def too_long(where: str) -> UserError:
     return UserError(f"{where} is longer than {MAX_RECORD >> 20} MB; if it is not damaged, split it")
 
 
-def last_border(data: bytes) -> int:
+def last_boundary(data: bytes) -> int:
     """The last place where a text may be cut without changing its tokens.
 
     Where there is none, as in a text without spaces, it is cut before its last character.
@@ -144,12 +141,12 @@ def last_border(data: bytes) -> int:
     for window_size in (1 << 10, len(data)):  # one is usually near
         start = max(0, len(data) - window_size)
         window = data[start:].decode("utf-8", "surrogateescape")
-        if borders := list(SAFE_BORDER.finditer(window)):
-            return start + len(window[: borders[-1].start()].encode("utf-8", "surrogateescape"))
-    return character_border(data, len(data) - 1) or len(data)
+        if boundaries := list(SAFE_BOUNDARY.finditer(window)):
+            return start + len(window[: boundaries[-1].start()].encode("utf-8", "surrogateescape"))
+    return character_boundary(data, len(data) - 1) or len(data)
 
 
-def character_border(data: bytes, index: int) -> int:
+def character_boundary(data: bytes, index: int) -> int:
     """`index`, or the beginning of the character that it is in."""
     while 0 < index < len(data) and data[index] & 0xC0 == 0x80:
         index -= 1

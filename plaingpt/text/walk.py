@@ -1,10 +1,10 @@
-"""Which files a preparation reads: one walk over folders and globs, each real file once, and what it leaves out."""
+"""Which files a preparation reads: one walk over directories and globs, each real file once, and what it leaves out."""
 
 import collections
+import fnmatch
 import glob
 import itertools
 import os
-import re
 from collections.abc import Container, Iterator
 
 from plaingpt.console import UserError, closest, counted
@@ -16,13 +16,13 @@ HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
 OFTEN_NOT_DOCUMENTS = ("JSON", "CSV", "TSV")  # settings and tables as well as texts
 
 
-def walk(folder: str, left_out: Container[str] = ("node_modules",), entered: set | None = None) -> Iterator[str]:
-    """The files in a folder and below, except hidden ones. Links are followed; no folder is entered twice."""
-    entered, status = set() if entered is None else entered, os.stat(folder)
+def walk(directory: str, left_out: Container[str] = ("node_modules",), entered: set | None = None) -> Iterator[str]:
+    """The files in a directory and below, except hidden ones. Links are followed; no directory is entered twice."""
+    entered, status = set() if entered is None else entered, os.stat(directory)
     if (status.st_dev, status.st_ino) in entered:
         return
     entered.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:  # not os.walk, which ignores a folder that cannot be read
+    with os.scandir(directory) as entries:  # not os.walk, which ignores a directory that cannot be read
         found = sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
     for entry in found:
         if entry.name.startswith(".") or entry.name in left_out:
@@ -66,7 +66,7 @@ def _files(word: str) -> Iterator[str]:
     elif matches := [word] if os.path.isfile(word) else list(_matches(word)):
         yield from filter(os.path.isfile, matches)
     else:
-        raise UserError(f"{word}: no such file, folder or source{closest(word, NAMED)}")
+        raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED)}")
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -75,11 +75,18 @@ def _matches(pattern: str) -> Iterator[str]:
         yield from glob.iglob(pattern)
         return
     start = os.path.dirname(pattern.partition("**")[0])
-    rules = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", os.path.relpath(pattern, start or os.curdir).replace(os.sep, "/"))
-    fits = re.compile("".join(rules.get(part) or re.escape(part) for part in parts)).fullmatch
-    for folder in filter(os.path.isdir, glob.iglob(start or os.curdir)):
-        yield from (path for path in walk(folder) if fits(os.path.relpath(path, folder).replace(os.sep, "/")))
+    parts = os.path.relpath(pattern, start or os.curdir).split(os.sep)
+    for directory in filter(os.path.isdir, glob.iglob(start or os.curdir)):
+        yield from (path for path in walk(directory) if _fits(os.path.relpath(path, directory).split(os.sep), parts))
+
+
+def _fits(names: list[str], patterns: list[str]) -> bool:
+    """Whether the names of a path match a glob's patterns, of which ** stands for any number of names."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_fits(names[i:], patterns[1:]) for i in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
 
 
 def _not_text(path: str, options: ReadOptions, is_named: bool) -> str | None:
@@ -100,13 +107,9 @@ def _not_text(path: str, options: ReadOptions, is_named: bool) -> str | None:
         if is_named:
             raise
         return "damaged file"
-    if head.startswith((b"%PDF-", b"{\\rtf")):
-        kind = "PDF" if head.startswith(b"%") else "RTF"
-    elif b"\0" in head:
-        kind = "binary file"
-    else:
+    if b"\0" not in head and not head.startswith((b"%PDF-", b"{\\rtf")):
         return None
     if is_named and options.bad_files != "skip":
-        hint = "if it is UTF-16, name the --encoding" if kind == "binary file" else "convert it to text first"
-        raise UserError(f"{path} is not text ({kind}): {hint}, or leave it out: --bad_files=skip")
-    return kind
+        remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
+        raise UserError(f"{path} is not text but a binary file: {remedy}")
+    return "binary file"
