@@ -163,8 +163,10 @@ def draw(runs: list[dict], picture: str) -> None:
         raw.plot(rates, above, label=None if n_embd in named else f"width {n_embd}", **style)
         relative.plot(rates / learning_rate(n_embd, steps), above, **style)
         named.add(n_embd)
-    for axes, label in (raw, "learning rate"), (relative, "learning rate / default"):
+    for axes, label, first in (raw, "learning rate", 0.001), (relative, "learning rate / default", 0.125):
         axes.set(xscale="log", xlabel=label, ylim=(0, 8))
+        axes.set_xticks([first * 2**i for i in range(7)], [f"{first * 2**i:g}" for i in range(7)])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     relative.axvline(1, color="black", lw=1, ls=":")
     raw.set_ylabel("loss, % above the best of its sweep")

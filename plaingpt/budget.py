@@ -224,11 +224,8 @@ class Deadline:
         step = state.step
         if not self.minutes or self.ending:
             return config
-        if (
-            not self.start
-            and state.evaluations_since_best > 1
-            and state.evaluated_at > max(self.few_steps, self.warmup_end)
-        ):
+        falls = state.evaluations_since_best < 2 or state.evaluated_at <= max(self.few_steps, self.warmup_end)
+        if not falls and not self.start:
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
             note(f"stopping after step {steps}: the validation loss no longer falls")
             return self.with_steps(config, state, steps, dist)

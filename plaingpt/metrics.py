@@ -217,11 +217,11 @@ def _draw_losses(axes, records: list[dict], key: str, colors: tuple[str, str], l
     steps, losses = _points(records, key)
     if not steps:
         return
-    best = min(range(len(losses)), key=losses.__getitem__)
-    bits = dict(zip(*_points(records, "val_bpb"))).get(steps[best]) if key == "val_loss" else None
-    said = f"{losses[best]:.3f}" + (f" ({bits:.3f} bits per byte)" if bits else "")
-    axes.plot(steps, losses, color=colors[1], marker="o", ms=3, label=f"{label}validation, best {said}")
-    axes.plot(steps[best], losses[best], color=colors[1], marker="*", ms=12)
+    lowest, step = min(zip(losses, steps))
+    bits = dict(zip(*_points(records, "val_bpb"))).get(step) if key == "val_loss" else None
+    best = f"{lowest:.3f}" + (f" ({bits:.3f} bits per byte)" if bits else "")
+    axes.plot(steps, losses, color=colors[1], marker="o", ms=3, label=f"{label}validation, best {best}")
+    axes.plot(step, lowest, color=colors[1], marker="*", ms=12)
 
 
 def smoothed(values: list[float], keep: float = 0.8) -> list[float]:

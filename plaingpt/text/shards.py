@@ -22,15 +22,19 @@ class ShardWriter:
     def __init__(self, directory: Path, prefix: str, dtype: np.dtype, shard_tokens: int, files: Sequence[dict] = ()):
         self._directory, self._prefix, self._shard_tokens = directory, prefix, shard_tokens
         self._files = list(files)
-        if not files:
-            return self._open()
-        path = directory / files[-1]["name"]
+        if files:
+            self._reopen(files[-1], dtype)
+        else:
+            self._open()
+
+    def _reopen(self, last: dict, dtype: np.dtype) -> None:
+        path = self._directory / last["name"]
         if path.is_symlink() or not path.is_file():
             raise ValueError(f"{path} is missing")
         self._file = open(path, "r+b")  # noqa: SIM115 (closed when it is full)
-        self._file.truncate(files[-1]["tokens"] * dtype.itemsize)
+        self._file.truncate(last["tokens"] * dtype.itemsize)
         self._digest = hashlib.file_digest(self._file, "sha256")
-        if self._digest.hexdigest() != files[-1]["sha256"]:
+        if self._digest.hexdigest() != last["sha256"]:
             raise ValueError(f"{path} is damaged")
 
     def _open(self) -> None:
