@@ -94,7 +94,7 @@ def main() -> None:
         note("stopped" if source.once else "stopped; the same command continues from here")
         raise
     if meta:
-        report(directory, meta, time.perf_counter() - started)
+        report(directory, meta, time.perf_counter() - started, config.tokenizer)
 
 
 def directory_of(name: str, data_dir: str) -> Path:
@@ -111,6 +111,8 @@ def check_replaced(directory: Path, source: Source, name: str | None) -> None:
     if found and name is None and (found.get("source") != source.description or source.once):
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
+    if found:
+        note(f"replacing {directory} (tokenizer {found.get('tokenizer')}, vocabulary of {found.get('vocab_size')})")
 
 
 def make_job(directory: Path, source: Source, config: PrepareConfig, parts: int) -> Job:
@@ -140,7 +142,7 @@ def part_of(given: str | None) -> tuple[int, int]:
     return part, parts
 
 
-def report(directory: Path, meta: dict, seconds: float) -> None:
+def report(directory: Path, meta: dict, seconds: float, tokenizer: str | None) -> None:
     """The last lines. Under torchrun the process that finishes last prints them, whatever its rank."""
     lines = []
     for split, figures in meta["splits"].items():
@@ -158,7 +160,8 @@ def report(directory: Path, meta: dict, seconds: float) -> None:
     elif name in RECIPES and not place:
         lines.append(f"next: python train.py config/{RECIPES[name]}.py")
     else:
-        lines.append(f"next: python train.py --dataset={name}{place} --out_dir=out-{name} --minutes=10")
+        finetune = f" --init_from={shlex.quote(tokenizer)}" if os.path.isdir(tokenizer or "") else ""
+        lines.append(f"next: python train.py --dataset={name}{place}{finetune} --out_dir=out-{name} --minutes=10")
     with contextlib.suppress(OSError):  # a closed terminal
         print(escaped("\n".join(lines)), file=sys.stderr)
 

@@ -25,7 +25,7 @@ import torch
 from model import GPT
 from plaingpt.batches import derive_seed
 from plaingpt.checkpoint import load_model
-from plaingpt.console import UserError, escaped, note, one_line, perplexity, run_script
+from plaingpt.console import UserError, closest, escaped, note, one_line, perplexity, run_script
 from plaingpt.cpu import has_fp16_products
 from plaingpt.distributed import connect
 from plaingpt.evaluate import log_probabilities
@@ -208,10 +208,13 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
             line = input("> " if terminal else "")
             if line.startswith("/"):
                 name, _, text = line[1:].partition(" ")
-                changed, given = load_settings(SampleConfig, [f"--{name}={text.strip()}"])
-                if fixed := given.keys() - INTERACTIVE:
-                    raise UserError(f"{', '.join(fixed)} cannot be changed here; these can: {', '.join(INTERACTIVE)}")
-                config = dataclasses.replace(config, **{name: getattr(changed, name) for name in given})
+                if name not in INTERACTIVE:
+                    meant = closest(name, INTERACTIVE, "/")
+                    raise UserError(
+                        f"/{name} changes nothing; these settings can change: {', '.join(INTERACTIVE)}{meant}"
+                    )
+                changed, _ = load_settings(SampleConfig, [f"--{name}={text.strip()}"])
+                config = dataclasses.replace(config, **{name: getattr(changed, name)})
             else:
                 write(Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=i))
         except EOFError:

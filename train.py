@@ -116,7 +116,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
     deadline = Deadline(config, state, steps_per_epoch=len(run.data.train) / run.tokens_per_step)
-    stop, stopping, paused_at = StopSignal(), 0, None
+    stop, stopping, visited = StopSignal(), 0, None  # visited: the step of the last evaluation or save
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
@@ -125,8 +125,8 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
         due = step == config.max_iters or step % config.eval_interval == 0
         evaluating = due and step != state.evaluated_at and not (stopping and step < config.max_iters)
         keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
-        if (evaluating or keeping or stopping) and step != paused_at:
-            paused_at, val_loss = step, None
+        if (evaluating or keeping or stopping) and step != visited:
+            visited, val_loss = step, None
             dist.synchronize()
             watch.pause()
             gc.collect()
@@ -142,7 +142,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
             metrics.draw()
             if val_loss is not None and config.sample_tokens:
                 text = sample_text(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
-                note("  " + text.replace("\n", "\n  "))
+                note("sample:\n  " + text.replace("\n", "\n  "))
         if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_best:
             break
 

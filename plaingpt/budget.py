@@ -85,7 +85,7 @@ def choose_settings(
     tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {speed:,.0f}" for _, speed, c in timed)
     note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
     note(
-        f"lowest predicted loss in {config.minutes:g} minutes: {config.n_layer} x {config.n_embd}, block_size "
+        f"lowest predicted loss in {config.minutes:g} min: {config.n_layer} x {config.n_embd}, block_size "
         f"{config.block_size}, learning_rate {config.learning_rate:g}, dropout {config.dropout:g}"
     )
     follows = {"warmup_iters": "--minutes"}  # the others of STEPS are derived from max_iters
@@ -167,7 +167,7 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     }
     intervals = {
         "eval_iters": 0 if sequences * config.block_size > len(data.val) else max(1, sequences // config.batch_size),
-        "log_interval": max(1, steps // 100),
+        "log_interval": max(1, steps // 50),
         "eval_interval": math.ceil(steps / EVALUATIONS / (3 if tokens > FEW_EPOCHS * len(data.train) else 1)),
     }
     kept = {name for name in given if name not in intervals or given[name].startswith("--")}
@@ -227,7 +227,7 @@ class Deadline:
         falls = state.evaluations_since_best < 2 or state.evaluated_at <= max(self.few_steps, self.warmup_end)
         if not falls and not self.start:
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
-            note(f"stopping after step {steps}: the validation loss no longer falls")
+            note("ending early: the validation loss no longer falls")
             return self.with_steps(config, state, steps, dist)
         evaluating = step % config.eval_interval == 0 and self.warmup_end < step < config.max_iters
         if step not in (self.measured_from, self.warmup_end) and not evaluating:
@@ -248,6 +248,8 @@ class Deadline:
     def with_steps(self, config: TrainConfig, state: RunState, steps: int, dist: Distributed) -> TrainConfig:
         """`config` with another number of steps, also in the state and, unless the run was resumed, in the recipe."""
         changed = dict(max_iters=steps, lr_decay_iters=steps)
+        if steps != config.max_iters:
+            note(f"corrected the number of steps to {steps:,}")
         state.settings = state.settings | changed  # a save may still read the old ones
         config = dataclasses.replace(config, **changed)
         if dist.is_main and self.start == 0:

@@ -115,7 +115,7 @@ class Distributed:
 class StopSignal:
     """The number of the signal that asked the run to stop: SIGTERM, SIGINT, SIGHUP or SIGUSR1 (Slurm's warning); or 0.
 
-    The training loop checks it, saves and stops; a second Ctrl-C stops at once.
+    The training loop checks it, saves and stops; Ctrl-C after that stops at once.
     """
 
     def __init__(self):
@@ -129,7 +129,7 @@ class StopSignal:
         self.number = number
         if is_rank_0():
             with contextlib.suppress(OSError):  # the terminal may be gone; os.write, as the signal may interrupt print
-                again = b"; press Ctrl-C again to exit at once"
+                again = b"; Ctrl-C now exits at once"
                 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun gets it
                     again = b""
                 os.write(2, b"\nstopping: saving the run after this micro-step" + again + b"\n")

@@ -28,10 +28,10 @@ class Metrics:
         self.resumed_from = until_step  # goes into the next record
         if not active:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = claim(self.path.parent)
         if until_step is None and self.path.is_file() and not _is_ours(self.path):
             raise UserError(f"{self.path} is not the record of a run; move it away, or choose another --out_dir")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = claim(self.path.parent)
         earlier = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
         if branch and self.path.exists():
             names = (f"metrics-before-{branch}{f'-{i}' if i > 1 else ''}.jsonl" for i in itertools.count(1))

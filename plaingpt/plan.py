@@ -96,7 +96,7 @@ def announce(model: GPT, dist: Distributed, max_iters: int, tokens_per_step: int
     note(
         f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
         f"{counted(max_iters, 'step')} of {counted(tokens_per_step, 'token')}, "
-        f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {epoch_tokens:,}"
+        f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {epoch_tokens:,} tokens"
     )
 
 
@@ -126,13 +126,14 @@ def dry_run(
 
 
 def _median_seconds(dist: Distributed, run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(4):
+    times, enough = [], False
+    while not enough:
         dist.synchronize()
         started = time.perf_counter()
         run()
         dist.synchronize()
         times.append(time.perf_counter() - started)
+        (enough,) = dist.max(len(times) == 4 or (len(times) > 1 and sum(times) > 10))
     return statistics.median(times[1:])  # the first one compiles and allocates
 
 

@@ -50,11 +50,10 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
         elif name in FIXED:
             raise UserError(
                 f"{asked}, but the checkpoint was trained with {trained[name]}; "
-                "leave it out, or start a new run: --init_from=scratch, or from this model "
-                f"--init_from={shlex.quote(str(directory.parent / 'best'))} with another --out_dir"
+                "leave it out, or start a new run: --init_from=scratch"
             )
         else:
-            note(f"changed on resume: {asked}, until now {trained[name]}")
+            note(f"changed on resume: {name}={getattr(config, name)}, until now {trained[name]}")
     saved = {name: value for name, value in trained.items() if name in (hints.keys() - flags - LOCAL) | {"init_from"}}
     for setting in dataclasses.fields(config):  # derived settings are derived again, from what may have changed
         if setting.default is None and setting.name in state.derived and setting.name not in flags:
@@ -81,7 +80,7 @@ def check_default(config: Any, given: dict[str, str], device_type: str) -> None:
     new = config.init_from in ("scratch", "auto") and not (config.minutes or config.dry_run or config.eval_only)
     if new and not asked and device_type != "cuda":
         raise UserError(
-            "without a recipe this would train GPT-2 124M, which takes years without CUDA; add --minutes=10, which "
+            "without a recipe this would train GPT-2 124M, which is too large without CUDA; add --minutes=10, which "
             "chooses a model for that time, or name a recipe from config/"
         )
 

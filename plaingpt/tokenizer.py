@@ -151,6 +151,7 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
         for text in documents:
             characters.update(text)
         return tokenizer_from_vocab("WordLevel", {c: i for i, c in enumerate(sorted(characters))}, [])
+    assert kind == "bpe", kind
     if vocab_size < 257:
         raise UserError(
             f"--vocab_size={vocab_size}: a byte-level BPE has 256 bytes and {END_OF_TEXT}: at least 257 ids"
@@ -192,9 +193,11 @@ def as_ours(description: dict) -> dict | None:
     be that of its merges, which is how gigatoken and other programs rank them.
     """
     model, added = description["model"], description["added_tokens"]
+    if model["type"] not in ("BPE", "WordLevel"):
+        return None
     vocab, merges = model["vocab"], model.get("merges") or []
     ids = {*vocab.values(), *(token["id"] for token in added)}
-    if model["type"] not in ("BPE", "WordLevel") or sorted(ids) != list(range(len(ids))):
+    if sorted(ids) != list(range(len(ids))):
         return None
     if model["type"] == "WordLevel":
         if any(len(token) > 1 and token != END_OF_TEXT for token in vocab):

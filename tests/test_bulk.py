@@ -109,6 +109,11 @@ def test_every_kind_of_tokenizer_encodes_in_bulk_as_one_by_one(monkeypatch, kind
 def of_another_form(form: str) -> tokenizers.Tokenizer:
     """A tokenizer as a stranger's model may have it."""
     texts = list(TEXTS.values())
+    if form == "unigram":
+        pieces = sorted({c for text in [*texts, "Tree 123"] for c in text})
+        backend = tokenizers.Tokenizer(tokenizers.models.Unigram([("?", 0.0), *((c, -1.0) for c in pieces)], unk_id=0))
+        backend.add_special_tokens([END_OF_TEXT])
+        return backend
     backend = tokenizers.Tokenizer.from_str(make_tokenizer("bpe", texts, vocab_size=400).to_json())
     if form == "normalizer":
         backend.normalizer = tokenizers.normalizers.Lowercase()
@@ -139,7 +144,7 @@ def of_another_form(form: str) -> tokenizers.Tokenizer:
 
 
 FORMS = [
-    "normalizer", "merges across words", "space before", "digits apart", "more special tokens",
+    "unigram", "normalizer", "merges across words", "space before", "digits apart", "more special tokens",
     "a token that is not special", "ids in another order", "gaps between ids",
     "a token that no merge makes", "a suffix",
 ]  # fmt: skip

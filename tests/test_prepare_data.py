@@ -280,7 +280,11 @@ def failed(arguments, directory: Path) -> str:
     """The one line, besides the progress bar, with which the process ends in status 2."""
     command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=directory)
-    lines = [line for line in ended.stderr.splitlines() if line and not line.startswith(("encoding:", "reading "))]
+    lines = [
+        line
+        for line in ended.stderr.splitlines()
+        if line and not line.startswith(("encoding:", "reading ", "replacing "))
+    ]
     assert (ended.returncode, ended.stdout, len(lines)) == (2, "", 1), ended.stderr
     return lines[0]
 

@@ -154,7 +154,7 @@ def test_a_csv_row_that_is_no_document_is_refused_with_its_place(tmp_path, data,
 def test_the_column_is_named_and_a_missing_one_refused_with_the_nearest(tmp_path):
     path = compressed(tmp_path, "jsonl", json_lines(["one"], "content"))
     assert read(path, column="content") == ["one"]
-    with pytest.raises(UserError, match=r"the line at byte 0, has no 'contents'; did you mean content\?.*--column"):
+    with pytest.raises(UserError, match=r"the line at byte 0, has no 'contents'; name the --column"):
         read(path, column="contents")
     with pytest.raises(UserError, match=r"the line at byte 0, has no 'text'; name the --column: id, content$"):
         read(path)
@@ -391,6 +391,8 @@ def test_another_encoding_is_named(tmp_path, encoding):
     for size in (30, 1 << 20):
         with pieces(size):
             assert "".join(read(tmp_path, encoding=encoding)) == text + "with a mark"
+    (tmp_path / "a.txt").write_text(text)
+    assert "".join(read(tmp_path, encoding="utf-8-sig")) == text + "with a mark"
 
 
 def test_an_unknown_encoding_and_text_in_another_are_refused(tmp_path):

@@ -288,9 +288,9 @@ def test_a_setting_can_be_changed_in_interactive_mode(learned):
     drawn, likely, short = ended.out.splitlines()[:3]
     expected = likeliest(learned, "the sea", 20)
     assert (likely, short) == ("the sea" + expected, "the sea" + expected[:2]) and drawn != likely
-    assert "there is no setting temprature; did you mean --temperature?" in ended.err
+    assert "/temprature changes nothing" in ended.err and "did you mean /temperature?" in ended.err
     assert "--top_k: top_k must be int (at least 0), not -1" in ended.err
-    assert "dtype cannot be changed here; these can: temperature, " in ended.err
+    assert "/dtype changes nothing; these settings can change: temperature, " in ended.err
 
 
 def test_bytes_that_are_no_text_do_not_end_interactive_mode(learned):

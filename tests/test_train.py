@@ -253,7 +253,7 @@ def test_a_setting_that_agrees_with_the_checkpoint_may_be_given(tmp_path, train,
 def test_a_resume_with_another_learning_rate_is_used_and_reported(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=2)
     ended = resume(tmp_path / "run", max_iters=4, learning_rate=5e-3, decay_lr=False)
-    assert "changed on resume: --learning_rate: learning_rate=0.005" in ended.err
+    assert "changed on resume: learning_rate=0.005" in ended.err
     assert [line["lr"] for line in records(tmp_path / "run") if "lr" in line][2:] == [5e-3, 5e-3]
 
 

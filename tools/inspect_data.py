@@ -33,7 +33,8 @@ def main() -> None:
     if not config.data_sets:
         raise UserError("name a data set: python tools/inspect_data.py data/books")
     for name in config.data_sets:
-        inspect(Path(name))
+        by_name = Path("data", name)  # as train.py's --dataset
+        inspect(by_name if by_name.is_dir() and not Path(name).exists() else Path(name))
 
 
 def inspect(directory: Path) -> None:

@@ -28,7 +28,7 @@ NAMES = {
     "transformer.h": "blk", "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
     "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
-KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
+PRECISIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ExportConfig:
     """the model: a directory such as out/best, gpt2 or another GPT-2 on the hub, or nanoGPT's ckpt.pt"""
     out: PathName = "model.gguf"
     """the file to write"""
-    dtype: Literal[tuple(KINDS)] = "float16"
+    dtype: Literal[tuple(PRECISIONS)] = "float16"
     """precision of the matrices; int8 is llama.cpp's Q8_0"""
 
 
@@ -45,7 +45,7 @@ def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str) -> None
     """Write the model for llama.cpp, its matrices in `dtype`."""
     import gguf
 
-    kind, c = gguf.GGMLQuantizationType[KINDS[dtype]], model.config
+    kind, c = gguf.GGMLQuantizationType[PRECISIONS[dtype]], model.config
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_context_length(c.block_size)
     writer.add_embedding_length(c.n_embd)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from plaingpt.console import RunFailed, UserError, closest, counted, one_line
+from plaingpt.console import RunFailed, UserError, counted, one_line
 from plaingpt.text import streams
 from plaingpt.text.streams import ReadOptions, checked, last_boundary, open_utf8, too_long
 from plaingpt.tokenizer import END_OF_TEXT
@@ -126,7 +126,7 @@ def _text_of(row: Any, where: str, column: str) -> bytes:
     columns = row if isinstance(row, dict) else {}
     if column not in columns:
         remedy = f"name the --column: {', '.join(columns)[:300]}" if columns else "it has to be a JSON object"
-        raise UserError(f"{where}, has no {column!r}{closest(column, columns)}; {remedy}")
+        raise UserError(f"{where}, has no {column!r}; {remedy}")
     text = row[column]
     if not isinstance(text, str | None):
         raise UserError(f"{where}: {column!r} is not text; name the --column")
@@ -186,7 +186,7 @@ def check_names(where: str, names: Sequence[str], column: str) -> None:
     """UserError unless exactly one of `names` is `column`."""
     if column not in names:
         shown = ", ".join(names)[:300]
-        raise UserError(f"{where} has no column {column!r}{closest(column, names)}; name the --column: {shown}")
+        raise UserError(f"{where} has no column {column!r}; name the --column: {shown}")
     if list(names).count(column) > 1:
         raise UserError(f"{where} has more than one column {column!r}: rename one of them")
 

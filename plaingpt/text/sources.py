@@ -67,7 +67,7 @@ def read_options(config: Any) -> ReadOptions:
     """What prepare_data.py's settings say about reading."""
     encoding = config.encoding
     try:
-        if encoding is not None and ("".encode(encoding), codecs.lookup(encoding).name)[1] == "utf-8":
+        if encoding is not None and ("".encode(encoding), codecs.lookup(encoding).name)[1] in ("utf-8", "utf-8-sig"):
             encoding = None
     except (LookupError, ValueError) as error:
         raise UserError(f"--encoding={encoding}: unknown; examples: latin-1, cp1252, utf-16-le, gb18030") from error
