@@ -21,6 +21,8 @@ from plaingpt.console import UserError, one_line
 from plaingpt.files import inside, read_json
 
 END_OF_TEXT = "<|endoftext|>"
+# A new kind is made in `make_tokenizer`, from the text that `sample` in text/job.py yields; `as_ours` says whether bulk
+# encoding, the page and GGUF know it.
 KINDS = ("gpt2", "char", "byte", "bpe")
 
 
