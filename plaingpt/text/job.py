@@ -31,7 +31,7 @@ from plaingpt.tokens import SPLITS
 
 FORMAT = 6  # version of the .partial directory; work in another version starts over
 MANY_DOCUMENTS = 200  # from here on entire documents go to validation; with fewer, the tail of each
-TRAINING_BYTES = 1 << 26  # of text that a BPE is trained on: more hardly changes it
+TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardly changes it
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ def sample(source: Source, options: ReadOptions, kind: str) -> Iterator[str]:
     """The text that a tokenizer is made from: for bpe the beginning; for char all, to see every character."""
     size = 0
     for text in source.texts(options):
-        yield text[: TRAINING_BYTES - size] if kind == "bpe" else text
+        yield text[: TRAINING_CHARACTERS - size] if kind == "bpe" else text
         size += len(text)
-        if kind == "bpe" and size >= TRAINING_BYTES:
+        if kind == "bpe" and size >= TRAINING_CHARACTERS:
             return
 
 
