@@ -35,7 +35,7 @@ class PrepareConfig:
     name: str | None = None
     """name of the data set: its directory in data_dir, train.py's `dataset` (default: from the source)"""
     tokenizer: PathName | None = None
-    """gpt2, char, byte, bpe (trained on 64 million characters), or a model directory (default: gpt2 for your own text)"""
+    """gpt2, char, byte, bpe (trained on 64 million characters), or a model directory (default for files: gpt2)"""
     vocab_size: Size = 2048
     """ids of a bpe tokenizer, including end of text"""
     val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
