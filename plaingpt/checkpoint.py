@@ -7,6 +7,7 @@ nothing is unpickled except nanoGPT's ckpt.pt (with weights_only), and no path o
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -193,13 +194,17 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
                 shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
     _check_shape(directory, config, shapes)
     config, weights = _cropped(directory, config, tokenizer), {}
-    for file in files:
+    # Files are mapped into memory: reopening them after 16 MB, the largest tensors first, releases what was read.
+    # Opening them for each tensor takes so long that a run that saves would replace them meanwhile.
+    names = sorted(shapes, key=lambda name: (places[name][0], -math.prod(shapes[name])))
+    while names:
+        file, size = places[names[0]][0], 0
         with _opened(directory, file) as tensors:
-            for name, (place, theirs) in places.items():
-                if place == file:
-                    found = tensors.get_tensor(theirs)
-                    found = found.T if name.endswith(TRANSPOSED) else found
-                    weights[name] = _in_memory(directory, name, found, config)
+            while names and places[names[0]][0] == file and size < 1 << 24:
+                tensor = tensors.get_tensor(places[name := names.pop(0)][1])
+                weights[name] = _in_memory(directory, name, tensor.T if name.endswith(TRANSPOSED) else tensor, config)
+                size += tensor.nbytes
+        del tensor
     if not config.bias:
         biases = {name: weights.pop(name) for name in list(weights) if name.endswith("bias")}
         if changed := next((name for name in biases if biases[name].any()), None):  # `save_model` wrote zeros
