@@ -137,7 +137,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock):
+def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock, capsys):
     config = TrainConfig(minutes=10, max_iters=1000, eval_interval=100, warmup_iters=50, out_dir=str(tmp_path))
     state, watch = RunState(settings=dataclasses.asdict(config)), SimpleNamespace(seconds=0.0)
     deadline = Deadline(config, state, steps_per_epoch=50)
@@ -149,6 +149,7 @@ def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock
             assert state.settings["lr_decay_iters"] == steps
             assert runpy.run_path(tmp_path / "recipe.py")["max_iters"] == steps
             config = dataclasses.replace(config, max_iters=steps, lr_decay_iters=steps)
+    assert "ending early: " in (printed := capsys.readouterr().err) and "steps to 564" in printed
 
 
 def test_a_resumed_run_does_not_end_early(clock):

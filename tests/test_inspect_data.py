@@ -35,6 +35,13 @@ def test_it_prints_figures_and_documents_and_changes_nothing(made):
     assert {path.name: path.read_bytes() for path in made.iterdir()} == before
 
 
+def test_a_data_set_is_found_by_the_name_that_train_takes(made, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    made.rename(tmp_path / "data" / "books")
+    monkeypatch.chdir(tmp_path)
+    assert "data/books: from " in run_main("tools.inspect_data", "books").err
+
+
 def test_every_checksum_is_verified(made):
     status, ids = (made / "train.bin").stat(), np.fromfile(made / "train.bin", np.uint16)
     ids[5] ^= 1

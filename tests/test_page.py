@@ -19,7 +19,7 @@ from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, model_with, save_model
 from plaingpt.generate import Sampling, filtered
 from plaingpt.tokenizer import make_tokenizer
-from tools.page import quantize, write_page
+from tools.page import quantize, run_of, write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -367,6 +367,12 @@ def test_the_command_says_size_and_tolerance(tmp_path, tiny_run, opened):
     ended = run_main("tools.page", tiny_run / "best", f"--out={tmp_path / 'page.html'}", "--start=sea")
     assert ended.status == 0 and "a page of about" in ended.err and "of torch's" in ended.err
     assert opened(path=tmp_path / "page.html").input_value("#prompt") == "sea"
+
+
+def test_the_run_of_a_model_is_found_from_its_directory_and_from_the_runs(tiny_run, tmp_path, monkeypatch):
+    assert run_of(str(tiny_run)) == run_of(str(tiny_run / "best")) == tiny_run.resolve()
+    monkeypatch.chdir(tiny_run)
+    assert run_of("gpt2") is None and run_of(str(tmp_path)) is None
 
 
 def test_the_page_in_docs_opens(opened):

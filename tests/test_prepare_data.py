@@ -249,6 +249,17 @@ def test_a_new_preparation_replaces_the_old_one_wholly(prepare, folder):
     assert os.listdir(directory.parent) == ["set"]
 
 
+def test_a_data_set_that_is_replaced_is_named_and_a_models_tokenizer_is_for_finetuning(
+    prepare, folder, tiny_run, capsys
+):
+    source = folder({"a.txt": "and " * 100})
+    prepare(source, "--tokenizer=byte")
+    assert "replacing" not in capsys.readouterr().err
+    prepare(source, f"--tokenizer={tiny_run / 'best'}")
+    printed = capsys.readouterr().err
+    assert "(tokenizer byte, vocabulary of 257)" in printed and f" --init_from={tiny_run / 'best'} " in printed
+
+
 # failures
 
 
