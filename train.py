@@ -55,9 +55,13 @@ class Run:
     def __post_init__(self):
         self.parameters = list(self.model.parameters())
         self.micro_step = functools.partial(forward_backward, self.model, self.dist, self.scaler)
+        self.update = functools.partial(
+            apply_gradients, self.parameters, self.optimizers, self.scaler, grad_clip=self.config.grad_clip
+        )
         self.gradients = []
         if uses_graphs(self.config, self.dist, self.raw_model):
             self.micro_step = Captured(self.micro_step)
+            self.update = Captured(self.update, after=self.micro_step)
             self.gradients = [torch.zeros_like(p) for p in self.parameters]
 
 
@@ -105,7 +109,7 @@ def train_step(
         set_gradient_sync(run.model, last=i == micro_steps - 1)
         total += run.micro_step(inputs, targets, count)
     lr = config.learning_rate_at(step)
-    return total, apply_gradients(run.parameters, run.optimizers, run.scaler, lr, config.grad_clip)
+    return total, run.update(torch.full((), lr, device=dist.device) if run.gradients else lr)
 
 
 def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:

@@ -216,7 +216,7 @@ class Deadline:
         self.minutes, self.start = config.minutes, state.step
         steps = config.max_iters - state.step
         self.warmup_end, self.measured_from = state.step + max(1, steps // 20), state.step + steps // 40
-        self.last_mark, self.longest_pause = (state.step, state.seconds, time.monotonic()), 0.0
+        self.last_mark, self.pause = (state.step, state.seconds, time.monotonic()), 0.0
         self.few_steps, self.ending = FEW_EPOCHS * steps_per_epoch, False
 
     def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:
@@ -236,11 +236,12 @@ class Deadline:
         seconds = watch.seconds  # of training until now
         now, (step_before, before, then) = time.monotonic(), self.last_mark
         self.last_mark = step, seconds, now
-        self.longest_pause = max(self.longest_pause, now - then - (seconds - before))  # of an evaluation and its save
+        if state.evaluated_at == step_before:  # how long that and its save took; the first one is slow on a GPU
+            self.pause = now - then - (seconds - before)
         if step in (step_before, self.measured_from):  # until then compilation distorts the speed
             return config
-        per_step = (seconds - before) / (step - step_before) + self.longest_pause / config.eval_interval
-        steps = step + max(1, int((time_left(self.minutes) - self.longest_pause) / per_step))
+        per_step = (seconds - before) / (step - step_before) + self.pause / config.eval_interval
+        steps = step + max(1, int((time_left(self.minutes) - self.pause) / per_step))
         misses_time = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
         correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)
         return self.with_steps(config, state, steps, dist) if correct else config

@@ -114,15 +114,35 @@ class Batch:
         self.inputs = torch.zeros(3, B, dtype=torch.int64, device=decoder.device)
         # One launch in place of 200
         self.next_ids = Captured(self._draw) if decoder.on_cuda else self._draw
+        self.steps_left = max_new_tokens  # to start
+        self.started = None  # on CUDA, a step that was started before the tokens of the one before were read
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """(text, its next token) for every text that has not ended."""
-        ids = self.next_ids(*self._prepare()).tolist()
-        new = list(zip(self.rows, ids))  # on CUDA there may be more rows
+        rows, ids, ready = self.started or self._start()
+        self.started = None
+        full = any(self.lengths[text] == self.decoder.config.block_size for text in self.rows)
+        if self.decoder.on_cuda and self.steps_left > 0 and not full:  # so the GPU does not wait for Python
+            self.started = self._start(ahead=True)
+        if ready:
+            ready.synchronize()
+        new = [(text, token) for text, token in zip(rows, ids.tolist()) if text in self.rows]
         for text, token in new:
             self.texts[text].append(token)
         return new
+
+    def _start(self, ahead: bool = False) -> tuple[list[int], Tensor, torch.cuda.Event | None]:
+        """The texts of a step, their next tokens, and what to wait for before those are read.
+
+        ahead: the last tokens are known only to the device.
+        """
+        ids, ready = self.next_ids(*self._prepare(ahead)).to("cpu", non_blocking=True, copy=True), None
+        if self.inputs.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        self.steps_left -= 1
+        return list(self.rows), ids, ready
 
     @torch.inference_mode()
     def end(self, text: int) -> None:
@@ -131,12 +151,10 @@ class Batch:
         if last != text:
             self.rows[row], length = last, self.lengths[last]
             self.cache[:, :, row, :, :length] = self.cache[:, :, len(self.rows), :, :length]
+            self.inputs[0, row] = self.inputs[0, len(self.rows)]
 
-    def _prepare(self) -> tuple[int, int]:
-        """Read all but the last token of each row that the cache lacks, and upload what a step needs.
-
-        Returns the shape of the step: its rows, and the positions of the cache that it attends to.
-        """
+    def _read(self) -> None:
+        """Read all but the last token of each row that the cache lacks."""
         block = self.decoder.config.block_size
         unread = {}  # rows by how much they have to read before their last token: equal lengths need no padding
         for row, text in enumerate(self.rows):
@@ -149,52 +167,76 @@ class Batch:
         for length, rows in unread.items():
             texts = [(self.texts[text], self.starts[text]) for text in (self.rows[row] for row in rows)]
             self.decoder.read([text[start : start + length] for text, start in texts], self.cache, rows)
+
+    def _prepare(self, ahead: bool = False) -> tuple[int, int]:
+        """Read what the cache lacks, and upload what a step needs.
+
+        Returns the shape of the step: its rows, and the positions of the cache that it attends to.
+        """
         inputs, n = torch.zeros(self.inputs.shape, dtype=torch.int64), len(self.rows)
-        inputs[0, :n] = torch.tensor([self.texts[text][-1] for text in self.rows])
+        if not ahead:
+            self._read()
+            inputs[0, :n] = torch.tensor([self.texts[text][-1] for text in self.rows])
         inputs[1, :n] = torch.tensor([self.lengths[text] for text in self.rows])
         if self.sampling.temperature:
             draws = [torch.rand(1, generator=self.generators[text], dtype=torch.float64) for text in self.rows]
             inputs[2, :n] = torch.cat(draws).view(torch.int64)
         pinned = self.inputs.device.type == "cuda"
-        self.inputs.copy_(inputs.pin_memory() if pinned else inputs, non_blocking=pinned)
+        inputs = inputs.pin_memory() if pinned else inputs
+        self.inputs[int(ahead) :].copy_(inputs[int(ahead) :], non_blocking=pinned)
         for text in self.rows:
             self.lengths[text] += 1
         length = max(self.lengths[text] for text in self.rows)
         if self.decoder.on_cuda:  # powers of two
-            n, length = (1 << (x - 1).bit_length() for x in (n, max(128, length)))
+            n, length = (1 << (x - 1).bit_length() for x in (n, max(256, length)))
         return min(n, len(self.texts)), min(length, self.cache.size(-2))
 
     def _draw(self, rows: int, length: int) -> Tensor:
         """The next token of each row: (B,)."""
         logits = self._logits(rows, length).to(self.decoder.draw_device)
         draws = self.inputs[2, :rows].to(self.decoder.draw_device)
-        return draw(logits, self.sampling, draws.view(torch.float64))
+        ids = draw(logits, self.sampling, draws.view(torch.float64))
+        if self.decoder.on_cuda:  # for a step that starts ahead
+            self.inputs[0, :rows] = ids
+        return ids
 
     def _logits(self, rows: int, length: int) -> Tensor:
         """Read the last token of each row: (B, V) in float32. On CUDA only `inputs` and the cache matter."""
         decoder, cache = self.decoder, self.cache[:, :, :rows]
         ids, positions, _ = self.inputs[:, :rows, None]
         where = positions[..., None, None].expand(-1, cache.size(3), -1, cache.size(5))  # (B, H, 1, D)
-        groups = []  # rows that attend together, their mask, and their keys and values: L views of (B, H, T, D) each
+        groups = []  # rows that attend together, how, and their keys and values: L views of (B, H, T, D) each
         if decoder.on_cuda:
             unwritten = torch.arange(length, device=decoder.device) > positions  # (B, T)
-            mask = torch.zeros_like(unwritten, dtype=cache.dtype).masked_fill_(unwritten, -torch.inf)
-            groups.append((slice(rows), mask[:, None, None], *map(torch.unbind, cache[..., :length, :].unbind(1))))
+            mask = torch.zeros_like(unwritten, dtype=torch.float32).masked_fill_(unwritten, -torch.inf)
+            attention = functools.partial(attend_once, mask[:, None, None])
+            groups.append((slice(rows), attention, *map(torch.unbind, cache[..., :length, :].unbind(1))))
         else:  # rows of equal length attend together without a mask: a text is the same alone and in a batch
             for length, group in itertools.groupby(range(rows), lambda row: self.lengths[self.rows[row]]):
                 members = list(group)
                 which = slice(members[0], members[-1] + 1)
-                groups.append((which, None, *map(torch.unbind, cache[:, :, which, :, :length].unbind(1))))
+                attention = F.scaled_dot_product_attention
+                groups.append((which, attention, *map(torch.unbind, cache[:, :, which, :, :length].unbind(1))))
         keys, values = map(torch.unbind, cache.unbind(1))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.to(cache.dtype) for x in (q, k, v))
             keys[layer].scatter_(2, where, k)
             values[layer].scatter_(2, where, v)
-            parts = [F.scaled_dot_product_attention(q[which], k[layer], v[layer], mask) for which, mask, k, v in groups]
+            parts = [attention(q[which], k[layer], v[layer]) for which, attention, k, v in groups]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         return decoder.logits(decoder.hidden(ids, positions, attend)[:, 0])
+
+
+def attend_once(mask: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of one query, (B, H, 1, D), over (B, H, T, D) keys and values; mask: (B, 1, 1, T) in float32.
+
+    On CUDA, torch's fused attention reads all keys of a head in one thread block: three times slower for 1,024 keys.
+    """
+    exact = dict(out_dtype=torch.float32) if q.is_cuda and q.dtype != torch.float32 else {}
+    scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, **exact).view(*q.shape[:3], -1)
+    return torch.add(mask, scores, alpha=q.size(-1) ** -0.5).softmax(-1).to(values.dtype) @ values
 
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:

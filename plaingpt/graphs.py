@@ -13,13 +13,14 @@ class Captured:
 
     function: takes tensors, of which only the values may differ between calls, and numbers. It returns a tensor, which
     the next call overwrites. Everything else that it reads or changes on the device must keep its address.
+
+    after: its graphs never run at the same time as those of this one, so all share memory.
     """
 
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function = function
+    def __init__(self, function: Callable[..., Tensor], after: "Captured | None" = None):
+        self.function, self.after = function, after
         self.calls = set()  # combinations that were called at least once
-        self.graphs = {}
-        self.pool = None  # graphs that never run at the same time share memory
+        self.graphs, self.pool = {}, None
         self.works = True
 
     def __call__(self, *arguments: Tensor | float) -> Tensor:
@@ -44,7 +45,7 @@ class Captured:
 
     def _capture(self, arguments: tuple) -> tuple[torch.cuda.CUDAGraph, list, Tensor]:
         graph, inputs = torch.cuda.CUDAGraph(), [v.clone() if isinstance(v, Tensor) else v for v in arguments]
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.pool = self.pool or (self.after and self.after.pool) or torch.cuda.graph_pool_handle()
         # thread_local: a thread that saves a checkpoint may use the device meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             return graph, inputs, self.function(*inputs)

@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         parameters = [local_rows(p) for p in parameters]
         decay_factor = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_mul_(parameters, decay_factor)
-        torch._foreach_add_(parameters, list(torch.where(skipped, 0.0, update)), alpha=-group["lr"] * size)
+        torch._foreach_sub_(parameters, list(torch.where(skipped, 0.0, update * (group["lr"] * size))))
 
 
 def processes() -> int:
@@ -186,7 +186,11 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
 
 
 def apply_gradients(
-    parameters: list[Tensor], optimizers: list, scaler: torch.amp.GradScaler, learning_rate: float, grad_clip: float
+    parameters: list[Tensor],
+    optimizers: list,
+    scaler: torch.amp.GradScaler,
+    learning_rate: float | Tensor,
+    grad_clip: float,
 ) -> Tensor:
     """Update the parameters. Return the norm of the gradients before clipping, a scalar tensor on the device.
 
@@ -204,6 +208,7 @@ def apply_gradients(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+            group["capturable"] = norm.is_cuda and torch.cuda.is_current_stream_capturing()  # AdamW asks for it
         # Not scaler.step: it checks each optimizer's own gradients, but all must skip or none.
         optimizer.grad_scale, optimizer.found_inf = None, skip
         optimizer.step()
