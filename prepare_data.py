@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from plaingpt.console import UserError, cores, counted, escaped, note, one_line, run_script
+from plaingpt.files import json_in
 from plaingpt.settings import PathName, PositiveInt, Range, Size, load_settings
 from plaingpt.text.job import Job, prepare
-from plaingpt.text.shards import json_in
 from plaingpt.text.sources import Source, find_source, read_options
 from plaingpt.tokenizer import resolve_tokenizer
 

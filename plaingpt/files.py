@@ -213,6 +213,15 @@ def read_json(directory: Path, name: str) -> dict:
         raise UserError(f"{path} is damaged: {one_line(error)}") from error
 
 
+def json_in(path: Path) -> dict:
+    """The object in a file of ours; {} if it is missing, or was left empty or cut by a loss of power."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

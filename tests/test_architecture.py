@@ -17,7 +17,7 @@ LAYERS = [
     ["plaingpt.text.streams"],
     ["plaingpt.text.readers", "plaingpt.text.bulk"],
     ["plaingpt.text.walk"],
-    ["plaingpt.text.sources", "plaingpt.text.shards"],
+    ["plaingpt.text.sources"],
     ["plaingpt.text.pipeline", "plaingpt.batches"],
     ["plaingpt.text.job"],
     ["plaingpt.distributed", "plaingpt.metrics", "plaingpt.checkpoint"],

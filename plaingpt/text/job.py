@@ -20,16 +20,15 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from plaingpt.console import UserError, counted, note
-from plaingpt.files import fsync, new_file, put_in_place
+from plaingpt.files import fsync, json_in, new_file, put_in_place
 from plaingpt.text.pipeline import Work, encode_part
 from plaingpt.text.readers import File, kind_of
-from plaingpt.text.shards import json_in, name_files, write_meta
 from plaingpt.text.sources import Source
 from plaingpt.text.streams import ReadOptions
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
-from plaingpt.tokens import SPLITS
+from plaingpt.tokens import FORMAT_VERSION, SPLITS, id_dtype
 
-FORMAT = 6  # version of the .partial directory; work in another version starts over
+FORMAT = 7  # version of the .partial directory; work in another version starts over
 MANY_DOCUMENTS = 200  # from here on entire documents go to validation; with fewer, the tail of each
 TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardly changes it
 
@@ -178,11 +177,25 @@ def finish(job: Job, work: Work) -> dict | None:
             remove(job.partial)  # to continue would change nothing
             raise UserError(f"too little text: the {split} split is empty; give more, or another --val_fraction")
         sums = {key: sum(found["splits"][split][key] for found in progress) for key in ("tokens", "bytes", "documents")}
-        splits[split] = sums | {"files": name_files(shards, split, files)}
+        for i, file in enumerate(files):
+            made, file["name"] = shards / file["name"], f"{split}.bin" if len(files) == 1 else f"{split}_{i:06}.bin"
+            if made.exists():  # not renamed before an interruption
+                made.rename(shards / file["name"])
+        splits[split] = sums | {"files": files}
     for empty in shards.glob("part*.bin"):
         empty.unlink()
     work.tokenizer.save(shards)
-    meta = write_meta(shards, work.tokenizer, job.kind, job.source.description, splits, job.digest)
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": job.kind,
+        "vocab_size": work.tokenizer.vocab_size,
+        "dtype": id_dtype(work.tokenizer.vocab_size - 1).name,
+        "end_of_text": work.tokenizer.end_of_text,
+        "source": job.source.description,
+        "plan": job.digest,
+        "splits": splits,
+    }
+    (shards / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     put_in_place(shards, job.directory)
     remove(job.partial)
     return meta

@@ -6,21 +6,22 @@ continue, the output is truncated to that length and reading resumes there, so i
 
 import collections
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import xxhash
 from tqdm import tqdm
 
 from plaingpt.console import RunFailed, is_rank_0, note
-from plaingpt.files import new_file
+from plaingpt.files import fsync, json_in, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.readers import SEPARATOR, File, Shard, Text
-from plaingpt.text.shards import ShardWriter, json_in
 from plaingpt.text.streams import ReadOptions, character_boundary, note_once, split_of
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
@@ -141,50 +142,66 @@ def encode(batch: Batch, work: Work, encoder: BulkEncoder) -> dict[str, tuple[np
 
 
 class Output:
-    """The shards of one part, and its progress."""
+    """The shards of one part, and its progress.
+
+    Shard i begins with id i * shard_tokens of its split: the number of ids written says where the next one goes.
+    """
 
     def __init__(self, work: Work):
-        self.path = work.progress
-        dtype = id_dtype(work.tokenizer.vocab_size - 1)
-        found = json_in(self.path)
+        found = json_in(work.progress)
+        self.work, self.dtype, self.unsaved = work, id_dtype(work.tokenizer.vocab_size - 1), 0
         self.finished = found.get("finished", False)
         self.position = tuple(found.get("position", (0, 0)))
-        self.splits = found.get("splits") or {s: {"tokens": 0, "bytes": 0, "documents": 0, "files": []} for s in SPLITS}
-        self.is_first = work.part == 1
-        self.unsaved = 0
-        if not self.finished:
-            try:
-                self.writers = {
-                    split: ShardWriter(
-                        work.directory, f"part{work.part}_{split}", dtype, work.shard_tokens, figures["files"]
-                    )
-                    for split, figures in self.splits.items()
-                }
-            except ValueError as error:
-                self.path.unlink()
-                raise RunFailed(f"{error}; run again: this part starts over") from error
+        self.splits = found.get("splits") or {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+        self.shards = {} if self.finished else {split: self.open_shard(split) for split in SPLITS}
+
+    def open_shard(self, split: str) -> IO[bytes]:
+        """The shard of the next id, cut to the length that was saved."""
+        index, filled = divmod(self.splits[split]["tokens"], self.work.shard_tokens)
+        shard = open(self.work.directory / f"part{self.work.part}_{split}_{index:06}.bin", "ab")  # noqa: SIM115
+        if shard.tell() < filled * self.dtype.itemsize:
+            self.work.progress.unlink()
+            raise RunFailed(f"{shard.name} was cut; run again: this part starts over")
+        shard.truncate(filled * self.dtype.itemsize)
+        return shard
 
     def write(self, batch: Batch, encoded: dict[str, tuple[np.ndarray, int, int]]) -> None:
         for split, (ids, n_bytes, n_documents) in encoded.items():
             figures = self.splits[split]
-            if self.is_first and not figures["tokens"]:
+            if self.work.part == 1 and not figures["tokens"]:
                 ids = ids[1:]  # end of text stands between documents, not before the first one
-            self.writers[split].write(ids)
-            figures["tokens"] += len(ids)
             figures["bytes"] += n_bytes
             figures["documents"] += n_documents
             self.unsaved += len(ids)
+            while len(ids):
+                room = self.work.shard_tokens - figures["tokens"] % self.work.shard_tokens
+                fitting, ids = ids[:room], ids[room:]
+                self.shards[split].write(fitting)
+                figures["tokens"] += len(fitting)
+                if len(fitting) == room:
+                    self.shards[split].close()
+                    fsync(Path(self.shards[split].name))
+                    self.shards[split] = self.open_shard(split)
         self.position = batch.position
         if self.unsaved >= SAVE_TOKENS:
-            self.save({split: writer.saved() for split, writer in self.writers.items()})
+            self.save()
 
-    def finish(self) -> None:
-        self.finished = True
-        self.save({split: writer.close() for split, writer in self.writers.items()})
-
-    def save(self, files: dict[str, list[dict]]) -> None:
-        for split, figures in self.splits.items():
-            figures["files"] = files[split]
-        with new_file(self.path) as file:
+    def save(self) -> None:
+        for shard in self.shards.values():
+            shard.flush()
+            os.fsync(shard.fileno())
+        with new_file(self.work.progress) as file:
             json.dump({"position": self.position, "splits": self.splits, "finished": self.finished}, file)
         self.unsaved = 0
+
+    def finish(self) -> None:
+        self.save()
+        for split, shard in self.shards.items():
+            shard.close()
+            paths = sorted(self.work.directory.glob(f"part{self.work.part}_{split}_*.bin"))
+            self.splits[split]["files"] = [
+                {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
+                for path in paths
+            ]
+        self.shards, self.finished = {}, True
+        self.save()
