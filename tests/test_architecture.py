@@ -16,7 +16,6 @@ LAYERS = [
     ["plaingpt.tokens"],
     ["plaingpt.text.streams"],
     ["plaingpt.text.readers", "plaingpt.text.bulk"],
-    ["plaingpt.text.walk"],
     ["plaingpt.text.sources"],
     ["plaingpt.text.pipeline", "plaingpt.batches"],
     ["plaingpt.text.job"],

@@ -272,7 +272,7 @@ def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, f
     directory = prepare(source, "--tokenizer=byte")
     assert split_texts(directory, "train") == ["a" * 95, "c" * 95]
     printed = capsys.readouterr().err
-    assert "reading 2 files: 2 text; 7 skipped: 5 binary files, " in printed
+    assert "reading 2 files: 2 text; 7 skipped: 5 binary, " in printed
     for kind in ("1 JSON without 'text'", "1 CSV without 'text'"):
         assert kind in printed.splitlines()[0]
     for name, message in {
@@ -283,7 +283,7 @@ def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, f
             prepare(source / name)
     (source / "a.txt").unlink()
     (source / "c.txt").unlink()
-    with pytest.raises(UserError, match="texts: 7 skipped: 5 binary files"):
+    with pytest.raises(UserError, match="texts: 7 skipped: 5 binary"):
         prepare(source)
 
 

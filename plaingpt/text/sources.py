@@ -1,7 +1,9 @@
 """Where documents come from: named sources, Hugging Face data sets, standard input, and any files of text."""
 
 import codecs
+import collections
 import dataclasses
+import glob
 import hashlib
 import os
 import re
@@ -9,18 +11,18 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plaingpt.console import UserError, one_line
+from plaingpt.console import UserError, closest, counted, one_line
 from plaingpt.files import new_file, sha256
-from plaingpt.text.readers import File, Shard
-from plaingpt.text.streams import ReadOptions
-from plaingpt.text.walk import find_files, walk
+from plaingpt.text.readers import File, Shard, kind_of
+from plaingpt.text.streams import ReadOptions, open_utf8
 from plaingpt.tokens import NAMED
 
+HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
 CACHE = Path(__file__).parents[2] / "data" / ".downloads"
 HUB = {  # repository, share for validation, and what is pinned
     "tinystories": ("roneneldan/TinyStories", 0.01, {}),
@@ -99,6 +101,72 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
     files, summary = find_files(wanted, read_options(options))
     name = Path(wanted[0]).stem.split(".")[0] or "text"
     return Source(name, shlex.join(wanted), files, summary=summary)
+
+
+def find_files(words: list[str], options: ReadOptions) -> tuple[tuple[File, ...], str]:
+    """The files that are read, each once, in the order of their paths, and a summary of these and of those left out."""
+    named = {os.path.normpath(word) for word in words if os.path.isfile(word)}
+    paths = {os.path.normpath(path) for word in words for path in _matches(word)}
+    paths = {os.stat(path)[1:3]: path for path in sorted(paths, reverse=True)}  # by inode and device: links once
+    files, read, skipped = [], collections.Counter(), collections.Counter()
+    for path in sorted(paths.values(), key=lambda path: path.split(os.sep)):
+        if kind := _not_documents(path, options, path in named):
+            skipped[kind] += 1
+        else:
+            files.append(File.at(path))
+            read[kind_of(path)] += 1
+
+    def listed(counts: collections.Counter) -> str:
+        return ", ".join(f"{n:,} {kind}" for kind, n in counts.most_common())
+
+    left_out = f"{skipped.total():,} skipped: {listed(skipped)}" if skipped else ""
+    if not files:
+        raise UserError(f"{' '.join(words)}: {left_out or 'no files there'}")
+    return tuple(files), f"reading {counted(len(files), 'file')}: {listed(read)}" + (left_out and f"; {left_out}")
+
+
+def _matches(word: str) -> Iterable[str]:
+    """The files of a word of the command line."""
+    if os.path.isdir(word):
+        return walk(word)
+    if found := [word] if os.path.isfile(word) else glob.glob(word, recursive=True):
+        return filter(os.path.isfile, found)
+    raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED)}")
+
+
+def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterator[str]:
+    """The files in a directory and below, except hidden ones. Links are followed; no directory is entered twice."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk alone ignores a directory that cannot be read
+
+    entered = set()
+    for folder, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [n for n in sorted(folders) if not (real in entered or n.startswith(".") or n in left_out)]
+        if real not in entered:
+            paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
+            yield from filter(os.path.isfile, paths)  # no pipe, device or broken link
+        entered.add(real)
+
+
+def _not_documents(path: str, options: ReadOptions, is_named: bool) -> str | None:
+    """Why a file is left out: it is binary, or JSON or CSV without the column. UserError if it is named."""
+    kind = kind_of(path)
+    try:
+        if kind == "text":
+            with open_utf8(path, options) as opened:
+                head = opened.stream.read(HEAD)
+            if b"\0" in head or head.startswith((b"%PDF-", b"{\\rtf")):
+                remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
+                raise UserError(f"{path} is not text but a binary file: {remedy}")
+        elif kind in ("JSON", "CSV", "TSV"):  # often settings and tables
+            next(File.at(path).texts(options), None)
+    except UserError:
+        if is_named and options.bad_files != "skip":
+            raise
+        return "binary" if kind == "text" else f"{kind} without {options.column!r}"
+    return None
 
 
 def _hub(repository: str, name: str, val_fraction: float, options: Any, pinned: dict) -> Source:
