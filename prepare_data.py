@@ -14,63 +14,22 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
 
 from plaingpt.console import UserError, cores, counted, escaped, note, one_line, run_script
 from plaingpt.files import json_in
-from plaingpt.settings import PathName, PositiveInt, Range, Size, load_settings
+from plaingpt.settings import load_settings
+from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job, prepare
-from plaingpt.text.sources import Source, find_source, read_options
+from plaingpt.text.sources import Source, find_source
 from plaingpt.tokenizer import resolve_tokenizer
 
 RECIPES = {"python": "quickstart", "shakespeare_char": "train_shakespeare_cpu"}  # recipes that set `dataset`
 
 
-@dataclass(frozen=True)
-class PrepareConfig:
-    sources: list[PathName] = field(default_factory=list)
-    """a named source, hf:owner/name, - (standard input), or files, directories, globs: text, JSON, CSV, TSV, Parquet"""
-    name: str | None = None
-    """name of the data set: its directory in data_dir, train.py's `dataset` (default: from the source)"""
-    tokenizer: PathName | None = None
-    """gpt2, char, byte, bpe (trained on 64 million characters), or a model directory (default for files: gpt2)"""
-    vocab_size: Size = 2048
-    """ids of a bpe tokenizer, including end of text"""
-    val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
-    """fraction of the text held out for validation (default: 0.05 for files, 0.01 for hf:; named sources differ)"""
-    dedup: bool = False
-    """drop exact copies of documents, except text files over 1 MB; takes about 100 bytes of memory per document"""
-    split_documents: bool = False
-    """split text files into documents at <|endoftext|>"""
-    bad_files: Literal["stop", "skip", "replace"] = "stop"
-    """text that is invalid in its encoding: stop; skip the document (in a text file, up to 1 MB); or write U+FFFD"""
-    encoding: str | None = None
-    """encoding of text files, such as latin-1 (default: by byte order mark, else UTF-8)"""
-    column: str = "text"
-    """name of the text column in JSON, CSV, TSV, Parquet and Hugging Face data sets; if given, - reads JSON Lines"""
-    config: str | None = None
-    """configuration of a Hugging Face data set, such as sample-10BT"""
-    split: str = "train"
-    """split of a Hugging Face data set to read"""
-    revision: str | None = None
-    """revision of a Hugging Face data set (default: the newest)"""
-    streaming: bool = True
-    """read a Hugging Face data set while it downloads; False: download it to Hugging Face's cache first"""
-    shard_tokens: PositiveInt = 1 << 28
-    """maximum number of ids per file; a larger split is written to several files"""
-    part: str | None = None
-    """part to prepare: 3/16 is the third of 16; torchrun and Slurm arrays set it. The last one writes meta.json"""
-    threads: PositiveInt | None = None
-    """number of encoding threads (default: one per core)"""
-    data_dir: PathName = "data"
-    """directory of the data sets"""
-
-
 def main() -> None:
     config, given = load_settings(PrepareConfig, positional="sources")
-    source = find_source(config.sources, config, json_lines="column" in given)
+    source = find_source(config, json_lines="column" in given)
     directory = directory_of(config.name or source.name, config.data_dir)
     try:
         part, parts = part_of(config.part)
@@ -86,8 +45,10 @@ def main() -> None:
     check_replaced(directory, source, config.name)
     started = time.perf_counter()
     try:
-        job = make_job(directory, source, config, parts)
-        meta = prepare(job, part, config.threads or max(1, cores() // processes_here))
+        kind, tokenizer = resolve_tokenizer(config.tokenizer or source.tokenizer)
+        config = dataclasses.replace(config, val_fraction=config.val_fraction or source.val_fraction)
+        job = Job(directory, source, config, kind, tokenizer, part, parts)
+        meta = prepare(job, config.threads or max(1, cores() // processes_here))
     except OSError as error:
         raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
     except KeyboardInterrupt:
@@ -113,16 +74,6 @@ def check_replaced(directory: Path, source: Source, name: str | None) -> None:
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
     if found:
         note(f"replacing {directory} (tokenizer {found.get('tokenizer')}, vocabulary of {found.get('vocab_size')})")
-
-
-def make_job(directory: Path, source: Source, config: PrepareConfig, parts: int) -> Job:
-    options = dataclasses.replace(
-        read_options(config),
-        bad_files=source.bad_files or config.bad_files,
-        val_fraction=config.val_fraction or source.val_fraction,
-    )
-    kind, tokenizer = resolve_tokenizer(config.tokenizer or source.tokenizer)
-    return Job(directory, source, options, kind, tokenizer, config.vocab_size, config.dedup, config.shard_tokens, parts)
 
 
 def part_of(given: str | None) -> tuple[int, int]:

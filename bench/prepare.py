@@ -32,11 +32,11 @@ import xxhash
 
 from plaingpt.console import UserError, run_script
 from plaingpt.settings import PositiveInt, load_settings
-from plaingpt.text.sources import find_source, read_options
+from plaingpt.text.config import PrepareConfig
+from plaingpt.text.sources import find_source
 from plaingpt.text.streams import split_of
 from plaingpt.tokenizer import gpt2_by_tiktoken
 from plaingpt.tokens import open_data_set
-from prepare_data import PrepareConfig
 
 CORES = len(os.sched_getaffinity(0))
 EOT = 50256
@@ -67,9 +67,9 @@ def corpus(folder: Path, config: BenchConfig) -> None:
     """200.parquet; 2000.parquet and 2000.txt, the same ten times, another tenth of the lines changed each time."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = []
-    config, paths = PrepareConfig(bad_files="skip"), sysconfig.get_paths()
-    everything = [f"{paths[key]}/**/*.py" for key in ("stdlib", "purelib")]
-    for text in find_source(everything, config).texts(read_options(config)):
+    paths = sysconfig.get_paths()
+    config = PrepareConfig([f"{paths[key]}/**/*.py" for key in ("stdlib", "purelib")], bad_files="skip")
+    for text in find_source(config).texts(config):
         if len(text) < 1 << 22:  # a table of megabytes written as Python is no document
             texts.append(text)
     random.Random(0).shuffle(texts)

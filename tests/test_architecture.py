@@ -14,6 +14,7 @@ LAYERS = [
     ["plaingpt.files"],
     ["plaingpt.hub", "plaingpt.tokenizer"],
     ["plaingpt.tokens"],
+    ["plaingpt.text.config"],
     ["plaingpt.text.streams"],
     ["plaingpt.text.readers", "plaingpt.text.bulk"],
     ["plaingpt.text.sources"],

@@ -23,9 +23,9 @@ from filelock import FileLock
 import prepare_data
 from plaingpt.console import UserError
 from plaingpt.text import pipeline, streams
+from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job
 from plaingpt.text.sources import Source
-from plaingpt.text.streams import ReadOptions
 from plaingpt.tokens import open_data_set
 
 DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260)]
@@ -153,8 +153,8 @@ def test_an_earlier_data_set_stays_complete_until_the_new_one_is(tmp_path, text,
 
 def test_work_on_other_shards_of_a_data_set_is_not_continued(tmp_path):
     """Streamed, a Hugging Face data set has other shards than on disk."""
-    sources = [Source("set", "hf:me/set", dataset=dataset) for dataset in ([], ())]
-    digests = {Job(tmp_path, s, ReadOptions(), "gpt2", None, 0, False, 1, 1).digest for s in sources}
+    source, configs = Source("set", "hf:me/set"), [PrepareConfig(streaming=streaming) for streaming in (True, False)]
+    digests = {Job(tmp_path, source, config, "gpt2", None, 1, 1).digest for config in configs}
     assert len(digests) == 2
 
 

@@ -88,7 +88,7 @@ def test_one_document_is_split_where_nanogpt_splits_it(prepare, folder, n):
 
 
 def test_shakespeare_char_is_split_at_nine_tenths():
-    source = prepare_data.find_source(["shakespeare_char"], prepare_data.PrepareConfig())
+    source = prepare_data.find_source(prepare_data.PrepareConfig(sources=["shakespeare_char"]))
     assert (source.val_fraction, source.tokenizer) == (0.1, "char")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import gzip
 import io
 import json
@@ -20,9 +19,9 @@ from conftest import ROOT
 
 from plaingpt.console import RunFailed, UserError
 from plaingpt.text import pipeline, streams
-from plaingpt.text.sources import find_source, read_options
+from plaingpt.text.config import PrepareConfig
+from plaingpt.text.sources import find_source
 from plaingpt.tokenizer import gpt2, make_tokenizer
-from prepare_data import PrepareConfig
 
 TEXTS = ["one", "two\nlines", "größer 字 👍", "", "a <|endoftext|> b", 'quotes " and \\', "x" * 3000]
 TEXTS += map(str, range(60))
@@ -30,17 +29,16 @@ WHOLE = [text for text in TEXTS if text]
 
 
 def source(*wanted, **options):
-    return find_source(list(map(str, wanted)), PrepareConfig(**options))
+    return find_source(PrepareConfig(sources=list(map(str, wanted)), **options))
 
 
 def read(*wanted, **options) -> list[str]:
-    return list(source(*wanted, **options).texts(read_options(PrepareConfig(**options))))
+    return list(source(*wanted, **options).texts(PrepareConfig(**options)))
 
 
-def batches(*wanted, by_content: bool = True, dedup: bool = False, **options) -> list[pipeline.Batch]:
-    read_by = dataclasses.replace(read_options(PrepareConfig(**options)), by_content=by_content)
-    inputs = source(*wanted, **options).inputs()
-    return list(pipeline.read(pipeline.Work(Path(), Path(), 1, inputs, read_by, gpt2(), dedup, 1), (0, 0)))
+def batches(*wanted, by_content: bool = True) -> list[pipeline.Batch]:
+    inputs, config = source(*wanted).inputs(), PrepareConfig(val_fraction=0.05)
+    return list(pipeline.read(pipeline.Work(Path(), Path(), 1, inputs, config, gpt2(), by_content), (0, 0)))
 
 
 @contextlib.contextmanager
@@ -522,7 +520,7 @@ def test_a_data_set_that_breaks_off_is_a_failure_to_be_tried_again(repository):
     found = source(f"hf:{repository}")
     next(repository.glob("data/train-00001*")).unlink()
     with pytest.raises(RunFailed, match=r"shard 1 cannot be read: .*; run again to go on"):
-        list(found.texts(read_options(PrepareConfig())))
+        list(found.texts(PrepareConfig()))
 
 
 @pytest.mark.parametrize(

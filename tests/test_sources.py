@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from plaingpt.console import UserError
-from plaingpt.text.sources import Source, download, find_source, read_options
-from prepare_data import PrepareConfig
+from plaingpt.text.config import PrepareConfig
+from plaingpt.text.sources import Source, download, find_source
 
 
 @pytest.fixture
@@ -27,11 +27,11 @@ def here(tmp_path, monkeypatch):
 
 
 def source(*wanted, **options) -> Source:
-    return find_source(list(map(str, wanted)), PrepareConfig(**options))
+    return find_source(PrepareConfig(sources=list(map(str, wanted)), **options))
 
 
 def documents(*wanted, **options) -> list[str]:
-    texts = source(*wanted, **options).texts(read_options(PrepareConfig(**options)))
+    texts = source(*wanted, **options).texts(PrepareConfig(**options))
     return [text.removeprefix("text of ") for text in texts]
 
 
@@ -84,7 +84,7 @@ def test_names_that_no_system_has_are_refused(here):
 
 
 def test_documents_can_be_read_again(here):
-    b, options = source("b"), read_options(PrepareConfig())
+    b, options = source("b"), PrepareConfig()
     assert list(b.texts(options)) == list(b.texts(options)) != []
 
 

@@ -21,10 +21,10 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from plaingpt.console import UserError, counted, note
 from plaingpt.files import fsync, json_in, new_file, put_in_place
+from plaingpt.text.config import PrepareConfig
 from plaingpt.text.pipeline import Work, encode_part
 from plaingpt.text.readers import File, kind_of
 from plaingpt.text.sources import Source
-from plaingpt.text.streams import ReadOptions
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS, id_dtype
 
@@ -35,16 +35,14 @@ TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardl
 
 @dataclass(frozen=True)
 class Job:
-    """What is prepared, the same for all of its `parts`."""
+    """What is prepared, and which part of it by this process."""
 
     directory: Path
     source: Source
-    options: ReadOptions
+    config: PrepareConfig
     kind: str  # what meta.json calls the tokenizer
     tokenizer: Tokenizer | None  # if it exists already
-    vocab_size: int  # of a bpe
-    dedup: bool
-    shard_tokens: int
+    part: int  # from 1
     parts: int
 
     @functools.cached_property
@@ -56,9 +54,8 @@ class Job:
     def digest(self) -> str:
         """A name for the result: from the same source and settings it is the same on every machine."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
-        shards = type(self.source.dataset).__name__  # with and without --streaming they are different ones
-        tokenizer = self.kind, self.vocab_size if self.kind == "bpe" else None
-        result = FORMAT, source, shards, tokenizer, self.options, self.dedup, self.shard_tokens, self.parts
+        config = dataclasses.replace(self.config, name=None, tokenizer=self.kind, part=None, threads=None, data_dir="")
+        result = FORMAT, source, config, self.parts
         return hashlib.sha256(repr(result).encode("utf-8", "surrogateescape")).hexdigest()
 
     def is_done(self) -> bool:
@@ -76,7 +73,7 @@ class Job:
             raise UserError(f"{self.directory} is being prepared by another process ({path} is locked)") from error
 
 
-def prepare(job: Job, part: int, threads: int) -> dict | None:
+def prepare(job: Job, threads: int) -> dict | None:
     """Do one part. The process that finishes last completes the data set and returns the content of its meta.json."""
     if job.parts > 1 and job.is_done() and not job.partial.exists():
         return note(f"{job.directory} is prepared already")
@@ -84,8 +81,8 @@ def prepare(job: Job, part: int, threads: int) -> dict | None:
         job.partial.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as until_done:
             with FileLock(job.partial / "plan.lock"):  # while the plan is made; the part's lock is for all of its work
-                until_done.enter_context(job.lock(part))
-                work = make_work(job, part)
+                until_done.enter_context(job.lock(job.part))
+                work = make_work(job)
             if work:
                 encode_part(work, threads)
                 with FileLock(job.partial / "plan.lock"):
@@ -96,7 +93,7 @@ def prepare(job: Job, part: int, threads: int) -> dict | None:
     return note(f"{job.directory} is prepared already")
 
 
-def make_work(job: Job, part: int) -> Work | None:
+def make_work(job: Job) -> Work | None:
     """What this part has to do; None if the data set is complete. Unfinished work for another result is removed."""
     plan, shards = json_in(job.partial / "plan.json"), job.partial / "shards"
     is_same = plan.get("digest") == job.digest
@@ -106,7 +103,7 @@ def make_work(job: Job, part: int) -> Work | None:
         return None
     if not is_same:
         for path in job.partial.glob("part-*.lock"):
-            if (other := int(path.stem[5:])) != part:
+            if (other := int(path.stem[5:])) != job.part:
                 job.lock(other).lock.release()
         if plan:
             note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
@@ -118,19 +115,18 @@ def make_work(job: Job, part: int) -> Work | None:
         if job.parts == 1 and not is_same:  # nothing has been encoded
             remove(job.partial)
         raise
-    plan = json_in(job.partial / "plan.json")
-    options = dataclasses.replace(job.options, by_content=plan["by_content"])
-    inputs = source.inputs()[part - 1 :: job.parts]
-    return Work(shards, job.progress(part), part, inputs, options, tokenizer, job.dedup, job.shard_tokens)
+    by_content = json_in(job.partial / "plan.json")["by_content"]
+    inputs = source.inputs()[job.part - 1 :: job.parts]
+    return Work(shards, job.progress(job.part), job.part, inputs, job.config, tokenizer, by_content)
 
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
-    documents = count_documents(source, job.options)
+    documents = count_documents(source, job.config)
     if not documents:
         raise UserError(f"{source.description}: there is no text in it")
     if source.summary:
         note(source.summary)
-    tokenizer = job.tokenizer or make_tokenizer(job.kind, sample(source, job.options, job.kind), job.vocab_size)
+    tokenizer = job.tokenizer or make_tokenizer(job.kind, sample(source, job.config, job.kind), job.config.vocab_size)
     tokenizer.save(job.partial)
     fsync(job.partial / "tokenizer.json")
     (job.partial / "shards").mkdir()
@@ -139,22 +135,22 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     return tokenizer
 
 
-def count_documents(source: Source, options: ReadOptions) -> int:
+def count_documents(source: Source, config: PrepareConfig) -> int:
     """How many there are, up to MANY_DOCUMENTS."""
     count = 0
     for found in source.inputs():
-        is_one = isinstance(found, File) and kind_of(found.path) == "text" and not options.split_documents
+        is_one = isinstance(found, File) and kind_of(found.path) == "text" and not config.split_documents
         most = 1 if is_one else MANY_DOCUMENTS - count
-        count += sum(1 for _ in itertools.islice(found.texts(options), most))
+        count += sum(1 for _ in itertools.islice(found.texts(config), most))
         if count >= MANY_DOCUMENTS:
             break
     return count
 
 
-def sample(source: Source, options: ReadOptions, kind: str) -> Iterator[str]:
+def sample(source: Source, config: PrepareConfig, kind: str) -> Iterator[str]:
     """The text that a tokenizer is made from: for bpe the beginning; for char all, to see every character."""
     size = 0
-    for text in source.texts(options):
+    for text in source.texts(config):
         yield text[: TRAINING_CHARACTERS - size] if kind == "bpe" else text
         size += len(text)
         if kind == "bpe" and size >= TRAINING_CHARACTERS:
@@ -169,8 +165,8 @@ def finish(job: Job, work: Work) -> dict | None:
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
     progress = [json_in(job.progress(part)) for part in range(1, job.parts + 1)]
     if missing := sum(not found.get("finished") for found in progress):
-        return note(f"part {work.part} of {job.parts} is done; {counted(missing, 'part')} left")
-    splits, shards = {}, work.directory
+        return note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")
+    splits, shards = {}, work.shards
     for split in SPLITS:
         files = [file for found in progress for file in found["splits"][split]["files"] if file["tokens"]]
         if not files:

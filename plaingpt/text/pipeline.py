@@ -21,8 +21,9 @@ from plaingpt.console import RunFailed, is_rank_0, note
 from plaingpt.files import fsync, json_in, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
-from plaingpt.text.readers import SEPARATOR, File, Shard, Text
-from plaingpt.text.streams import ReadOptions, character_boundary, note_once, split_of
+from plaingpt.text.config import PrepareConfig
+from plaingpt.text.readers import SEPARATOR, File, Shard, text_size
+from plaingpt.text.streams import character_boundary, note_once, split_of
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
 
@@ -33,14 +34,13 @@ SAVE_TOKENS = 1 << 25  # ids between two saves of the progress, about a second's
 class Work:
     """What one process has to do. Other processes do other parts."""
 
-    directory: Path  # of the shards
+    shards: Path  # their directory
     progress: Path
     part: int  # from 1
     inputs: list[File | Shard]
-    options: ReadOptions
+    config: PrepareConfig
     tokenizer: Tokenizer
-    dedup: bool
-    shard_tokens: int
+    by_content: bool  # a document goes to a split by its hash; False: the tail of each goes to validation
 
 
 @dataclass
@@ -92,17 +92,21 @@ def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
     before, batch = 0, Batch()
     seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
     for i, source in enumerate(work.inputs):
-        texts = source.texts(work.options) if work.dedup or i >= start[0] else ()
-        split, splits_so_far = "", set()  # of the document; splits that have a part of it
+        texts = source.texts(work.config) if work.config.dedup or i >= start[0] else ()
         for n, text in enumerate(texts, 1):
             if text.begins:
-                digest = xxhash.xxh3_64_intdigest(text.data)
-                split, splits_so_far = split_of(digest, work.options.val_fraction), set()
-                if work.dedup and text.ends:
+                digest, splits_so_far = xxhash.xxh3_64_intdigest(text.data), set()  # splits that have a part of it
+                size = len(text.data) if text.ends or work.by_content else text_size(source, work.config)
+                boundary = int(size * (1 - work.config.val_fraction))
+                if work.config.dedup and text.ends:
                     if digest in seen:
                         continue
                     seen.add(digest)
-            parts = {split: text.data} if work.options.by_content else divided(text, work.options.val_fraction)
+            if work.by_content:
+                parts = {split_of(digest, work.config.val_fraction): text.data}
+            else:
+                parts = divided(text.data, boundary)
+                boundary -= len(text.data)
             if (i, n) > start:
                 if batch.size and (not text.begins or batch.size >= streams.PIECE):
                     yield batch
@@ -117,11 +121,10 @@ def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
         yield batch
 
 
-def divided(text: Text, val_fraction: float) -> dict[str, bytes]:
-    """A text, or a piece of it, whose tail goes to validation."""
-    boundary = int(len(text.data) * (1 - val_fraction)) if text.boundary is None else text.boundary
-    boundary = character_boundary(text.data, boundary)
-    parts = {"train": text.data[:boundary], "val": text.data[boundary:]}
+def divided(text: bytes, boundary: int) -> dict[str, bytes]:
+    """A document, or a piece of it, whose tail goes to validation. boundary: may lie before or after the piece."""
+    boundary = character_boundary(text, min(max(boundary, 0), len(text)))
+    parts = {"train": text[:boundary], "val": text[boundary:]}
     return {split: data for split, data in parts.items() if data}
 
 
@@ -129,7 +132,7 @@ def encode(batch: Batch, work: Work, encoder: BulkEncoder) -> dict[str, tuple[np
     """Of each split that gets something: ids with end of text before each document, bytes, documents."""
     encoded, dtype = {}, id_dtype(work.tokenizer.vocab_size - 1)
     for split, texts in batch.splits.items():
-        if not work.options.split_documents and any(b"|" in text and SEPARATOR in text for text in texts):
+        if not work.config.split_documents and any(b"|" in text and SEPARATOR in text for text in texts):
             message = (
                 "<|endoftext|> occurs in the text and is encoded as ordinary text; if it separates documents of a text "
                 "file, give --split_documents"
@@ -157,8 +160,8 @@ class Output:
 
     def open_shard(self, split: str) -> IO[bytes]:
         """The shard of the next id, cut to the length that was saved."""
-        index, filled = divmod(self.splits[split]["tokens"], self.work.shard_tokens)
-        shard = open(self.work.directory / f"part{self.work.part}_{split}_{index:06}.bin", "ab")  # noqa: SIM115
+        index, filled = divmod(self.splits[split]["tokens"], self.work.config.shard_tokens)
+        shard = open(self.work.shards / f"part{self.work.part}_{split}_{index:06}.bin", "ab")  # noqa: SIM115
         if shard.tell() < filled * self.dtype.itemsize:
             self.work.progress.unlink()
             raise RunFailed(f"{shard.name} was cut; run again: this part starts over")
@@ -174,7 +177,7 @@ class Output:
             figures["documents"] += n_documents
             self.unsaved += len(ids)
             while len(ids):
-                room = self.work.shard_tokens - figures["tokens"] % self.work.shard_tokens
+                room = self.work.config.shard_tokens - figures["tokens"] % self.work.config.shard_tokens
                 fitting, ids = ids[:room], ids[room:]
                 self.shards[split].write(fitting)
                 figures["tokens"] += len(fitting)
@@ -198,7 +201,7 @@ class Output:
         self.save()
         for split, shard in self.shards.items():
             shard.close()
-            paths = sorted(self.work.directory.glob(f"part{self.work.part}_{split}_*.bin"))
+            paths = sorted(self.work.shards.glob(f"part{self.work.part}_{split}_*.bin"))
             self.splits[split]["files"] = [
                 {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
                 for path in paths

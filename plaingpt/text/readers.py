@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from plaingpt.console import RunFailed, UserError, counted, one_line
 from plaingpt.text import streams
-from plaingpt.text.streams import ReadOptions, checked, last_boundary, open_utf8, too_long
+from plaingpt.text.config import PrepareConfig
+from plaingpt.text.streams import checked, last_boundary, open_utf8, too_long
 from plaingpt.tokenizer import END_OF_TEXT
 
 SEPARATOR = END_OF_TEXT.encode()
@@ -41,18 +42,17 @@ class File(NamedTuple):
         status = os.stat(path)
         return cls(path, status.st_size, status.st_mtime_ns)
 
-    def texts(self, options: ReadOptions) -> Iterator[Text]:
+    def texts(self, config: PrepareConfig) -> Iterator[Text]:
         kind = kind_of(self.path)
-        read = READERS[kind] if kind != "text" else (split_text if options.split_documents else text_pieces)
-        yield from (text for text in read(self, options) if text.data)
+        read = READERS[kind] if kind != "text" else (split_text if config.split_documents else text_pieces)
+        yield from (text for text in read(self, config) if text.data)
         if File.at(self.path) != self:
             raise RunFailed(f"{self.path} was changed while it was read; run again to read it from the start")
 
 
-def text_pieces(file: File, options: ReadOptions) -> Iterator[Text]:
-    """One document. If its tail goes to validation, that begins at (1 - val_fraction) of its bytes in UTF-8."""
-    boundary = 0 if options.by_content else int(text_size(file, options) * (1 - options.val_fraction))
-    with open_utf8(file.path, options) as opened:
+def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
+    """One document."""
+    with open_utf8(file.path, config) as opened:
         rest, position, begins, ends = b"", 0, True, False
         while not ends:
             data = rest + opened.stream.read(max(1, streams.PIECE - len(rest)))
@@ -60,22 +60,22 @@ def text_pieces(file: File, options: ReadOptions) -> Iterator[Text]:
             cut = len(data) if ends else last_boundary(data)
             piece, rest = data[:cut], data[cut:]
             if text := opened.checked(piece, file.path, position, binary=True):
-                yield Text(text, opened.raw.tell(), begins, ends, min(max(boundary - position, 0), len(text)))
+                yield Text(text, opened.raw.tell(), begins, ends)
                 begins = False
             position += cut
 
 
-def text_size(file: File, options: ReadOptions) -> int:
+def text_size(file: File, config: PrepareConfig) -> int:
     """Bytes of a text file in UTF-8."""
-    with open_utf8(file.path, options) as opened:
+    with open_utf8(file.path, config) as opened:
         if opened.stream is opened.raw:
             return file.size - opened.raw.tell()  # without a byte order mark
         return sum(map(len, iter(lambda: opened.stream.read(streams.PIECE), b"")))
 
 
-def split_text(file: File, options: ReadOptions) -> Iterator[Text]:
+def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
     """Documents with <|endoftext|> between them."""
-    with open_utf8(file.path, options) as opened:
+    with open_utf8(file.path, config) as opened:
         block, rest, position = True, b"", 0
         while block:
             block = opened.stream.read(streams.PIECE)
@@ -88,9 +88,9 @@ def split_text(file: File, options: ReadOptions) -> Iterator[Text]:
                 raise too_long(f"{file.path}, the document at byte {position:,}")
 
 
-def json_texts(file: File, options: ReadOptions) -> Iterator[Text]:
+def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     """JSON Lines, or one array of objects."""
-    with open_utf8(file.path, options) as opened:
+    with open_utf8(file.path, config) as opened:
         position, is_first = 0, True
         while line := opened.stream.readline(streams.MAX_RECORD):
             where = f"{file.path}, the line at byte {position:,}"
@@ -111,7 +111,7 @@ def json_texts(file: File, options: ReadOptions) -> Iterator[Text]:
                 rows = {where: _parsed(line, where)}
             is_first = False
             for where, row in rows.items():
-                yield Text(opened.checked(_text_of(row, where, options.column), where), opened.raw.tell())
+                yield Text(opened.checked(_text_of(row, where, config.column), where), opened.raw.tell())
 
 
 def _parsed(data: bytes, where: str) -> Any:
@@ -136,11 +136,11 @@ def _text_of(row: Any, where: str, column: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def csv_texts(file: File, options: ReadOptions) -> Iterator[Text]:
+def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     """CSV or TSV with a header line."""
-    column, limit = options.column, streams.MAX_RECORD
+    column, limit = config.column, streams.MAX_RECORD
     csv.field_size_limit(limit - 1)
-    with open_utf8(file.path, options) as opened:
+    with open_utf8(file.path, config) as opened:
         lines = iter(lambda: opened.stream.readline(limit).decode("utf-8", "surrogateescape"), "")
         rows = csv.reader(lines, delimiter="\t" if kind_of(file.path) == "TSV" else ",")
         try:
@@ -157,29 +157,29 @@ def csv_texts(file: File, options: ReadOptions) -> Iterator[Text]:
             raise UserError(f"{file.path}, line {rows.line_num:,} cannot be read: {one_line(error)}") from error
 
 
-def parquet_texts(file: File, options: ReadOptions) -> Iterator[Text]:
+def parquet_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file.path, buffer_size=1 << 20) as parquet:
-            check_column(file.path, parquet.schema_arrow, options.column)
+            check_column(file.path, parquet.schema_arrow, config.column)
             for group in range(parquet.num_row_groups):
                 where, done = f"{file.path}, rows of group {group}", file.size * (group + 1) // parquet.num_row_groups
-                for batch in parquet.iter_batches(ROWS, [group], columns=[options.column], use_threads=False):
-                    yield from _column_texts(batch.column(0), where, done, options)
+                for batch in parquet.iter_batches(ROWS, [group], columns=[config.column], use_threads=False):
+                    yield from _column_texts(batch.column(0), where, done, config)
     except (OSError, pyarrow.ArrowException) as error:
         if getattr(error, "errno", None):  # the operating system's error, not a fault of the file
             raise
         raise UserError(f"{file.path} is not a Parquet file, or is damaged: {one_line(error)}") from error
 
 
-def _column_texts(column: Any, where: str, done: int, options: ReadOptions) -> Iterator[Text]:
+def _column_texts(column: Any, where: str, done: int, config: PrepareConfig) -> Iterator[Text]:
     """The values of an Arrow array."""
     if hasattr(column.type, "value_type"):  # a dictionary
         column = column.cast(column.type.value_type)
     for text in column.cast("large_binary").to_pylist():  # no copy
-        yield Text(text and checked(text, where, options.bad_files), done)
+        yield Text(text and checked(text, where, config.bad_files), done)
 
 
 def check_names(where: str, names: Sequence[str], column: str) -> None:
@@ -210,13 +210,13 @@ class Shard:
     dataset: Any
     size = 1  # its bytes are not known: the progress bar counts shards
 
-    def texts(self, options: ReadOptions) -> Iterator[Text]:
+    def texts(self, config: PrepareConfig) -> Iterator[Text]:
         where = f"{self.name}, shard {self.index}"
         try:
             shard = self.dataset.shard(num_shards=self.shards, index=self.index)
             for table in shard.with_format("arrow").iter(batch_size=256):
-                check_column(self.name, table.schema, options.column)
-                yield from (t for t in _column_texts(table.column(options.column), where, 0, options) if t.data)
+                check_column(self.name, table.schema, config.column)
+                yield from (t for t in _column_texts(table.column(config.column), where, 0, config) if t.data)
         except UserError:
             raise
         except Exception as error:  # of any library below: network, server, file format

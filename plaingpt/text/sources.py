@@ -1,6 +1,5 @@
 """Where documents come from: named sources, Hugging Face data sets, standard input, and any files of text."""
 
-import codecs
 import collections
 import dataclasses
 import glob
@@ -18,8 +17,9 @@ from typing import Any
 
 from plaingpt.console import UserError, closest, counted, one_line
 from plaingpt.files import new_file, sha256
+from plaingpt.text.config import PrepareConfig
 from plaingpt.text.readers import File, Shard, kind_of
-from plaingpt.text.streams import ReadOptions, open_utf8
+from plaingpt.text.streams import open_utf8
 from plaingpt.tokens import NAMED
 
 HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
@@ -42,7 +42,6 @@ class Source:
     dataset: Any = None
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
-    bad_files: str | None = None  # instead of the setting
     fetch: Callable[[Path], Path] | None = None  # downloads the only file, or copies it to the given directory
     once: bool = False  # it cannot be read again later
     summary: str = ""  # of the files read and skipped
@@ -59,25 +58,20 @@ class Source:
             shards = max(1, min(len(self.dataset), (self.dataset.dataset_size or 0) >> 23))
         return [Shard(self.description, index, shards, self.dataset) for index in range(shards)]
 
-    def texts(self, options: ReadOptions) -> Iterator[str]:
+    def texts(self, config: PrepareConfig) -> Iterator[str]:
         """The documents; a large text file in pieces."""
         for found in self.inputs():
-            yield from (text.data.decode() for text in found.texts(options))
+            yield from (text.data.decode() for text in found.texts(config))
 
 
-def read_options(config: Any) -> ReadOptions:
-    """What prepare_data.py's settings say about reading."""
-    encoding = config.encoding
+def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
+    """The source that the command line names. json_lines: standard input has them."""
+    wanted = config.sources
     try:
-        if encoding is not None and ("".encode(encoding), codecs.lookup(encoding).name)[1] in ("utf-8", "utf-8-sig"):
-            encoding = None
+        "".encode(config.encoding or "utf-8")
     except (LookupError, ValueError) as error:
-        raise UserError(f"--encoding={encoding}: unknown; examples: latin-1, cp1252, utf-16-le, gb18030") from error
-    return ReadOptions(config.column, config.bad_files, encoding, config.split_documents)
-
-
-def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> Source:
-    """The source that the command line names. `options`: the settings of prepare_data.py."""
+        examples = "latin-1, cp1252, utf-16-le, gb18030"
+        raise UserError(f"--encoding={config.encoding}: unknown; examples: {examples}") from error
     named = next((w for w in wanted if w == "-" or w.startswith("hf:") or (w in NAMED and not os.path.exists(w))), None)
     if named and len(wanted) > 1:
         others = shlex.join(word for word in wanted if word != named)
@@ -90,27 +84,27 @@ def find_source(wanted: list[str], options: Any, json_lines: bool = False) -> So
         path = "stdin.jsonl" if json_lines else "stdin.txt"
         return Source("stdin", "standard input", fetch=lambda directory: _standard_input(directory / path), once=True)
     if named == "python":
-        return Source("python", "python", _python_files(), tokenizer="bpe", bad_files="skip")
+        return Source("python", "python", _python_files(), tokenizer="bpe")
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
         return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
     if named:
         repository, val_fraction, pinned = HUB.get(named) or (named.removeprefix("hf:").rstrip("/"), 0.01, {})
         name = named if named in HUB else Path(repository).name
-        return _hub(repository, name, val_fraction, options, pinned)
-    files, summary = find_files(wanted, read_options(options))
+        return _hub(repository, name, val_fraction, config, pinned)
+    files, summary = find_files(wanted, config)
     name = Path(wanted[0]).stem.split(".")[0] or "text"
     return Source(name, shlex.join(wanted), files, summary=summary)
 
 
-def find_files(words: list[str], options: ReadOptions) -> tuple[tuple[File, ...], str]:
+def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...], str]:
     """The files that are read, each once, in the order of their paths, and a summary of these and of those left out."""
     named = {os.path.normpath(word) for word in words if os.path.isfile(word)}
     paths = {os.path.normpath(path) for word in words for path in _matches(word)}
     paths = {os.stat(path)[1:3]: path for path in sorted(paths, reverse=True)}  # by inode and device: links once
     files, read, skipped = [], collections.Counter(), collections.Counter()
     for path in sorted(paths.values(), key=lambda path: path.split(os.sep)):
-        if kind := _not_documents(path, options, path in named):
+        if kind := _not_documents(path, config, path in named):
             skipped[kind] += 1
         else:
             files.append(File.at(path))
@@ -150,33 +144,33 @@ def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterat
         entered.add(real)
 
 
-def _not_documents(path: str, options: ReadOptions, is_named: bool) -> str | None:
+def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | None:
     """Why a file is left out: it is binary, or JSON or CSV without the column. UserError if it is named."""
     kind = kind_of(path)
     try:
         if kind == "text":
-            with open_utf8(path, options) as opened:
+            with open_utf8(path, config) as opened:
                 head = opened.stream.read(HEAD)
             if b"\0" in head or head.startswith((b"%PDF-", b"{\\rtf")):
                 remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
                 raise UserError(f"{path} is not text but a binary file: {remedy}")
         elif kind in ("JSON", "CSV", "TSV"):  # often settings and tables
-            next(File.at(path).texts(options), None)
+            next(File.at(path).texts(config), None)
     except UserError:
-        if is_named and options.bad_files != "skip":
+        if is_named and config.bad_files != "skip":
             raise
-        return "binary" if kind == "text" else f"{kind} without {options.column!r}"
+        return "binary" if kind == "text" else f"{kind} without {config.column!r}"
     return None
 
 
-def _hub(repository: str, name: str, val_fraction: float, options: Any, pinned: dict) -> Source:
+def _hub(repository: str, name: str, val_fraction: float, config: PrepareConfig, pinned: dict) -> Source:
     """A data set of the Hugging Face hub, or a local directory of that form."""
-    if options.streaming and "[" in options.split:
-        raise UserError(f"--split={options.split}: a part of a split requires --streaming=False")
+    if config.streaming and "[" in config.split:
+        raise UserError(f"--split={config.split}: a part of a split requires --streaming=False")
     import datasets
     import huggingface_hub
 
-    config, revision = (getattr(options, key) or pinned.get(key) for key in ("config", "revision"))
+    configuration, revision = (getattr(config, key) or pinned.get(key) for key in ("config", "revision"))
     try:
         local = Path(repository).is_dir()
         if local:  # its state in place of a revision: work that was begun with another is not continued
@@ -184,14 +178,13 @@ def _hub(repository: str, name: str, val_fraction: float, options: Any, pinned: 
             revision = hashlib.sha256(repr(files).encode()).hexdigest()[:40]
         elif not re.fullmatch("[0-9a-f]{40}", revision or ""):  # every process and machine reads the same revision
             revision = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
-        dataset = datasets.load_dataset(
-            repository, config, split=options.split, revision=None if local else revision, streaming=options.streaming
-        )
-        if options.column in (dataset.column_names or ()):
-            dataset = dataset.select_columns([options.column])
+        options = {"split": config.split, "revision": None if local else revision, "streaming": config.streaming}
+        dataset = datasets.load_dataset(repository, configuration, **options)
+        if config.column in (dataset.column_names or ()):
+            dataset = dataset.select_columns([config.column])
     except Exception as error:  # of any library below: no such repository, split or configuration, no network, scripts
         raise UserError(f"hf:{repository} cannot be opened: {one_line(error)}") from error
-    flags = {"config": config, "split": options.split, "revision": revision}
+    flags = {"config": configuration, "split": config.split, "revision": revision}
     words = [f"hf:{repository}", *(f"--{key}={value}" for key, value in flags.items() if value)]
     return Source(name, shlex.join(words), dataset=dataset, val_fraction=val_fraction)
 

@@ -6,10 +6,10 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO, NamedTuple
 
 from plaingpt.console import UserError, note, one_line
+from plaingpt.text.config import PrepareConfig
 
 PIECE = 1 << 20  # bytes of text that are read, and encoded, at a time
 MAX_RECORD = 1 << 26  # bytes of a line or a field: a few kilobytes of compressed data can stand for gigabytes
@@ -26,32 +26,20 @@ BAD = "\udcff"  # replaces bytes that are invalid in the encoding; written as 0x
 _noted = set()
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """What the settings say about reading."""
-
-    column: str = "text"
-    bad_files: str = "stop"
-    encoding: str | None = None  # of text without a byte order mark; None: UTF-8
-    split_documents: bool = False  # text files at <|endoftext|>
-    val_fraction: float = 0.05
-    by_content: bool = True  # a document goes to a split by its hash; False: the tail of each goes to validation
-
-
 class Utf8(NamedTuple):
     """An open file."""
 
     raw: IO[bytes]
     stream: io.BufferedReader  # decompressed, in UTF-8, without byte order mark; `raw` itself where that is the same
-    options: ReadOptions
+    config: PrepareConfig
     encoding: str | None
 
     def checked(self, text: bytes, where: str, position: int = 0, binary: bool = False) -> bytes:
-        return checked(text, where, self.options.bad_files, position, binary, self.encoding)
+        return checked(text, where, self.config.bad_files, position, binary, self.encoding)
 
 
 @contextlib.contextmanager
-def open_utf8(path: str, options: ReadOptions) -> Iterator[Utf8]:
+def open_utf8(path: str, config: PrepareConfig) -> Iterator[Utf8]:
     with open(path, "rb") as raw:
         stream = raw
         if codec := {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower()):
@@ -60,12 +48,12 @@ def open_utf8(path: str, options: ReadOptions) -> Iterator[Utf8]:
             stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), PIECE)
         try:
             head = stream.peek(4)[:4]
-            encoding = next((name for bom, name in BOMS.items() if head.startswith(bom)), options.encoding)
-            if encoding == "utf-8-sig":
+            encoding = next((name for bom, name in BOMS.items() if head.startswith(bom)), config.encoding)
+            if head.startswith(codecs.BOM_UTF8):
                 stream.read(len(codecs.BOM_UTF8))
             elif encoding:
                 stream = io.BufferedReader(Transcoded(stream, encoding), PIECE)
-            yield Utf8(raw, stream, options, encoding)
+            yield Utf8(raw, stream, config, encoding)
         except UnicodeError as error:
             raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; name the --encoding") from error
         except OSError as error:

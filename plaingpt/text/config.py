@@ -1,0 +1,46 @@
+"""The settings of prepare_data.py."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from plaingpt.settings import PathName, PositiveInt, Range, Size
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    sources: list[PathName] = field(default_factory=list)
+    """a named source, hf:owner/name, - (standard input), or files, directories, globs: text, JSON, CSV, TSV, Parquet"""
+    name: str | None = None
+    """name of the data set: its directory in data_dir, train.py's `dataset` (default: from the source)"""
+    tokenizer: PathName | None = None
+    """gpt2, char, byte, bpe (trained on 64 million characters), or a model directory (default for files: gpt2)"""
+    vocab_size: Size = 2048
+    """ids of a bpe tokenizer, including end of text"""
+    val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None
+    """fraction of the text held out for validation (default: 0.05 for files, 0.01 for hf:; named sources differ)"""
+    dedup: bool = False
+    """drop exact copies of documents, except text files over 1 MB; takes about 100 bytes of memory per document"""
+    split_documents: bool = False
+    """split text files into documents at <|endoftext|>"""
+    bad_files: Literal["stop", "skip", "replace"] = "stop"
+    """text that is invalid in its encoding: stop; skip the document (in a text file, up to 1 MB); or write U+FFFD"""
+    encoding: str | None = None
+    """encoding of text files, such as latin-1 (default: by byte order mark, else UTF-8)"""
+    column: str = "text"
+    """name of the text column in JSON, CSV, TSV, Parquet and Hugging Face data sets; if given, - reads JSON Lines"""
+    config: str | None = None
+    """configuration of a Hugging Face data set, such as sample-10BT"""
+    split: str = "train"
+    """split of a Hugging Face data set to read"""
+    revision: str | None = None
+    """revision of a Hugging Face data set (default: the newest)"""
+    streaming: bool = True
+    """read a Hugging Face data set while it downloads; False: download it to Hugging Face's cache first"""
+    shard_tokens: PositiveInt = 1 << 28
+    """maximum number of ids per file; a larger split is written to several files"""
+    part: str | None = None
+    """part to prepare: 3/16 is the third of 16; torchrun and Slurm arrays set it. The last one writes meta.json"""
+    threads: PositiveInt | None = None
+    """number of encoding threads (default: one per core)"""
+    data_dir: PathName = "data"
+    """directory of the data sets"""
