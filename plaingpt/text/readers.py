@@ -52,37 +52,37 @@ class File(NamedTuple):
 
 def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
     """One document."""
-    with open_utf8(file.path, config) as opened:
+    with open_utf8(file.path, config) as (raw, stream):
         rest, position, begins, ends = b"", 0, True, False
         while not ends:
-            data = rest + opened.stream.read(max(1, streams.PIECE - len(rest)))
+            data = rest + stream.read(max(1, streams.PIECE - len(rest)))
             ends = len(data) < streams.PIECE
             cut = len(data) if ends else last_boundary(data)
             piece, rest = data[:cut], data[cut:]
-            if text := opened.checked(piece, file.path, position, binary=True):
-                yield Text(text, opened.raw.tell(), begins, ends)
+            if text := checked(piece, file.path, config.bad_files, position):
+                yield Text(text, raw.tell(), begins, ends)
                 begins = False
             position += cut
 
 
 def text_size(file: File, config: PrepareConfig) -> int:
     """Bytes of a text file in UTF-8."""
-    with open_utf8(file.path, config) as opened:
-        if opened.stream is opened.raw:
-            return file.size - opened.raw.tell()  # without a byte order mark
-        return sum(map(len, iter(lambda: opened.stream.read(streams.PIECE), b"")))
+    with open_utf8(file.path, config) as (raw, stream):
+        if stream is raw:
+            return file.size - raw.tell()  # without a byte order mark
+        return sum(map(len, iter(lambda: stream.read(streams.PIECE), b"")))
 
 
 def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
     """Documents with <|endoftext|> between them."""
-    with open_utf8(file.path, config) as opened:
+    with open_utf8(file.path, config) as (raw, stream):
         block, rest, position = True, b"", 0
         while block:
-            block = opened.stream.read(streams.PIECE)
+            block = stream.read(streams.PIECE)
             *documents, rest = (rest + block).split(SEPARATOR)
             for document in documents if block else [*documents, rest]:
                 where = f"{file.path}, the document at byte {position:,}"
-                yield Text(opened.checked(document, where, position, True).strip(b"\r\n"), opened.raw.tell())
+                yield Text(checked(document, where, config.bad_files, position).strip(b"\r\n"), raw.tell())
                 position += len(document) + len(SEPARATOR)
             if len(rest) > streams.MAX_RECORD:
                 raise too_long(f"{file.path}, the document at byte {position:,}")
@@ -90,9 +90,9 @@ def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
 
 def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     """JSON Lines, or one array of objects."""
-    with open_utf8(file.path, config) as opened:
+    with open_utf8(file.path, config) as (raw, stream):
         position, is_first = 0, True
-        while line := opened.stream.readline(streams.MAX_RECORD):
+        while line := stream.readline(streams.MAX_RECORD):
             where = f"{file.path}, the line at byte {position:,}"
             position += len(line)
             if len(line) >= streams.MAX_RECORD:
@@ -100,7 +100,7 @@ def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
             if not line.strip():
                 continue
             if is_first and line.lstrip().startswith(b"["):
-                data = line + opened.stream.read(streams.MAX_RECORD)
+                data = line + stream.read(streams.MAX_RECORD)
                 if len(data) > streams.MAX_RECORD:
                     limit = f"an array of more than {streams.MAX_RECORD >> 20} MB"
                     remedy = "make it JSON Lines: jq -c '.[]' FILE.json > FILE.jsonl"
@@ -111,7 +111,7 @@ def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
                 rows = {where: _parsed(line, where)}
             is_first = False
             for where, row in rows.items():
-                yield Text(opened.checked(_text_of(row, where, config.column), where), opened.raw.tell())
+                yield Text(checked(_text_of(row, where, config.column), where, config.bad_files), raw.tell())
 
 
 def _parsed(data: bytes, where: str) -> Any:
@@ -140,8 +140,8 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     """CSV or TSV with a header line."""
     column, limit = config.column, streams.MAX_RECORD
     csv.field_size_limit(limit - 1)
-    with open_utf8(file.path, config) as opened:
-        lines = iter(lambda: opened.stream.readline(limit).decode("utf-8", "surrogateescape"), "")
+    with open_utf8(file.path, config) as (raw, stream):
+        lines = iter(lambda: stream.readline(limit).decode("utf-8", "surrogateescape"), "")
         rows = csv.reader(lines, delimiter="\t" if kind_of(file.path) == "TSV" else ",")
         try:
             names = next(rows, [])
@@ -152,7 +152,7 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
                 if 0 < len(row) <= index:
                     raise UserError(f"{where}: {counted(len(row), 'column')}, {column!r} is column {index + 1}")
                 text = row[index].encode("utf-8", "surrogateescape") if row else b""
-                yield Text(opened.checked(text, where), opened.raw.tell())
+                yield Text(checked(text, where, config.bad_files), raw.tell())
         except csv.Error as error:
             raise UserError(f"{file.path}, line {rows.line_num:,} cannot be read: {one_line(error)}") from error
 

@@ -149,8 +149,8 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
     kind = kind_of(path)
     try:
         if kind == "text":
-            with open_utf8(path, config) as opened:
-                head = opened.stream.read(HEAD)
+            with open_utf8(path, config) as (_, stream):
+                head = stream.read(HEAD)
             if b"\0" in head or head.startswith((b"%PDF-", b"{\\rtf")):
                 remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
                 raise UserError(f"{path} is not text but a binary file: {remedy}")

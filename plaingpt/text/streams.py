@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
-from typing import IO, NamedTuple
+from typing import IO
 
 from plaingpt.console import UserError, note, one_line
 from plaingpt.text.config import PrepareConfig
@@ -19,90 +19,54 @@ MAX_RECORD = 1 << 26  # bytes of a line or a field: a few kilobytes of compresse
 _INK = r"[^\s\udc80-\udcff]"
 SAFE_BOUNDARY = re.compile(f"(?<={_INK})(?= {_INK})|(?<={_INK}\n)(?={_INK})")
 BOMS = {  # UTF-32's first: it begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-BAD = "\udcff"  # replaces bytes that are invalid in the encoding; written as 0xff, which is invalid UTF-8
 _noted = set()
 
 
-class Utf8(NamedTuple):
-    """An open file."""
-
-    raw: IO[bytes]
-    stream: io.BufferedReader  # decompressed, in UTF-8, without byte order mark; `raw` itself where that is the same
-    config: PrepareConfig
-    encoding: str | None
-
-    def checked(self, text: bytes, where: str, position: int = 0, binary: bool = False) -> bytes:
-        return checked(text, where, self.config.bad_files, position, binary, self.encoding)
-
-
 @contextlib.contextmanager
-def open_utf8(path: str, config: PrepareConfig) -> Iterator[Utf8]:
+def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The file, and its content: decompressed and in UTF-8, without byte order mark."""
     with open(path, "rb") as raw:
-        stream = raw
-        if codec := {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower()):
-            import pyarrow  # takes a third of a second
-
-            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), PIECE)
+        stream, encoding = raw, None
+        codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower())
         try:
+            if codec:
+                import pyarrow  # takes a third of a second
+
+                stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), PIECE)
             head = stream.peek(4)[:4]
             encoding = next((name for bom, name in BOMS.items() if head.startswith(bom)), config.encoding)
             if head.startswith(codecs.BOM_UTF8):
                 stream.read(len(codecs.BOM_UTF8))
             elif encoding:
-                stream = io.BufferedReader(Transcoded(stream, encoding), PIECE)
-            yield Utf8(raw, stream, config, encoding)
+                import pyarrow
+
+                source = pyarrow.PythonFile(stream, "r")
+                stream = io.BufferedReader(pyarrow.transcoding_input_stream(source, encoding, "utf-8"), PIECE)
+            yield raw, stream
         except UnicodeError as error:
-            raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; name the --encoding") from error
+            raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; name another --encoding") from error
         except OSError as error:
             if not codec or error.errno:  # the operating system's error, not a fault of the file
                 raise
-            remedy = "; compress it again without --long" if "too much memory" in str(error) else ""
-            raise UserError(f"{path} cannot be decompressed: {one_line(error)}{remedy}") from error
+            raise UserError(f"{path} cannot be decompressed: {one_line(error)}") from error
 
 
-class Transcoded(io.RawIOBase):
-    """A stream in another encoding, read as UTF-8."""
-
-    def __init__(self, stream: IO[bytes], encoding: str):
-        self._text, self._rest = io.TextIOWrapper(stream, encoding, "plaingpt_bad", newline="\n"), b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        data = self._rest or self._text.read(max(1, len(buffer) // 4)).encode("utf-8", "surrogateescape")
-        fitting, self._rest = data[: len(buffer)], data[len(buffer) :]  # a character can be longer than the buffer
-        buffer[: len(fitting)] = fitting
-        return len(fitting)
-
-
-codecs.register_error("plaingpt_bad", lambda error: (BAD, error.end))
-
-
-def checked(
-    text: bytes, where: str, bad_files: str, position: int = 0, binary: bool = False, encoding: str | None = None
-) -> bytes:
+def checked(text: bytes, where: str, bad_files: str, position: int = 0) -> bytes:
     """`text` if it is UTF-8, else what --bad_files asks for: an error, nothing (and a note), or U+FFFD.
 
-    position: of the text in its file. binary: NUL is not text either. encoding: of the file.
+    position: of the text in its file.
     """
-    bad = text.find(b"\0") if binary else -1
     try:
         if not text.isascii():
             text.decode()
-    except UnicodeDecodeError as error:
-        bad = error.start if bad == -1 else min(bad, error.start)
-    if bad == -1:
         return text
+    except UnicodeDecodeError as error:
+        problem = f"{where} is not UTF-8 text (byte 0x{text[error.start]:02x} at {position + error.start:,})"
     if bad_files == "replace":
-        replaced = text.decode(errors="replace")
-        return (replaced.replace("\0", "\ufffd") if binary else replaced).encode()
-    problem = f"{where} is not UTF-8 text (byte 0x{text[bad]:02x} at {position + bad:,})"
-    if encoding not in (None, "utf-8-sig"):
-        problem = f"{where} is not text in {encoding}"
+        return text.decode(errors="replace").encode()
     if bad_files == "stop":
         remedy = "leave it out: --bad_files=skip, write U+FFFD for it: --bad_files=replace, or name the --encoding"
         raise UserError(f"{problem}; {remedy}")
