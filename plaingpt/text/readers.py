@@ -43,8 +43,7 @@ class File(NamedTuple):
         return cls(path, status.st_size, status.st_mtime_ns)
 
     def texts(self, config: PrepareConfig) -> Iterator[Text]:
-        kind = kind_of(self.path)
-        read = READERS[kind] if kind != "text" else (split_text if config.split_documents else text_pieces)
+        read = READERS.get(kind_of(self.path)) or (split_text if config.split_documents else text_pieces)
         yield from (text for text in read(self, config) if text.data)
         if File.at(self.path) != self:
             raise RunFailed(f"{self.path} was changed while it was read; run again to read it from the start")
@@ -91,49 +90,31 @@ def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
 def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     """JSON Lines, or one array of objects."""
     with open_utf8(file.path, config) as (raw, stream):
-        position, is_first = 0, True
-        while line := stream.readline(streams.MAX_RECORD):
+        position = 0
+        while data := stream.readline(streams.MAX_RECORD):
             where = f"{file.path}, the line at byte {position:,}"
-            position += len(line)
-            if len(line) >= streams.MAX_RECORD:
+            position += len(data)
+            if data.lstrip().startswith(b"["):
+                where, data = f"{file.path}, the array", data + stream.read(streams.MAX_RECORD)
+            if len(data) >= streams.MAX_RECORD:
                 raise too_long(where)
-            if not line.strip():
-                continue
-            if is_first and line.lstrip().startswith(b"["):
-                data = line + stream.read(streams.MAX_RECORD)
-                if len(data) > streams.MAX_RECORD:
-                    limit = f"an array of more than {streams.MAX_RECORD >> 20} MB"
-                    remedy = "make it JSON Lines: jq -c '.[]' FILE.json > FILE.jsonl"
-                    raise UserError(f"{file.path} is {limit}: {remedy}")
-                where = f"{file.path}, the array"
-                rows = {f"{where}'s value {i:,}": row for i, row in enumerate(_parsed(data, where), 1)}
-            else:
-                rows = {where: _parsed(line, where)}
-            is_first = False
-            for where, row in rows.items():
-                yield Text(checked(_text_of(row, where, config.column), where, config.bad_files), raw.tell())
-
-
-def _parsed(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8", "surrogateescape"))  # bytes that are not text concern their column only
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}, is not JSON: {one_line(error)}") from error
+            if (data := checked(data, where, config.bad_files)).strip():
+                try:
+                    found = json.loads(data)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{where}, is not JSON: {one_line(error)}") from error
+                for row in found if isinstance(found, list) else [found]:
+                    yield Text(checked(_text_of(row, where, config.column), where, config.bad_files), raw.tell())
 
 
 def _text_of(row: Any, where: str, column: str) -> bytes:
     """The column of a JSON object."""
-    columns = row if isinstance(row, dict) else {}
-    if column not in columns:
-        remedy = f"name the --column: {', '.join(columns)[:300]}" if columns else "it has to be a JSON object"
+    if not isinstance(row, dict) or column not in row:
+        remedy = f"name the --column: {', '.join(row)[:300]}" if isinstance(row, dict) else "it has to be a JSON object"
         raise UserError(f"{where}, has no {column!r}; {remedy}")
-    text = row[column]
-    if not isinstance(text, str | None):
+    if not isinstance(row[column], str | None):
         raise UserError(f"{where}: {column!r} is not text; name the --column")
-    try:
-        return (text or "").encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # "\ud800"
-        return text.encode("utf-8", "surrogatepass")
+    return (row[column] or "").encode("utf-8", "surrogatepass")  # "\ud800" is JSON, but not text
 
 
 def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
@@ -142,10 +123,10 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     csv.field_size_limit(limit - 1)
     with open_utf8(file.path, config) as (raw, stream):
         lines = iter(lambda: stream.readline(limit).decode("utf-8", "surrogateescape"), "")
-        rows = csv.reader(lines, delimiter="\t" if kind_of(file.path) == "TSV" else ",")
+        rows = csv.reader(lines, delimiter="\t" if kind_of(file.path) == "tsv" else ",")
         try:
             names = next(rows, [])
-            check_names(file.path, names, column)
+            check_column(file.path, names, column)
             index = names.index(column)
             for row in rows:
                 where = f"{file.path}, line {rows.line_num:,}"
@@ -163,7 +144,7 @@ def parquet_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
 
     try:
         with pyarrow.parquet.ParquetFile(file.path, buffer_size=1 << 20) as parquet:
-            check_column(file.path, parquet.schema_arrow, config.column)
+            check_column(file.path, parquet.schema_arrow.names, config.column)
             for group in range(parquet.num_row_groups):
                 where, done = f"{file.path}, rows of group {group}", file.size * (group + 1) // parquet.num_row_groups
                 for batch in parquet.iter_batches(ROWS, [group], columns=[config.column], use_threads=False):
@@ -176,28 +157,19 @@ def parquet_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
 
 def _column_texts(column: Any, where: str, done: int, config: PrepareConfig) -> Iterator[Text]:
     """The values of an Arrow array."""
+    if not re.match("(dictionary<values=)?(large_)?(string|binary|null)", str(column.type)):
+        raise UserError(f"{where}: column {config.column!r} is {column.type}, not text; name the --column")
     if hasattr(column.type, "value_type"):  # a dictionary
         column = column.cast(column.type.value_type)
     for text in column.cast("large_binary").to_pylist():  # no copy
         yield Text(text and checked(text, where, config.bad_files), done)
 
 
-def check_names(where: str, names: Sequence[str], column: str) -> None:
+def check_column(where: str, names: Sequence[str], column: str) -> None:
     """UserError unless exactly one of `names` is `column`."""
-    if column not in names:
-        shown = ", ".join(names)[:300]
-        raise UserError(f"{where} has no column {column!r}; name the --column: {shown}")
-    if list(names).count(column) > 1:
-        raise UserError(f"{where} has more than one column {column!r}: rename one of them")
-
-
-def check_column(where: str, schema: Any, column: str) -> None:
-    """UserError unless the Arrow schema has exactly one such column and it holds text."""
-    check_names(where, schema.names, column)
-    kind = schema.field(column).type
-    values = getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
-    if str(values) not in ("string", "large_string", "string_view", "binary", "large_binary", "null"):
-        raise UserError(f"{where}: column {column!r} is {kind}, not text; name the --column")
+    if list(names).count(column) != 1:
+        problem = "more than one" if column in names else "no"
+        raise UserError(f"{where} has {problem} column {column!r}; name the --column: {', '.join(names)[:300]}")
 
 
 @dataclass(frozen=True)
@@ -215,7 +187,7 @@ class Shard:
         try:
             shard = self.dataset.shard(num_shards=self.shards, index=self.index)
             for table in shard.with_format("arrow").iter(batch_size=256):
-                check_column(self.name, table.schema, config.column)
+                check_column(self.name, table.column_names, config.column)
                 yield from (t for t in _column_texts(table.column(config.column), where, 0, config) if t.data)
         except UserError:
             raise
@@ -224,14 +196,12 @@ class Shard:
 
 
 READERS = {
-    "JSON Lines": json_texts, "JSON": json_texts, "CSV": csv_texts, "TSV": csv_texts, "Parquet": parquet_texts
+    "jsonl": json_texts, "ndjson": json_texts, "json": json_texts, "csv": csv_texts, "tsv": csv_texts,
+    "parquet": parquet_texts,
 }  # fmt: skip
-_SUFFIXES = {"jsonl": "JSON Lines", "ndjson": "JSON Lines", "json": "JSON", "csv": "CSV", "tsv": "TSV"}
 
 
 def kind_of(path: str) -> str:
-    """How a file is read, by the end of its name in upper or lower case."""
-    if path.lower().endswith(".parquet"):
-        return "Parquet"
-    match = re.search(r"\.(jsonl|ndjson|json|csv|tsv)(\.gz|\.zst)?$", path.lower())
-    return _SUFFIXES[match[1]] if match else "text"
+    """How a file is read: a key of READERS, or "text"."""
+    match = re.search(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.zst)?$", path.lower())
+    return match[1] if match else "text"

@@ -82,7 +82,7 @@ def note_once(message: str, about: str) -> None:
 
 
 def too_long(where: str) -> UserError:
-    return UserError(f"{where} is longer than {MAX_RECORD >> 20} MB; if it is not damaged, split it")
+    return UserError(f"{where} is longer than {MAX_RECORD >> 20} MB; split it (an array: jq -c '.[]' F.json > F.jsonl)")
 
 
 def last_boundary(data: bytes) -> int:
