@@ -21,9 +21,9 @@ from plaingpt.console import UserError, one_line
 from plaingpt.files import inside, read_json
 
 END_OF_TEXT = "<|endoftext|>"
-# A new kind is made in `make_tokenizer`, from the text that `sample` in text/job.py yields; `as_ours` says whether bulk
-# encoding, the page and GGUF know it.
+# A new kind is made in `make_tokenizer`; `as_ours` says whether bulk encoding, the page and GGUF know it.
 KINDS = ("gpt2", "char", "byte", "bpe")
+TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardly changes it
 
 
 class Tokenizer:
@@ -168,7 +168,12 @@ def _trained_bpe(documents: Iterable[str], vocab_size: int) -> models.BPE:
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(256)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    texts = list(documents)
+    texts, size = [], 0
+    for text in documents:
+        texts.append(text[: TRAINING_CHARACTERS - size])
+        size += len(text)
+        if size >= TRAINING_CHARACTERS:
+            break
     interrupted = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the library may not return to Python for a minute
     try:
         backend.train_from_iterator(texts, trainer)

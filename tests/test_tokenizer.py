@@ -159,9 +159,9 @@ def test_ctrl_c_ends_the_training_of_a_bpe(tmp_path):
     """Without returning to Python, which would take seconds."""
     code = (
         "import sys, prepare_data\n"
-        "from plaingpt.text import job\n"
-        "sample = job.sample\n"
-        "job.sample = lambda *_: [*sample(*_), print('read', flush=True) or '']\n"
+        "from plaingpt.text.sources import Source\n"
+        "texts = Source.texts\n"
+        "Source.texts = lambda *_: [*texts(*_), print('read', flush=True) or '']\n"
         "sys.argv = ['p', 'a.txt', '--tokenizer=bpe']\n"
         "try:\n    prepare_data.main()\n"
         "except KeyboardInterrupt:\n    print('Python again')"

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +22,12 @@ from plaingpt.console import UserError, counted, note
 from plaingpt.files import fsync, json_in, new_file, put_in_place
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.pipeline import Work, encode_part
-from plaingpt.text.readers import File, kind_of
 from plaingpt.text.sources import Source
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS, id_dtype
 
 FORMAT = 7  # version of the .partial directory; work in another version starts over
 MANY_DOCUMENTS = 200  # from here on entire documents go to validation; with fewer, the tail of each
-TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardly changes it
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
         raise UserError(f"{source.description}: there is no text in it")
     if source.summary:
         note(source.summary)
-    tokenizer = job.tokenizer or make_tokenizer(job.kind, sample(source, job.config, job.kind), job.config.vocab_size)
+    tokenizer = job.tokenizer or make_tokenizer(job.kind, source.texts(job.config), job.config.vocab_size)
     tokenizer.save(job.partial)
     fsync(job.partial / "tokenizer.json")
     (job.partial / "shards").mkdir()
@@ -136,25 +133,9 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
 
 
 def count_documents(source: Source, config: PrepareConfig) -> int:
-    """How many there are, up to MANY_DOCUMENTS."""
-    count = 0
-    for found in source.inputs():
-        is_one = isinstance(found, File) and kind_of(found.path) == "text" and not config.split_documents
-        most = 1 if is_one else MANY_DOCUMENTS - count
-        count += sum(1 for _ in itertools.islice(found.texts(config), most))
-        if count >= MANY_DOCUMENTS:
-            break
-    return count
-
-
-def sample(source: Source, config: PrepareConfig, kind: str) -> Iterator[str]:
-    """The text that a tokenizer is made from: for bpe the beginning; for char all, to see every character."""
-    size = 0
-    for text in source.texts(config):
-        yield text[: TRAINING_CHARACTERS - size] if kind == "bpe" else text
-        size += len(text)
-        if kind == "bpe" and size >= TRAINING_CHARACTERS:
-            return
+    """How many there are, up to MANY_DOCUMENTS; of a large text file, the beginning is read."""
+    texts = (itertools.takewhile(lambda text: text.begins, found.texts(config)) for found in source.inputs())
+    return sum(1 for _ in itertools.islice(itertools.chain.from_iterable(texts), MANY_DOCUMENTS))
 
 
 def finish(job: Job, work: Work) -> dict | None:
