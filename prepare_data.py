@@ -46,7 +46,11 @@ def main() -> None:
     started = time.perf_counter()
     try:
         kind, tokenizer = resolve_tokenizer(config.tokenizer or source.tokenizer)
-        config = dataclasses.replace(config, val_fraction=config.val_fraction or source.val_fraction)
+        config = dataclasses.replace(
+            config,
+            val_fraction=config.val_fraction or source.val_fraction,
+            bad_files=source.bad_files or config.bad_files,
+        )
         job = Job(directory, source, config, kind, tokenizer, part, parts)
         meta = prepare(job, config.threads or max(1, cores() // processes_here))
     except OSError as error:

@@ -42,6 +42,7 @@ class Source:
     dataset: Any = None
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
+    bad_files: str | None = None  # instead of the setting
     fetch: Callable[[Path], Path] | None = None  # downloads the only file, or copies it to the given directory
     once: bool = False  # it cannot be read again later
     summary: str = ""  # of the files read and skipped
@@ -84,7 +85,7 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         path = "stdin.jsonl" if json_lines else "stdin.txt"
         return Source("stdin", "standard input", fetch=lambda directory: _standard_input(directory / path), once=True)
     if named == "python":
-        return Source("python", "python", _python_files(), tokenizer="bpe")
+        return Source("python", "python", _python_files(), tokenizer="bpe", bad_files="skip")
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
         return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
