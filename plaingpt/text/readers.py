@@ -29,7 +29,6 @@ class Text(NamedTuple):
     done: int  # bytes of the file that have been read
     begins: bool = True  # False: it continues the text before
     ends: bool = True
-    boundary: int | None = None  # where validation begins if the tail of each document goes there; None: by its length
 
 
 class File(NamedTuple):

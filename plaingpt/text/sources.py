@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import glob
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -124,24 +125,41 @@ def _matches(word: str) -> Iterable[str]:
     """The files of a word of the command line."""
     if os.path.isdir(word):
         return walk(word)
-    if found := [word] if os.path.isfile(word) else glob.glob(word, recursive=True):
+    if found := [word] if os.path.isfile(word) else [*_glob(word)]:
         return filter(os.path.isfile, found)
     raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED)}")
 
 
+def _glob(pattern: str) -> Iterator[str]:
+    """The paths that match. Python's glob would follow circles of links almost forever: `**` is our `folders`."""
+    top, *rest = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
+    if not rest:
+        return glob.iglob(pattern)
+    tops = filter(os.path.isdir, glob.iglob(top) if top else ["."])
+    below = (os.path.join(glob.escape(folder), rest[0] or "*") for top in tops for folder, _ in folders(top))
+    return itertools.chain.from_iterable(map(_glob, below))
+
+
 def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterator[str]:
-    """The files in a directory and below, except hidden ones. Links are followed; no directory is entered twice."""
+    """The files in a directory and below, except hidden ones."""
+    for folder, names in folders(directory, left_out):
+        paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
+        yield from filter(os.path.isfile, paths)  # no pipe, device or broken link
+
+
+def folders(top: str, left_out: Container[str] = ("node_modules",)) -> Iterator[tuple[str, list[str]]]:
+    """A directory and those below, except hidden ones, each with the names in it. Links are followed; no directory is
+    entered twice."""
 
     def refuse(error: OSError) -> None:
         raise error  # os.walk alone ignores a directory that cannot be read
 
     entered = set()
-    for folder, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
+    for folder, inner, names in os.walk(top, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        folders[:] = [n for n in sorted(folders) if not (real in entered or n.startswith(".") or n in left_out)]
+        inner[:] = [n for n in sorted(inner) if not (real in entered or n.startswith(".") or n in left_out)]
         if real not in entered:
-            paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
-            yield from filter(os.path.isfile, paths)  # no pipe, device or broken link
+            yield folder, names
         entered.add(real)
 
 
