@@ -112,10 +112,10 @@ def train_step(
     return total, run.update(torch.full((), lr, device=dist.device) if run.gradients else lr)
 
 
-def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
-    """The training loop: evaluate, save, step, log. branch: see `Metrics`. All ranks. Returns the exit status."""
+def train(run: Run, state: RunState, out_dir: Path) -> int:
+    """The training loop: evaluate, save, step, log. All ranks. Returns the exit status."""
     config, dist, start = run.config, run.dist, state.step
-    metrics = Metrics(out_dir, dist.is_main, start or None, branch)
+    metrics = Metrics(out_dir, dist.is_main, start or None)
     metrics.track(state.settings)
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
@@ -140,7 +140,7 @@ def train(run: Run, state: RunState, out_dir: Path, branch: str = "") -> int:
                 bpb = bits_per_byte(val_loss, run.data.val)
                 metrics.write(step=step, tokens=step * run.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
                 note(f"step {step}: {describe_loss(val_loss, run.data)}")
-            if step > start or (step and (val_loss is not None or branch)):
+            if step > start or (step and val_loss is not None):
                 state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
                 saver.save(val_loss, keeping)
             metrics.draw()
@@ -275,8 +275,7 @@ def start_run(
     derived = state.derived if checkpoint else DERIVED
     state.derived = [name for name in derived if name not in given]
     state.settings, state.data = dataclasses.asdict(config), data.digest
-    branch = checkpoint.name if checkpoint and checkpoint.name.startswith("step-") else ""
-    return train(run, state, out_dir, branch)
+    return train(run, state, out_dir)
 
 
 def main() -> int:

@@ -1,10 +1,8 @@
 """The record of a run: metrics.jsonl, loss.png, Weights & Biases, and what the terminal shows."""
 
 import contextlib
-import itertools
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -19,25 +17,23 @@ WANDB_REMEDY = "pip install wandb; `wandb offline` or WANDB_MODE=offline needs n
 class Metrics:
     """Records one run. In processes other than main, every method does nothing."""
 
-    def __init__(self, out_dir: Path, active: bool, until_step: int | None = None, branch: str = ""):
-        """Start a record; with `until_step`, continue an earlier one and drop what follows that step.
-
-        branch: name of the checkpoint the run returned to; the old record is copied to metrics-before-NAME.jsonl.
-        """
+    def __init__(self, out_dir: Path, active: bool, resumed_from: int | None = None):
+        """Start a record, or continue it from that step. Lines are only ever added: see `read_metrics`."""
         self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
-        self.resumed_from = until_step  # goes into the next record
+        self.resumed_from = resumed_from  # goes into the next record
         if not active:
             return
-        if until_step is None and self.path.is_file() and not _is_ours(self.path):
+        earlier = self.path.read_bytes() if self.path.is_file() else b""
+        if resumed_from is None and not b'{"step": '.startswith(earlier[:9]):
             raise UserError(f"{self.path} is not the record of a run; move it away, or choose another --out_dir")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.path.parent)
-        earlier = [] if until_step is None else [r for r in read_metrics(self.path) if r["step"] <= until_step]
-        if branch and self.path.exists():
-            names = (f"metrics-before-{branch}{f'-{i}' if i > 1 else ''}.jsonl" for i in itertools.count(1))
-            shutil.copyfile(self.path, next(path for name in names if not (path := self.path.with_name(name)).exists()))
-        with new_file(self.path) as file:
-            file.writelines(json.dumps(record) + "\n" for record in earlier)
+        if resumed_from is None:
+            with new_file(self.path):
+                pass
+        elif earlier and not earlier.endswith(b"\n"):  # a kill cut the last line
+            with open(self.path, "a") as file:
+                file.write("\n")
 
     def track(self, settings: dict) -> None:
         """Start Weights & Biases, if `wandb_log` is set."""
@@ -127,12 +123,6 @@ class Stopwatch:
         return (step - before) / max(self._last[0] - seconds, 1e-9)
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file begins as a record does, even if it was cut."""
-    with open(path, "rb") as file:
-        return b'{"step": '.startswith(file.read(9))
-
-
 def log_line(record: dict, max_iters: int, seconds_left: float) -> str:
     """A log record for people."""
     mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""
@@ -145,14 +135,18 @@ def log_line(record: dict, max_iters: int, seconds_left: float) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, without damaged lines, such as one cut short by a kill."""
+    """The records of a metrics.jsonl, without damaged lines, such as one cut short by a kill.
+
+    Records between the checkpoint from which a run was resumed and the end of the run before are left out.
+    """
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             numbers = [record.get("step"), *record.values()] if isinstance(record, dict) else [None]
             if all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers):
-                records.append(record)
+                kept = record.get("resumed_from", math.inf)
+                records = [earlier for earlier in records if earlier["step"] <= kept] + [record]
     return records
 
 
