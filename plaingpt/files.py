@@ -94,15 +94,12 @@ def existing(final: Path) -> Path | None:
 
 def check_writable(directory: Path) -> None:
     """UserError if `directory`, which need not exist yet, cannot be written to. Call it before work is spent."""
+    nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
     try:
-        str(directory).encode()  # libraries below take names in UTF-8 only
-        with contextlib.suppress(FileNotFoundError):
-            directory.stat()
-        nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+        str(directory).encode()  # safetensors takes names in UTF-8 only
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except (OSError, ValueError) as error:
-        link = f", a link to {os.path.realpath(directory)}," if os.path.islink(directory) else ""
-        raise UserError(f"{directory}{link} cannot be written to: {one_line(error)}; choose another one") from error
+        raise UserError(f"{directory} cannot be written to: {one_line(error)}; choose another one") from error
 
 
 def claim(out_dir: Path) -> FileLock:

@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
 from plaingpt.console import RunFailed, UserError, counted, note
 from plaingpt.hub import model_directory, read_config
-from plaingpt.run_state import RunState, suggesting_intact
+from plaingpt.run_state import RunState
 from plaingpt.settings import check_value
 from plaingpt.tokenizer import gpt2
 from plaingpt.tokens import DataSet
@@ -104,11 +104,8 @@ def initial_model(
         torch.manual_seed(config.seed)
         return GPT(shape), config
     if checkpoint:
-        with suggesting_intact(checkpoint):
-            shape = read_config(checkpoint)
-        check(shape)
-        with suggesting_intact(checkpoint):
-            model, tokenizer = load_model(checkpoint, dropout=config.dropout, check=False)  # checked with the state
+        check(read_config(checkpoint))
+        model, tokenizer = load_model(checkpoint, dropout=config.dropout, check=False)  # checked with the state
     else:
         if not config.init_from.endswith(".pt"):
             check(read_config(model_directory(config.init_from)))

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from model import GPT
 from plaingpt.checkpoint import read_tensors, write_model
 from plaingpt.console import UserError, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
-from plaingpt.files import SUMS, check_sums, existing, new_directory, read_json
+from plaingpt.files import check_sums, existing, new_directory, read_json
 from plaingpt.parallel import fill, gather
 from plaingpt.settings import NonNegative, NonNegativeInt, check_value
 from plaingpt.tokenizer import Tokenizer
@@ -67,14 +67,16 @@ class RunState:
 def load_state(directory: Path) -> tuple[RunState, Path]:
     """The state of a checkpoint and the directory in which it was found; UserError if it is missing or damaged."""
     found = existing(directory)
+    others = [path.parent.name for path in directory.parent.glob("*/training.json") if path.parent != found]
+    remedy = f"available: {', '.join(sorted(others))}" if others else "start a run with --init_from=scratch"
     if found is None:
-        others = ", ".join(sorted(path.parent.name for path in directory.parent.glob("*/training.json")))
-        remedy = f"available: {others}" if others else "start a run with --init_from=scratch"
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
-    with suggesting_intact(found):
+    try:
         if is_rank_0():  # one process is enough: if it refuses, torchrun ends the others
             check_sums(found)
         state = _read_state(found)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy} (--init_from=resume:NAME)" if others else str(error)) from error
     if not existing(directory.parent / "best"):
         state.forget_best()
     # After a return to an earlier checkpoint, `best` may come from a later step: only a better model replaces it.
@@ -192,19 +194,18 @@ def load_optimizers(
     path = directory / "optimizer.safetensors"
     get_optimizer_state_dict(model, optimizers)  # creates the state of optimizers that have made no step
     wanted, now = _optimizer_tensors(model, optimizers), scaler.state_dict()
-    with suggesting_intact(directory):
-        for name, values in read_tensors(directory, path.name):
-            tensor = wanted.pop(name, None)
-            if tensor is None or (values.shape, values.dtype) != (tensor.shape, tensor.dtype):
-                raise UserError(f"{path} does not fit the model and the optimizer")
-            if not values.isfinite().all():
-                raise UserError(f"{path} has values that are not finite numbers")
-            fill(tensor, values)
-        if wanted:
+    for name, values in read_tensors(directory, path.name):
+        tensor = wanted.pop(name, None)
+        if tensor is None or (values.shape, values.dtype) != (tensor.shape, tensor.dtype):
             raise UserError(f"{path} does not fit the model and the optimizer")
-        saved = saved_scaler.get
-        if saved_scaler and any(type(saved(n)) is not type(v) or not 0 <= saved(n) < math.inf for n, v in now.items()):
-            raise UserError(f"{directory}/training.json: its scaler is not a GradScaler's state")
+        if not values.isfinite().all():
+            raise UserError(f"{path} has values that are not finite numbers")
+        fill(tensor, values)
+    if wanted:
+        raise UserError(f"{path} does not fit the model and the optimizer")
+    saved = saved_scaler.get
+    if saved_scaler and any(type(saved(n)) is not type(v) or not 0 <= saved(n) < math.inf for n, v in now.items()):
+        raise UserError(f"{directory}/training.json: its scaler is not a GradScaler's state")
     if saved_scaler and now:
         scaler.load_state_dict(saved_scaler)
 
@@ -214,25 +215,3 @@ def _optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, Tensor]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     states = [(names[p], values) for optimizer in optimizers for p, values in optimizer.state.items()]
     return {f"{name}/{key}": tensor for name, values in states for key, tensor in values.items()}
-
-
-@contextlib.contextmanager
-def suggesting_intact(refused: Path) -> Iterator[None]:
-    """If a checkpoint is refused, name the newest intact one of the same run, and the best model."""
-    try:
-        yield
-    except UserError as error:
-        intact = [path for path in refused.parent.iterdir() if path != refused and _is_intact(path)]
-        intact.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        states = [f"--init_from=resume:{path.name}" for path in intact if (path / "training.json").is_file()]
-        models = [f"--init_from={path} (the model alone)" for path in intact if not (path / "training.json").is_file()]
-        remedy = " or ".join(states[:1] + models[:1])
-        raise UserError(f"{error}; an intact one: {remedy}" if remedy else str(error)) from error
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        check_sums(path)
-    except UserError:
-        return False
-    return (path / SUMS).is_file() and (path / "model.safetensors").is_file() and path.suffix != ".new"
