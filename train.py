@@ -25,7 +25,7 @@ from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
 from plaingpt.files import check_writable, existing, holds_run, set_aside
-from plaingpt.graphs import Captured
+from plaingpt.graphs import Captured, graphs_work
 from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
 from plaingpt.parallel import set_gradient_sync, shard_count, wrap
@@ -70,7 +70,8 @@ def uses_graphs(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
     run them; larger micro-steps would only need more memory. Recomputation saves random states, which a graph cannot.
     """
     alone = dist.device.type == "cuda" and dist.world_size == 1 and not config.recompute
-    return alone and config.batch_size * config.block_size * model.flop_per_token() < 4e12
+    small = config.batch_size * config.block_size * model.flop_per_token() < 4e12
+    return alone and small and not config.eval_only and graphs_work()
 
 
 def forward_backward(

@@ -97,7 +97,7 @@ def ours(folder: str, dtype: torch.dtype) -> Sampler:
     decoder = Decoder(load_model(folder)[0], dtype)
 
     def sample(count: int, tokens: int, on_token: Callable) -> list[int]:
-        batch = Batch(decoder, [PROMPT] * count, tokens, Sampling(temperature=0), [None] * count)
+        batch = Batch(decoder, [PROMPT] * count, tokens, Sampling(temperature=0), [torch.Generator()] * count)
         for _ in range(tokens):
             batch.step()
             on_token()

@@ -215,14 +215,14 @@ class Deadline:
     def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float):
         self.minutes, self.start = config.minutes, state.step
         steps = config.max_iters - state.step
-        self.warmup_end, self.measured_from = state.step + max(1, steps // 20), state.step + steps // 40
+        self.warmup_end, self.measured_from = state.step + max(2, steps // 20), state.step + max(1, steps // 40)
         self.last_mark, self.pause = (state.step, state.seconds, time.monotonic()), 0.0
         self.few_steps, self.ending = FEW_EPOCHS * steps_per_epoch, False
 
     def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:
         """The settings from here on. All ranks, before each step."""
         step = state.step
-        if not self.minutes or self.ending:
+        if not self.minutes or self.ending or step >= config.max_iters:
             return config
         falls = state.evaluations_since_best < 2 or state.evaluated_at <= max(self.few_steps, self.warmup_end)
         if not falls and not self.start:
@@ -236,12 +236,15 @@ class Deadline:
         seconds = watch.seconds  # of training until now
         now, (step_before, before, then) = time.monotonic(), self.last_mark
         self.last_mark = step, seconds, now
-        if state.evaluated_at == step_before:  # how long that and its save took; the first one is slow on a GPU
+        if (
+            state.evaluated_at == step_before > self.start
+        ):  # how long that and its save took; on a GPU the first is slow
             self.pause = now - then - (seconds - before)
         if step in (step_before, self.measured_from):  # until then compilation distorts the speed
             return config
         per_step = (seconds - before) / (step - step_before) + self.pause / config.eval_interval
-        steps = step + max(1, int((time_left(self.minutes) - self.pause) / per_step))
+        share = 1 if self.pause else TRAINING_SHARE
+        steps = step + max(1, int((share * time_left(self.minutes) - self.pause) / per_step))
         misses_time = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
         correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)
         return self.with_steps(config, state, steps, dist) if correct else config

@@ -9,6 +9,7 @@ Shapes: B texts, T positions, C channels, H heads, D head width, L layers, V voc
 import contextlib
 import functools
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT
 from plaingpt.cpu import pack
-from plaingpt.graphs import Captured
+from plaingpt.graphs import Captured, graphs_work
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Batch:
         prompts: list[list[int]],
         max_new_tokens: int,
         sampling: Sampling,
-        generators: list[torch.Generator | None],
+        generators: list[torch.Generator],
     ):
         assert all(prompts), "each prompt needs at least one token"
         c, B = decoder.config, len(prompts)
@@ -112,8 +113,10 @@ class Batch:
         self.cache = torch.zeros(shape, dtype=decoder.cache_dtype, device=decoder.device)
         # Of each row: its last token, the position of that, and the bits of a random float64
         self.inputs = torch.zeros(3, B, dtype=torch.int64, device=decoder.device)
-        # One launch in place of 200
-        self.next_ids = Captured(self._draw) if decoder.on_cuda else self._draw
+        # Weak, as a reference to itself would keep the cache until Python's collector finds it
+        self.next_ids = functools.partial(Batch._draw, weakref.proxy(self))
+        if decoder.on_cuda and graphs_work():
+            self.next_ids = Captured(self.next_ids)  # one launch in place of 200
         self.steps_left = max_new_tokens  # to start
         self.started = None  # on CUDA, a step that was started before the tokens of the one before were read
 
@@ -151,6 +154,7 @@ class Batch:
         if last != text:
             self.rows[row], length = last, self.lengths[last]
             self.cache[:, :, row, :, :length] = self.cache[:, :, len(self.rows), :, :length]
+            self.cache[:, :, row, :, length:] = 0  # masked, but an overflow there would still become NaN
             self.inputs[0, row] = self.inputs[0, len(self.rows)]
 
     def _read(self) -> None:
@@ -235,6 +239,8 @@ def attend_once(mask: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor
     On CUDA, torch's fused attention reads all keys of a head in one thread block: three times slower for 1,024 keys.
     """
     exact = dict(out_dtype=torch.float32) if q.is_cuda and q.dtype != torch.float32 else {}
+    if exact and q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):
+        q, keys, exact = q.float(), keys.float(), {}  # older cards emulate bfloat16
     scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, **exact).view(*q.shape[:3], -1)
     return torch.add(mask, scores, alpha=q.size(-1) ** -0.5).softmax(-1).to(values.dtype) @ values
 

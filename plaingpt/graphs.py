@@ -1,5 +1,6 @@
 """CUDA graphs: all kernels of a function are recorded once, and then launched with one call."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -19,23 +20,14 @@ class Captured:
 
     def __init__(self, function: Callable[..., Tensor], after: "Captured | None" = None):
         self.function, self.after = function, after
-        self.calls = set()  # combinations that were called at least once
-        self.graphs, self.pool = {}, None
-        self.works = True
+        self.graphs, self.pool = {}, None  # graphs: None for a combination that was called once
 
     def __call__(self, *arguments: Tensor | float) -> Tensor:
         key = tuple(value.shape if isinstance(value, Tensor) else value for value in arguments)
-        if key in self.calls and key not in self.graphs and self.works:
-            try:
-                self.graphs[key] = self._capture(arguments)
-            except RuntimeError as error:  # slower, but the same
-                note(f"continuing without CUDA graphs: {one_line(error)}")
-                self.works = False
-                for generator in torch.cuda.default_generators:  # a failed capture leaves them unusable
-                    generator.graphsafe_set_state(generator.clone_state())
-        self.calls.add(key)
         if key not in self.graphs:  # the first call compiles and loads kernels, which a capture cannot do
+            self.graphs[key] = None
             return self.function(*arguments)
+        self.graphs[key] = self.graphs[key] or self._capture(arguments)
         graph, inputs, result = self.graphs[key]
         for tensor, value in zip(inputs, arguments, strict=True):
             if isinstance(value, Tensor):
@@ -49,3 +41,19 @@ class Captured:
         # thread_local: a thread that saves a checkpoint may use the device meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             return graph, inputs, self.function(*inputs)
+
+
+@functools.cache
+def graphs_work() -> bool:
+    """Whether the current CUDA device can capture graphs; if not, print why. Call it before anything random."""
+    x = torch.zeros(1, device="cuda")
+    x.add_(1)
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.add_(1)
+    except RuntimeError as error:
+        note(f"continuing without CUDA graphs, which makes small models slower: {one_line(error)}")
+        for generator in torch.cuda.default_generators:  # in torch 2.11, a failed capture leaves them unusable
+            generator.graphsafe_set_state(generator.clone_state())
+        return False
+    return True

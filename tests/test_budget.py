@@ -160,25 +160,52 @@ def test_a_resumed_run_does_not_end_early(clock):
     assert deadline.corrected(config, state, DIST, watch).max_iters == 1000
 
 
+def simulated(
+    clock, config, state, step, first_step, evaluation, first_evaluation, dist=DIST
+) -> tuple[TrainConfig, set[int]]:
+    """Run to the end, with the seconds that each part takes; `step` depends on the time. Returns every `max_iters`."""
+    deadline, training, start, numbers = Deadline(config, state, math.inf), 0.0, state.step, set()
+    while True:
+        config = deadline.corrected(config, state, dist, SimpleNamespace(seconds=training))
+        numbers.add(config.max_iters)
+        due = state.step == config.max_iters or state.step % config.eval_interval == 0
+        if due and state.step != state.evaluated_at:
+            clock.seconds += first_evaluation or evaluation
+            state.evaluated_at, first_evaluation = state.step, 0.0
+        if state.step >= config.max_iters:
+            return config, numbers
+        per_step = step(clock.seconds) if state.step > start else first_step
+        clock.seconds, training, state.step = clock.seconds + per_step, training + per_step, state.step + 1
+
+
 @pytest.mark.parametrize("slower", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_run_ends_in_time_on_a_machine_of_another_speed(tmp_path, clock, slower, changes):
     """changes: the speed again, after a third of the time."""
     config = TrainConfig(minutes=10, max_iters=1000, eval_interval=200, warmup_iters=50, out_dir=str(tmp_path))
     state = RunState(settings=dataclasses.asdict(config))
-    deadline, training, corrections = Deadline(config, state, math.inf), 0.0, set()
-    while True:
-        config = deadline.corrected(config, state, DIST, SimpleNamespace(seconds=training))
-        corrections.add(config.max_iters)
-        if state.step == config.max_iters or state.step % config.eval_interval == 0:
-            state.evaluated_at, clock.seconds = state.step, clock.seconds + (4 if state.step else 20)
-        if state.step == config.max_iters:
-            break
-        per_step = 0.5 * slower * (1.5 if changes and clock.seconds > 200 else 1)
-        clock.seconds, training, state.step = clock.seconds + per_step, training + per_step, state.step + 1
+    config, corrections = simulated(
+        clock, config, state, lambda now: 0.5 * slower * (1.5 if changes and now > 200 else 1), 0.5 * slower, 4, 20
+    )
     assert abs(clock.seconds - 600) < 0.1 * 600 * (1 if changes else 0.3)
     assert len(corrections) <= 3 or changes
     assert state.settings["max_iters"] == state.settings["lr_decay_iters"] == config.max_iters
+
+
+def test_on_a_gpu_the_slow_first_evaluation_does_not_count_for_the_others(tmp_path, clock):
+    config = TrainConfig(minutes=5, max_iters=1000, eval_interval=84, warmup_iters=50, out_dir=str(tmp_path))
+    state = RunState(settings=dataclasses.asdict(config))
+    cuda = SimpleNamespace(device=torch.device("cuda"), max=DIST.max, synchronize=lambda: None, is_main=True)
+    _, corrections = simulated(clock, config, state, lambda now: 0.255, 0.255, 1, 30, cuda)
+    assert min(corrections) > 850 and 291 < clock.seconds < 309
+
+
+@pytest.mark.parametrize("evaluated_at", [None, 1000])
+def test_a_slow_first_step_of_few_does_not_end_a_resumed_run(clock, evaluated_at):
+    config = TrainConfig(minutes=3, max_iters=1020, eval_interval=2000, warmup_iters=50)
+    state = RunState(step=1000, evaluated_at=evaluated_at, settings=dataclasses.asdict(config))
+    simulated(clock, config, state, lambda now: 6.0, 40.0, 3, 3)
+    assert 150 < clock.seconds < 190
 
 
 def run_for(data_dir, out_dir, minutes, *more, **settings):

@@ -1,5 +1,7 @@
 import copy
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -54,6 +56,18 @@ def write(batch: Batch, lengths: list[int]) -> list[list[int]]:
     return new
 
 
+def test_the_cache_goes_with_its_batch():
+    texts = batch(random_model(SMALL), [[1], [2]])
+    texts.step()
+    cache = weakref.ref(texts.cache)
+    gc.disable()
+    try:
+        del texts
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
 def test_the_window_of_the_reference_is_the_sliding_one_up_to_the_block_and_half_of_it_at_least_beyond():
     for prompt_length, length in itertools.product(range(1, 30), range(30, 60)):
         text = list(range(length))
@@ -102,7 +116,7 @@ def test_steps_recorded_once_for_each_shape_and_repeated_write_the_same(sampling
     texts.next_ids = Recorded(texts._draw, lambda: [texts.inputs])
     assert write(texts, lengths) == expected
     # powers of two, or as many as there are
-    assert texts.next_ids.calls == texts.next_ids.graphs.keys() == {(5, 304), (4, 256), (1, 256)}
+    assert texts.next_ids.graphs.keys() == {(5, 304), (4, 256), (1, 256)} and all(texts.next_ids.graphs.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=on_x86)])
