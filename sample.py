@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -25,10 +24,9 @@ import torch
 from model import GPT
 from plaingpt.batches import derive_seed
 from plaingpt.checkpoint import load_model
-from plaingpt.console import UserError, closest, escaped, note, one_line, perplexity, run_script
+from plaingpt.console import UserError, closest, escaped, note, one_line, run_script
 from plaingpt.cpu import has_fp16_products
 from plaingpt.distributed import connect
-from plaingpt.evaluate import log_probabilities
 from plaingpt.files import existing
 from plaingpt.generate import Batch, Decoder, Sampling
 from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, PathName, PositiveInt, load_settings
@@ -63,10 +61,8 @@ class SampleConfig:
     """read prompts from the terminal; Ctrl-C stops a sample, Ctrl-D exits"""
     prompts: PathName | None = None
     """file with one prompt per line, instead of start"""
-    score: PathName | None = None
-    """text file to score instead of generating: prints its loss, perplexity and bits per byte"""
     output: Literal["text", "jsonl"] = "text"
-    """jsonl: one JSON object per sample, or with score per token"""
+    """jsonl: one JSON object per sample"""
     batch_size: PositiveInt = 16
     """samples generated at once"""
     device: str = "auto"
@@ -77,14 +73,10 @@ class SampleConfig:
     RETIRED: ClassVar = {
         "compile": "ignored: sampling needs no compilation",
     }
-    SYNONYMS: ClassVar = {
-        "": "start", "prompt": "start", "text": "start", "model": "init_from", "temp": "temperature",
-        "length": "max_new_tokens", "max_tokens": "max_new_tokens", "n": "num_samples",
-    }  # fmt: skip
 
 
 INTERACTIVE = (*(field.name for field in dataclasses.fields(Sampling)), "max_new_tokens", "stop", "seed", "output")
-MODES = ("start", "prompts", "interactive", "score")  # mutually exclusive
+MODES = ("start", "prompts", "interactive")  # mutually exclusive
 
 
 def main() -> None:
@@ -94,9 +86,7 @@ def main() -> None:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
     model, tokenizer = load_model(which_model(config))
     decoder = make_decoder(model, config)
-    if config.score:
-        score(decoder, tokenizer, config)
-    elif config.interactive:
+    if config.interactive:
         interact(decoder, tokenizer, config)
     else:
         starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
@@ -223,23 +213,6 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
             note(str(error))
         except KeyboardInterrupt:
             print(flush=True)
-
-
-def score(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
-    """Print how likely a text is: each token given those before it, the first given end of text, if there is one."""
-    ids = tokenizer.encode(read_text(config.score))
-    if tokenizer.end_of_text is not None:
-        ids = [tokenizer.end_of_text, *ids]
-    if len(ids) < 2:
-        raise UserError(f"{config.score} has nothing to score")
-    found = log_probabilities(decoder, ids)
-    if config.output == "jsonl":
-        for token, value in zip(ids[1:], found.tolist()):
-            print(json.dumps({"id": token, "text": tokenizer.decode([token]), "log_probability": round(value, 5)}))
-        return
-    total = -found.double().sum().item()
-    loss, bits = total / len(found), total / math.log(2) / len(tokenizer.decode(ids[1:]).encode())
-    print(f"loss {loss:.4f}, perplexity {perplexity(loss)}, {bits:.4f} bits per byte; {len(found):,} tokens")
 
 
 def which_model(config: SampleConfig) -> str | Path:

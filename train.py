@@ -29,7 +29,7 @@ from plaingpt.graphs import Captured, graphs_work
 from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
 from plaingpt.parallel import set_gradient_sync, shard_count, wrap
-from plaingpt.plan import announce, check_memory, dry_run, memory
+from plaingpt.plan import announce, check_memory, dry_run
 from plaingpt.run import MODEL_SETTINGS, check_default, finish_run, initial_model, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
@@ -128,7 +128,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
         step = state.step
         config = run.config = deadline.corrected(config, state, dist, watch)
         due = step == config.max_iters or step % config.eval_interval == 0
-        evaluating = due and step != state.evaluated_at and not (stopping and step < config.max_iters)
+        evaluating = due and step != state.evaluated_at
         keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
         if (evaluating or keeping or stopping) and step != visited:
             visited, val_loss = step, None
@@ -201,17 +201,17 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
     return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches, tokens_per_step)
 
 
-def memory_of(config: TrainConfig, dist: Distributed) -> Callable[[GPTConfig], dict[str, float]]:
-    """`memory` with the settings of a run."""
-    compiled, shards = config.compiles_on(dist.device.type), shard_count(dist, config.sharding)
-    return functools.partial(memory, config.batch_size, config.optimizer, config.recompute, compiled, shards)
+def memory_check(config: TrainConfig, dist: Distributed) -> Callable[[GPTConfig], None]:
+    """`check_memory` with the settings of a run."""
+    shards = shard_count(dist, config.sharding)
+    return functools.partial(check_memory, dist, config.batch_size, config.recompute, shards)
 
 
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
     """Training speed with the settings of `config`, not compiled, measured for that many seconds. All ranks."""
     shape = GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in MODEL_SETTINGS})
     config = dataclasses.replace(config, compile=False)
-    check_memory(dist, memory_of(config, dist), shape)
+    memory_check(config, dist)(shape)
     run = set_up(config, data, GPT(shape), 1, dist)
     for _ in range(2 if run.gradients else 1):  # the first one allocates; the second one captures a graph
         train_step(run, 0, micro_steps=1)
@@ -244,8 +244,7 @@ def start_run(
             holds_run(out_dir)  # raises UserError before time is spent
     if config.minutes and not checkpoint and not config.eval_only:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
-    cost = memory_of(config, dist)
-    check = (lambda shape: None) if config.eval_only else functools.partial(check_memory, dist, cost)
+    check = (lambda shape: None) if config.eval_only else memory_check(config, dist)
     raw_model, config = initial_model(config, given, data, checkpoint, check)
     if state.eval_sequences is None or "eval_iters" in given:
         sequences = config.eval_iters * config.batch_size
@@ -264,7 +263,7 @@ def start_run(
     if config.dry_run:
         step = functools.partial(train_step, run, 0, None)  # takes the number of micro-steps
         micro_steps = dist.per_process(config.gradient_accumulation_steps)
-        dry_run(dist, step, micro_steps, run.tokens_per_step, config.max_iters, cost(raw_model.config))
+        dry_run(dist, step, micro_steps, run.tokens_per_step, config.max_iters)
         return 0
 
     if not dist.all_equal(state.step):

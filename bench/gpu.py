@@ -38,15 +38,49 @@ from model import GPT, IGNORED, GPTConfig
 from plaingpt.console import run_script
 from plaingpt.distributed import Distributed, connect
 from plaingpt.generate import Batch, Decoder, Sampling
-from plaingpt.optimizer import SkippedSteps, apply_gradients, make_optimizers
+from plaingpt.optimizer import MATRICES_AT_ONCE, SkippedSteps, apply_gradients, make_optimizers
 from plaingpt.parallel import wrap
-from plaingpt.plan import memory
 from plaingpt.run import MODEL_SETTINGS
 from plaingpt.settings import load_settings
 from plaingpt.tokens import open_data_set
 from train import TrainConfig, set_up, train_step
 
 SMALL = GPTConfig(block_size=128, vocab_size=1000, n_layer=2, n_head=2, n_embd=128)
+
+
+def memory(
+    batch_size: int, optimizer: str, recompute: bool, compiled: bool, shards: int, c: GPTConfig
+) -> dict[str, float]:
+    """Bytes, by purpose, that torch reserves in each of `shards` processes to train a model, in 16-bit precision.
+
+    The constants match runs of 124M to 1.5B within 10% (bench/results/2026-11-27-gpu-simulated.md). Per token, each
+    block stores 34 C bytes for the backward pass (36 if not compiled): two LayerNorm inputs in float32, the rest in 16
+    bits; dropout masks add 2 C. With recomputation, each block stores 4 C bytes, and one block at a time all of it. A
+    logit takes 2 bytes; if not compiled, 4, and the loss needs float32 copies of 2**26 logits at a time.
+    """
+    matrices = 12 * c.n_embd**2  # parameters of a block
+    of_block = matrices + (13 if c.bias else 2) * c.n_embd
+    embeddings = (c.padded_vocab_size + c.block_size + (2 if c.bias else 1)) * c.n_embd  # and ln_f
+    parameters, of_muon = embeddings + c.n_layer * of_block, c.n_layer * matrices * (optimizer == "muon")
+    parts = {
+        "weights": 4 * parameters / shards,
+        "gradients": 4 * parameters / shards,
+        "optimizer": (8 * (parameters - of_muon) + 4 * of_muon) / shards,  # AdamW has two moments, Muon one
+    }
+    tokens, logits = batch_size * c.block_size, batch_size * c.block_size * c.padded_vocab_size
+    block = tokens * c.n_embd * ((34 if compiled else 36) + 2 * (c.dropout > 0))
+    head = tokens * c.n_embd * 12 + (2 * logits if compiled else 4 * logits + 12 * min(logits, 2**26))
+    inputs = tokens * c.n_embd * 4
+    activations = inputs * c.n_layer + max(block, head) if recompute else block * c.n_layer + head
+    if shards > 1:  # embeddings and their gradient in float32, and two blocks: the one at work and the next
+        copies = 8 * embeddings + 4 * of_block
+    else:
+        copies = 2 * (embeddings + of_block if recompute and compiled else parameters)
+    muon = 22 * min(MATRICES_AT_ONCE, 4 * c.n_embd**2 * c.n_layer) / shards if optimizer == "muon" else 0
+    parts |= {"16-bit copies": copies, "activations": max(activations, muon - copies)}
+    # Gradients are allocated where the logits were, which then need new space: the allocator does not move blocks.
+    unused = (0.08 if recompute else 0.04) * sum(parts.values()) + (1.4 * logits if compiled else 0)
+    return parts | {"unused by the allocator": unused}
 
 
 @dataclass(frozen=True)
@@ -436,16 +470,18 @@ def resume(bench: Bench) -> None:
 
 
 def dry_runs(bench: Bench) -> None:
-    """Memory of the recipes against plan.py's prediction."""
+    """Memory of the recipes against the prediction."""
     quick = ("--n_layer=2", "--batch_size=2", "--gradient_accumulation_steps=2") if bench.quick else ()
     with tempfile.TemporaryDirectory() as folder:
         random_tokens(Path(folder) / "fineweb10B-gpt2")
         for size in ("", "_medium", "_xl"):
             words = (f"config/train_gpt2{size}.py", f"--data_dir={folder}", "--dry_run=True", *quick)
             text, seconds = command(bench, 150, "train.py", *words)
-            found = re.search(r"in total ([\d.]+) GB\nmeasured: peak ([\d.]+) GB, reserved ([\d.]+) GB", text)
+            peak, reserved = map(float, re.search(r"peak ([\d.]+) GB, reserved ([\d.]+) GB", text).groups())
             speed = re.search(r"([\d,]+) tokens/s", text)[1].replace(",", "")
-            planned, peak, reserved = map(float, found.groups())
+            c, _ = load_settings(TrainConfig, list(words))
+            shape = GPTConfig(vocab_size=50257, **{name: getattr(c, name) for name in MODEL_SETTINGS})
+            planned = sum(memory(c.batch_size, c.optimizer, c.recompute, True, 1, shape).values()) / 1e9
             figures = dict(planned_GB=planned, peak_GB=peak, reserved_GB=reserved, tokens_per_s=float(speed))
             ok = bench.quick or abs(planned / reserved - 1) < 0.1
             bench.report(f"dry run gpt2{size}", ok, **figures, command_s=seconds)

@@ -7,7 +7,6 @@ All sample greedily from the same GPT-2 with random weights, each in a process o
 shows medians over the rounds. A turn includes reading the prompt. The first turn of each, a warm-up, does not count.
 CPU only. llama.cpp takes part if `llama_cpp` and `gguf` are installed. The limit is the time to read all matrices once
 at the memory bandwidth, which is measured in each round.
-For the loss in each precision: `python sample.py --score=FILE --dtype=float16`.
 """
 
 import contextlib

@@ -13,8 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-from plaingpt import startup
-
 
 class UserError(Exception):
     """A mistake of the user, whose message is one line with the remedy."""
@@ -30,7 +28,7 @@ def run_script(main: Callable[[], int | None], less_memory: str = "--batch_size"
     An error that has an explanation ends the process with one line on standard error: a mistake of the user or a file
     that cannot be used with status 2, other failures with status 1. `less_memory` is the flag that reduces memory use.
     """
-    if signal.getsignal(signal.SIGINT) is startup.end_process:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `startup`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, errors in (sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"):
         if hasattr(stream, "reconfigure"):  # not in Jupyter

@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 
-from plaingpt.console import UserError, cores, counted, is_rank_0, one_line
+from plaingpt.console import UserError, cores, is_rank_0, one_line
 from plaingpt.workarounds import rendezvous_store
 
 # Dense half-precision TFLOP/s of matrix products, from the makers' data sheets; the first name that matches counts
@@ -141,10 +141,13 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
 
     timeout: seconds that a process waits for another before it fails.
     """
-    rank, local_rank, world_size, local_world_size = _ranks()
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # set by torchrun
+    try:
+        rank, local_rank, world_size, local_world_size = (int(os.environ.get(n) or one) for n, one in names.items())
+    except ValueError as error:
+        raise UserError(f"{', '.join(names)}, which torchrun sets, have to be numbers: {error}") from error
     chosen = _choose_device(device, local_rank, world_size)
     if chosen.type == "cuda":
-        _check_card(chosen)
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = True
     if chosen.type == "cpu" and world_size > 1:
@@ -159,25 +162,6 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
     return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size, local_world_size)
 
 
-def _ranks() -> tuple[int, int, int, int]:
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as torchrun sets them; without them, one process."""
-    remedy = "start several processes with torchrun --nproc_per_node=2 train.py, or unset the variable for one"
-    values = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    for name in values:
-        if text := os.environ.get(name):  # an empty variable counts as unset
-            if not text.isdecimal():
-                raise UserError(f"{name}={text} in the environment is not a number: {remedy}")
-            values[name] = int(text)
-    rank, local_rank, world_size, local_world_size = values.values()
-    if not (rank < world_size and local_rank < local_world_size <= world_size):
-        found = ", ".join(f"{name}={value}" for name, value in values.items())
-        raise UserError(f"{found} in the environment contradict each other: {remedy}")
-    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
-    if missing := [name for name in needed if not os.environ.get(name)]:
-        raise UserError(f"WORLD_SIZE={world_size} in the environment, but no {', '.join(missing)}: {remedy}")
-    return rank, local_rank, world_size, local_world_size
-
-
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available() and world_size == 1  # several processes cannot share it
@@ -186,23 +170,13 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
             raise UserError(f"{problem}; update the driver, install another build of torch, or use --device=cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device={name}: there is no such device; use cpu, cuda, cuda:1 or mps") from error
-    if device.type == "cuda":
-        if world_size > 1 and device.index is not None:
-            raise UserError(f"--device={name}: torchrun gives each process its own GPU; use --device=cuda")
-        index = local_rank if world_size > 1 else device.index or 0
-        if not torch.cuda.is_available():
-            problem = _unusable_card() or f"torch {torch.__version__} finds no CUDA device"
-            raise UserError(f"--device={name}: {problem}; use --device=cpu")
-        if index >= torch.cuda.device_count():
-            gpus = counted(torch.cuda.device_count(), "GPU")
-            raise UserError(f"--device={name}: there is no GPU {index}; this machine has {gpus}")
-        return torch.device("cuda", index)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device={name}: torch {torch.__version__} finds no Apple GPU; use --device=cpu")
-    if device.type not in ("cpu", "mps"):
-        raise UserError(f"--device={name}: use cpu, cuda, cuda:1 or mps")
+        if device.type == "cuda":  # torchrun gives each process a GPU of its own
+            device = torch.device("cuda", local_rank if world_size > 1 else device.index or 0)
+            _check_capability(device)
+        torch.ones(1, device=device).add(1).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = (not torch.cuda.is_available() and _unusable_card()) or one_line(error)
+        raise UserError(f"--device={name}: {reason}; use cpu, cuda, cuda:1 or mps") from error
     return device
 
 
@@ -220,23 +194,17 @@ def _unusable_card(devices: str = "/dev/nvidia[0-9]*") -> str | None:
     return f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it: {reason}"
 
 
-def _check_card(device: torch.device) -> None:
-    """Refuse a GPU that this build of torch has no kernels for, or that does not work now."""
-    card, version = torch.cuda.get_device_name(device), torch.__version__
+def _check_capability(device: torch.device) -> None:
+    """Refuse a GPU that this build of torch has no kernels for."""
     major, minor = torch.cuda.get_device_capability(device)
-    capability = 10 * major + minor
     built = [int(arch.partition("_")[2].rstrip("af")) for arch in torch.cuda.get_arch_list() if not torch.version.hip]
-    if built and capability < min(built):
+    if built and 10 * major + minor < min(built):
         raise UserError(
-            f"{card} (compute capability {major}.{minor}) is too old for torch {version}, which has kernels for "
-            f"{min(built) / 10} and above; if 5.0 or newer, install a build for CUDA 12.6 (pip install "
-            f"torch=={version.partition('+')[0]} --index-url https://download.pytorch.org/whl/cu126), "
-            "or use --device=cpu"
+            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) is too old for torch "
+            f"{torch.__version__}, which has kernels for {min(built) / 10} and above; if 5.0 or newer, install a build "
+            f"for CUDA 12.6 (pip install torch=={torch.__version__.partition('+')[0]} "
+            "--index-url https://download.pytorch.org/whl/cu126), or use --device=cpu"
         )
-    try:
-        torch.ones(1, device=device).add(1).item()
-    except RuntimeError as error:
-        raise UserError(f"{card} does not work with torch {version}: {one_line(error)}; or use --device=cpu") from error
 
 
 def _choose_dtype(name: str, device: torch.device) -> torch.dtype:

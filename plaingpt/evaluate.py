@@ -3,15 +3,13 @@
 import math
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from model import GPT, IGNORED
 from plaingpt.batches import EvalBatches
 from plaingpt.checkpoint import model_with
 from plaingpt.console import perplexity
 from plaingpt.distributed import Distributed, StopSignal
-from plaingpt.generate import Decoder
 from plaingpt.parallel import gather, is_sharded
 from plaingpt.tokens import DataSet, Tokens
 
@@ -64,20 +62,3 @@ def sample_text(model: GPT, data: DataSet, length: int, dist: Distributed, seed:
     new = list(model.generate(prompt, length, 0.8, 200, data.tokenizer.end_of_text, generator))
     model.train()
     return data.tokenizer.decode([*prompt, *new])
-
-
-@torch.inference_mode()
-def log_probabilities(decoder: Decoder, ids: list[int]) -> Tensor:
-    """Log-probability of each id after the first, given the ids before it: (len(ids) - 1,), in nats, on the CPU.
-
-    Windows of block_size overlap by half: except at the start, an id is read after at least block_size / 2 others.
-    """
-    block, parts, done = decoder.config.block_size, [], 0
-    while done < len(ids) - 1:
-        start = max(0, done - block // 2)
-        end = min(len(ids) - 1, start + block)
-        hidden = decoder.read([ids[start:end]])[0, done - start :]
-        targets = torch.tensor(ids[done + 1 : end + 1], device=decoder.device)
-        parts.append(-F.cross_entropy(decoder.logits(hidden), targets, reduction="none").cpu())
-        done = end
-    return torch.cat(parts)

@@ -1,18 +1,12 @@
-"""What a user reads about settings: --help, and suggestions for a name or a file that does not exist."""
+"""What --help prints."""
 
 import argparse
 import ast
 import dataclasses
-import glob
 import inspect
 import itertools
-import os
-import shlex
 import sys
-from collections.abc import Iterable
 from typing import NoReturn
-
-from plaingpt.console import closest
 
 
 def show_help(cls: type, positional: str, kinds: dict[str, str]) -> NoReturn:
@@ -51,27 +45,3 @@ def docstrings(cls: type) -> dict[str, str]:
         for field, text in lines
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
-
-
-def no_setting(name: str, source: str, cls: type, names: Iterable[str]) -> str:
-    """The message for a setting that does not exist; `source` is the flag or the file that has it."""
-    meant = getattr(cls, "SYNONYMS", {}).get(name, name)
-    if name.startswith("no_") and name[3:] in names:
-        return f"{source}: there is no setting {name}; did you mean --{name[3:]}=False?"
-    if source.startswith("--"):
-        return f"{source}: there is no setting {name}{closest(meant, names, '--') or '; --help lists them'}"
-    remedy = closest(meant, names) or "; --help lists them. Start a variable of your own with _"
-    return f"{source}: there is no setting {name}{remedy}"
-
-
-def no_recipe(path: str, cls: type) -> str:
-    """The message for an argument that is not a file."""
-    meant = getattr(cls, "SYNONYMS", {}).get("")
-    remedy = closest(os.path.basename(path), glob.glob("*.py", root_dir="config"), "config/")
-    if "=" in path:
-        remedy = f"; did you mean --{path}?"
-    elif os.path.isdir(path):
-        remedy = f"; did you mean --out_dir={shlex.quote(path)}?"
-    elif not remedy and meant and not path.endswith(".py"):
-        remedy = f"; did you mean --{meant}={shlex.quote(path)}?"
-    return f"{path}: no such recipe file{remedy or '; settings are written --name=value'}"

@@ -150,11 +150,8 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-PANELS = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
-
-
 def draw(out_dirs: list[Path], picture: Path) -> bool:
-    """The curves of one or more runs, without a display; False if there is nothing to draw."""
+    """Draw the losses of one or more runs, without a display; False if there are none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if figure := curves(out_dirs):
@@ -164,78 +161,31 @@ def draw(out_dirs: list[Path], picture: Path) -> bool:
 
 
 def curves(out_dirs: list[Path]):
-    """A matplotlib Figure: losses above, the rest below, a dotted line where a run was resumed; None without losses.
+    """A matplotlib Figure of training and validation losses; None if there are none.
 
-    Several runs are compared in bits per byte if all have them: losses of different tokenizers do not compare.
+    Several runs are compared in bits per byte if all have them: losses of different tokenizers do not compare. The axis
+    fits what follows the first tenth: the losses of the start would flatten all the rest.
     """
     from matplotlib.figure import Figure
 
-    names = [Path(out_dir).resolve().name for out_dir in out_dirs]
-    if len({*names}) < len(names):
-        names = [str(out_dir) for out_dir in out_dirs]
-    names = [name.replace("$", r"\$") for name in names]  # matplotlib would read it as mathematics
-    runs = {name: read_metrics(Path(out_dir) / "metrics.jsonl") for name, out_dir in zip(names, out_dirs)}
-    alone = len(runs) == 1
-    compare_bits = not alone and all(any("val_bpb" in record for record in records) for records in runs.values())
-    figure = Figure(figsize=(9, 7), dpi=200, layout="constrained")
-    figure.suptitle(", ".join(runs))
-    panels = figure.subplot_mosaic([["loss"] * 3, list(PANELS)], height_ratios=[5, 2])
-    for name, title in ({"loss": "bits per byte" if compare_bits else "loss (nats per token)"} | PANELS).items():
-        panels[name].set_title(title, fontsize="medium")
-        panels[name].grid(alpha=0.3)
-    for i, (name, records) in enumerate(runs.items()):
-        colors, label = (("C0", "C1"), "") if alone else ((f"C{i}", f"C{i}"), f"{name}: ")
-        _draw_losses(panels["loss"], records, "val_bpb" if compare_bits else "val_loss", colors, label)
-        for key in PANELS:
-            panels[key].plot(*_points(records, key), color=colors[0], lw=1)
-        for resumed in sorted({record["resumed_from"] for record in records if "resumed_from" in record}):
-            for axes in panels.values():
-                axes.axvline(resumed, color=colors[0], ls=":", lw=1, label=f"{label}resumed at {resumed:,}")
-    panels["loss"].set_xlabel("steps")
-    panels["tokens_per_second"].set_ylim(bottom=0)
-    if not panels["loss"].lines:
+    runs = [read_metrics(Path(out_dir) / "metrics.jsonl") for out_dir in out_dirs]
+    bits = len(runs) > 1 and all(any("val_bpb" in record for record in records) for records in runs)
+    kinds = {"val_bpb": "validation"} if bits else {"train_loss": "training", "val_loss": "validation"}
+    figure, late = Figure(figsize=(9, 6), dpi=200, layout="constrained"), []
+    axes = figure.subplots()
+    for i, (out_dir, records) in enumerate(zip(out_dirs, runs)):
+        run = f"{out_dir}: ".replace("$", r"\$") if len(runs) > 1 else ""  # matplotlib reads $ as mathematics
+        for key, kind in kinds.items():
+            if points := [(record["step"], record[key]) for record in records if key in record]:
+                style = {"lw": 0.8, "alpha": 0.6} if kind == "training" else {"lw": 1.2, "marker": "o", "ms": 3}
+                label = f"{run}{kind}, lowest {min(loss for _, loss in points):.3f}"
+                axes.plot(*zip(*points), color=f"C{i if run else int(kind == 'validation')}", label=label, **style)
+                late += [loss for step, loss in points if step >= points[-1][0] / 10]
+    if not late:
         return None
-    _ignore_the_start(panels["loss"])
-    panels["loss"].legend()
+    margin = 0.05 * (max(late) - min(late)) or 0.01
+    axes.set(xlabel="steps", ylabel="bits per byte" if bits else "loss (nats per token)")
+    axes.set_ylim(min(late) - margin, max(late) + margin)
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
-
-
-def _draw_losses(axes, records: list[dict], key: str, colors: tuple[str, str], label: str) -> None:
-    """The training loss, raw and smoothed, and the evaluations, the best of them marked."""
-    steps, losses = _points(records, "train_loss")
-    if steps and key == "val_loss":
-        axes.plot(steps, losses, color=colors[0], alpha=0.2, lw=0.8)
-        axes.plot(
-            steps, smoothed(losses), color=colors[0], lw=1.2, label=f"{label}train loss {smoothed(losses)[-1]:.3f}"
-        )
-    steps, losses = _points(records, key)
-    if not steps:
-        return
-    lowest, step = min(zip(losses, steps))
-    bits = dict(zip(*_points(records, "val_bpb"))).get(step) if key == "val_loss" else None
-    best = f"{lowest:.3f}" + (f" ({bits:.3f} bits per byte)" if bits else "")
-    axes.plot(steps, losses, color=colors[1], marker="o", ms=3, label=f"{label}validation, best {best}")
-    axes.plot(step, lowest, color=colors[1], marker="*", ms=12)
-
-
-def smoothed(values: list[float], keep: float = 0.8) -> list[float]:
-    """The exponential moving average, without a bias towards its start."""
-    mean = weight = 0.0
-    means = []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        means.append(mean / weight)
-    return means
-
-
-def _ignore_the_start(axes) -> None:
-    """Scale the axis to the curves after their first tenth: the loss at the start would flatten all the rest."""
-    end = max(max(line.get_xdata()) for line in axes.lines)
-    late = [y for line in axes.lines for x, y in zip(*line.get_data()) if x >= end / 10 and line.get_ls() != ":"]
-    if late and (low := min(late)) < (high := max(late)):
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-
-
-def _points(records: list[dict], key: str) -> tuple[list[int], list[float]]:
-    found = [(record["step"], record[key]) for record in records if key in record]
-    return [step for step, _ in found], [value for _, value in found]

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from plaingpt.console import UserError, note, one_line
 from plaingpt.cpu import keep_freed_memory, speed_up
 from plaingpt.distributed import Distributed
-from plaingpt.workarounds import fall_back_to_eager
 
 
 def wrap(
@@ -84,9 +83,9 @@ def _compile(model: nn.Module, dist: Distributed, sharded: bool) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=dist.device))  # before a backward pass fails
     except Exception as error:  # of many kinds
-        note(f"torch.compile does not work here, continuing without it: {_reason(error)}")
+        note(f"torch.compile does not work here, continuing without it: {one_line(error)}")
         return
-    fall_back_to_eager(_reason)
+    torch._dynamo.config.suppress_errors = True  # a part that fails to compile runs uncompiled
     # The keys of torch 2.11's cache leave out autocast's precision: in float16 it would find bfloat16's code.
     torch.compiler.config.cache_key_tag = str(dist.dtype)
     torch._dynamo.config.optimize_ddp = False  # it splits graphs so that DDP can overlap; blocks are small enough
@@ -107,10 +106,6 @@ def _compiled_class(kind: type, method: str) -> type:
         return (plain if any(callable(value) for value in rest) else compiled)(self, x, *rest)
 
     return type(kind.__name__, (kind,), {method: choose})
-
-
-def _reason(error: BaseException) -> str:
-    return one_line(error).split(" Set TORCH")[0]  # without advice for torch's developers
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:

@@ -15,59 +15,25 @@ from tqdm import tqdm
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, counted, millions, note
 from plaingpt.distributed import Distributed
-from plaingpt.optimizer import MATRICES_AT_ONCE
 
 
-def memory(
-    batch_size: int, optimizer: str, recompute: bool, compiled: bool, shards: int, c: GPTConfig
-) -> dict[str, float]:
-    """Bytes, by purpose, that torch reserves in each of `shards` processes to train a model, in 16-bit precision.
+def check_memory(dist: Distributed, batch_size: int, recompute: bool, shards: int, c: GPTConfig) -> None:
+    """UserError if training certainly needs more memory than is free. Call it before the model is created: otherwise
+    the kernel kills the process. All ranks.
 
-    The constants match runs of 124M to 1.5B within 10% (bench/results/2026-11-27-gpu-simulated.md). Per token, each
-    block stores 34 C bytes for the backward pass (36 if not compiled): two LayerNorm inputs in float32, the rest in 16
-    bits; dropout masks add 2 C. With recomputation, each block stores 4 C bytes, and one block at a time all of it. A
-    logit takes 2 bytes; if not compiled, 4, and the loss needs float32 copies of 2**26 logits at a time.
+    Counts weights, gradients and momentum in each of `shards` processes, and half of the activations: a run that fits
+    must not be refused.
     """
-    matrices = 12 * c.n_embd**2  # parameters of a block
-    of_block = matrices + (13 if c.bias else 2) * c.n_embd
-    embeddings = (c.padded_vocab_size + c.block_size + (2 if c.bias else 1)) * c.n_embd  # and ln_f
-    parameters, of_muon = embeddings + c.n_layer * of_block, c.n_layer * matrices * (optimizer == "muon")
-    parts = {
-        "weights": 4 * parameters / shards,
-        "gradients": 4 * parameters / shards,
-        "optimizer": (8 * (parameters - of_muon) + 4 * of_muon) / shards,  # AdamW has two moments, Muon one
-    }
-    tokens, logits = batch_size * c.block_size, batch_size * c.block_size * c.padded_vocab_size
-    block = tokens * c.n_embd * ((34 if compiled else 36) + 2 * (c.dropout > 0))
-    head = tokens * c.n_embd * 12 + (2 * logits if compiled else 4 * logits + 12 * min(logits, 2**26))
-    inputs = tokens * c.n_embd * 4
-    activations = inputs * c.n_layer + max(block, head) if recompute else block * c.n_layer + head
-    if shards > 1:  # embeddings and their gradient in float32, and two blocks: the one at work and the next
-        copies = 8 * embeddings + 4 * of_block
-    else:
-        copies = 2 * (embeddings + of_block if recompute and compiled else parameters)
-    muon = 22 * min(MATRICES_AT_ONCE, 4 * c.n_embd**2 * c.n_layer) / shards if optimizer == "muon" else 0
-    parts |= {"16-bit copies": copies, "activations": max(activations, muon - copies)}
-    # Gradients are allocated where the logits were, which then need new space: the allocator does not move blocks.
-    unused = (0.08 if recompute else 0.04) * sum(parts.values()) + (1.4 * logits if compiled else 0)
-    return parts | {"unused by the allocator": unused}
-
-
-def check_memory(dist: Distributed, cost: Callable[[GPTConfig], dict[str, float]], config: GPTConfig) -> None:
-    """UserError if training needs more memory than is free. Call it before the model is created: otherwise the kernel
-    kills the process. All ranks.
-
-    cost: `memory` of a model. Only half of the activations count: a run that fits must not be refused.
-    """
-    parts, free = cost(config), free_memory(dist)
-    needed = sum(parts[name] for name in ("weights", "gradients", "optimizer")) + parts["activations"] / 2
+    parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
+    per_token = c.n_layer * c.n_embd * (4 if recompute else 17) + c.padded_vocab_size
+    needed, free = 12 * parameters / shards + batch_size * c.block_size * per_token, free_memory(dist)
     if free is None:
         return
     free = -dist.max(-int(free))[0]  # the least of all ranks, so that they agree
     if needed > free:
         more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
         raise UserError(
-            f"{counted(config.n_layer, 'layer')} of width {config.n_embd} need at least {gb(needed)} to train, and "
+            f"{counted(c.n_layer, 'layer')} of width {c.n_embd} need at least {gb(needed)} to train, and "
             f"{gb(free)} is free; try a smaller model, a smaller --batch_size or --recompute=True{more}"
         )
 
@@ -101,25 +67,16 @@ def announce(model: GPT, dist: Distributed, max_iters: int, tokens_per_step: int
 
 
 def dry_run(
-    dist: Distributed,
-    step: Callable[[int], object],
-    micro_steps: int,
-    tokens_per_step: int,
-    max_iters: int,
-    parts: dict[str, float],
+    dist: Distributed, step: Callable[[int], object], micro_steps: int, tokens_per_step: int, max_iters: int
 ) -> None:
     """Print memory, speed and hours of a run from a few timed steps. All ranks.
 
     step: runs a training step with that many micro-steps per process. micro_steps: those of a real step.
-    parts: what `memory` predicts.
     """
     one, two = (_median_seconds(dist, lambda n=n: step(n)) for n in (1, 2))
     seconds = one + (micro_steps - 1) * max(two - one, 0.0)
     if not dist.is_main:
         return
-    if dist.device.type == "cuda" and dist.dtype != torch.float32:  # what `memory` predicts
-        note(f"predicted memory per process: {', '.join(f'{name} {gb(size)}' for name, size in parts.items())}")
-        note(f"in total {gb(sum(parts.values()))}")
     note(_measured_memory(dist))
     speed, span = tokens_per_step / seconds, tqdm.format_interval
     note(f"measured: {seconds:.3g} s per step, {speed:,.0f} tokens/s; {span(seconds * max_iters)} for the run")

@@ -12,10 +12,11 @@ import runpy
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from typing import Annotated, Any
 
-from plaingpt.console import UserError, note, one_line
-from plaingpt.help import no_recipe, no_setting, show_help
+from plaingpt.console import UserError, closest, note, one_line
+from plaingpt.help import show_help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     """Return an instance of dataclass `cls`, and for each setting that was given the file or flag it came from.
 
     Positional arguments are recipes, or the elements of the field `positional`. `cls` may have RETIRED {name: why it
-    is ignored} and SYNONYMS {wrong name: right name; "" stands for an argument that is not a recipe}. Raises UserError.
+    is ignored}. Raises UserError.
     """
     argv = sys.argv[1:] if argv is None else argv
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -60,7 +61,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     if {"-h", "--help"} & {*argv}:
         show_help(cls, positional, {name: _kinds(hint) for name, hint in hints.items()})
     retired, values, given = getattr(cls, "RETIRED", {}), {}, {}
-    files, flags = _split(argv, cls, hints | dict.fromkeys(retired))
+    files, flags = _split(argv, hints | dict.fromkeys(retired))
     if hint := hints.pop(positional, None):
         values[positional], files = [check_value(positional, file, hint, file) for file in files], []
 
@@ -68,7 +69,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
         if name in retired:
             return note(f"{source}: {name}: {retired[name]}")
         if name not in hints:
-            raise UserError(no_setting(name, source, cls, hints))
+            raise UserError(_no_setting(name, source, hints))
         values[name], given[name] = check_value(name, value, hints[name], source), source
 
     for path in files:
@@ -79,7 +80,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     return cls(**values), given
 
 
-def _split(argv: list[str], cls: type, hints: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
+def _split(argv: list[str], hints: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
     """The files, and the name and text of each flag: --name=text, --name text, or --name alone if it is a switch."""
     files, flags, words = [], [], list(argv)
 
@@ -89,14 +90,12 @@ def _split(argv: list[str], cls: type, hints: dict[str, Any]) -> tuple[list[str]
     while words:
         word = words.pop(0)
         flag, equals, text = word.partition("=")
-        name = flag[2:].replace("-", "_")
+        name = flag.lstrip("-").replace("-", "_")
         if word == "-" or not word.startswith("-"):
             files.append(word)
             continue
-        if not word.startswith("--"):
-            raise UserError(f"{word}: did you mean {'./' if os.path.exists(word) else '-'}{word}?")
         if name not in hints:
-            raise UserError(no_setting(name, flag, cls, hints))
+            raise UserError(_no_setting(name, flag, hints))
         if equals:
             flags.append((name, text))
         elif is_switch(hints[name]) and (words[0] if words else "").lower() not in (*SWITCH, "none"):
@@ -108,10 +107,14 @@ def _split(argv: list[str], cls: type, hints: dict[str, Any]) -> tuple[list[str]
     return files, flags
 
 
+def _no_setting(name: str, source: str, names: Iterable[str]) -> str:
+    return f"{source}: there is no setting {name}{closest(name, names) or '; --help lists them'}"
+
+
 def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe, the user's own code, with the names that nanoGPT gave it, and return what it assigns."""
     if not os.path.isfile(path):
-        raise UserError(no_recipe(path, cls))
+        raise UserError(f"{path}: no such recipe file; settings are written --name=value")
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     modules = {name: sys.modules.get(name) for name in ("os", "sys", "time", "math", "torch")} | {
         "np": sys.modules.get("numpy")

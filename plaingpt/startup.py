@@ -16,11 +16,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
 
 
-def end_process(*_) -> None:
-    """Handle Ctrl-C during imports, where an exception might be caught and the process continue."""
-    os._exit(130)
-
-
 def refuse(problem: str) -> None:
     print(f"{os.path.basename(SCRIPT)}: {problem}", file=sys.stderr, flush=True)
     os._exit(2)
@@ -39,11 +34,8 @@ def explain(kind: type, error: BaseException, traceback: object) -> None:
 
 
 if os.path.dirname(SCRIPT) in (ROOT, os.path.join(ROOT, "tools")):  # and not for a script imported as a module
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:  # closed by the shell, as in >&-: without this, the next file gets its number
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if sys.version_info < (3, 11):  # noqa: UP036
         refuse(f"needs Python 3.11 or later, and this is {sys.version.split()[0]}")
     sys.excepthook = explain
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, end_process)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run_script`

@@ -129,7 +129,6 @@ class HardwareSettings:
 
 @dataclass(frozen=True)
 class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSettings, HardwareSettings):
-    SYNONYMS: ClassVar = {"lr": "learning_rate", "epochs": "max_iters", "steps": "max_iters", "resume": "init_from"}
     RETIRED: ClassVar = {
         "backend": "ignored: the device determines it (nccl on CUDA, gloo elsewhere)",
         "always_save_checkpoint": "ignored: out_dir/last is always saved, and out_dir/best at each improvement",

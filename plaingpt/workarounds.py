@@ -1,11 +1,8 @@
 """What torch 2.13 does not do by itself. Each part says why it exists; it can go once torch changes."""
 
-import logging
 import os
-from collections.abc import Callable
 from datetime import timedelta
 
-import torch
 import torch.distributed as torch_dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
@@ -24,7 +21,7 @@ def rendezvous_store(timeout: timedelta) -> torch_dist.Store:
     try:
         store, *_ = next(rendezvous("env://", timeout=timeout))
     except (torch_dist.DistError, ValueError, OSError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+        where = " ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise RunFailed(f"the processes did not meet at {where} within {timeout}: {one_line(error)}") from error
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
@@ -40,17 +37,3 @@ class SkipNormalInit(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
-
-
-def fall_back_to_eager(reason: Callable[[BaseException], str]) -> None:
-    """Code that fails to compile runs uncompiled. torch prints hundreds of lines each time; print one, once."""
-
-    def first_line(record: logging.LogRecord) -> bool:
-        if record.exc_info and not reported:
-            note(f"torch.compile failed, continuing without it where it does: {reason(record.exc_info[1])}")
-            reported.append(True)
-        return not record.exc_info
-
-    reported = []
-    torch._dynamo.config.suppress_errors = True
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(first_line)

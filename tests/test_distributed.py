@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, child_environment
 
 from plaingpt.console import RunFailed, UserError
-from plaingpt.distributed import StopSignal, _choose_device, _unusable_card, connect
+from plaingpt.distributed import StopSignal, _unusable_card, connect
 from plaingpt.parallel import wrap
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -61,18 +61,13 @@ def test_a_device_that_does_not_exist_is_a_user_error(name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_cuda_without_cuda_is_a_user_error():
-    with pytest.raises(UserError, match=r"--device=cuda: .* finds no CUDA device; use --device=cpu"):
+    with pytest.raises(UserError, match=r"--device=cuda: .*; use cpu, cuda, "):
         connect("cuda")
-
-
-def test_one_card_for_several_processes_is_a_user_error():
-    with pytest.raises(UserError, match="--device=cuda:1: torchrun gives each process its own GPU; use --device=cuda"):
-        _choose_device("cuda:1", local_rank=0, world_size=2)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="has an Apple GPU")
 def test_mps_without_mps_is_a_user_error():
-    with pytest.raises(UserError, match="finds no Apple GPU"):
+    with pytest.raises(UserError, match="--device=mps: "):
         connect("mps")
 
 
@@ -87,22 +82,16 @@ def test_a_card_that_torch_cannot_use_is_reported(tmp_path, monkeypatch):
     assert _unusable_card(here) is None
 
 
-ENVIRONMENTS = {
-    "RANK": (dict(RANK="1"), "RANK=1, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1 in the environment contradict"),
-    "no number": (dict(WORLD_SIZE="two"), "WORLD_SIZE=two in the environment is not a number"),
-    "no rank": (dict(WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1"), "WORLD_SIZE=2 in the environment, but no RANK"),
-    "no address": (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR=""), "but no MASTER_ADDR, MASTER_PORT: start several"),
-}
-
-
-@pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_variables_of_torchrun_set_by_hand_are_a_user_error(monkeypatch, name):
-    variables, message = ENVIRONMENTS[name]
-    for variable, value in variables.items():
-        monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=message) as refused:
+def test_a_variable_of_torchrun_that_is_no_number_is_a_user_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match=r"RANK.*, which torchrun sets, have to be numbers: .*'two'"):
         connect("cpu")
-    assert "start several processes with torchrun" in str(refused.value)
+
+
+def test_processes_without_an_address_are_reported_in_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunFailed, match="did not meet at MASTER_ADDR=None MASTER_PORT=None"):
+        connect("cpu")
 
 
 def test_empty_variables_of_torchrun_mean_one_process(monkeypatch):
@@ -117,7 +106,7 @@ def test_processes_that_do_not_meet_are_reported_in_one_line(monkeypatch):
     here = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     for name, value in (here | {"MASTER_PORT": port}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RunFailed, match=f"the processes did not meet at 127.0.0.1:{port} .* within 0:00:01: "):
+    with pytest.raises(RunFailed, match=f"did not meet at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} within 0:00:01: "):
         connect("cpu", timeout=1)
 
 
@@ -191,7 +180,7 @@ def test_a_mistake_is_what_the_last_lines_of_torchrun_say(script):
     summary = ended.stderr.partition(f"{script} FAILED")[2]
     assert "Traceback" not in summary
     *_, cause, boundary = summary.strip().splitlines()
-    printed = r": --data_di: there is no setting data_di; did you mean --data_dir\?"
+    printed = r": --data_di: there is no setting data_di; did you mean data_dir\?"
     assert re.fullmatch(rf"  traceback : {re.escape(script)}( \[rank 1\])?{printed}", cause) and set(boundary) == {"="}
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import run_main
 
 from plaingpt.console import UserError, note
-from plaingpt.metrics import Metrics, Stopwatch, curves, draw, log_line, read_metrics, smoothed
+from plaingpt.metrics import Metrics, Stopwatch, curves, draw, log_line, read_metrics
 
 PNG = b"\x89PNG"
 
@@ -70,13 +70,12 @@ def test_no_picture_without_losses(tmp_path):
     assert not (tmp_path / "loss.png").exists()
 
 
-def plotted(figure, panel: int) -> dict[str, list]:
-    """Label and points of each line of a panel (losses, lr, grad_norm, tokens_per_second) but the unnamed ones."""
-    lines = {line.get_label(): list(zip(*line.get_data())) for line in figure.axes[panel].lines}
-    return {label: points for label, points in lines.items() if panel or not label.startswith("_")}
+def plotted(figure) -> dict[str, list]:
+    """Label and points of each line."""
+    return {line.get_label(): list(zip(*line.get_data())) for line in figure.axes[0].lines}
 
 
-def test_the_curves_are_the_records_and_a_resume_is_marked(tmp_path):
+def test_the_curves_are_the_records(tmp_path):
     metrics = Metrics(tmp_path, active=True)
     metrics.write(step=2, val_loss=5.0, val_bpb=2.5)
     metrics.write(step=2, train_loss=4.0, lr=0.5, grad_norm=1.5, tokens_per_second=10.0)
@@ -86,22 +85,11 @@ def test_the_curves_are_the_records_and_a_resume_is_marked(tmp_path):
     metrics.write(step=6, train_loss=3.0, lr=0.25, grad_norm=1.25, tokens_per_second=20.0)
     metrics.write(step=6, val_loss=4.5)
     metrics.write(step=8, train_loss=2.0)
-    figure = curves([tmp_path])
     assert [record.get("resumed_from") for record in read_metrics(metrics.path)] == [None, None, 4, None, None]
-    assert figure.get_suptitle() == tmp_path.name
-    losses = plotted(figure, 0)
-    train, resumed = losses.pop(f"train loss {smoothed([4.0, 3.0, 2.0])[-1]:.3f}"), losses.pop("resumed at 4")
-    assert train == list(zip((2, 6, 8), smoothed([4.0, 3.0, 2.0]))) and resumed == [(4, 0), (4, 1)]
-    assert losses == {"validation, best 4.500": [(2, 5.0), (6, 4.5)]}
-    for panel, values in ((1, (0.5, 0.25)), (2, (1.5, 1.25)), (3, (10.0, 20.0))):
-        assert [*zip((2, 6), values)] in plotted(figure, panel).values()
-        assert "resumed at 4" in plotted(figure, panel)
-
-
-def test_smoothing_keeps_constants_and_lags_behind_changes():
-    assert smoothed([2.0] * 5) == pytest.approx([2.0] * 5)
-    means = smoothed([1.0] * 50 + [0.0] * 10)
-    assert 0.05 < means[-1] < means[-2] < 1
+    assert plotted(curves([tmp_path])) == {
+        "training, lowest 2.000": [(2, 4.0), (6, 3.0), (8, 2.0)],
+        "validation, lowest 4.500": [(2, 5.0), (6, 4.5)],
+    }
 
 
 def test_the_high_losses_of_the_start_do_not_flatten_the_rest(tmp_path):
@@ -116,17 +104,22 @@ def test_several_runs_are_told_apart_in_one_picture(tmp_path):
     for name, count in (("a", 3), ("b", 5)):
         write_run(tmp_path / name, count)
     figure = curves([tmp_path / "a", tmp_path / "b"])
-    assert [label[:9] for label in plotted(figure, 0)] == ["a: train ", "a: valida", "b: train ", "b: valida"]
-    colors = {line.get_label()[:2]: line.get_color() for line in figure.axes[0].lines}
-    assert colors["a:"] != colors["b:"]
+    lowest = {"a": ("1.000", "1.250"), "b": ("0.600", "1.250")}
+    assert [*plotted(figure)] == [
+        f"{tmp_path}/{name}: {kind}, lowest {value}"
+        for name, values in lowest.items()
+        for kind, value in zip(("training", "validation"), values)
+    ]
+    colors = {line.get_label().partition(":")[0]: line.get_color() for line in figure.axes[0].lines}
+    assert colors[f"{tmp_path}/a"] != colors[f"{tmp_path}/b"]
 
 
 def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
     for name, loss in (("a", 3.0), ("b", 1.5)):
         metrics = Metrics(tmp_path / name, active=True)
         metrics.write(step=1, val_loss=loss, val_bpb=1.25)
-    losses = plotted(curves([tmp_path / "a", tmp_path / "b"]), 0)
-    assert [*losses] == ["a: validation, best 1.250", "b: validation, best 1.250"]
+    losses = plotted(curves([tmp_path / "a", tmp_path / "b"]))
+    assert [*losses] == [f"{tmp_path}/{name}: validation, lowest 1.250" for name in ("a", "b")]
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path, capsys):
@@ -147,13 +140,6 @@ def test_numbers_too_large_to_draw_are_left_out(tmp_path):
 def test_a_name_with_dollar_signs_is_not_mathematics(tmp_path):
     write_run(tmp_path / r"a$\frac{$")
     assert draw([tmp_path / r"a$\frac{$", tmp_path / r"a$\frac{$"], tmp_path / "picture.png")
-
-
-def test_runs_in_folders_of_one_name_are_all_drawn(tmp_path):
-    for folder in ("a", "b"):
-        write_run(tmp_path / folder / "out")
-    figure = curves([tmp_path / "a" / "out", tmp_path / "b" / "out"])
-    assert figure.get_suptitle() == f"{tmp_path}/a/out, {tmp_path}/b/out"
 
 
 def test_the_script_compares_runs(tmp_path, monkeypatch):

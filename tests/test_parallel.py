@@ -1,6 +1,5 @@
 """torch.compile and waits for the device, as the training loop meets them. Sharding is in test_sharding.py."""
 
-import logging
 import subprocess
 import sys
 
@@ -11,12 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 from plaingpt.batches import TrainBatches
-from plaingpt.console import one_line
 from plaingpt.distributed import connect
 from plaingpt.optimizer import SkippedSteps, make_optimizers
 from plaingpt.parallel import wrap
 from plaingpt.tokens import Tokens
-from plaingpt.workarounds import fall_back_to_eager
 from train import Run, TrainConfig, train_step
 
 SHAPE = dict(block_size=16, n_layer=3, n_head=2, n_embd=16)
@@ -74,22 +71,6 @@ def test_a_run_goes_on_where_nothing_can_be_compiled(tmp_path, tiny_flags):
     first, *others = ended.stderr.splitlines()
     assert first.startswith("torch.compile does not work here, continuing without it: ") and "C++" in first
     assert not [line for line in others if "compile" in line or line.startswith("Traceback")]
-
-
-def test_what_fails_to_compile_after_the_trial_is_reported_in_one_line(capsys, monkeypatch):
-    import torch._dynamo
-    import torch._inductor.config
-
-    logger = logging.getLogger("torch._dynamo.convert_frame")
-    monkeypatch.setattr(logger, "filters", [])
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    fall_back_to_eager(one_line)
-    for n in (1.25, 2.25):
-        function = torch.compile(lambda x, n=n: x.sin() + n)
-        assert torch.equal(function(torch.ones(2)), torch.ones(2).sin() + n)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("torch.compile failed, continuing without it where it does: ") and "C++" in line
 
 
 class NoWaiting(TorchDispatchMode):

@@ -1,11 +1,9 @@
 import io
 import json
-import math
 import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, child_environment, flags, made_text, run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +16,7 @@ LINE = "\n---------------\n"
 
 def sample(out_dir, status=0, stdin="", **changes) -> str:
     values = dict(out_dir=out_dir, max_new_tokens=20, device="cpu", dtype="float32")
-    if not {"start", "prompts", "interactive", "score"} & set(changes):
+    if not {"start", "prompts", "interactive"} & set(changes):
         values["start"] = "the sea"
     ended = run_main("sample", *flags(**(values | changes)), stdin=stdin)
     assert ended.status == status, ended.err
@@ -192,11 +190,10 @@ def test_a_file_without_prompts_is_one_line_and_status_2(learned, tmp_path):
     assert "empty.txt contains no prompt" in sample(learned, status=2, prompts=tmp_path / "empty.txt")
 
 
-def test_a_prompt_beside_prompts_or_a_score_is_refused_in_one_line(learned, tmp_path):
+def test_a_prompt_beside_prompts_is_refused_in_one_line(learned, tmp_path):
     (tmp_path / "prompts.txt").write_text("the sea\n")
     error = sample(learned, status=2, start="", prompts=tmp_path / "prompts.txt")
     assert error == "sample.py: --start and --prompts cannot be combined: give one of them\n"
-    assert "--start and --score" in sample(learned, status=2, start="east", score=tmp_path / "prompts.txt")
     assert sample(learned, start="east", interactive=False) == sample(learned, start="east")
 
 
@@ -240,39 +237,6 @@ def test_interactive_answers_line_by_line(learned):
     assert ended.out[len(sample(learned)) :].startswith("east")
     assert ended.err.count("> ") == 4
     assert "Ω" in ended.err  # printed, and asked again
-
-
-def test_score_is_the_loss_of_the_text(learned, tmp_path):
-    text = made_text(300, seed=5)
-    (tmp_path / "text.txt").write_text(text)
-    model, tokenizer = load_model(learned / "best")
-    ids = [tokenizer.end_of_text, *tokenizer.encode(text)]
-    tokens = [json.loads(line) for line in sample(learned, score=tmp_path / "text.txt", output="jsonl").splitlines()]
-    assert [token["id"] for token in tokens] == ids[1:]
-    assert "".join(token["text"] for token in tokens) == text
-    first = model(torch.tensor([ids[:16]]))[0][0].log_softmax(-1)[range(16), ids[1:17]]
-    assert [token["log_probability"] for token in tokens[:16]] == pytest.approx(first.tolist(), abs=1e-4)
-    loss = -sum(token["log_probability"] for token in tokens) / len(tokens)
-    summary = sample(learned, score=tmp_path / "text.txt")
-    assert summary.startswith(f"loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
-    assert f"{loss / math.log(2):.4f} bits per byte; 300 tokens" in summary  # a token is a byte here
-    assert loss < 2.5  # the words are known
-
-
-def test_a_text_without_tokens_cannot_be_scored(learned, tmp_path):
-    (tmp_path / "empty.txt").write_text("")
-    assert "has nothing to score" in sample(learned, status=2, score=tmp_path / "empty.txt")
-
-
-def test_16_bits_change_the_loss_little(learned, tmp_path):
-    (tmp_path / "text.txt").write_text(made_text(2000, seed=6))
-
-    def loss(**changes) -> float:
-        return float(sample(learned, score=tmp_path / "text.txt", **changes).split()[1].rstrip(","))
-
-    full = loss()
-    assert loss(dtype="bfloat16") == pytest.approx(full, abs=0.01)
-    assert loss(dtype="float16") == pytest.approx(full, abs=0.001)
 
 
 def test_more_of_the_settings_of_drawing_reach_it(learned):

@@ -46,7 +46,6 @@ class Cake:
     """where it is written"""
 
     RETIRED: ClassVar = {"lard": "not needed, butter is used"}
-    SYNONYMS: ClassVar = {"frosting": "icing", "": "label"}
 
 
 @dataclass
@@ -112,7 +111,7 @@ def test_positional_arguments_can_be_a_field_instead_of_recipes():
 
 @pytest.mark.parametrize("flag", ["--suger=1", "--suger"])
 def test_a_misspelled_flag_is_refused_with_the_flag_and_the_nearest_name(flag):
-    assert refusal(flag) == "--suger: there is no setting suger; did you mean --sugar?"
+    assert refusal(flag) == "--suger: there is no setting suger; did you mean sugar?"
 
 
 def test_a_flag_without_a_value_is_refused_with_the_remedy():
@@ -131,19 +130,7 @@ def test_a_misspelled_name_in_a_file_is_refused_with_the_file_and_the_nearest_na
 def test_a_name_similar_to_none_is_refused_with_a_hint_to_help(recipe):
     assert refusal("--qqq=1") == "--qqq: there is no setting qqq; --help lists them"
     path = recipe("qqq = 1")
-    assert refusal(path) == (f"{path}: there is no setting qqq; --help lists them. Start a variable of your own with _")
-
-
-def test_an_argument_that_is_neither_file_nor_setting_is_refused():
-    assert refusal("-layers=2") == "-layers=2: did you mean --layers=2?"
-    assert refusal("layers=2") == "layers=2: no such recipe file; did you mean --layers=2?"
-    assert refusal("docs") == "docs: no such recipe file; did you mean --out_dir=docs?"
-    assert refusal("a cake") == "a cake: no such recipe file; did you mean --label='a cake'?"
-
-
-def test_a_name_that_people_expect_is_refused_with_the_right_one():
-    assert refusal("--frosting=lemon") == "--frosting: there is no setting frosting; did you mean --icing?"
-    assert refusal("--no-sliced") == "--no-sliced: there is no setting no_sliced; did you mean --sliced=False?"
+    assert refusal(path) == (f"{path}: there is no setting qqq; --help lists them")
 
 
 def test_a_retired_flag_gives_a_note_only(capsys):
@@ -297,8 +284,6 @@ def test_an_impossible_value_in_a_file_is_refused_with_file_setting_and_value(re
 
 def test_a_recipe_that_does_not_exist_is_refused():
     assert refusal("config/nowhere.py") == "config/nowhere.py: no such recipe file; settings are written --name=value"
-    for path in ("config/quikstart.py", "config/quickstart", "quickstart"):
-        assert refusal(path) == f"{path}: no such recipe file; did you mean config/quickstart.py?"
 
 
 @pytest.mark.parametrize(
@@ -355,7 +340,7 @@ def test_a_recipe_sees_what_an_earlier_one_assigned(recipe):
     ("cls", "names"),
     [
         (TrainConfig, ["out_dir", "data_dir", "init_from"]),
-        (SampleConfig, ["out_dir", "init_from", "prompts", "score"]),
+        (SampleConfig, ["out_dir", "init_from", "prompts"]),
         (ExportConfig, ["out"]),
     ],
 )
@@ -398,5 +383,5 @@ def test_help_shows_a_percent_sign_and_a_line_break_as_they_are_written(capsys):
 def test_a_misspelled_flag_of_a_script_is_status_2_and_one_line():
     command = [sys.executable, str(ROOT / "prepare_data.py"), "--vocab=3"]
     ended = subprocess.run(command, capture_output=True, text=True)
-    line = "prepare_data.py: --vocab: there is no setting vocab; did you mean --vocab_size?\n"
+    line = "prepare_data.py: --vocab: there is no setting vocab; did you mean vocab_size?\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)

@@ -153,10 +153,6 @@ def test_the_evaluation_harness_finds_the_bits_per_byte_and_choices_that_we_find
         "hf", model_args=f"pretrained={tiny_run / 'best'},dtype=float32", tasks=["rolling", "choice"], device="cpu",
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0,
     )["results"]  # fmt: skip
-    scored = run_main(
-        "sample", f"--out_dir={tiny_run}", f"--score={tmp_path}/text.txt", "--device=cpu", "--dtype=float32"
-    )
-    assert f"{found['rolling']['bits_per_byte,none']:.4f} bits per byte" in scored.out
     model, tokenizer = load_model(tiny_run / "best")
 
     def log_probability(start: str, end: str) -> float:

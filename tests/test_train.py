@@ -359,7 +359,7 @@ def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
         ({"block_size": 5000}, "too few for one block of 5,000"),
         ({"init_from": "no/such/model"}, "no/such/model"),
         ({"init_from": ""}, "init_from is empty"),
-        ({"learning_rat": 1}, "did you mean --learning_rate?"),
+        ({"learning_rat": 1}, "did you mean learning_rate?"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(tmp_path, train, changes, message):
