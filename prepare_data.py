@@ -42,10 +42,12 @@ def main() -> None:
         raise UserError("standard input cannot be split into parts: save it to a file first")
     if parts > 1 and config.dedup:
         raise UserError("--dedup needs all documents in one process: leave out --part")
+    kind, tokenizer = resolve_tokenizer(config.tokenizer or source.tokenizer)
+    if "vocab_size" in given and kind != "bpe":
+        raise UserError(f"--vocab_size is for --tokenizer=bpe, and this is {kind}")
     check_replaced(directory, source, config.name)
     started = time.perf_counter()
     try:
-        kind, tokenizer = resolve_tokenizer(config.tokenizer or source.tokenizer)
         config = dataclasses.replace(
             config,
             val_fraction=config.val_fraction or source.val_fraction,

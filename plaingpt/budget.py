@@ -269,7 +269,7 @@ def write_recipe(config: TrainConfig) -> None:
     lines += [f"out_dir = {config.out_dir!r}", f"init_from = {init_from!r}"]
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)
-        if setting.name not in LOCAL and value != setting.default:
+        if setting.name not in LOCAL | {"lr_decay_iters"} and value != setting.default:  # it is max_iters by default
             lines.append(f"{setting.name} = {value!r}")
     try:
         if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):

@@ -37,7 +37,8 @@ def new_file(path: Path, mode: str = "w") -> Iterator[IO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if not isinstance(error, OSError) or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
@@ -99,7 +100,8 @@ def check_writable(directory: Path) -> None:
         str(directory).encode()  # safetensors takes names in UTF-8 only
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory} cannot be written to: {one_line(error)}; choose another one") from error
+        reason = getattr(error, "strerror", error)  # without the name of the temporary directory
+        raise UserError(f"{directory} cannot be written to: {reason}; choose another one") from error
 
 
 def claim(out_dir: Path) -> FileLock:

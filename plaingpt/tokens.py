@@ -99,7 +99,9 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     """
     found = existing(directory)
     if found is None:
-        raise UserError(f"{directory}: no such data set; to get it: {how_to_get(Path(directory))}")
+        is_path = existing(directory.parent.parent / directory.name)  # --dataset=data/books
+        remedy = f"did you mean --dataset={directory.name}?" if is_path else f"to get it: {how_to_get(directory)}"
+        raise UserError(f"{directory}: no such data set; {remedy}")
     if not (found / "meta.json").exists():
         return _open_foreign(found)
     check_sums(found)
@@ -160,9 +162,8 @@ def _open_foreign(directory: Path) -> DataSet:
             f"{directory}/meta.pkl is a pickle, which can run code: it is not read; prepare the text again: "
             f"python prepare_data.py FILES --tokenizer=char --name={shlex.quote(directory.name)}"
         )
-    if any(directory.glob("tokenizer*.json")):  # ours: as GPT-2's, its ids would mean something else
-        again = how_to_get(directory)
-        raise UserError(f"{directory} has lost its meta.json: remove the directory and prepare the text again: {again}")
+    if any(directory.glob("tokenizer*.json")):  # a model, or ours: as GPT-2's, its ids would mean something else
+        raise UserError(f"{directory} is a model, or a data set without meta.json: prepare text with another --name")
     paths = {split: [directory / f"{split}.bin"] for split in SPLITS}
     if not any(path.exists() for (path,) in paths.values()):
         split_of = {path: match[1] for path in directory.glob("*.bin") if (match := LLM_C_NAME.fullmatch(path.name))}

@@ -7,7 +7,6 @@ import base64
 import json
 import math
 import random
-import re
 import shutil
 
 import pytest

@@ -67,13 +67,17 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+def tokenizer_flags(kind: str) -> list[str]:
+    return [f"--tokenizer={kind}", *(["--vocab_size=300"] if kind == "bpe" else [])]
+
+
 # what is written
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tokenizer_gives_the_text_back(prepare, folder, kind):
     source = folder({"a.txt": LANGUAGES, "b.txt": LANGUAGES[::-1]})
-    directory = prepare(source, f"--tokenizer={kind}", "--vocab_size=300")
+    directory = prepare(source, *tokenizer_flags(kind))
     train, val = split_texts(directory, "train"), split_texts(directory, "val")
     assert [a + b for a, b in zip(train, val, strict=True)] == [LANGUAGES, LANGUAGES[::-1]]
 
@@ -147,8 +151,8 @@ def test_the_order_does_not_depend_on_how_much_is_encoded_at_a_time(prepare, fol
 def test_preparing_twice_gives_the_same_bytes(prepare, folder):
     source = folder({"a.txt": LANGUAGES, "b.txt": "some more text " * 30})
     for kind in KINDS:
-        first = contents(prepare(source, f"--tokenizer={kind}", "--vocab_size=300", name="first"))
-        second = contents(prepare(source, f"--tokenizer={kind}", "--vocab_size=300", name="second"))
+        first = contents(prepare(source, *tokenizer_flags(kind), name="first"))
+        second = contents(prepare(source, *tokenizer_flags(kind), name="second"))
         assert first == second
         assert set(first) == {
             "train.bin",
@@ -303,6 +307,8 @@ def failed(arguments, directory: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["good.txt", "--name="], "prepare_data.py: --name: name is empty"),
+        (["good.txt", "--vocab_size=300"], "prepare_data.py: --vocab_size is for --tokenizer=bpe, and this is gpt2"),
         (["nowhere.txt"], "prepare_data.py: nowhere.txt: no such file, directory or source"),
         (["nothing/*.txt"], "prepare_data.py: nothing/*.txt: no such file"),
         (["empty.txt"], "prepare_data.py: empty.txt: there is no text in it"),
@@ -317,7 +323,7 @@ def test_a_failure_is_one_line_and_leaves_an_existing_data_set_as_it_was(prepare
     folder({"good.txt": "good text " * 50, "empty.txt": "", "one.txt": "1"}, ".")
     (tmp_path / "binary.txt").write_bytes(b"ab\xff\0")
     before = contents(tmp_path)
-    assert failed([*arguments, "--name=set"], tmp_path).startswith(message)
+    assert failed(["--name=set", *arguments], tmp_path).startswith(message)
     assert contents(tmp_path) == before
     assert os.listdir(directory.parent) == ["set"]
 
@@ -354,7 +360,12 @@ def test_no_source_is_refused_with_the_named_ones(tmp_path):
 def test_end_of_text_in_a_document_is_text_and_parts_nothing(prepare, folder):
     text = f"one{END_OF_TEXT}two" * 10  # 190 characters
     for kind in KINDS:
-        directory = prepare(folder({"a.txt": text}), f"--tokenizer={kind}", "--vocab_size=300", "--val_fraction=0.5")
+        directory = prepare(
+            folder({"a.txt": text}),
+            f"--tokenizer={kind}",
+            *(["--vocab_size=300"] * (kind == "bpe")),
+            "--val_fraction=0.5",
+        )
         assert split_texts(directory, "train") + split_texts(directory, "val") == [text[:95], text[95:]]
 
 

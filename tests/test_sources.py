@@ -53,7 +53,7 @@ def test_a_hidden_file_or_folder_is_read_when_it_is_named_itself(here):
 
 def test_a_glob_is_the_files_that_match(here):
     assert documents("b/*.txt") == ["b/2.txt"]
-    assert documents("b/*") == ["b/1.md", "b/2.txt"]
+    assert documents("b/*") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
     assert documents("**/*.txt") == ["a.txt", "b/2.txt", "b/deep/3.txt"]
     assert documents("b/**") == documents("[a-b]/**/*") == documents(here / "b/**/*.*") == documents("b")
     assert documents("**/[d]eep/*") == documents("b/**/deep/**/3*") == ["b/deep/3.txt"]
@@ -102,6 +102,8 @@ def test_empty_files_are_no_documents(here):
 
 def test_the_source_is_named_after_what_was_given(here):
     assert (source("b").name, source("a.txt").name, source(".").name) == ("b", "a", "text")
+    (here / "My  notes, 2.txt").write_text("text")
+    assert source("My  notes, 2.txt").name == "My_notes_2"
 
 
 def test_a_missing_file_is_refused_with_its_name(here):

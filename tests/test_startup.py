@@ -45,9 +45,10 @@ def test_threads_spin_for_a_short_time_unless_the_user_decides_otherwise(script,
     assert run(sys.executable, path).stdout == "77\n"
 
 
-@pytest.mark.parametrize(
-    "name", ["train.py", "sample.py", "prepare_data.py", "tools/compare_runs.py", "tools/to_gguf.py"]
-)
+TOOLS = [f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")]
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare_data.py", *TOOLS])
 def test_a_missing_package_is_one_line_with_the_remedy(name):
     ended = run(sys.executable, "-S", ROOT / name)  # -S: without site-packages
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr

@@ -262,8 +262,7 @@ def test_a_tokenizer_that_does_not_fit_or_is_missing_is_refused(data_set):
 
 def test_a_data_set_without_its_meta_json_is_not_taken_for_gpt2_tokens(data_set):
     (data_set / "meta.json").unlink()
-    command = f"python prepare_data.py FILES --name={data_set.name}"
-    printed = f"{data_set} has lost its meta.json: remove the directory and prepare the text again: {command}"
+    printed = f"{data_set} is a model, or a data set without meta.json: prepare text with another --name"
     assert refusal(data_set) == printed
     (data_set / "tokenizer.json").unlink()  # the other file of the tokenizer is enough
     assert refusal(data_set) == printed
@@ -428,6 +427,11 @@ def test_the_bytes_of_validation_text_are_counted_where_others_prepared_it(llm_c
 )
 def test_a_data_set_that_is_missing_is_answered_with_the_command_that_works(tmp_path, name, command):
     assert refusal(tmp_path / name).endswith(f"no such data set; to get it: {command.format(tmp_path / name)}")
+
+
+def test_a_path_instead_of_a_name_is_answered_with_the_name(data_set):
+    path = data_set.parent / data_set.parent.name / data_set.name  # --dataset=data/books
+    assert refusal(path) == f"{path}: no such data set; did you mean --dataset={data_set.name}?"
 
 
 # reading

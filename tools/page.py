@@ -19,13 +19,13 @@ import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import plaingpt.startup
+
 import torch
 from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import plaingpt.startup
 
 from model import GPT
 from plaingpt.checkpoint import load_model, model_with

@@ -95,7 +95,7 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         name = named if named in HUB else Path(repository).name
         return _hub(repository, name, val_fraction, config, pinned)
     files, summary = find_files(wanted, config)
-    name = Path(wanted[0]).stem.split(".")[0] or "text"
+    name = re.sub(r"\W+", "_", Path(wanted[0]).stem.partition(".")[0]).strip("_") or "text"
     return Source(name, shlex.join(wanted), files, summary=summary)
 
 
@@ -126,7 +126,8 @@ def _matches(word: str) -> Iterable[str]:
     if os.path.isdir(word):
         return walk(word)
     if found := [word] if os.path.isfile(word) else [*_glob(word)]:
-        return filter(os.path.isfile, found)
+        inside = [] if "**" in word else filter(os.path.isdir, found)  # `**` finds their files itself
+        return itertools.chain(filter(os.path.isfile, found), *map(walk, inside))
     raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED)}")
 
 
