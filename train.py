@@ -39,7 +39,7 @@ from plaingpt.train_config import DERIVED, TrainConfig
 
 @dataclass
 class Run:
-    """What the training loop works with."""
+    """Everything that the training loop needs; `set_up` creates it."""
 
     config: TrainConfig
     dist: Distributed
@@ -66,8 +66,9 @@ class Run:
 
 
 def uses_graphs(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
-    """Whether micro-steps become CUDA graphs. That pays where Python takes longer to launch the kernels than the GPU to
-    run them; larger micro-steps would only need more memory. Recomputation saves random states, which a graph cannot.
+    """Whether micro-steps become CUDA graphs. That pays where launching the kernels from Python takes longer than
+    running them; larger micro-steps would only need more memory. Recomputation saves random states, which a graph
+    cannot.
     """
     alone = dist.device.type == "cuda" and dist.world_size == 1 and not config.recompute
     small = config.batch_size * config.block_size * model.flop_per_token() < 4e12
@@ -90,8 +91,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor] | None:
     """One training step. Returns the mean loss of this rank's micro-batches and the gradients' norm, on the device.
 
-    If `stop` is set before a micro-step, drops the gradients and returns None. micro_steps: replaces the run's number,
-    for timing. All ranks.
+    If `stop` is set before a micro-step, drops the gradients and returns None. micro_steps: how many to do instead of
+    the configured number, for timing. All ranks.
     """
     config, dist = run.config, run.dist
     micro_steps = micro_steps or dist.per_process(config.gradient_accumulation_steps)
@@ -121,7 +122,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
     deadline = Deadline(config, state, steps_per_epoch=len(run.data.train) / run.tokens_per_step)
-    stop, stopping, visited = StopSignal(), 0, None  # visited: the step of the last evaluation or save
+    stop, stopping, visited = StopSignal(), 0, None  # visited: where it last paused to evaluate or save
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
@@ -267,7 +268,7 @@ def start_run(
         return 0
 
     if not dist.all_equal(state.step):
-        raise UserError(f"the processes found different checkpoints in {out_dir}: all nodes must share its disk")
+        raise UserError(f"{out_dir} differs between processes: it must be on a disk that all nodes share")
     if checkpoint:
         load_optimizers(checkpoint, state.scaler, raw_model, run.optimizers, run.scaler)
     elif dist.is_main:
@@ -289,12 +290,14 @@ def main() -> int:
         if config.minutes:
             config, given = extend_run(config, given, state)
         config = resumed_settings(config, given, state, checkpoint)
-        given = {name: source for name, source in given.items() if source.startswith("--")}  # recipes change nothing
+        given = {
+            name: source for name, source in given.items() if source.startswith("--")
+        }  # on resume only flags count
     dist = connect(config.device, config.dtype, config.timeout)
     if not checkpoint:
         check_default(config, given, dist.device.type)
     status = start_run(config, given, state, checkpoint, dist)
-    dist.close()  # not after an error: it might wait for processes that still compute
+    dist.close()  # not after an error, when it could wait forever for the other processes
     return status
 
 

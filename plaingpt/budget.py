@@ -64,7 +64,7 @@ def choose_settings(
     if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
         config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
     seconds = time_to_plan(config.minutes, dist)
-    tokens = 5e4 * seconds  # a guess; from the second model on, the tokens of the one before
+    tokens = 5e4 * seconds  # a first guess; later, the tokens of the previous model
     timed = []
     for candidate in candidates(config, given):
         if timed and block_parameters(candidate) > 12 * len(data.train):
@@ -88,7 +88,7 @@ def choose_settings(
         f"lowest predicted loss in {config.minutes:g} min: {config.n_layer} x {config.n_embd}, block_size "
         f"{config.block_size}, learning_rate {config.learning_rate:g}, dropout {config.dropout:g}"
     )
-    follows = {"warmup_iters": "--minutes"}  # the others of STEPS are derived from max_iters
+    follows = {"warmup_iters": "--minutes"}  # so a resume does not derive it from a corrected max_iters
     return config, {name: source for name, source in given.items() if name not in STEPS} | follows
 
 
@@ -240,7 +240,7 @@ class Deadline:
             state.evaluated_at == step_before > self.start
         ):  # how long that and its save took; on a GPU the first is slow
             self.pause = now - then - (seconds - before)
-        if step in (step_before, self.measured_from):  # until then compilation distorts the speed
+        if step in (step_before, self.measured_from):  # the steps before it include compilation
             return config
         per_step = (seconds - before) / (step - step_before) + self.pause / config.eval_interval
         share = 1 if self.pause else TRAINING_SHARE

@@ -130,7 +130,7 @@ def _identity(directory: Path) -> tuple[int, int] | None:
 def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     if not any(directory.glob("*.safetensors*")) and (pickles := sorted(directory.glob("pytorch_model*.bin"))):
         raise UserError(f"{directory} has its weights in {pickles[0].name}: {CONVERT}")
-    with ThreadPoolExecutor(1) as thread:  # checksums beside reading: each takes half a second for 124M
+    with ThreadPoolExecutor(1) as thread:  # checksums in a thread while reading: each takes half a second for 124M
         sums = thread.submit(check_sums, directory) if check else None
         try:
             config = read_config(directory)

@@ -49,7 +49,7 @@ class Attention(CausalSelfAttention):
 def dropout(x: Tensor, p: float) -> Tensor:
     """F.dropout with one random draw for four numbers: torch's draws take a quarter of a step's time on a CPU.
 
-    Each number gets 16 random bits, so p is rounded down to a multiple of 2**-16.
+    Each element gets 16 random bits, so p becomes a multiple of 2**-16.
     """
     if x.device.type != "cpu" or p in (0, 1) or torch.compiler.is_compiling():
         return F.dropout(x, p)

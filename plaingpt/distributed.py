@@ -71,7 +71,7 @@ class Distributed:
         return [tensor.to(self.device) for tensor in tensors]
 
     def sum(self, *numbers: float) -> list[float]:
-        """Sum each number over all ranks, on the CPU, so that nothing waits for the device. All ranks."""
+        """Sum each number over all ranks, through gloo on the CPU: no GPU synchronization. All ranks."""
         return self._reduce(numbers, torch_dist.ReduceOp.SUM)
 
     def max(self, *numbers: int) -> list[int]:
@@ -132,8 +132,8 @@ class StopSignal:
                 again = b"; Ctrl-C now exits at once"
                 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun gets it
                     again = b""
-                os.write(2, b"\nstopping: saving the run after this micro-step" + again + b"\n")
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # even inside a collective that hangs
+                os.write(2, b"\nstopping before the next micro-step" + again + b"\n")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that it works even if a collective hangs
 
 
 def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> Distributed:

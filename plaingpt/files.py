@@ -89,7 +89,7 @@ def existing(final: Path) -> Path | None:
     if "\0" in str(final):
         return None
     old = _sibling(Path(os.path.realpath(final)), "old")
-    # `final` twice: `put_in_place` may finish between the first two. os.path.isdir accepts names of any length.
+    # `final` again: a save may finish between the first two checks. os.path.isdir accepts names of any length.
     return next((path for path in (final, old, final) if os.path.isdir(path)), None)
 
 

@@ -15,7 +15,7 @@ class Captured:
     function: takes tensors, of which only the values may differ between calls, and numbers. It returns a tensor, which
     the next call overwrites. Everything else that it reads or changes on the device must keep its address.
 
-    after: its graphs never run at the same time as those of this one, so all share memory.
+    after: another one that never runs at the same time, with which it shares memory.
     """
 
     def __init__(self, function: Callable[..., Tensor], after: "Captured | None" = None):

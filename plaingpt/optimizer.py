@@ -172,7 +172,7 @@ SAFETY = 1.01  # bf16 rounds: keep values this much below the bound beyond which
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """(n, R, C) to nearly orthogonal matrices with the same singular vectors, in `dtype`.
 
-    Singular values above a thousandth of the matrix's norm become 0.4 to 1.6, which trains as well as 1.
+    Singular values above a thousandth of the matrix's norm become 0.4 to 1.6, which trains as well as exactly 1.
     """
     x = matrices / (SAFETY * matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.size(1) > x.size(2)
@@ -209,7 +209,7 @@ def apply_gradients(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
             group["capturable"] = norm.is_cuda and torch.cuda.is_current_stream_capturing()  # AdamW asks for it
-        # Not scaler.step: it checks each optimizer's own gradients, but all must skip or none.
+        # Not scaler.step: it decides for each optimizer, but all must skip or none.
         optimizer.grad_scale, optimizer.found_inf = None, skip
         optimizer.step()
     scaler.update()

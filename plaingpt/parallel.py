@@ -97,8 +97,8 @@ def _compile(model: nn.Module, dist: Distributed, sharded: bool) -> None:
 
 @functools.cache
 def _compiled_class(kind: type, method: str) -> type:
-    """A subclass whose `method` is compiled, except for calls with an attention that has a cache: those have a new
-    length with each token."""
+    """A subclass whose `method` is compiled, except for calls that pass an attention function: while sampling, shapes
+    change with each token."""
     plain = getattr(kind, method)
     compiled = torch.compile(plain)
 

@@ -20,7 +20,7 @@ from plaingpt.tokenizer import gpt2
 from plaingpt.tokens import DataSet
 
 MODEL_SETTINGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-# These settings belong to the machine and the command, not to the run.
+# These settings are never taken from a checkpoint: they belong to the machine or to the command.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "minutes"}
 # These decide what is trained: a resumed run keeps them.
 FIXED = {"dataset", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "beta1", "beta2"}

@@ -72,14 +72,14 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
     if found is None:
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
     try:
-        if is_rank_0():  # one process is enough: if it refuses, torchrun ends the others
+        if is_rank_0():  # one process is enough: if it exits, torchrun ends the others
             check_sums(found)
         state = _read_state(found)
     except UserError as error:
         raise UserError(f"{error}; {remedy} (--init_from=resume:NAME)" if others else str(error)) from error
     if not existing(directory.parent / "best"):
         state.forget_best()
-    # After a return to an earlier checkpoint, `best` may come from a later step: only a better model replaces it.
+    # If the run goes back to an earlier step, `best` may be from a later one: only a better model replaces it.
     for other in directory.parent.glob("*/training.json") if state.best_step else ():
         with contextlib.suppress(UserError):
             later = _read_state(other.parent)
@@ -205,7 +205,7 @@ def load_optimizers(
         raise UserError(f"{path} does not fit the model and the optimizer")
     saved = saved_scaler.get
     if saved_scaler and any(type(saved(n)) is not type(v) or not 0 <= saved(n) < math.inf for n, v in now.items()):
-        raise UserError(f"{directory}/training.json: its scaler is not a GradScaler's state")
+        raise UserError(f"{directory}/training.json: the state of its loss scaler is damaged")
     if saved_scaler and now:
         scaler.load_state_dict(saved_scaler)
 

@@ -30,7 +30,7 @@ class RunSettings:
     init_from: PathName = "scratch"
     """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); or a model: gpt2, a directory"""
     minutes: Annotated[float, Range(above=0, max=1e6)] | None = None
-    """minutes that the entire command may take: chooses the number of steps and, unless given, model and batch"""
+    """minutes for the entire command: chooses the number of steps and, unless given, model and batch"""
     max_iters: PositiveInt = 600000
     """number of training steps"""
     batch_size: PositiveInt = 12

@@ -269,7 +269,7 @@ def test_a_loss_scale_that_is_none_is_refused(tmp_path, scaler):
     saved = {} if not scaler else now.state_dict() | scaler
     save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"))
     if saved:
-        with pytest.raises(UserError, match="not a GradScaler's state"):
+        with pytest.raises(UserError, match="the state of its loss scaler is damaged"):
             load_optimizers(tmp_path / "last", saved, model, optimizers, now)
     else:
         load_optimizers(tmp_path / "last", saved, model, optimizers, now)

@@ -49,7 +49,7 @@ class Job:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A name for the result: from the same source and settings it is the same on every machine."""
+        """A hash of the source and the settings, the same on every machine."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
         config = dataclasses.replace(self.config, name=None, tokenizer=self.kind, part=None, threads=None, data_dir="")
         result = FORMAT, source, config, self.parts
@@ -94,7 +94,7 @@ def make_work(job: Job) -> Work | None:
     """What this part has to do; None if the data set is complete. Unfinished work for another result is removed."""
     plan, shards = json_in(job.partial / "plan.json"), job.partial / "shards"
     is_same = plan.get("digest") == job.digest
-    if job.is_done() and (job.parts > 1 or is_same) and not shards.exists():  # killed before the directory was removed
+    if job.is_done() and (job.parts > 1 or is_same) and not shards.exists():  # killed before the removal
         if is_same or not plan:
             remove(job.partial)
         return None

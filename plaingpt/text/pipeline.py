@@ -51,7 +51,7 @@ class Batch:
     done: int = 0  # bytes of all inputs that have been read
     size: int = 0
     splits: dict[str, list[bytes]] = field(default_factory=lambda: collections.defaultdict(list))
-    continued: set[str] = field(default_factory=set)  # splits whose first text is a later piece of a document
+    continued: set[str] = field(default_factory=set)  # splits whose first text continues a document of the batch before
 
 
 def encode_part(work: Work, threads: int) -> None:

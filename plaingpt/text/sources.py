@@ -44,7 +44,7 @@ class Source:
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
     bad_files: str | None = None  # instead of the setting
-    fetch: Callable[[Path], Path] | None = None  # downloads the only file, or copies it to the given directory
+    fetch: Callable[[Path], Path] | None = None  # returns the only file, after downloading or copying it
     once: bool = False  # it cannot be read again later
     summary: str = ""  # of the files read and skipped
 

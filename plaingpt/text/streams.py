@@ -13,9 +13,9 @@ from plaingpt.text.config import PrepareConfig
 
 PIECE = 1 << 20  # bytes of text that are read, and encoded, at a time
 MAX_RECORD = 1 << 26  # bytes of a line or a field: a few kilobytes of compressed data can stand for gigabytes
-# Places that no token of GPT-2's or our tokenizers spans: before a space, or after a line break, between two characters
-# that are not white space. Python's white space includes that of the tokenizers; the surrogates stand for the bytes of
-# an incomplete character.
+# Places where GPT-2's tokenizer and ours always begin a new token: before a space, or after a line break, between two
+# characters that are not white space. Python's white space includes that of the tokenizers; the surrogates stand for
+# the bytes of an incomplete character.
 _INK = r"[^\s\udc80-\udcff]"
 SAFE_BOUNDARY = re.compile(f"(?<={_INK})(?= {_INK})|(?<={_INK}\n)(?={_INK})")
 BOMS = {  # UTF-32's first: it begins with that of UTF-16
@@ -68,7 +68,7 @@ def checked(text: bytes, where: str, bad_files: str, position: int = 0) -> bytes
     if bad_files == "replace":
         return text.decode(errors="replace").encode()
     if bad_files == "stop":
-        remedy = "leave it out: --bad_files=skip, write U+FFFD for it: --bad_files=replace, or name the --encoding"
+        remedy = "use --bad_files=skip to drop it, --bad_files=replace to write U+FFFD instead, or name the --encoding"
         raise UserError(f"{problem}; {remedy}")
     note_once(f"skipped: {problem}", where)
     return b""
