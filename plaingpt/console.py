@@ -78,7 +78,8 @@ def out_of_memory(error: BaseException) -> bool:
 def _report_to_torchrun(line: str) -> None:
     """Make torchrun end with `line` instead of the traceback that torch's `record` has written."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        timestamp = str(int(time.time()) - 1)  # before those of errors in other processes, which follow from this one
+        report = {"message": {"message": line, "extraInfo": {"timestamp": timestamp}}}
         with contextlib.suppress(OSError):
             with open(f"{path}.new", "w") as file:
                 json.dump(report, file)
