@@ -30,7 +30,7 @@ RECIPES = {"python": "quickstart", "shakespeare_char": "train_shakespeare_cpu"} 
 def main() -> None:
     config, given = load_settings(PrepareConfig, positional="sources")
     source = find_source(config, json_lines="column" in given)
-    directory = directory_of(config.name or source.name, config.data_dir)
+    directory = directory_of(source.name if config.name is None else config.name, config.data_dir)
     try:
         part, parts = part_of(config.part)
         processes_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))

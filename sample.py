@@ -170,18 +170,16 @@ class Samples:
 
 
 def before_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """Yield the text before the first stop string. Text that may begin one is delayed until that is clear."""
-    pending = ""
+    """Yield the text before the first stop string, each character once it cannot be part of one."""
+    pending, delay = "", max(map(len, stops), default=1) - 1
     for piece in pieces:
         pending += piece
         if found := [(at + len(stop), at) for stop in stops if (at := pending.find(stop)) >= 0]:
             yield pending[: min(found)[1]]  # of the one that ends first
             return
-        starts = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if pending.endswith(stop[:n]))
-        free = len(pending) - max(starts, default=0)
-        if free:
-            yield pending[:free]
-            pending = pending[free:]
+        free = max(0, len(pending) - delay)
+        yield pending[:free]
+        pending = pending[free:]
     yield pending
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,7 +141,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
                 bpb = bits_per_byte(val_loss, run.data.val)
                 metrics.write(step=step, tokens=step * run.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
                 note(f"step {step}: {describe_loss(val_loss, run.data)}")
-            if step > start or (step and val_loss is not None):
+            if step:
                 state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
                 saver.save(val_loss, keeping)
             metrics.draw()
@@ -202,17 +201,11 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
     return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches, tokens_per_step)
 
 
-def memory_check(config: TrainConfig, dist: Distributed) -> Callable[[GPTConfig], None]:
-    """`check_memory` with the settings of a run."""
-    shards = shard_count(dist, config.sharding)
-    return functools.partial(check_memory, dist, config.batch_size, config.recompute, shards)
-
-
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
     """Training speed with the settings of `config`, not compiled, measured for that many seconds. All ranks."""
     shape = GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in MODEL_SETTINGS})
     config = dataclasses.replace(config, compile=False)
-    memory_check(config, dist)(shape)
+    check_memory(dist, config.batch_size, config.recompute, shard_count(dist, config.sharding), shape)
     run = set_up(config, data, GPT(shape), 1, dist)
     for _ in range(2 if run.gradients else 1):  # the first one allocates; the second one captures a graph
         train_step(run, 0, micro_steps=1)
@@ -245,7 +238,9 @@ def start_run(
             holds_run(out_dir)  # raises UserError before time is spent
     if config.minutes and not checkpoint and not config.eval_only:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
-    check = (lambda shape: None) if config.eval_only else memory_check(config, dist)
+    shards = shard_count(dist, config.sharding)
+    check = functools.partial(check_memory, dist, config.batch_size, config.recompute, shards)
+    check = (lambda shape: None) if config.eval_only else check
     raw_model, config = initial_model(config, given, data, checkpoint, check)
     if state.eval_sequences is None or "eval_iters" in given:
         sequences = config.eval_iters * config.batch_size
@@ -290,9 +285,7 @@ def main() -> int:
         if config.minutes:
             config, given = extend_run(config, given, state)
         config = resumed_settings(config, given, state, checkpoint)
-        given = {
-            name: source for name, source in given.items() if source.startswith("--")
-        }  # on resume only flags count
+        given = {name: source for name, source in given.items() if source.startswith("--")}  # only flags count now
     dist = connect(config.device, config.dtype, config.timeout)
     if not checkpoint:
         check_default(config, given, dist.device.type)

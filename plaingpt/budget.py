@@ -64,11 +64,12 @@ def choose_settings(
     if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
         config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
     seconds = time_to_plan(config.minutes, dist)
-    tokens = 5e4 * seconds  # a first guess; later, the tokens of the previous model
-    timed = []
-    for candidate in candidates(config, given):
-        if timed and block_parameters(candidate) > 12 * len(data.train):
-            break  # it would learn the text by heart
+    tokens = 3e6  # a guess; later, those of the previous model
+    timed, shapes = [], list(candidates(config, given))
+    for i, candidate in enumerate([shapes[0], *shapes]):
+        learns_by_heart = block_parameters(candidate) > 12 * len(data.train)
+        if timed and (learns_by_heart or time_to_plan(config.minutes, dist) < 0.75 * seconds):
+            break
         candidate = with_batch(candidate, given, tokens, data, dist)
         try:
             rate, candidate = time_model(candidate, given, min(1.0, seconds / 100), tokens_per_second)
@@ -77,6 +78,8 @@ def choose_settings(
                 raise
             break  # larger models need more memory still
         tokens = rate * seconds * TRAINING_SHARE
+        if i == 0:
+            continue  # its batch followed from a guess: time it again
         timed.append((predicted_loss(candidate, tokens, len(data.train)), rate, candidate))
         if len(timed) > 2 and min(timed[-2:])[0] > min(timed)[0]:
             break  # two in a row are worse
@@ -236,9 +239,9 @@ class Deadline:
         seconds = watch.seconds  # of training until now
         now, (step_before, before, then) = time.monotonic(), self.last_mark
         self.last_mark = step, seconds, now
-        if (
-            state.evaluated_at == step_before > self.start
-        ):  # how long that and its save took; on a GPU the first is slow
+        # How long an evaluation and its save took. The first one is slow on a GPU, or was made before a resume.
+        first = step_before == self.start and (self.start or dist.device.type == "cuda")
+        if state.evaluated_at == step_before and not first:
             self.pause = now - then - (seconds - before)
         if step in (step_before, self.measured_from):  # the steps before it include compilation
             return config

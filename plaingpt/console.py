@@ -49,7 +49,7 @@ def run_script(main: Callable[[], int | None], less_memory: str = "--batch_size"
         line = escaped(f"{script}: {message}")
         with contextlib.suppress(OSError):  # a closed terminal
             print(line, file=sys.stderr)
-        _report_to_torchrun(line)
+        _report_to_torchrun(line, first=status == 2)
         sys.exit(status)
 
 
@@ -75,10 +75,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or bool(NO_MEMORY.search(str(error)))
 
 
-def _report_to_torchrun(line: str) -> None:
-    """Make torchrun end with `line` instead of the traceback that torch's `record` has written."""
+def _report_to_torchrun(line: str, first: bool) -> None:
+    """Make torchrun end with `line` instead of the traceback that torch's `record` has written.
+
+    first: errors of other processes in the same second follow from this one.
+    """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        timestamp = str(int(time.time()) - 1)  # before those of errors in other processes, which follow from this one
+        timestamp = str(int(time.time()) - first)
         report = {"message": {"message": line, "extraInfo": {"timestamp": timestamp}}}
         with contextlib.suppress(OSError):
             with open(f"{path}.new", "w") as file:

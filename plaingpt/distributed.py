@@ -132,7 +132,7 @@ class StopSignal:
                 again = b"; Ctrl-C now exits at once"
                 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun gets it
                     again = b""
-                os.write(2, b"\nstopping before the next micro-step" + again + b"\n")
+                os.write(2, b"\nstopping and saving before the next micro-step" + again + b"\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that it works even if a collective hangs
 
 
@@ -144,8 +144,11 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
     names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # set by torchrun
     try:
         rank, local_rank, world_size, local_world_size = (int(os.environ.get(n) or one) for n, one in names.items())
+        if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+            raise ValueError("they contradict each other")
     except ValueError as error:
-        raise UserError(f"{', '.join(names)}, which torchrun sets, have to be numbers: {error}") from error
+        found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        raise UserError(f"{found} in the environment: {error}; start several processes with torchrun") from error
     chosen = _choose_device(device, local_rank, world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -165,33 +168,27 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available() and world_size == 1  # several processes cannot share it
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        if name == "cpu" and (problem := _unusable_card()):
-            raise UserError(f"{problem}; update the driver, install another build of torch, or use --device=cpu")
+        name = "cuda" if torch.cuda.is_available() or _has_card() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda":  # torchrun gives each process a GPU of its own
             device = torch.device("cuda", local_rank if world_size > 1 else device.index or 0)
+            torch.cuda.init()  # says what is wrong: no CUDA build of torch, an old driver
+            if device.index >= torch.cuda.device_count():
+                raise RuntimeError(f"there is no GPU {device.index}, but {torch.cuda.device_count()} from 0 on")
             _check_capability(device)
+        elif device.type not in ("cpu", "mps"):
+            raise RuntimeError("not supported")
         torch.ones(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:
-        reason = (not torch.cuda.is_available() and _unusable_card()) or one_line(error)
-        raise UserError(f"--device={name}: {reason}; use cpu, cuda, cuda:1 or mps") from error
+        raise UserError(f"--device={name}: {one_line(error)}; use cpu, cuda, cuda:1 or mps") from error
     return device
 
 
-def _unusable_card(devices: str = "/dev/nvidia[0-9]*") -> str | None:
-    """Why CUDA finds no device although the machine has one, such as a driver that is too old. None if the machine
-    has no NVIDIA GPU, torch is not a CUDA build, or CUDA_VISIBLE_DEVICES hides all GPUs."""
+def _has_card() -> bool:
+    """Whether there is an NVIDIA GPU and a CUDA build of torch, even if they do not work together (an old driver)."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
-    if not torch.version.cuda or hidden or not glob.glob(devices):
-        return None
-    try:
-        torch.cuda.init()
-        reason = "CUDA reports no device"
-    except (RuntimeError, AssertionError) as error:
-        reason = one_line(error).partition(" Please")[0].rstrip(".")
-    return f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it: {reason}"
+    return bool(torch.version.cuda and not hidden and glob.glob("/dev/nvidia[0-9]*"))
 
 
 def _check_capability(device: torch.device) -> None:

@@ -98,6 +98,8 @@ def check_writable(directory: Path) -> None:
     nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
     try:
         str(directory).encode()  # safetensors takes names in UTF-8 only
+        with contextlib.suppress(FileNotFoundError):
+            directory.lstat()  # fails for impossible names
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)  # without the name of the temporary directory

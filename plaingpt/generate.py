@@ -113,7 +113,7 @@ class Batch:
         self.cache = torch.zeros(shape, dtype=decoder.cache_dtype, device=decoder.device)
         # Of each row: its last token, the position of that, and the bits of a random float64
         self.inputs = torch.zeros(3, B, dtype=torch.int64, device=decoder.device)
-        # Weak, as a reference to itself would keep the cache until Python's collector finds it
+        # A strong reference would make a cycle, which keeps the cache until Python's collector finds it
         self.next_ids = functools.partial(Batch._draw, weakref.proxy(self))
         if decoder.on_cuda and graphs_work():
             self.next_ids = Captured(self.next_ids)  # one launch in place of 200
@@ -240,7 +240,7 @@ def attend_once(mask: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor
     """
     exact = dict(out_dtype=torch.float32) if q.is_cuda and q.dtype != torch.float32 else {}
     if exact and q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):
-        q, keys, exact = q.float(), keys.float(), {}  # older cards emulate bfloat16
+        q, keys, exact = q.float(), keys.float(), {}  # older cards lack this product
     scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, **exact).view(*q.shape[:3], -1)
     return torch.add(mask, scores, alpha=q.size(-1) ** -0.5).softmax(-1).to(values.dtype) @ values
 

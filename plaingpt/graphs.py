@@ -15,7 +15,7 @@ class Captured:
     function: takes tensors, of which only the values may differ between calls, and numbers. It returns a tensor, which
     the next call overwrites. Everything else that it reads or changes on the device must keep its address.
 
-    after: another one that never runs at the same time, with which it shares memory.
+    after: one whose memory it shares; the two never run at the same time.
     """
 
     def __init__(self, function: Callable[..., Tensor], after: "Captured | None" = None):
@@ -39,21 +39,23 @@ class Captured:
         graph, inputs = torch.cuda.CUDAGraph(), [v.clone() if isinstance(v, Tensor) else v for v in arguments]
         self.pool = self.pool or (self.after and self.after.pool) or torch.cuda.graph_pool_handle()
         # thread_local: a thread that saves a checkpoint may use the device meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            return graph, inputs, self.function(*inputs)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                return graph, inputs, self.function(*inputs)
+        except RuntimeError as error:
+            for generator in torch.cuda.default_generators:  # in torch 2.11, a failed capture leaves them unusable
+                generator.graphsafe_set_state(generator.clone_state())
+            raise error.__context__ or error from None  # what failed first, such as a lack of memory
 
 
 @functools.cache
 def graphs_work() -> bool:
-    """Whether the current CUDA device can capture graphs; if not, print why. Call it before anything random."""
-    x = torch.zeros(1, device="cuda")
-    x.add_(1)
+    """Whether the current CUDA device can capture graphs; if not, print why."""
+    negative, x = Captured(torch.neg), torch.zeros(1, device="cuda")
     try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            x.add_(1)
+        for _ in range(2):  # the second call captures
+            negative(x)
     except RuntimeError as error:
         note(f"continuing without CUDA graphs, which makes small models slower: {one_line(error)}")
-        for generator in torch.cuda.default_generators:  # in torch 2.11, a failed capture leaves them unusable
-            generator.graphsafe_set_state(generator.clone_state())
         return False
     return True

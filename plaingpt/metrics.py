@@ -18,7 +18,7 @@ class Metrics:
     """Records one run. In processes other than main, every method does nothing."""
 
     def __init__(self, out_dir: Path, active: bool, resumed_from: int | None = None):
-        """Start a record, or continue it from that step. Lines are only ever added: see `read_metrics`."""
+        """Start a record, or continue it from that step. No line is ever removed: see `read_metrics`."""
         self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
         self.resumed_from = resumed_from  # goes into the next record
         if not active:
@@ -28,12 +28,9 @@ class Metrics:
             raise UserError(f"{self.path} is not the record of a run; move it away, or choose another --out_dir")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.path.parent)
-        if resumed_from is None:
-            with new_file(self.path):
-                pass
-        elif earlier and not earlier.endswith(b"\n"):  # a kill cut the last line
-            with open(self.path, "a") as file:
-                file.write("\n")
+        with new_file(self.path, "wb") as file:
+            if resumed_from is not None and earlier:
+                file.write(earlier.removesuffix(b"\n") + b"\n")  # a kill may have cut the last line
 
     def track(self, settings: dict) -> None:
         """Start Weights & Biases, if `wandb_log` is set."""
@@ -46,11 +43,12 @@ class Metrics:
     def write(self, **record) -> None:
         if not self.active:
             return
-        record["resumed_from"], self.resumed_from = self.resumed_from, None
+        record["resumed_from"] = self.resumed_from
         record = {key: value for key, value in record.items() if value is not None and math.isfinite(value)}
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
+            self.resumed_from = None
         except OSError as error:  # a full disk does not stop training
             note(f"{self.path}: {one_line(error)}")
         self._call_wandb("log", record)
@@ -145,8 +143,9 @@ def read_metrics(path: Path) -> list[dict]:
             record = json.loads(line)
             numbers = [record.get("step"), *record.values()] if isinstance(record, dict) else [None]
             if all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers):
-                kept = record.get("resumed_from", math.inf)
-                records = [earlier for earlier in records if earlier["step"] <= kept] + [record]
+                if "resumed_from" in record:
+                    records = [earlier for earlier in records if earlier["step"] <= record["resumed_from"]]
+                records.append(record)
     return records
 
 
@@ -164,14 +163,14 @@ def curves(out_dirs: list[Path]):
     """A matplotlib Figure of training and validation losses; None if there are none.
 
     Several runs are compared in bits per byte if all have them: losses of different tokenizers do not compare. The axis
-    fits what follows the first tenth: the losses of the start would flatten all the rest.
+    fits what follows the first tenth of the longest: the losses of the start would flatten all the rest.
     """
     from matplotlib.figure import Figure
 
     runs = [read_metrics(Path(out_dir) / "metrics.jsonl") for out_dir in out_dirs]
     bits = len(runs) > 1 and all(any("val_bpb" in record for record in records) for records in runs)
     kinds = {"val_bpb": "validation"} if bits else {"train_loss": "training", "val_loss": "validation"}
-    figure, late = Figure(figsize=(9, 6), dpi=200, layout="constrained"), []
+    figure, drawn = Figure(figsize=(9, 6), dpi=200, layout="constrained"), []
     axes = figure.subplots()
     for i, (out_dir, records) in enumerate(zip(out_dirs, runs)):
         run = f"{out_dir}: ".replace("$", r"\$") if len(runs) > 1 else ""  # matplotlib reads $ as mathematics
@@ -180,9 +179,11 @@ def curves(out_dirs: list[Path]):
                 style = {"lw": 0.8, "alpha": 0.6} if kind == "training" else {"lw": 1.2, "marker": "o", "ms": 3}
                 label = f"{run}{kind}, lowest {min(loss for _, loss in points):.3f}"
                 axes.plot(*zip(*points), color=f"C{i if run else int(kind == 'validation')}", label=label, **style)
-                late += [loss for step, loss in points if step >= points[-1][0] / 10]
-    if not late:
+                drawn += points
+    if not drawn:
         return None
+    end = max(step for step, _ in drawn)
+    late = [loss for step, loss in drawn if step >= end / 10]
     margin = 0.05 * (max(late) - min(late)) or 0.01
     axes.set(xlabel="steps", ylabel="bits per byte" if bits else "loss (nats per token)")
     axes.set_ylim(min(late) - margin, max(late) + margin)

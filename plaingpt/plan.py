@@ -21,8 +21,8 @@ def check_memory(dist: Distributed, batch_size: int, recompute: bool, shards: in
     """UserError if training certainly needs more memory than is free. Call it before the model is created: otherwise
     the kernel kills the process. All ranks.
 
-    Counts weights, gradients and momentum in each of `shards` processes, and half of the activations: a run that fits
-    must not be refused.
+    Counts weights, gradients and momentum in each of `shards` processes, and the activations that are stored in any
+    case: a run that fits must not be refused.
     """
     parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
     per_token = c.n_layer * c.n_embd * (4 if recompute else 17) + c.padded_vocab_size

@@ -67,7 +67,7 @@ class RunState:
 def load_state(directory: Path) -> tuple[RunState, Path]:
     """The state of a checkpoint and the directory in which it was found; UserError if it is missing or damaged."""
     found = existing(directory)
-    others = [path.parent.name for path in directory.parent.glob("*/training.json") if path.parent != found]
+    others = [path.parent.name for path in directory.parent.glob("[!.]*/training.json") if path.parent != found]
     remedy = f"available: {', '.join(sorted(others))}" if others else "start a run with --init_from=scratch"
     if found is None:
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
@@ -76,7 +76,9 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
             check_sums(found)
         state = _read_state(found)
     except UserError as error:
-        raise UserError(f"{error}; {remedy} (--init_from=resume:NAME)" if others else str(error)) from error
+        if not others:
+            raise
+        raise UserError(f"{error}; {remedy} (--init_from=resume:NAME)") from error
     if not existing(directory.parent / "best"):
         state.forget_best()
     # If the run goes back to an earlier step, `best` may be from a later one: only a better model replaces it.

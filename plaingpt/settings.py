@@ -90,10 +90,12 @@ def _split(argv: list[str], hints: dict[str, Any]) -> tuple[list[str], list[tupl
     while words:
         word = words.pop(0)
         flag, equals, text = word.partition("=")
-        name = flag.lstrip("-").replace("-", "_")
+        name = flag[2:].replace("-", "_")
         if word == "-" or not word.startswith("-"):
             files.append(word)
             continue
+        if not word.startswith("--"):
+            raise UserError(f"{word}: flags begin with --")
         if name not in hints:
             raise UserError(_no_setting(name, flag, hints))
         if equals:

@@ -99,7 +99,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     """
     found = existing(directory)
     if found is None:
-        is_path = existing(directory.parent.parent / directory.name)  # --dataset=data/books
+        is_path = (directory.parent.parent / directory.name / "meta.json").exists()  # --dataset=data/books
         remedy = f"did you mean --dataset={directory.name}?" if is_path else f"to get it: {how_to_get(directory)}"
         raise UserError(f"{directory}: no such data set; {remedy}")
     if not (found / "meta.json").exists():
@@ -163,7 +163,7 @@ def _open_foreign(directory: Path) -> DataSet:
             f"python prepare_data.py FILES --tokenizer=char --name={shlex.quote(directory.name)}"
         )
     if any(directory.glob("tokenizer*.json")):  # a model, or ours: as GPT-2's, its ids would mean something else
-        raise UserError(f"{directory} is a model, or a data set without meta.json: prepare text with another --name")
+        raise UserError(f"{directory} is a model, or a data set that has lost its meta.json: prepare the text again")
     paths = {split: [directory / f"{split}.bin"] for split in SPLITS}
     if not any(path.exists() for (path,) in paths.values()):
         split_of = {path: match[1] for path in directory.glob("*.bin") if (match := LLM_C_NAME.fullmatch(path.name))}

@@ -22,7 +22,9 @@ def rendezvous_store(timeout: timedelta) -> torch_dist.Store:
         store, *_ = next(rendezvous("env://", timeout=timeout))
     except (torch_dist.DistError, ValueError, OSError) as error:
         where = " ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise RunFailed(f"the processes did not meet at {where} within {timeout}: {one_line(error)}") from error
+        raise RunFailed(
+            f"the processes did not meet at {where} (--timeout={timeout.total_seconds():g}): {one_line(error)}"
+        ) from error
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
     if int(os.environ["GROUP_WORLD_SIZE"]) == 1:

@@ -178,6 +178,24 @@ def simulated(
         clock.seconds, training, state.step = clock.seconds + per_step, training + per_step, state.step + 1
 
 
+def test_timing_models_takes_a_quarter_of_the_time_at_most(data, clock):
+    tried = []
+
+    def tokens_per_second(config, seconds):
+        clock.seconds += 7  # as two steps of a large --batch_size may take
+        tried.append(config.n_embd)
+        return 1e12 / (6 * block_parameters(config))
+
+    choose_settings(TrainConfig(minutes=1), {}, data, DIST, tokens_per_second)
+    assert tried == [64, 64, 128]
+
+
+def test_the_context_of_a_given_shape_follows_from_its_speed(data):
+    for flop_per_second, block_size in ((2e10, 64), (1e11, 128), (1e12, 256)):
+        config = chosen(data, 10, dict(n_layer=4, n_embd=256), flop_per_second)
+        assert config.block_size == block_size
+
+
 @pytest.mark.parametrize("slower", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_run_ends_in_time_on_a_machine_of_another_speed(tmp_path, clock, slower, changes):

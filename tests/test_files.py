@@ -293,7 +293,7 @@ def test_a_folder_that_can_be_written_passes_and_any_other_is_refused_in_one_lin
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "unmounted" / "out")
-    for refused in ("file", "file/out", "link"):
+    for refused in ("file", "file/out", "link", "n" * 300, "a\0"):
         with pytest.raises(UserError, match="cannot be written to: ") as caught:
             check_writable(tmp_path / refused)
         assert "\n" not in str(caught.value)

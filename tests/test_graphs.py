@@ -73,6 +73,7 @@ def trained(device: str, dtype: str = "float32", **settings) -> dict[str, torch.
         train_step(run, step)
     if run.gradients:
         assert len(run.micro_step.graphs) == len(run.update.graphs) == 1
+        assert all(run.micro_step.graphs.values()) and all(run.update.graphs.values())
     return model.weights()
 
 

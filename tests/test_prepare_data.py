@@ -307,7 +307,7 @@ def failed(arguments, directory: Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["good.txt", "--name="], "prepare_data.py: --name: name is empty"),
+        (["good.txt", "--name="], "prepare_data.py: '' cannot be the data set's name"),
         (["good.txt", "--vocab_size=300"], "prepare_data.py: --vocab_size is for --tokenizer=bpe, and this is gpt2"),
         (["nowhere.txt"], "prepare_data.py: nowhere.txt: no such file, directory or source"),
         (["nothing/*.txt"], "prepare_data.py: nothing/*.txt: no such file"),
@@ -360,12 +360,7 @@ def test_no_source_is_refused_with_the_named_ones(tmp_path):
 def test_end_of_text_in_a_document_is_text_and_parts_nothing(prepare, folder):
     text = f"one{END_OF_TEXT}two" * 10  # 190 characters
     for kind in KINDS:
-        directory = prepare(
-            folder({"a.txt": text}),
-            f"--tokenizer={kind}",
-            *(["--vocab_size=300"] * (kind == "bpe")),
-            "--val_fraction=0.5",
-        )
+        directory = prepare(folder({"a.txt": text}), *tokenizer_flags(kind), "--val_fraction=0.5")
         assert split_texts(directory, "train") + split_texts(directory, "val") == [text[:95], text[95:]]
 
 

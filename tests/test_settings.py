@@ -130,7 +130,11 @@ def test_a_misspelled_name_in_a_file_is_refused_with_the_file_and_the_nearest_na
 def test_a_name_similar_to_none_is_refused_with_a_hint_to_help(recipe):
     assert refusal("--qqq=1") == "--qqq: there is no setting qqq; --help lists them"
     path = recipe("qqq = 1")
-    assert refusal(path) == (f"{path}: there is no setting qqq; --help lists them")
+    assert refusal(path) == f"{path}: there is no setting qqq; --help lists them"
+
+
+def test_a_flag_with_one_dash_is_refused():
+    assert refusal("-sugar=2") == "-sugar=2: flags begin with --"
 
 
 def test_a_retired_flag_gives_a_note_only(capsys):

@@ -56,7 +56,9 @@ def test_a_glob_is_the_files_that_match(here):
     assert documents("b/*") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
     assert documents("**/*.txt") == ["a.txt", "b/2.txt", "b/deep/3.txt"]
     assert documents("b/**") == documents("[a-b]/**/*") == documents(here / "b/**/*.*") == documents("b")
-    assert documents("**/[d]eep/*") == documents("b/**/deep/**/3*") == ["b/deep/3.txt"]
+    assert documents("**/[d]eep/*") == documents("b/**/3*") == ["b/deep/3.txt"]
+    with pytest.raises(UserError, match=r"b/\*\*/deep/\*\*: \*\* can occur once"):
+        documents("b/**/deep/**")
     (here / "b/node_modules").mkdir()
     (here / "b/node_modules/code.txt").write_text("text of somebody's code")
     assert documents("b/**/*.txt") == ["b/2.txt", "b/deep/3.txt"]
@@ -81,7 +83,6 @@ def test_links_are_followed_and_every_file_is_read_once(here):
         assert sorted(documents(*words)) == expected, words
     assert documents("far", "b/far/**/*.txt") == ["far/4.txt"]
     assert sorted(documents("**/*.txt")) == ["a.txt", *expected[1:]]  # Python's own glob takes years
-    assert documents("**/deep/**/*.md") == ["b/1.md"]
 
 
 def test_names_that_no_system_has_are_refused(here):
@@ -102,8 +103,8 @@ def test_empty_files_are_no_documents(here):
 
 def test_the_source_is_named_after_what_was_given(here):
     assert (source("b").name, source("a.txt").name, source(".").name) == ("b", "a", "text")
-    (here / "My  notes, 2.txt").write_text("text")
-    assert source("My  notes, 2.txt").name == "My_notes_2"
+    (here / "My  notes, 2-3.txt").write_text("text")
+    assert source("My  notes, 2-3.txt").name == "My_notes_2-3"
 
 
 def test_a_missing_file_is_refused_with_its_name(here):

@@ -262,7 +262,7 @@ def test_a_tokenizer_that_does_not_fit_or_is_missing_is_refused(data_set):
 
 def test_a_data_set_without_its_meta_json_is_not_taken_for_gpt2_tokens(data_set):
     (data_set / "meta.json").unlink()
-    printed = f"{data_set} is a model, or a data set without meta.json: prepare text with another --name"
+    printed = f"{data_set} is a model, or a data set that has lost its meta.json: prepare the text again"
     assert refusal(data_set) == printed
     (data_set / "tokenizer.json").unlink()  # the other file of the tokenizer is enough
     assert refusal(data_set) == printed
@@ -432,6 +432,8 @@ def test_a_data_set_that_is_missing_is_answered_with_the_command_that_works(tmp_
 def test_a_path_instead_of_a_name_is_answered_with_the_name(data_set):
     path = data_set.parent / data_set.parent.name / data_set.name  # --dataset=data/books
     assert refusal(path) == f"{path}: no such data set; did you mean --dataset={data_set.name}?"
+    (data_set / "meta.json").unlink()  # a directory of text, for example
+    assert "to get it: python prepare_data.py" in refusal(path)
 
 
 # reading

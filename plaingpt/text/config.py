@@ -10,7 +10,7 @@ from plaingpt.settings import PathName, PositiveInt, Range, Size
 class PrepareConfig:
     sources: list[PathName] = field(default_factory=list)
     """a named source, hf:owner/name, - (standard input), or files, directories, globs: text, JSON, CSV, TSV, Parquet"""
-    name: PathName | None = None
+    name: str | None = None
     """name of the data set: its directory in data_dir, train.py's `dataset` (default: from the source)"""
     tokenizer: PathName | None = None
     """gpt2, char, byte, bpe (trained on 64 million characters), or a model directory (default for files: gpt2)"""

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from plaingpt.console import UserError, closest, counted, one_line
@@ -95,7 +95,7 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         name = named if named in HUB else Path(repository).name
         return _hub(repository, name, val_fraction, config, pinned)
     files, summary = find_files(wanted, config)
-    name = re.sub(r"\W+", "_", Path(wanted[0]).stem.partition(".")[0]).strip("_") or "text"
+    name = re.sub(r"[^\w-]+", "_", Path(wanted[0]).stem.partition(".")[0]).strip("_-") or "text"
     return Source(name, shlex.join(wanted), files, summary=summary)
 
 
@@ -126,41 +126,34 @@ def _matches(word: str) -> Iterable[str]:
     if os.path.isdir(word):
         return walk(word)
     if found := [word] if os.path.isfile(word) else [*_glob(word)]:
-        inside = [] if "**" in word else filter(os.path.isdir, found)  # `**` finds their files itself
-        return itertools.chain(filter(os.path.isfile, found), *map(walk, inside))
+        return itertools.chain(filter(os.path.isfile, found), *map(walk, filter(os.path.isdir, found)))
     raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED)}")
 
 
-def _glob(pattern: str) -> Iterator[str]:
-    """The paths that match. Python's glob would follow circles of links almost forever: `**` is our `folders`."""
-    top, *rest = re.split(r"(?:^|(?<=/))\*\*(?:/|$)", pattern, maxsplit=1)
+def _glob(pattern: str) -> Iterable[str]:
+    """The paths that match. Python's own `**` would follow circles of links almost forever."""
+    top, *rest = re.split(r"(?:^|(?<=[/\\]))\*\*(?:[/\\]|$)", pattern)
     if not rest:
         return glob.iglob(pattern)
+    if len(rest) > 1:
+        raise UserError(f"{pattern}: ** can occur once")
     tops = filter(os.path.isdir, glob.iglob(top) if top else ["."])
-    below = (os.path.join(glob.escape(folder), rest[0] or "*") for top in tops for folder, _ in folders(top))
-    return itertools.chain.from_iterable(map(_glob, below))
+    return (path for top in tops for path in walk(top) if PurePath(os.path.relpath(path, top)).match(rest[0] or "*"))
 
 
 def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterator[str]:
-    """The files in a directory and below, except hidden ones."""
-    for folder, names in folders(directory, left_out):
-        paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
-        yield from filter(os.path.isfile, paths)  # no pipe, device or broken link
-
-
-def folders(top: str, left_out: Container[str] = ("node_modules",)) -> Iterator[tuple[str, list[str]]]:
-    """A directory and those below, except hidden ones, each with the names in it. Links are followed; no directory is
-    entered twice."""
+    """The files in a directory and below, except hidden ones. Links are followed; no directory is entered twice."""
 
     def refuse(error: OSError) -> None:
         raise error  # os.walk alone ignores a directory that cannot be read
 
     entered = set()
-    for folder, inner, names in os.walk(top, onerror=refuse, followlinks=True):
+    for folder, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        inner[:] = [n for n in sorted(inner) if not (real in entered or n.startswith(".") or n in left_out)]
+        folders[:] = [n for n in sorted(folders) if not (real in entered or n.startswith(".") or n in left_out)]
         if real not in entered:
-            yield folder, names
+            paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
+            yield from filter(os.path.isfile, paths)  # no pipe, device or broken link
         entered.add(real)
 
 
