@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 
-from plaingpt.console import UserError, cores, is_rank_0, one_line
+from plaingpt.console import UserError, cores, counted, is_rank_0, one_line
 from plaingpt.workarounds import rendezvous_store
 
 # Dense half-precision TFLOP/s of matrix products, from the makers' data sheets; the first name that matches counts
@@ -175,7 +175,7 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
             device = torch.device("cuda", local_rank if world_size > 1 else device.index or 0)
             torch.cuda.init()  # says what is wrong: no CUDA build of torch, an old driver
             if device.index >= torch.cuda.device_count():
-                raise RuntimeError(f"there is no GPU {device.index}, but {torch.cuda.device_count()} from 0 on")
+                raise RuntimeError(f"no GPU {device.index}; torch finds {counted(torch.cuda.device_count(), 'GPU')}")
             _check_capability(device)
         elif device.type not in ("cpu", "mps"):
             raise RuntimeError("not supported")
