@@ -63,9 +63,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Causal scaled dot-product attention of (B, H, T, D) queries, keys and values; p: dropout.
 
     In bfloat16, torch's fused attention for CPUs multiplies at the speed of float32, and its backward pass is slower
-    still. Plain products take half the time. In long sequences, keys that no query of a chunk may see are skipped.
+    still; with dropout it is not fused at all. Plain products take half the time. In long sequences, keys that no query
+    of a chunk may see are skipped.
     """
-    if q.device.type != "cpu" or q.dtype == torch.float32:
+    if q.device.type != "cpu" or (q.dtype == torch.float32 and p == 0):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
     B, H, T, D = q.shape
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))

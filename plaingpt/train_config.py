@@ -116,7 +116,7 @@ class HardwareSettings:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of matrix products (auto: bfloat16 if the hardware supports it; float32 on CUDA means TF32)"""
+    """precision of matrix products (auto: bfloat16 where it is fast; float32 on CUDA means TF32)"""
     compile: bool | None = None
     """compile the forward and backward pass with torch.compile (None: on CUDA)"""
     recompute: bool = False
