@@ -213,5 +213,5 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if native else torch.float16
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     # Intel's CPUs without AMX multiply bfloat16 at half the speed of float32, AMD's at twice
-    fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu["cpu_name"])
+    fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
     return torch.bfloat16 if fast else torch.float32

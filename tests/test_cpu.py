@@ -54,8 +54,17 @@ def test_attention_in_bf16_on_the_cpu_is_that_of_fp32_but_for_rounding(T):
         assert (ours - reference).float().norm() <= 0.02 * reference.float().norm() + 1e-6
 
 
-def test_attention_in_bf16_on_the_cpu_drops_out():
-    q, k, v = torch.ones(3, 1, 1, 256, 4).bfloat16()
+@pytest.mark.parametrize("T", [1, 64, 700])
+def test_attention_with_dropout_is_torchs_where_nothing_is_dropped(T):
+    q, k, v = torch.randn(3, 2, 3, T, 16, generator=torch.Generator().manual_seed(0))
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(attention(q, k, v, 1e-9), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_on_the_cpu_drops_out_without_torchs_slow_path(monkeypatch, dtype):
+    monkeypatch.delattr(F, "scaled_dot_product_attention")
+    q, k, v = torch.ones(3, 1, 1, 256, 4, dtype=dtype)
     torch.manual_seed(0)
     y = attention(q, k, v, 0.5)
     assert y[..., 100:, :].std() > 0.02 and y[..., 100:, :].float().mean() == pytest.approx(1, abs=0.1)

@@ -48,6 +48,21 @@ def test_auto_is_the_cpu_where_there_is_nothing_else():
     assert connect("auto").device.type == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("cpu", "dtype"),
+    [
+        (dict(cpu_name="AMD EPYC", avx512_bf16=True), torch.bfloat16),
+        (dict(cpu_name="AMD EPYC", avx512_bf16=False), torch.float32),
+        (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=False), torch.float32),
+        (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=True), torch.bfloat16),
+        (dict(), torch.float32),  # ARM
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_that_is_faster(monkeypatch, cpu, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert connect("cpu").dtype == dtype
+
+
 def test_tensors_go_to_the_device():
     first, second = connect("cpu").to_device(torch.ones(2), torch.zeros(3))
     assert (first.tolist(), second.tolist()) == ([1, 1], [0, 0, 0])
