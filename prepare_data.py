@@ -7,16 +7,14 @@ python prepare_data.py hf:owner/name --column=text --part=3/16          # one of
 
 import plaingpt.startup
 
-import contextlib
 import dataclasses
 import os
 import re
 import shlex
-import sys
 import time
 from pathlib import Path
 
-from plaingpt.console import UserError, cores, counted, escaped, note, one_line, run_script
+from plaingpt.console import UserError, cores, counted, note, one_line, run_script
 from plaingpt.files import json_in
 from plaingpt.settings import load_settings
 from plaingpt.text.config import PrepareConfig
@@ -31,13 +29,7 @@ def main() -> None:
     config, given = load_settings(PrepareConfig, positional="sources")
     source = find_source(config, json_lines="column" in given)
     directory = directory_of(source.name if config.name is None else config.name, config.data_dir)
-    try:
-        part, parts = part_of(config.part)
-        processes_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"Slurm's or torchrun's variables in the environment are missing or are not numbers: {error}"
-        ) from error
+    part, parts = part_of(config.part)
     if parts > 1 and source.once:
         raise UserError("standard input cannot be split into parts: save it to a file first")
     if parts > 1 and config.dedup:
@@ -54,7 +46,7 @@ def main() -> None:
             bad_files=source.bad_files or config.bad_files,
         )
         job = Job(directory, source, config, kind, tokenizer, part, parts)
-        meta = prepare(job, config.threads or max(1, cores() // processes_here))
+        meta = prepare(job, config.threads or cores())
     except OSError as error:
         raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
     except KeyboardInterrupt:
@@ -82,25 +74,17 @@ def check_replaced(directory: Path, source: Source, name: str | None) -> None:
         note(f"replacing {directory} (tokenizer {found.get('tokenizer')}, vocabulary of {found.get('vocab_size')})")
 
 
-def part_of(given: str | None) -> tuple[int, int]:
-    """(part, parts) of this process, counted from 1: from --part, a Slurm array or torchrun; (1, 1) without them."""
-    env = os.environ
-    if given is not None:
-        what, match = f"--part={given}", re.fullmatch(r"(\d+)/(\d+)", given)
-        part, parts = map(int, match.groups()) if match else (0, 0)
-    elif "SLURM_ARRAY_TASK_COUNT" in env:
-        what, first = "a Slurm array with gaps", int(env["SLURM_ARRAY_TASK_MIN"])
-        part = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // int(env.get("SLURM_ARRAY_TASK_STEP", 1)) + 1
-        parts = int(env["SLURM_ARRAY_TASK_COUNT"])
-    else:
-        what, part, parts = "torchrun", int(env.get("RANK") or 0) + 1, int(env.get("WORLD_SIZE") or 1)
+def part_of(given: str) -> tuple[int, int]:
+    """(3, 16) for 3/16."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", given)
+    part, parts = map(int, match.groups()) if match else (0, 0)
     if not 1 <= part <= parts:
-        raise UserError(f"{what}: write --part=3/16 for the third of 16 parts")
+        raise UserError(f"--part={given}: write --part=3/16 for the third of 16 parts")
     return part, parts
 
 
 def report(directory: Path, meta: dict, seconds: float, tokenizer: str | None) -> None:
-    """The last lines. Under torchrun the process that finishes last prints them, whatever its rank."""
+    """Print the last lines."""
     lines = []
     for split, figures in meta["splits"].items():
         tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
@@ -119,8 +103,7 @@ def report(directory: Path, meta: dict, seconds: float, tokenizer: str | None) -
     else:
         finetune = f" --init_from={shlex.quote(tokenizer)}" if os.path.isdir(tokenizer or "") else ""
         lines.append(f"next: python train.py --dataset={name}{place}{finetune} --out_dir=out-{name} --minutes=10")
-    with contextlib.suppress(OSError):  # a closed terminal
-        print(escaped("\n".join(lines)), file=sys.stderr)
+    note("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,11 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from conftest import ROOT, Ended, child_environment, run_main
+from conftest import Ended, run_main
 from filelock import FileLock
 
-import prepare_data
-from plaingpt.console import UserError
 from plaingpt.text import pipeline, streams
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job
@@ -357,58 +354,9 @@ def test_a_file_that_changes_while_it_is_read_is_no_mixture_of_both(tmp_path, te
     assert len(documents(tmp_path, "train") + documents(tmp_path, "val")) == 200  # the tail of each
 
 
-def test_torchrun_divides_the_work(tmp_path, mixed):
-    prepare(mixed, tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "prepare_data.py"]
-    flags = [mixed, f"--data_dir={tmp_path}/two", "--name=set", "--tokenizer=byte"]
-    environment = child_environment()
-    ended = subprocess.run([*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0 and "train.py --dataset=set " in ended.stderr, ended.stderr
-    assert os.listdir(tmp_path / "two") == ["set"]
-    assert sorted(filter(None, documents(tmp_path / "two", "train"))) == sorted(documents(tmp_path / "one", "train"))
-
-
-@pytest.mark.parametrize(
-    ("environment", "flag", "expected"),
-    [
-        ({}, None, (1, 1)),
-        ({}, "3/16", (3, 16)),
-        ({"RANK": "2", "WORLD_SIZE": "8"}, None, (3, 8)),
-        ({"RANK": "2", "WORLD_SIZE": "8"}, "1/1", (1, 1)),
-        ({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_COUNT": "4"}, None, (4, 4)),
-        (
-            {"SLURM_ARRAY_TASK_ID": "21", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
-            | {"SLURM_ARRAY_TASK_STEP": "10"},
-            None,
-            (3, 4),
-        ),
-    ],
-)
-def test_which_part_a_process_does(monkeypatch, environment, flag, expected):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert prepare_data.part_of(flag) == expected
-
-
 @pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b", "1/2/3", "-1/2"])
 def test_a_part_that_is_none_is_refused(tmp_path, text, part):
     assert "write --part=3/16" in prepare(text, tmp_path, f"--part={part}", status=2).err
-
-
-def test_a_slurm_array_with_gaps_is_refused(monkeypatch):
-    for name, value in {"ID": 5, "MIN": 1, "MAX": 7, "STEP": 1, "COUNT": 3}.items():  # --array=1,5,7
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    with pytest.raises(UserError, match="a Slurm array with gaps: write --part=3/16"):
-        prepare_data.part_of(None)
-
-
-@pytest.mark.parametrize(
-    "variables", [{"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}]
-)
-def test_variables_that_are_missing_or_no_numbers_are_refused(tmp_path, text, monkeypatch, variables):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert "variables in the environment are missing or are not numbers" in prepare(text, tmp_path, status=2).err
 
 
 def test_what_cannot_be_done_in_parts_is_refused_with_the_reason(tmp_path, text):

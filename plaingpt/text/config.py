@@ -38,8 +38,8 @@ class PrepareConfig:
     """read a Hugging Face data set while it downloads; False: download it to Hugging Face's cache first"""
     shard_tokens: PositiveInt = 1 << 28
     """maximum number of ids per file; a larger split is written to several files"""
-    part: str | None = None
-    """part to prepare: 3/16 is the third of 16; torchrun and Slurm arrays set it. The last one writes meta.json"""
+    part: str = "1/1"
+    """part of the work, for several machines: 3/16 is the third of 16; the last to finish completes the data set"""
     threads: PositiveInt | None = None
     """number of encoding threads (default: one per core)"""
     data_dir: PathName = "data"

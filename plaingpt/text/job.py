@@ -21,7 +21,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from plaingpt.console import UserError, counted, note
 from plaingpt.files import fsync, json_in, new_file, put_in_place
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.pipeline import Work, encode_part
+from plaingpt.text.pipeline import Output, Work, encode_part
 from plaingpt.text.sources import Source
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS, id_dtype
@@ -51,12 +51,15 @@ class Job:
     def digest(self) -> str:
         """A hash of the source and the settings, the same on every machine."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
-        config = dataclasses.replace(self.config, name=None, tokenizer=self.kind, part=None, threads=None, data_dir="")
+        config = dataclasses.replace(self.config, name=None, tokenizer=self.kind, part="", threads=None, data_dir="")
         result = FORMAT, source, config, self.parts
         return hashlib.sha256(repr(result).encode("utf-8", "surrogateescape")).hexdigest()
 
     def is_done(self) -> bool:
         return json_in(self.directory / "meta.json").get("plan") == self.digest
+
+    def has_plan(self) -> bool:
+        return json_in(self.partial / "plan.json").get("digest") == self.digest
 
     def progress(self, part: int) -> Path:
         return self.partial / f"part-{part}.json"
@@ -71,38 +74,31 @@ class Job:
 
 
 def prepare(job: Job, threads: int) -> dict | None:
-    """Do one part. The process that finishes last completes the data set and returns the content of its meta.json."""
-    if job.parts > 1 and job.is_done() and not job.partial.exists():
-        return note(f"{job.directory} is prepared already")
-    try:
-        job.partial.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as until_done:
-            with FileLock(job.partial / "plan.lock"):  # while the plan is made; the part's lock is for all of its work
-                until_done.enter_context(job.lock(job.part))
-                work = make_work(job)
-            if work:
-                encode_part(work, threads)
-                with FileLock(job.partial / "plan.lock"):
-                    return finish(job, work)
-    except FileNotFoundError:  # the last part removed the directory while this one waited for a lock
-        if job.parts == 1 or not job.is_done() or job.partial.exists():
-            raise
-    return note(f"{job.directory} is prepared already")
-
-
-def make_work(job: Job) -> Work | None:
-    """What this part has to do; None if the data set is complete. Unfinished work for another result is removed."""
-    plan, shards = json_in(job.partial / "plan.json"), job.partial / "shards"
-    is_same = plan.get("digest") == job.digest
-    if job.is_done() and (job.parts > 1 or is_same) and not shards.exists():  # killed before the removal
-        if is_same or not plan:
+    """Do one part. The last part to finish completes the data set and returns the content of its meta.json."""
+    if job.parts > 1 and job.is_done():
+        if job.has_plan():  # killed before the removal
             remove(job.partial)
-        return None
+        return note(f"{job.directory} is prepared already")
+    job.partial.mkdir(parents=True, exist_ok=True)
+    plan_lock = FileLock(job.partial / "plan.lock")  # while the plan is made and at the end
+    with contextlib.ExitStack() as until_done:
+        with plan_lock:
+            until_done.enter_context(job.lock(job.part))
+            work = make_work(job)
+        output = encode_part(work, threads)
+        with plan_lock:
+            return finish(job, work, output)
+
+
+def make_work(job: Job) -> Work:
+    """What this part has to do. Unfinished work for another result is removed."""
+    shards = job.partial / "shards"
+    is_same = job.has_plan() and shards.exists()
     if not is_same:
         for path in job.partial.glob("part-*.lock"):
             if (other := int(path.stem[5:])) != job.part:
                 job.lock(other).lock.release()
-        if plan:
+        if shards.exists():
             note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
         clear(job.partial)
     try:
@@ -138,12 +134,11 @@ def count_documents(source: Source, config: PrepareConfig) -> int:
     return sum(1 for _ in itertools.islice(itertools.chain.from_iterable(texts), MANY_DOCUMENTS))
 
 
-def finish(job: Job, work: Work) -> dict | None:
-    """Complete the data set if all parts are done. It appears complete, or not at all."""
-    if json_in(job.partial / "plan.json").get("digest") != job.digest:
-        if job.parts > 1 and job.is_done():  # by the last part, a moment ago
-            return remove(job.partial)
+def finish(job: Job, work: Work, output: Output) -> dict | None:
+    """Complete the data set if this was the last part. It appears complete, or not at all."""
+    if not job.has_plan():
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
+    output.finish()
     progress = [json_in(job.progress(part)) for part in range(1, job.parts + 1)]
     if missing := sum(not found.get("finished") for found in progress):
         return note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")

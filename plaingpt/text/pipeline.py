@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from plaingpt.console import RunFailed, is_rank_0, note
+from plaingpt.console import RunFailed, note
 from plaingpt.files import fsync, json_in, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
@@ -54,11 +54,11 @@ class Batch:
     continued: set[str] = field(default_factory=set)  # splits whose first text continues a document of the batch before
 
 
-def encode_part(work: Work, threads: int) -> None:
+def encode_part(work: Work, threads: int) -> "Output":
     """Read, encode and write all inputs of `work`, from where an earlier process stopped."""
     output, encoder = Output(work), BulkEncoder(work.tokenizer)
     if output.finished:
-        return
+        return output
     if output.position > (0, 0):
         note(f"continuing after {sum(output.splits[split]['tokens'] for split in SPLITS):,} tokens")
     encoding = collections.deque()  # batches and their ids, in order
@@ -78,13 +78,13 @@ def encode_part(work: Work, threads: int) -> None:
                 write_oldest()
         finally:  # also after a failure or Ctrl-C
             pool.shutdown(cancel_futures=True)
-    output.finish()
+    return output
 
 
 def progress_bar(inputs: list[File | Shard]) -> tqdm:
     options = {"unit": "shard"} if inputs and isinstance(inputs[0], Shard) else {"unit": "B", "unit_scale": True}
-    hidden = None if is_rank_0() else True  # None: where standard error is no terminal
-    return tqdm(total=sum(found.size for found in inputs), desc="encoding", disable=hidden, **options)
+    total = sum(found.size for found in inputs)
+    return tqdm(total=total, desc="encoding", disable=None, **options)  # None: not if standard error is no terminal
 
 
 def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
@@ -198,6 +198,8 @@ class Output:
         self.unsaved = 0
 
     def finish(self) -> None:
+        if self.finished:
+            return
         self.save()
         for split, shard in self.shards.items():
             shard.close()
