@@ -49,6 +49,11 @@ def test_every_module_has_a_layer():
     assert modules == set(LEVEL)
 
 
+def test_contributing_says_where_everything_is():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert not [m for m in LEVEL if m.startswith("plaingpt") and f"`{m.split('.')[-1]}.py`" not in text]
+
+
 def test_no_module_imports_one_of_its_own_layer_or_of_a_later_one():
     assert not [f"{m} imports {other}" for m in LEVEL for other in imports(m) if LEVEL[other] >= LEVEL[m]]
 
