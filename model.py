@@ -186,8 +186,8 @@ class GPT(nn.Module):
         text, caches, position = list(prompt), [], self.config.block_size
         for _ in range(max_new_tokens):
             if position == self.config.block_size:  # at the start, or when the window is full: read it again
-                start = max(0, len(text) - self.config.block_size) if not caches else len(text) - max(1, position // 2)
-                caches, position, unread = [KVCache() for _ in self.transformer.h], 0, text[start:]
+                unread = text[-max(1, position // 2) :] if caches else text[-position:]
+                caches, position = [KVCache() for _ in self.transformer.h], 0
             idx = torch.tensor([unread], device=self.padding.device)
             positions = torch.arange(position, position + len(unread), device=idx.device)
             logits = self.logits(self.hidden(idx, positions, caches)[0, -1])[: self.config.vocab_size]

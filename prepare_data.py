@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from plaingpt.console import UserError, cores, counted, note, one_line, run_script
-from plaingpt.files import json_in
+from plaingpt.files import SUMS, json_in
 from plaingpt.settings import load_settings
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job, prepare
@@ -37,15 +37,12 @@ def main() -> None:
     kind, tokenizer = resolve_tokenizer(config.tokenizer or source.tokenizer)
     if "vocab_size" in given and kind != "bpe":
         raise UserError(f"--vocab_size is for --tokenizer=bpe, and this is {kind}")
-    check_replaced(directory, source, config.name)
-    started = time.perf_counter()
+    val_fraction, bad_files = config.val_fraction or source.val_fraction, source.bad_files or config.bad_files
+    config = dataclasses.replace(config, val_fraction=val_fraction, bad_files=bad_files)
+    job, started = Job(directory, source, config, kind, tokenizer, part, parts), time.perf_counter()
+    if parts == 1 or not job.is_done():
+        check_replaced(directory, source, config.name)
     try:
-        config = dataclasses.replace(
-            config,
-            val_fraction=config.val_fraction or source.val_fraction,
-            bad_files=source.bad_files or config.bad_files,
-        )
-        job = Job(directory, source, config, kind, tokenizer, part, parts)
         meta = prepare(job, config.threads or cores())
     except OSError as error:
         raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
@@ -70,6 +67,10 @@ def check_replaced(directory: Path, source: Source, name: str | None) -> None:
     if found and name is None and (found.get("source") != source.description or source.once):
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
+    own = {SUMS, "meta.json", "tokenizer.json", "tokenizer_config.json"}
+    others = [path.name for path in directory.glob("*") if path.suffix != ".bin" and path.name not in own]
+    if found and others:
+        raise UserError(f"{directory} would be replaced, with {others[0]} in it: move that, or choose another --name")
     if found:
         note(f"replacing {directory} (tokenizer {found.get('tokenizer')}, vocabulary of {found.get('vocab_size')})")
 
@@ -94,14 +95,15 @@ def report(directory: Path, meta: dict, seconds: float, tokenizer: str | None) -
     size = sum(figures["bytes"] for figures in meta["splits"].values())
     rate = f"{size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
     lines.append(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
-    name, place = directory.name, f" --data_dir={shlex.quote(str(directory.parent))}"
-    place = "" if directory.parent == Path("data") else place
+    name = directory.name
+    place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
     if min(figures["tokens"] for figures in meta["splits"].values()) < 2:
         lines.append("this is too little text to train on")
     elif name in RECIPES and not place:
         lines.append(f"next: python train.py config/{RECIPES[name]}.py")
     else:
-        finetune = f" --init_from={shlex.quote(tokenizer)}" if os.path.isdir(tokenizer or "") else ""
+        is_model = tokenizer and os.path.isfile(os.path.join(tokenizer, "config.json"))
+        finetune = f" --init_from={shlex.quote(tokenizer)}" if is_model else ""
         lines.append(f"next: python train.py --dataset={name}{place}{finetune} --out_dir=out-{name} --minutes=10")
     note("\n".join(lines))
 

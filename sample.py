@@ -24,7 +24,7 @@ import torch
 from model import GPT
 from plaingpt.batches import derive_seed
 from plaingpt.checkpoint import load_model
-from plaingpt.console import UserError, closest, escaped, note, one_line, run_script
+from plaingpt.console import UserError, escaped, note, one_line, run_script
 from plaingpt.cpu import has_fp16_products
 from plaingpt.distributed import connect
 from plaingpt.files import existing
@@ -70,9 +70,7 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of the weights (auto: float16 on x86 CPUs, elsewhere as in train.py)"""
 
-    RETIRED: ClassVar = {
-        "compile": "ignored: sampling needs no compilation",
-    }
+    RETIRED: ClassVar = {"compile": "ignored: sampling needs no compilation"}
 
 
 INTERACTIVE = (*(field.name for field in dataclasses.fields(Sampling)), "max_new_tokens", "stop", "seed", "output")
@@ -108,13 +106,16 @@ def write(samples: "Samples", last: bool = True) -> None:
     for i, prompt in enumerate(samples.prompts):
         start = tokenizer.decode(token for token in prompt if token != tokenizer.end_of_text)
         if samples.config.output == "jsonl":
-            record = {"prompt": start, "text": "".join(samples.text(i)), "tokens": samples.counts[i]}
-            record |= {"stop_reason": samples.reasons[i], "seconds": round(samples.seconds[i], 3)}
+            text = "".join(samples.text(i))  # generates the sample; the other figures are known after it
+            record = {"prompt": start, "text": text, "tokens": samples.counts[i], "stop_reason": samples.reasons[i]}
+            record["seconds"] = round(samples.seconds[i], 3)
             print(json.dumps(record, ensure_ascii=False), flush=True)
             continue
         for piece in itertools.chain([start], samples.text(i)):
             print(escaped(piece) if sys.stdout.isatty() else piece, end="", flush=True)  # terminals obey escape codes
         print("" if last and i + 1 == len(samples.prompts) else "\n---------------", flush=True)
+        if not samples.counts[i]:
+            note(f"the first token of sample {samples.first + i + 1} is the end of text; try another --start or --seed")
 
 
 class Samples:
@@ -123,7 +124,7 @@ class Samples:
     def __init__(
         self, decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int
     ):
-        self.tokenizer, self.config, self.prompts = tokenizer, config, prompts
+        self.tokenizer, self.config, self.prompts, self.first = tokenizer, config, prompts, first
         parts = re.split(r"(?<!\\)\|", config.stop)
         self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in parts if part]
         sampling = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
@@ -188,8 +189,8 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401 (gives `input` line editing and history)
     note("type a prompt, or /temperature 0.7 to change a setting; Ctrl-C stops a sample, Ctrl-D exits")
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    for i in itertools.count():
+    terminal, number = sys.stdin.isatty() and sys.stdout.isatty(), 0
+    while True:
         try:
             if not terminal:  # where `input` would print its prompt among the samples
                 print("> ", end="", file=sys.stderr, flush=True)
@@ -197,14 +198,13 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
             if line.startswith("/"):
                 name, _, text = line[1:].partition(" ")
                 if name not in INTERACTIVE:
-                    meant = closest(name, INTERACTIVE, "/")
-                    raise UserError(
-                        f"/{name} changes nothing; these settings can change: {', '.join(INTERACTIVE)}{meant}"
-                    )
+                    raise UserError(f"/{name} changes nothing; these settings can change: {', '.join(INTERACTIVE)}")
                 changed, _ = load_settings(SampleConfig, [f"--{name}={text.strip()}"])
                 config = dataclasses.replace(config, **{name: getattr(changed, name)})
+                number = 0 if name == "seed" else number
             else:
-                write(Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=i))
+                write(Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=number))
+                number += 1
         except EOFError:
             return
         except UserError as error:
@@ -224,7 +224,7 @@ def which_model(config: SampleConfig) -> str | Path:
 
 def read_text(path: str) -> str:
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except ValueError as error:
@@ -232,7 +232,7 @@ def read_text(path: str) -> str:
 
 
 def read_prompts(path: str) -> list[str]:
-    prompts = [line for line in with_line_feeds(read_text(path)).split("\n") if line]
+    prompts = [line for line in read_text(path).split("\n") if line]
     if not prompts:
         raise UserError(f"{path} contains no prompt; write one per line")
     return prompts
@@ -240,14 +240,10 @@ def read_prompts(path: str) -> list[str]:
 
 def read_start(start: str) -> str:
     if start == "-":
-        return with_line_feeds(sys.stdin.buffer.read().decode("utf-8-sig", errors="replace"))
+        return sys.stdin.buffer.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
     if start.startswith("FILE:"):
-        return with_line_feeds(read_text(os.path.expanduser(start.removeprefix("FILE:"))))
+        return read_text(os.path.expanduser(start.removeprefix("FILE:")))
     return start
-
-
-def with_line_feeds(text: str) -> str:
-    return text.replace("\r\n", "\n")  # Windows
 
 
 def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:

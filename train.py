@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import errors
 
-from model import GPT, GPTConfig
+from model import GPT
 from plaingpt.batches import EvalBatches, TrainBatches, derive_seed
 from plaingpt.budget import Deadline, choose_settings, extend_run
 from plaingpt.console import UserError, note, run_script
@@ -27,9 +27,9 @@ from plaingpt.files import check_writable, existing, holds_run, set_aside
 from plaingpt.graphs import Captured, graphs_work
 from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
-from plaingpt.parallel import set_gradient_sync, shard_count, wrap
+from plaingpt.parallel import set_gradient_sync, wrap
 from plaingpt.plan import announce, check_memory, dry_run
-from plaingpt.run import MODEL_SETTINGS, check_default, finish_run, initial_model, resumed_settings
+from plaingpt.run import check_default, finish_run, initial_model, new_shape, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set
@@ -148,7 +148,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
             if val_loss is not None and config.sample_tokens:
                 text = sample_text(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
                 note("sample:\n  " + text.replace("\n", "\n  "))
-        if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_best:
+        if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_lowest:
             break
 
         watch.go()
@@ -203,9 +203,8 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
 
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
     """Training speed with the settings of `config`, not compiled, measured for that many seconds. All ranks."""
-    shape = GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in MODEL_SETTINGS})
-    config = dataclasses.replace(config, compile=False)
-    check_memory(dist, config.batch_size, config.recompute, shard_count(dist, config.sharding), shape)
+    shape, config = new_shape(config, data), dataclasses.replace(config, compile=False)
+    check_memory(config, dist, shape)
     run = set_up(config, data, GPT(shape), 1, dist)
     for _ in range(2 if run.gradients else 1):  # the first one allocates; the second one captures a graph
         train_step(run, 0, micro_steps=1)
@@ -238,15 +237,11 @@ def start_run(
             holds_run(out_dir)  # raises UserError before time is spent
     if config.minutes and not checkpoint and not config.eval_only:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
-    shards = shard_count(dist, config.sharding)
-    check = functools.partial(check_memory, dist, config.batch_size, config.recompute, shards)
-    check = (lambda shape: None) if config.eval_only else check
-    raw_model, config = initial_model(config, given, data, checkpoint, check)
-    if state.eval_sequences is None or "eval_iters" in given:
-        sequences = config.eval_iters * config.batch_size
-        if state.eval_sequences != sequences:
-            state.eval_sequences = sequences
-            state.forget_best()
+    raw_model, config = initial_model(config, given, data, checkpoint, dist)
+    sequences = config.eval_iters * config.batch_size
+    if state.eval_sequences != sequences and (state.eval_sequences is None or "eval_iters" in given):
+        state.eval_sequences = sequences
+        state.forget_best()
     run = set_up(config, data, raw_model, state.eval_sequences, dist)
     if config.eval_only:
         note(describe_loss(evaluate(run.model, run.eval_batches, dist), data))
@@ -255,7 +250,7 @@ def start_run(
     if state.step < config.max_iters:
         config.check_schedule()
     elif state.evaluated_at == state.step:
-        note(f"the run is complete at step {state.step}: raise --max_iters, or start again: --init_from=scratch")
+        note(f"the run is complete at step {state.step}: raise --max_iters, or start a new run")
     if config.dry_run:
         step = functools.partial(train_step, run, 0, None)  # takes the number of micro-steps
         micro_steps = dist.per_process(config.gradient_accumulation_steps)

@@ -164,7 +164,7 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     rate = learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
     sequences = int(EVALUATION_SHARE * tokens / config.block_size)
     chosen = {
-        "learning_rate": rate if config.init_from in ("scratch", "auto") else rate / 3,
+        "learning_rate": rate if config.init_from in ("scratch", "auto") else float(f"{rate / 3:.2g}"),
         "momentum": 0.85 if steps < 500 else 0.95,
         "dropout": 0.2 if tokens > 12 * len(data.train) else config.dropout,
     }
@@ -227,8 +227,8 @@ class Deadline:
         step = state.step
         if not self.minutes or self.ending or step >= config.max_iters:
             return config
-        falls = state.evaluations_since_best < 2 or state.evaluated_at <= max(self.few_steps, self.warmup_end)
-        if not falls and not self.start:
+        rises = state.evaluations_since_lowest >= 2 and state.evaluated_at > max(self.few_steps, self.warmup_end)
+        if rises and not self.start:
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
             note("ending early: the validation loss no longer falls")
             return self.with_steps(config, state, steps, dist)
@@ -236,17 +236,17 @@ class Deadline:
         if step not in (self.measured_from, self.warmup_end) and not evaluating:
             return config
         dist.synchronize()
-        seconds = watch.seconds  # of training until now
-        now, (step_before, before, then) = time.monotonic(), self.last_mark
+        seconds, now, (last_step, last_seconds, last_time) = watch.seconds, time.monotonic(), self.last_mark
         self.last_mark = step, seconds, now
+        trained = seconds - last_seconds
         # How long an evaluation and its save took. The first one is slow on a GPU, or was made before a resume.
-        first = step_before == self.start and (self.start or dist.device.type == "cuda")
-        if state.evaluated_at == step_before and not first:
-            self.pause = now - then - (seconds - before)
-        if step in (step_before, self.measured_from):  # the steps before it include compilation
+        first = last_step == self.start and (self.start or dist.device.type == "cuda")
+        if state.evaluated_at == last_step and not first:
+            self.pause = now - last_time - trained
+        if step in (last_step, self.measured_from):  # the steps before measured_from include compilation
             return config
-        per_step = (seconds - before) / (step - step_before) + self.pause / config.eval_interval
-        share = 1 if self.pause else TRAINING_SHARE
+        per_step = trained / (step - last_step) + self.pause / config.eval_interval
+        share = 1 if self.pause else TRAINING_SHARE  # 1: per_step includes the evaluations
         steps = step + max(1, int((share * time_left(self.minutes) - self.pause) / per_step))
         misses_time = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
         correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)

@@ -46,7 +46,7 @@ def run_script(main: Callable[[], int | None], less_memory: str = "--batch_size"
         if not message:
             raise
         script = os.path.basename(sys.argv[0]) + ("" if is_rank_0() else f" [rank {os.environ['RANK']}]")
-        line = escaped(f"{script}: {message}")
+        line = escaped(f"{script}: {message}").replace("\n", " ")
         with contextlib.suppress(OSError):  # a closed terminal
             print(line, file=sys.stderr)
         _report_to_torchrun(line, first=status == 2)
@@ -114,10 +114,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def closest(name: str, names: Iterable[str], prefix: str = "") -> str:
+def closest(name: str, names: Iterable[str]) -> str:
     """A clause that suggests the most similar of `names`; empty if none is similar."""
     near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -129,10 +129,9 @@ class StopSignal:
         self.number = number
         if is_rank_0():
             with contextlib.suppress(OSError):  # the terminal may be gone; os.write, as the signal may interrupt print
-                again = b"; Ctrl-C now exits at once"
-                if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun gets it
-                    again = b""
-                os.write(2, b"\nstopping and saving before the next micro-step" + again + b"\n")
+                alone = "TORCHELASTIC_RUN_ID" not in os.environ  # otherwise torchrun gets Ctrl-C
+                again = b"; Ctrl-C now exits at once" if alone else b""
+                os.write(2, b"\nsaving and stopping after this micro-step" + again + b"\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that it works even if a collective hangs
 
 

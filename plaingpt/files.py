@@ -27,7 +27,8 @@ def new_file(path: Path, mode: str = "w") -> Iterator[IO]:
     Use it for every file created in a directory that others may write to: a link that already has the name of the file
     is removed, never written through. Until the block ends, and if anything fails, `path` stays as it was.
     """
-    path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "it exists and is not a file", str(path))  # /dev/null would become one
     temporary = _sibling(path, "new")
     try:
         _remove(temporary)
@@ -50,7 +51,7 @@ def new_directory(final: Path) -> Iterator[Path]:
 
     Until then, and if anything fails, `final` stays as it was.
     """
-    final = Path(final).resolve()
+    final = final.resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(final, "new")
     _remove(temporary)
@@ -68,7 +69,7 @@ def put_in_place(new: Path, final: Path) -> None:
 
     A directory cannot be renamed over another, so for an instant only `.final.old` exists: see `existing`.
     """
-    final = Path(final).resolve()  # if `final` is a link to another disk, it remains one
+    final = final.resolve()  # if `final` is a link to another disk, it remains one
     old = _sibling(final, "old")
     _remove(new / SUMS)  # of an interrupted attempt
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()) if path.suffix not in UNCHECKED]
@@ -85,7 +86,6 @@ def put_in_place(new: Path, final: Path) -> None:
 
 def existing(final: Path) -> Path | None:
     """`final`, or the directory that an interrupted `put_in_place` left instead of it, or None."""
-    final = Path(final)
     if "\0" in str(final):
         return None
     old = _sibling(Path(os.path.realpath(final)), "old")
@@ -128,10 +128,11 @@ def holds_run(out_dir: Path) -> bool:
     """Whether the directory contains checkpoints of an earlier run; UserError if it contains something else."""
     if (out_dir / SUMS).exists():
         raise UserError(f"{out_dir} is a model or a data set, not the directory of a run; choose another --out_dir")
-    saved = [place for name in ("last", "best") if (place := existing(out_dir / name))] + [*out_dir.glob("step-*")]
+    paths = [out_dir / "last", out_dir / "best", *out_dir.glob("step-*")]
+    saved = filter(None, map(existing, paths))
     is_run = any((place / name).exists() for place in saved for name in ("config.json", "training.json"))
-    if foreign := [name for name in ("last", "best") if os.path.lexists(out_dir / name) and not is_run]:
-        raise UserError(f"{out_dir / foreign[0]} is not a checkpoint of a run; choose another --out_dir")
+    if foreign := [path for path in paths if os.path.lexists(path) and not is_run]:
+        raise UserError(f"{foreign[0]} is not a checkpoint of a run; choose another --out_dir")
     return is_run
 
 

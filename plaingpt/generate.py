@@ -66,21 +66,17 @@ class Decoder:
         """(..., C) to (..., V), in float32."""
         return self.head(hidden)[..., : self.config.vocab_size].float()
 
-    def read(self, ids: list[list[int]], cache: Tensor | None = None, rows: list[int] | None = None) -> Tensor:
-        """The input of the head for B lists of T ids from position 0: (B, T, C).
-
-        Their keys and values go into these rows of `cache`, of the shape that `Batch` has.
-        """
-        idx, rows = torch.tensor(ids, device=self.device), rows and torch.tensor(rows, device=self.device)
+    def read(self, ids: list[list[int]], cache: Tensor, rows: list[int]) -> None:
+        """Store the keys and values of texts of T ids each, from position 0 on, in these rows of a batch's cache."""
+        idx, rows = torch.tensor(ids, device=self.device), torch.tensor(rows, device=self.device)
         T = idx.size(1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.to(self.cache_dtype) for x in (q, k, v))
-            if cache is not None:
-                cache[layer, 0, rows, :, :T], cache[layer, 1, rows, :, :T] = k, v
+            cache[layer, 0, rows, :, :T], cache[layer, 1, rows, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        return self.hidden(idx, torch.arange(T, device=self.device), attend)
+        self.hidden(idx, torch.arange(T, device=self.device), attend)
 
 
 class Batch:

@@ -19,12 +19,12 @@ class Metrics:
 
     def __init__(self, out_dir: Path, active: bool, resumed_from: int | None = None):
         """Start a record, or continue it from that step. No line is ever removed: see `read_metrics`."""
-        self.active, self.path, self.wandb = active, Path(out_dir) / "metrics.jsonl", None
+        self.active, self.path, self.wandb = active, out_dir / "metrics.jsonl", None
         self.resumed_from = resumed_from  # goes into the next record
         if not active:
             return
         earlier = self.path.read_bytes() if self.path.is_file() else b""
-        if resumed_from is None and not b'{"step": '.startswith(earlier[:9]):
+        if resumed_from is None and earlier and not earlier.startswith(b'{"step": '):
             raise UserError(f"{self.path} is not the record of a run; move it away, or choose another --out_dir")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.path.parent)
@@ -163,14 +163,14 @@ def curves(out_dirs: list[Path]):
     """A matplotlib Figure of training and validation losses; None if there are none.
 
     Several runs are compared in bits per byte if all have them: losses of different tokenizers do not compare. The axis
-    fits what follows the first tenth of the longest: the losses of the start would flatten all the rest.
+    fits what follows the first tenth of each run: the losses of the start would flatten all the rest.
     """
     from matplotlib.figure import Figure
 
-    runs = [read_metrics(Path(out_dir) / "metrics.jsonl") for out_dir in out_dirs]
+    runs = [read_metrics(out_dir / "metrics.jsonl") for out_dir in out_dirs]
     bits = len(runs) > 1 and all(any("val_bpb" in record for record in records) for records in runs)
     kinds = {"val_bpb": "validation"} if bits else {"train_loss": "training", "val_loss": "validation"}
-    figure, drawn = Figure(figsize=(9, 6), dpi=200, layout="constrained"), []
+    figure, late = Figure(figsize=(9, 6), dpi=200, layout="constrained"), []
     axes = figure.subplots()
     for i, (out_dir, records) in enumerate(zip(out_dirs, runs)):
         run = f"{out_dir}: ".replace("$", r"\$") if len(runs) > 1 else ""  # matplotlib reads $ as mathematics
@@ -179,11 +179,9 @@ def curves(out_dirs: list[Path]):
                 style = {"lw": 0.8, "alpha": 0.6} if kind == "training" else {"lw": 1.2, "marker": "o", "ms": 3}
                 label = f"{run}{kind}, lowest {min(loss for _, loss in points):.3f}"
                 axes.plot(*zip(*points), color=f"C{i if run else int(kind == 'validation')}", label=label, **style)
-                drawn += points
-    if not drawn:
+                late += [loss for step, loss in points if step >= points[-1][0] / 10]
+    if not late:
         return None
-    end = max(step for step, _ in drawn)
-    late = [loss for step, loss in drawn if step >= end / 10]
     margin = 0.05 * (max(late) - min(late)) or 0.01
     axes.set(xlabel="steps", ylabel="bits per byte" if bits else "loss (nats per token)")
     axes.set_ylim(min(late) - margin, max(late) + margin)

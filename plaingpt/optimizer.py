@@ -62,14 +62,7 @@ class Muon(torch.optim.Optimizer):
     receives 2 N bytes per step under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
     """
 
-    def __init__(
-        self,
-        groups: list[dict],
-        lr: float,
-        weight_decay: float,
-        momentum: float,
-        dtype: torch.dtype = torch.bfloat16,
-    ):
+    def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float, dtype: torch.dtype):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, parts=1))
         self.dtype = dtype
 
@@ -169,7 +162,7 @@ QUINTICS = (
 SAFETY = 1.01  # bf16 rounds: keep values this much below the bound beyond which the quintics diverge
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, R, C) to nearly orthogonal matrices with the same singular vectors, in `dtype`.
 
     Singular values above a thousandth of the matrix's norm become 0.4 to 1.6, which trains as well as exactly 1.

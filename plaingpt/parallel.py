@@ -16,11 +16,7 @@ from plaingpt.distributed import Distributed
 
 
 def wrap(
-    model: nn.Module,
-    dist: Distributed,
-    sharding: str = "ddp",
-    recompute: bool = False,
-    compiled: bool = False,
+    model: nn.Module, dist: Distributed, sharding: str = "ddp", recompute: bool = False, compiled: bool = False
 ) -> nn.Module:
     """Move `model` to the device; `backward` then averages gradients over all processes. All ranks.
 

@@ -15,19 +15,22 @@ from tqdm import tqdm
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, counted, millions, note
 from plaingpt.distributed import Distributed
+from plaingpt.parallel import shard_count
+from plaingpt.train_config import TrainConfig
 
 
-def check_memory(dist: Distributed, batch_size: int, recompute: bool, shards: int, c: GPTConfig) -> None:
+def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     """UserError if training certainly needs more memory than is free. Call it before the model is created: otherwise
     the kernel kills the process. All ranks.
 
-    Counts weights, gradients and momentum in each of `shards` processes, and the activations that are stored in any
-    case: a run that fits must not be refused.
+    Counts this process's weights, gradients and momentum, and the activations that are stored in any case: a run that
+    fits must not be refused.
     """
     parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
-    per_token = c.n_layer * c.n_embd * (4 if recompute else 17) + c.padded_vocab_size
-    needed, free = 12 * parameters / shards + batch_size * c.block_size * per_token, free_memory(dist)
-    if free is None:
+    per_token = c.n_layer * c.n_embd * (4 if config.recompute else 17) + c.padded_vocab_size
+    needed = 12 * parameters / shard_count(dist, config.sharding) + config.batch_size * c.block_size * per_token
+    free = free_memory(dist)
+    if free is None or config.eval_only:
         return
     free = -dist.max(-int(free))[0]  # the least of all ranks, so that they agree
     if needed > free:
@@ -62,7 +65,7 @@ def announce(model: GPT, dist: Distributed, max_iters: int, tokens_per_step: int
     note(
         f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
         f"{counted(max_iters, 'step')} of {counted(tokens_per_step, 'token')}, "
-        f"{epochs:{'.1f' if epochs >= 0.1 else '.2g'}} epochs of {epoch_tokens:,} tokens"
+        f"{epochs:{',.1f' if epochs >= 0.1 else '.2g'}} epochs of {epoch_tokens:,} tokens"
     )
 
 
@@ -73,7 +76,7 @@ def dry_run(
 
     step: runs a training step with that many micro-steps per process. micro_steps: those of a real step.
     """
-    one, two = (_median_seconds(dist, lambda n=n: step(n)) for n in (1, 2))
+    one, two = (_median_seconds(dist, step, n) for n in (1, 2))
     seconds = one + (micro_steps - 1) * max(two - one, 0.0)
     if not dist.is_main:
         return
@@ -82,12 +85,12 @@ def dry_run(
     note(f"measured: {seconds:.3g} s per step, {speed:,.0f} tokens/s; {span(seconds * max_iters)} for the run")
 
 
-def _median_seconds(dist: Distributed, run: Callable[[], object]) -> float:
+def _median_seconds(dist: Distributed, step: Callable[[int], object], micro_steps: int) -> float:
     times, enough = [], False
     while not enough:
         dist.synchronize()
         started = time.perf_counter()
-        run()
+        step(micro_steps)
         dist.synchronize()
         times.append(time.perf_counter() - started)
         (enough,) = dist.max(len(times) == 4 or (len(times) > 1 and sum(times) > 10))

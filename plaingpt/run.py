@@ -4,20 +4,21 @@ import dataclasses
 import shlex
 import signal
 import typing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
 from plaingpt.console import RunFailed, UserError, counted, note
+from plaingpt.distributed import Distributed
 from plaingpt.hub import model_directory, read_config
+from plaingpt.plan import check_memory
 from plaingpt.run_state import RunState
 from plaingpt.settings import check_value
 from plaingpt.tokenizer import gpt2
 from plaingpt.tokens import DataSet
+from plaingpt.train_config import DERIVED, TrainConfig
 
 MODEL_SETTINGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 # These settings are never taken from a checkpoint: they belong to the machine or to the command.
@@ -26,7 +27,7 @@ LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "m
 FIXED = {"dataset", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "beta1", "beta2"}
 
 
-def resumed_settings(config: Any, given: dict[str, str], state: RunState, directory: Path) -> Any:
+def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState, directory: Path) -> TrainConfig:
     """`config` with every setting that no flag gave taken from the checkpoint.
 
     A flag that changes something is reported; one that contradicts the checkpoint raises UserError.
@@ -54,62 +55,68 @@ def resumed_settings(config: Any, given: dict[str, str], state: RunState, direct
             )
         else:
             note(f"changed on resume: {name}={getattr(config, name)}, until now {trained[name]}")
-    saved = {name: value for name, value in trained.items() if name in (hints.keys() - flags - LOCAL) | {"init_from"}}
-    for setting in dataclasses.fields(config):  # derived settings are derived again, from what may have changed
-        if setting.default is None and setting.name in state.derived and setting.name not in flags:
-            saved[setting.name] = None
+    kept = (hints.keys() - flags - LOCAL) | {"init_from"}  # the default learning rate depends on it
+    saved = {name: trained[name] for name in trained.keys() & kept}
+    # Derived settings are derived again, from what may have changed.
+    saved |= dict.fromkeys(name for name in DERIVED if name in state.derived and name not in flags)
     config = dataclasses.replace(config, **saved)
     before, now = (c["gradient_accumulation_steps"] * c["batch_size"] for c in (trained, vars(config)))
-    if now != before:
+    if now != before and not config.eval_only:
         raise UserError(
             f"gradient_accumulation_steps x batch_size is {now}, but the checkpoint was trained with {before} "
             "sequences per step: keep the product"
         )
-    if config.max_iters < state.step:
+    if config.max_iters < state.step and not config.eval_only:
         steps = counted(state.step, "step")
-        raise UserError(f"max_iters={config.max_iters}, but the checkpoint in {directory} has {steps}")
+        raise UserError(
+            f"max_iters={config.max_iters}, but the checkpoint in {directory} has {steps}: raise --max_iters"
+        )
     return config
 
 
-def check_default(config: Any, given: dict[str, str], device_type: str) -> None:
-    """UserError if a new run would be GPT-2 124M for 600,000 steps only by default, and not on CUDA.
+def check_default(config: TrainConfig, given: dict[str, str], device_type: str) -> None:
+    """UserError if a new run would have nanoGPT's model and batch for GPUs only by default, and not on CUDA.
 
-    Two CPU cores would take twelve years: 491,520 tokens per step at 790 tokens/s (README, AdamW).
+    GPT-2 124M for 600,000 steps would take two CPU cores twelve years: 790 tokens/s (README, AdamW).
     """
-    asked = given.keys() & {"n_layer", "n_head", "n_embd"} or any(not flag.startswith("--") for flag in given.values())
-    new = config.init_from in ("scratch", "auto") and not (config.minutes or config.dry_run or config.eval_only)
-    if new and not asked and device_type != "cuda":
+    new = config.init_from in ("scratch", "auto")
+    sizes = {"n_layer", "n_head", "n_embd"} if new else {"batch_size", "gradient_accumulation_steps"}
+    asked = given.keys() & sizes or any(not flag.startswith("--") for flag in given.values())
+    if not (asked or config.minutes or config.dry_run or config.eval_only or device_type == "cuda"):
+        default = "train GPT-2 124M" if new else "train on 480 sequences per step"
         raise UserError(
-            "without a recipe this would train GPT-2 124M, which is too large without CUDA; add --minutes=10, which "
-            "chooses a model for that time, or name a recipe from config/"
+            f"without a recipe this would {default}, which is too large without CUDA; add --minutes=10, which chooses "
+            "settings for that time, or name a recipe from config/"
         )
 
 
+def new_shape(config: TrainConfig, data: DataSet) -> GPTConfig:
+    """The shape of a new model."""
+    return GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in MODEL_SETTINGS})
+
+
 def initial_model(
-    config: Any, given: dict[str, str], data: DataSet, checkpoint: Path | None, check: Callable[[GPTConfig], object]
-) -> tuple[GPT, Any]:
+    config: TrainConfig, given: dict[str, str], data: DataSet, checkpoint: Path | None, dist: Distributed
+) -> tuple[GPT, TrainConfig]:
     """The model that `config` asks for, on the CPU, and `config` with the shape of that model.
 
-    checkpoint: the directory that a run is resumed from. check: is called with the shape of a model before it is
-    created or loaded, and may refuse it. UserError if a setting in `given`, or the tokenizer of the data set,
-    contradicts a model that exists.
+    checkpoint: the directory that a run is resumed from. UserError if there is too little memory, or if a setting in
+    `given` or the tokenizer of the data set contradicts a model that exists. All ranks.
     """
     if not checkpoint and config.init_from in ("scratch", "auto"):
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
-        shape = GPTConfig(
-            vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in MODEL_SETTINGS}
-        )
-        check(shape)
+        check_memory(config, dist, new_shape(config, data))
         torch.manual_seed(config.seed)
-        return GPT(shape), config
+        return GPT(new_shape(config, data)), config
     if checkpoint:
-        check(read_config(checkpoint))
+        check_memory(config, dist, read_config(checkpoint))
         model, tokenizer = load_model(checkpoint, dropout=config.dropout, check=False)  # checked with the state
     else:
-        if not config.init_from.endswith(".pt"):
-            check(read_config(model_directory(config.init_from)))
         block_size = config.block_size if "block_size" in given else None
+        if not config.init_from.endswith(".pt"):
+            shape = read_config(model_directory(config.init_from))
+            check_memory(config, dist, dataclasses.replace(shape, block_size=block_size or shape.block_size))
         model, tokenizer = load_model(config.init_from, block_size, config.dropout)
     source = checkpoint or config.init_from
     for name in MODEL_SETTINGS:
@@ -125,20 +132,20 @@ def initial_model(
     return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in MODEL_SETTINGS})
 
 
-def finish_run(config: Any, state: RunState, stopping: int, problem: str | None) -> int:
+def finish_run(config: TrainConfig, state: RunState, stopping: int, problem: str | None) -> int:
     """Print the last lines of a run and return its exit status."""
     if problem:
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
     if stopping and (state.step < config.max_iters or state.evaluated_at != state.step):
-        remedy = f", saved; to continue: --init_from=resume --out_dir={out_dir}" if state.step else ""
-        note(f"stopped by {signal.Signals(stopping).name} after step {state.step}{remedy}")
+        remedy = f"saved; to continue: --init_from=resume --out_dir={out_dir}" if state.step else "nothing to save yet"
+        note(f"stopped by {signal.Signals(stopping).name} after step {state.step}, {remedy}")
         return 128 + stopping
     if state.best_val_loss is None:
         raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
     if state.step < config.max_iters:
         note(f"ended early, after step {state.step}: {config.patience} evaluations without improvement (--patience)")
-    risen = state.evaluations_since_best and state.best_step < state.step
+    risen = state.evaluations_since_lowest and state.best_step < state.step
     rise = ", and has risen since: the model may be overfitting" if risen else ""
     note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{rise}")
     note(f"next: python sample.py --out_dir={out_dir}")

@@ -44,7 +44,9 @@ class RunState:
     best_val_loss: float | None = None
     """of the model in `best`, if there is one"""
     best_step: NonNegativeInt = 0
-    evaluations_since_best: NonNegativeInt = 0
+    lowest_val_loss: float | None = None
+    """up to this step; if the run went back to it, `best` may be from a later one"""
+    evaluations_since_lowest: NonNegativeInt = 0
     evaluated_at: NonNegativeInt | None = None
     """the step of the last evaluation"""
     eval_sequences: NonNegativeInt | None = None
@@ -56,19 +58,21 @@ class RunState:
     """the digest of the data set"""
     scaler: dict = field(default_factory=dict)
 
-    def is_best(self, val_loss: float) -> bool:
-        return val_loss < (math.inf if self.best_val_loss is None else self.best_val_loss)
-
     def forget_best(self) -> None:
         """Start anew with the next evaluation: `best` is missing, or its loss is not comparable with later ones."""
-        self.best_val_loss, self.best_step, self.evaluations_since_best, self.evaluated_at = None, 0, 0, None
+        self.best_val_loss, self.best_step, self.lowest_val_loss = None, 0, None
+        self.evaluations_since_lowest, self.evaluated_at = 0, None
+
+
+def is_below(loss: float, lowest: float | None) -> bool:
+    return loss < (math.inf if lowest is None else lowest)
 
 
 def load_state(directory: Path) -> tuple[RunState, Path]:
     """The state of a checkpoint and the directory in which it was found; UserError if it is missing or damaged."""
     found = existing(directory)
     others = [path.parent.name for path in directory.parent.glob("[!.]*/training.json") if path.parent != found]
-    remedy = f"available: {', '.join(sorted(others))}" if others else "start a run with --init_from=scratch"
+    remedy = f"available: {', '.join(sorted(others))}" if others else "start the run without --init_from=resume"
     if found is None:
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
     try:
@@ -86,9 +90,8 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
         with contextlib.suppress(UserError):
             later = _read_state(other.parent)
             comparable = (later.data, later.eval_sequences) == (state.data, state.eval_sequences)
-            if comparable and later.best_val_loss is not None and state.is_best(later.best_val_loss):
+            if comparable and later.best_val_loss is not None and is_below(later.best_val_loss, state.best_val_loss):
                 state.best_val_loss, state.best_step = later.best_val_loss, later.best_step
-                state.evaluations_since_best = 0
     return state, found
 
 
@@ -97,12 +100,12 @@ def _read_state(directory: Path) -> RunState:
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: format version {content.get('format_version')}; this program reads {FORMAT_VERSION}")
     hints = typing.get_type_hints(RunState, include_extras=True)
-    later_fields = {"best_step", "eval_sequences", "evaluated_at"}  # earlier versions did not save them
-    if missing := hints.keys() - content.keys() - later_fields:
+    earlier = {"evaluated_at": content.get("step"), "lowest_val_loss": content.get("best_val_loss")}
+    earlier |= {"evaluations_since_lowest": content.get("evaluations_since_best"), "best_step": 0}
+    content = earlier | {"eval_sequences": None} | content  # earlier versions did not save these fields
+    if missing := hints.keys() - content.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
-    content.setdefault("evaluated_at", content["step"])
-    known = {name: check_value(name, content[name], hint, path) for name, hint in hints.items() if name in content}
-    return RunState(**known)
+    return RunState(**{name: check_value(name, content[name], hint, path) for name, hint in hints.items()})
 
 
 class Saver:
@@ -130,11 +133,13 @@ class Saver:
         self.wait()
         weights = gather(self.model.weights(), self.dist)
         moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
-        is_best = val_loss is not None and self.state.is_best(val_loss)
+        is_best = val_loss is not None and is_below(val_loss, self.state.best_val_loss)
         if is_best:
-            self._best, self.state.evaluations_since_best = (val_loss, self.state.step), 0
+            self._best = val_loss, self.state.step
+        if val_loss is not None and is_below(val_loss, self.state.lowest_val_loss):
+            self.state.lowest_val_loss, self.state.evaluations_since_lowest = val_loss, 0
         elif val_loss is not None:
-            self.state.evaluations_since_best += 1
+            self.state.evaluations_since_lowest += 1
         if self.dist.is_main:
             state = dataclasses.replace(self.state)
             self._job = self._threads.submit(self._write, weights, moments, state, is_best, keep)
@@ -195,7 +200,7 @@ def load_optimizers(
 
     path = directory / "optimizer.safetensors"
     get_optimizer_state_dict(model, optimizers)  # creates the state of optimizers that have made no step
-    wanted, now = _optimizer_tensors(model, optimizers), scaler.state_dict()
+    wanted = _optimizer_tensors(model, optimizers)
     for name, values in read_tensors(directory, path.name):
         tensor = wanted.pop(name, None)
         if tensor is None or (values.shape, values.dtype) != (tensor.shape, tensor.dtype):
@@ -205,10 +210,7 @@ def load_optimizers(
         fill(tensor, values)
     if wanted:
         raise UserError(f"{path} does not fit the model and the optimizer")
-    saved = saved_scaler.get
-    if saved_scaler and any(type(saved(n)) is not type(v) or not 0 <= saved(n) < math.inf for n, v in now.items()):
-        raise UserError(f"{directory}/training.json: the state of its loss scaler is damaged")
-    if saved_scaler and now:
+    if saved_scaler and scaler.is_enabled():
         scaler.load_state_dict(saved_scaler)
 
 

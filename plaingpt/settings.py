@@ -83,10 +83,6 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
 def _split(argv: list[str], hints: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
     """The files, and the name and text of each flag: --name=text, --name text, or --name alone if it is a switch."""
     files, flags, words = [], [], list(argv)
-
-    def is_switch(hint: Any) -> bool:
-        return hint is None or bool in _leaves(hint)  # None: a retired setting
-
     while words:
         word = words.pop(0)
         flag, equals, text = word.partition("=")
@@ -100,7 +96,7 @@ def _split(argv: list[str], hints: dict[str, Any]) -> tuple[list[str], list[tupl
             raise UserError(_no_setting(name, flag, hints))
         if equals:
             flags.append((name, text))
-        elif is_switch(hints[name]) and (words[0] if words else "").lower() not in (*SWITCH, "none"):
+        elif bool in _leaves(hints[name]) and (words[0] if words else "").lower() not in (*SWITCH, "none"):
             flags.append((name, "True"))
         elif words and not words[0].startswith("--"):
             flags.append((name, words.pop(0)))
@@ -116,7 +112,8 @@ def _no_setting(name: str, source: str, names: Iterable[str]) -> str:
 def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe, the user's own code, with the names that nanoGPT gave it, and return what it assigns."""
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such recipe file; settings are written --name=value")
+        example = f", such as --out_dir={path}" if os.path.isdir(path) else ""
+        raise UserError(f"{path}: no such recipe file; settings are written --name=value{example}")
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     modules = {name: sys.modules.get(name) for name in ("os", "sys", "time", "math", "torch")} | {
         "np": sys.modules.get("numpy")
@@ -155,7 +152,7 @@ def _parse(text: str, hint: Any) -> Any:
 
 def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     """`value` as the type that `hint` asks for. Raises UserError if it has another type or is out of range."""
-    allowed = _leaves(hint)
+    allowed, setting = _leaves(hint), source if source == f"--{name}" else f"{source}: {name}"
     if type(value) is int and float in allowed:
         value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is float and int in allowed and value.is_integer():
@@ -164,9 +161,9 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     fits = type(value) in allowed or (type(value) in (str, int) and value in allowed)
     if not fits or (value is not None and any(value not in bounds for bounds in ranges)):
         wanted = _kinds(hint) + "".join(f" ({bounds.described(value)})" for bounds in ranges)
-        raise UserError(f"{source}: {name} must be {wanted}, not {value!r:.100}")
+        raise UserError(f"{setting} must be {wanted}, not {value!r:.100}")
     if value is None or os.path.expanduser not in allowed:
         return value
     if not value:
-        raise UserError(f"{source}: {name} is empty")
+        raise UserError(f"{setting} is empty")
     return os.path.expanduser(value)

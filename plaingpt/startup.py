@@ -8,6 +8,9 @@ import signal
 import sys
 import time
 
+for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+    if getattr(sys, name) is None:  # closed: a file opened later would get its number
+        setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 STARTED = time.monotonic()  # train.py --minutes counts from here
 # While torch's CPU threads wait for each other, they spin at most this often before they sleep. OpenMP's default,
 # 300,000, halves the training speed beside one busy process and gains 2% on an idle machine. Read when torch is loaded.

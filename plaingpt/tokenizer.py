@@ -18,10 +18,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plaingpt.console import UserError, one_line
-from plaingpt.files import inside, read_json
+from plaingpt.files import existing, inside, read_json
 
 END_OF_TEXT = "<|endoftext|>"
-# A new kind is made in `make_tokenizer`; `as_ours` says whether bulk encoding, the page and GGUF know it.
+# A new kind is made in `make_tokenizer`. It must encode every text, cut anywhere between two words, and give it back.
+# Kinds that `as_ours` does not know work without fast encoding, tools/page.py and tools/to_gguf.py.
 KINDS = ("gpt2", "char", "byte", "bpe")
 TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardly changes it
 
@@ -98,18 +99,15 @@ class Tokenizer:
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, and the tokenizer_config.json that transformers' AutoTokenizer requires."""
-        (Path(directory) / "tokenizer.json").write_text(
-            self._backend.to_str(pretty=True), encoding="utf-8", newline="\n"
-        )
+        (directory / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8", newline="\n")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.end_of_text is not None:
             config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-        (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
         """Read tokenizer.json, or the vocab.json and merges.txt of older GPT-2 directories. UserError if damaged."""
-        directory = Path(directory)
         if not os.path.lexists(directory / "tokenizer.json"):
             if (directory / "vocab.json").exists() or (directory / "merges.txt").exists():
                 return cls(_from_vocab_and_merges(directory))
@@ -233,7 +231,7 @@ def resolve_tokenizer(wanted: str) -> tuple[str, Tokenizer | None]:
         return wanted, None
     if not os.path.isdir(wanted):
         raise UserError(f"--tokenizer={wanted}: use one of {', '.join(KINDS)}, or a directory with a tokenizer.json")
-    tokenizer = Tokenizer.load(Path(wanted))
+    tokenizer = Tokenizer.load(existing(Path(wanted, "best")) or Path(wanted))  # of a run, its best model's
     if tokenizer.same_as(gpt2()):
         return "gpt2", None
     if tokenizer.end_of_text is None:

@@ -33,7 +33,7 @@ class RunSettings:
     """minutes for the entire command: chooses the number of steps and, unless given, model and batch"""
     max_iters: PositiveInt = 600000
     """number of training steps"""
-    batch_size: PositiveInt = 12
+    batch_size: Size = 12
     """sequences per micro-step"""
     gradient_accumulation_steps: PositiveInt = 40
     """micro-steps per training step over all processes, so that adding GPUs does not change the recipe"""

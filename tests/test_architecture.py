@@ -10,7 +10,7 @@ LAYERS = [
     ["plaingpt.console"],
     ["plaingpt.cpu", "plaingpt.graphs", "plaingpt.help", "plaingpt.workarounds"],
     ["plaingpt.settings"],
-    ["plaingpt.generate"],
+    ["plaingpt.generate", "plaingpt.train_config"],
     ["plaingpt.files"],
     ["plaingpt.hub", "plaingpt.tokenizer"],
     ["plaingpt.tokens"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["plaingpt.parallel"],
     ["plaingpt.optimizer", "plaingpt.evaluate"],
     ["plaingpt.run_state", "plaingpt.plan"],
-    ["plaingpt.run", "plaingpt.train_config"],
+    ["plaingpt.run"],
     ["plaingpt.budget"],
     ["train", "sample", "prepare_data", "tools.to_gguf", "tools.compare_runs", "tools.page", "tools.inspect_data"],
 ]

@@ -143,7 +143,7 @@ def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock
     deadline = Deadline(config, state, steps_per_epoch=50)
     cases = ((1, 0, 1000), (101, 2, 1000), (301, 0, 1000), (401, 1, 1000), (501, 2, 564), (510, 2, 564))
     for step, since, steps in cases:
-        state.step, state.evaluated_at, state.evaluations_since_best = step, step - 1, since
+        state.step, state.evaluated_at, state.evaluations_since_lowest = step, step - 1, since
         assert deadline.corrected(config, state, DIST, watch).max_iters == steps
         if steps < 1000:
             assert state.settings["lr_decay_iters"] == steps
@@ -156,7 +156,7 @@ def test_a_resumed_run_does_not_end_early(clock):
     config = TrainConfig(minutes=10, max_iters=1000, eval_interval=100, warmup_iters=50)
     state, watch = RunState(step=400, settings=dataclasses.asdict(config)), SimpleNamespace(seconds=0.0)
     deadline = Deadline(config, state, steps_per_epoch=50)
-    state.step, state.evaluated_at, state.evaluations_since_best = 601, 600, 5
+    state.step, state.evaluated_at, state.evaluations_since_lowest = 601, 600, 5
     assert deadline.corrected(config, state, DIST, watch).max_iters == 1000
 
 

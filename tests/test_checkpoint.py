@@ -295,28 +295,6 @@ def test_only_gpt2s_vocabulary_is_imported_from_nanogpt(tmp_path, rows):
         load_model(tmp_path / "ckpt.pt")
 
 
-@pytest.mark.parametrize("way", ["expanded", "sparse", "quantized", "meta", "integers", "number", "nothing"])
-@pytest.mark.filterwarnings("ignore")
-def test_a_nanogpt_checkpoint_with_tensors_that_are_not_plain_is_refused(tmp_path, way):
-    nanogpt_checkpoint(tmp_path / "ckpt.pt")
-    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    name = "_orig_mod.transformer.h.0.mlp.c_fc.weight"
-    weight = checkpoint["model"][name]
-    checkpoint["model"][name] = {
-        "expanded": lambda: torch.zeros(1, 1).expand(weight.shape),
-        "sparse": weight.to_sparse,
-        "quantized": lambda: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
-        "meta": lambda: weight.to("meta"),
-        "integers": lambda: weight.view(torch.int32),
-        "number": lambda: torch.tensor(1.0),
-        "nothing": lambda: None,
-    }[way]()
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match=r"ckpt\.pt is not a nanoGPT checkpoint that can be read safely") as caught:
-        load_model(tmp_path / "ckpt.pt")
-    assert "\n" not in str(caught.value)
-
-
 class Malice:
     """Unpickled, it would make a file."""
 
@@ -491,12 +469,12 @@ def test_tensors_that_are_not_this_models_are_refused(tmp_path, change):
 
 @pytest.mark.parametrize("way", ["flat", "one dimension more"])
 @pytest.mark.filterwarnings("error")
-def test_a_weight_that_is_not_a_matrix_is_refused_before_it_is_transposed(saved, way):
+def test_a_weight_that_is_not_a_matrix_is_refused(saved, way):
     tensors = load_file(saved / "model.safetensors")
     weight = tensors["transformer.h.1.mlp.c_fc.weight"]
     tensors["transformer.h.1.mlp.c_fc.weight"] = weight.flatten() if way == "flat" else weight[None].clone()
     save_file(tensors, saved / "model.safetensors")
-    with pytest.raises(UserError, match=r"mlp\.c_fc\.weight is \[.*\], not a matrix"):
+    with pytest.raises(UserError, match=r"missing or damaged|size mismatch for .*mlp\.c_fc\.weight"):
         load_model(saved)
 
 

@@ -3,6 +3,7 @@
 import pytest
 from conftest import run_main
 
+from plaingpt.console import UserError
 from plaingpt.run import check_default
 from plaingpt.train_config import TrainConfig
 
@@ -11,7 +12,7 @@ def test_without_a_recipe_a_cpu_does_not_start_gpt2(tmp_path, data_dir):
     flags = ["--device=cpu", "--dataset=tiny", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}"]
     ended = run_main("train", *flags, "--block_size=8")
     assert ended.status == 2 and not (tmp_path / "out").exists()
-    assert "add --minutes=10, which chooses a model for that time, or name a recipe from config/" in ended.err
+    assert "add --minutes=10, which chooses settings for that time, or name a recipe from config/" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -21,11 +22,16 @@ def test_without_a_recipe_a_cpu_does_not_start_gpt2(tmp_path, data_dir):
         ({}, {"n_embd": "--n_embd"}, "cpu"),
         ({}, {}, "cuda"),
         ({"dry_run": True}, {}, "cpu"),
-        ({"init_from": "gpt2"}, {}, "cpu"),
+        ({"init_from": "gpt2"}, {"batch_size": "--batch_size"}, "cpu"),
     ],
 )
 def test_whoever_asks_for_it_or_has_the_machine_is_not_refused(settings, given, device):
     check_default(TrainConfig(**settings), given, device)
+
+
+def test_without_a_recipe_a_cpu_does_not_finetune_on_480_sequences_per_step():
+    with pytest.raises(UserError, match="without a recipe this would train on 480 sequences per step"):
+        check_default(TrainConfig(init_from="gpt2"), {"max_iters": "--max_iters"}, "cpu")
 
 
 def test_the_learning_rate_follows_from_width_and_steps_for_a_new_model_under_muon():

@@ -246,7 +246,7 @@ def test_a_run_behind_a_link_is_set_aside_on_its_own_disk(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["disk", "out"] and (tmp_path / "out").is_symlink()
 
 
-@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize("name", ["last", "best", "step-000003"])
 def test_what_is_not_a_checkpoint_is_neither_renamed_nor_replaced(tmp_path, name):
     for make in (lambda path: path.write_text("mine"), lambda path: path.mkdir()):
         path = tmp_path / "out" / name
@@ -305,3 +305,10 @@ def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="Permission denied"):
         check_writable(tmp_path)
+
+
+def test_what_is_not_a_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it exists and is not a file"), new_file(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]

@@ -100,6 +100,15 @@ def test_the_high_losses_of_the_start_do_not_flatten_the_rest(tmp_path):
     assert 1 < low < 1.5 and high < 7
 
 
+def test_the_late_losses_of_each_run_are_within_the_axes(tmp_path):
+    for name, steps, loss in (("long", 100, 1.0), ("short", 4, 3.0)):
+        metrics = Metrics(tmp_path / name, active=True)
+        for step in range(1, steps + 1):
+            metrics.write(step=step, train_loss=loss - step / 1000)
+    low, high = curves([tmp_path / "long", tmp_path / "short"]).axes[0].get_ylim()
+    assert low < 0.9 and high > 3
+
+
 def test_several_runs_are_told_apart_in_one_picture(tmp_path):
     for name, count in (("a", 3), ("b", 5)):
         write_run(tmp_path / name, count)
@@ -164,7 +173,7 @@ def test_the_script_does_not_say_that_it_drew_what_it_did_not(tmp_path, monkeypa
     write_run(tmp_path / "run")
     (tmp_path / "compare.png").mkdir()
     ended = run_main("tools.compare_runs", "run")
-    assert (ended.status, ended.err.count("\n")) == (2, 1) and "compare.png: Is a directory" in ended.err
+    assert (ended.status, ended.err.count("\n")) == (2, 1) and "compare.png: it exists and is not a file" in ended.err
 
 
 def test_a_stopwatch_counts_only_while_it_goes():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -5,18 +7,22 @@ from model import GPTConfig
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
 from plaingpt.plan import check_memory, free_memory
+from plaingpt.train_config import TrainConfig
 
 CPU = Distributed(torch.device("cpu"), torch.float32)
 
 
-def test_a_model_that_cannot_fit_is_refused():
+def test_a_model_that_cannot_fit_is_refused(monkeypatch):
     if free_memory(CPU) is None:
         pytest.skip("the system does not say how much memory is free")
+    config = TrainConfig(batch_size=1, recompute=True)
     too_many = int(free_memory(CPU) / (12 * 12 * 768**2)) + 1
     with pytest.raises(UserError, match=r"need at least .* is free; try a smaller model,"):
-        check_memory(CPU, 1, True, 1, GPTConfig(n_layer=too_many))
-    check_memory(CPU, 1, True, 1, GPTConfig(n_layer=too_many // 2))
-    check_memory(CPU, 1, True, 4, GPTConfig(n_layer=too_many))
+        check_memory(config, CPU, GPTConfig(n_layer=too_many))
+    check_memory(config, CPU, GPTConfig(n_layer=too_many // 2))
+    four = dataclasses.replace(CPU, world_size=4)
+    monkeypatch.setattr(Distributed, "max", lambda self, *numbers: list(numbers))  # no other process is there
+    check_memory(dataclasses.replace(config, sharding="fsdp"), four, GPTConfig(n_layer=too_many))
 
 
 def test_a_dry_run_refuses_before_it_makes_the_model(tmp_path, train):

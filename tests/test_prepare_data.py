@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from conftest import run_main
 
 import prepare_data
 from plaingpt.console import UserError
@@ -376,3 +377,13 @@ def test_end_of_text_in_a_text_gets_a_note_and_splits_documents_on_request(prepa
     assert "encoded as ordinary text" not in capsys.readouterr().err
     prepare(folder({"b.txt": "a | b " * 20}, "other"), "--tokenizer=byte")
     assert "encoded as ordinary text" not in capsys.readouterr().err
+
+
+def test_files_of_the_user_in_the_directory_of_a_data_set_are_not_replaced(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    flags = [f"--data_dir={tmp_path}", "--name=set", "--tokenizer=byte"]
+    assert run_main("prepare_data", tmp_path / "a.txt", *flags).status == 0
+    (tmp_path / "set" / "more.txt").write_text("more text " * 100)
+    ended = run_main("prepare_data", tmp_path / "set" / "more.txt", *flags)
+    assert ended.status == 2 and "set would be replaced, with more.txt in it: move that" in ended.err
+    assert (tmp_path / "set" / "more.txt").exists() and (tmp_path / "set" / "meta.json").exists()

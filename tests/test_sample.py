@@ -252,9 +252,25 @@ def test_a_setting_can_be_changed_in_interactive_mode(learned):
     drawn, likely, short = ended.out.splitlines()[:3]
     expected = likeliest(learned, "the sea", 20)
     assert (likely, short) == ("the sea" + expected, "the sea" + expected[:2]) and drawn != likely
-    assert "/temprature changes nothing" in ended.err and "did you mean /temperature?" in ended.err
-    assert "--top_k: top_k must be int (at least 0), not -1" in ended.err
+    assert "/temprature changes nothing; these settings can change: temperature, top_k" in ended.err
+    assert "--top_k must be int (at least 0), not -1" in ended.err
     assert "/dtype changes nothing; these settings can change: temperature, " in ended.err
+
+
+def test_a_seed_given_again_gives_the_same_text_again(learned):
+    stdin = "the sea\nthe sea\n/nothing\n/seed 1337\nthe sea\n"
+    arguments = [f"--out_dir={learned}", "--max_new_tokens=20", "--device=cpu", "--temperature=2", "--interactive"]
+    _, first, second, again = run_main("sample", *arguments, stdin=stdin).out.split("the sea")
+    assert first == again != second
+
+
+def test_a_text_that_ends_at_once_is_explained(learned):
+    arguments = [f"--out_dir={learned}", "--num_samples=100", "--max_new_tokens=1", "--temperature=9", "--top_k=0"]
+    lines = run_main("sample", *arguments, "--start=a", "--device=cpu", "--output=jsonl").out.splitlines()
+    ended = run_main("sample", *arguments, "--start=a", "--device=cpu")
+    empty = [i for i, line in enumerate(lines, 1) if json.loads(line)["tokens"] == 0]
+    notes = [f"the first token of sample {i} is the end of text; try another --start or --seed" for i in empty]
+    assert empty and notes == [line for line in ended.err.splitlines() if "the first token" in line]
 
 
 def test_bytes_that_are_no_text_do_not_end_interactive_mode(learned):

@@ -298,7 +298,7 @@ def test_a_resume_on_other_data_is_reported(tmp_path, train, resume, data_dir):
 def test_the_best_loss_on_other_data_is_forgotten(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=6)
     path = tmp_path / "run" / "last" / "training.json"
-    changes = {"data": "another", "best_val_loss": 0.01, "evaluations_since_best": 1}
+    changes = {"data": "another", "best_val_loss": 0.01, "evaluations_since_lowest": 1}
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     (path.parent / "SHA256SUMS").unlink()
     resume(tmp_path / "run", max_iters=7)
@@ -317,7 +317,7 @@ def test_resume_without_a_checkpoint_is_one_line_and_status_2(tmp_path, resume):
     ended = resume(tmp_path / "none", status=2)
     assert (
         ended.err
-        == f"train.py: {tmp_path / 'none' / 'last'}: no checkpoint there; start a run with --init_from=scratch\n"
+        == f"train.py: {tmp_path / 'none' / 'last'}: no checkpoint there; start the run without --init_from=resume\n"
     )
 
 
@@ -332,6 +332,7 @@ def test_eval_only_tells_the_loss_and_writes_nothing(tmp_path, train, resume, ti
     val_loss = [line["val_loss"] for line in records(tiny_run) if "val_loss" in line][-1]
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
     printed = resume(tiny_run, eval_only=True).err
+    assert resume(tiny_run, eval_only=True, batch_size=3, eval_iters=0).err.splitlines()[-1].startswith("val_loss ")
     resumed, evaluated = printed.splitlines()
     assert resumed == f"resuming {tiny_run}/last at step 6" and evaluated.startswith(f"val_loss {val_loss:.4f}")
     assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
@@ -353,8 +354,8 @@ def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
     ("changes", "message"),
     [
         ({"n_embd": 15}, "n_embd=15 must be a multiple of n_head=2"),
-        ({"n_layer": -1}, "--n_layer: n_layer must be int"),
-        ({"batch_size": 0}, "--batch_size: batch_size must be int"),
+        ({"n_layer": -1}, "--n_layer must be int"),
+        ({"batch_size": 0}, "--batch_size must be int"),
         ({"dataset": "nowhere"}, "no such data set"),
         ({"block_size": 5000}, "too few for one block of 5,000"),
         ({"init_from": "no/such/model"}, "no/such/model"),
@@ -537,7 +538,15 @@ def test_a_return_to_an_earlier_checkpoint_loses_no_record_and_blames_no_loss(tm
     assert metrics.read_bytes().startswith(before)
     assert [record["step"] for record in records(tmp_path / "run") if "val_loss" in record] == [0, 2, 4]
     assert "at step 8, saved in" in ended.err and "overfit" not in ended.err
-    assert load_state(tmp_path / "run" / "last")[0].evaluations_since_best == 1
+    assert load_state(tmp_path / "run" / "last")[0].evaluations_since_lowest == 0
+
+
+def test_patience_counts_from_an_earlier_checkpoint_as_it_did_the_first_time(tmp_path, train, resume):
+    settings = dict(max_iters=8, eval_interval=1, keep_every=2, patience=2)
+    train(tmp_path / "run", **settings)
+    expected = weights(tmp_path / "run")
+    ended = resume(tmp_path / "run", init_from="resume:step-000002")  # each loss is above that of step 8, and falls
+    assert "ended early" not in ended.err and largest_difference(weights(tmp_path / "run"), expected) == 0
 
 
 def test_losses_of_another_set_of_batches_are_not_compared(tmp_path, train, resume):
@@ -724,7 +733,8 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
 def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=1)
     path = tmp_path / "run" / "last" / "training.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"best_val_loss": 0.0, "evaluations_since_best": 2}))
+    changes = {"lowest_val_loss": 0.0, "best_val_loss": 0.0, "evaluations_since_lowest": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     (path.parent / "SHA256SUMS").unlink()
     ended = resume(tmp_path / "run", max_iters=9, patience=3)
     assert "ended early, after step 3: 3 evaluations without improvement (--patience)" in ended.err

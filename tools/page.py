@@ -125,15 +125,15 @@ def run_data(run: Path | None, model: GPT) -> dict:
 
 def write_page(path: Path, name: str, model: GPT, tokenizer: Tokenizer, bits: int = 16, start: str = "") -> float:
     """Write the page of a model; `name` is its directory or its name. Returns its largest `logit_difference`."""
+    tokenizer.encode(start)  # UserError for characters that the model does not know
     encoding, weights = tokenizer_data(tokenizer), model.weights()
     matrices = {key: quantize(weight, bits) for key, weight in weights.items() if weight.dim() == 2}
     tensors = {"points": token_map(weights["transformer.wte.weight"])} | weights
     for key, (scale, integers) in matrices.items():
         tensors[key] = F.pad(integers, (0, -integers.size(1) % 8))  # which also aligns all tensors to 4 bytes
         tensors[key.replace("weight", "scale")] = scale
-    first, random = [tokenizer.end_of_text], torch.Generator().manual_seed(1337)
-    ids = first + list(model.generate(first, min(model.config.block_size, 256) - 1, 0.8, 200, generator=random))
-    tokenizer.encode(start)  # UserError for characters that the model does not know
+    begin, generator = [tokenizer.end_of_text], torch.Generator().manual_seed(1337)
+    ids = begin + list(model.generate(begin, min(model.config.block_size, 256) - 1, 0.8, 200, generator=generator))
     run = run_of(name)
     header = {
         "name": (run or Path(os.path.abspath(name))).name,
@@ -173,8 +173,6 @@ def main() -> None:
     config, _ = load_settings(PageConfig, positional="models")
     if len(config.models) != 1:
         raise UserError("name one model: python tools/page.py out/best --out=model.html")
-    if Path(config.out).is_dir():
-        raise UserError(f"--out={config.out} is a directory: name the file to write")
     model, tokenizer = load_model(config.models[0])
     millions, path = model.num_parameters() / 1e6, Path(config.out)
     if millions > MOST_MILLIONS:

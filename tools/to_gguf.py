@@ -6,7 +6,6 @@ llama.cpp's own converter handles GPT-2's tokenizer, but refuses tokenizers made
 """
 
 import json
-import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -105,8 +104,6 @@ def main() -> None:
     if config.dtype == "int8" and model.config.n_embd % 32:
         raise UserError(f"--dtype=int8 needs a multiple of 32, but n_embd={model.config.n_embd}: use float16")
     path = Path(config.out)
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"--out={config.out} is not a file")
     with new_file(path, "wb") as file:
         write_gguf(Path(file.name), model, tokenizer, config.dtype)
     note(f"{path}: {path.stat().st_size / 1e6:.2f} MB; next: llama-cli -m {shlex.quote(str(path))}")

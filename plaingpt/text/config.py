@@ -1,4 +1,7 @@
-"""The settings of prepare_data.py."""
+"""Settings of prepare_data.py, which turns text into token files.
+
+python prepare_data.py my/books 'notes/*.md' --name=books --tokenizer=bpe --vocab_size=4096
+"""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -13,7 +16,7 @@ class PrepareConfig:
     name: str | None = None
     """name of the data set: its directory in data_dir, train.py's `dataset` (default: from the source)"""
     tokenizer: PathName | None = None
-    """gpt2, char, byte, bpe (trained on 64 million characters), or a model directory (default for files: gpt2)"""
+    """gpt2, char, byte, bpe (trained on your text), or a model directory (default for files: gpt2)"""
     vocab_size: Size = 2048
     """ids of a bpe tokenizer, including end of text"""
     val_fraction: Annotated[float, Range(above=0, max=0.5)] | None = None

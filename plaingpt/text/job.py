@@ -97,7 +97,7 @@ def make_work(job: Job) -> Work:
     if not is_same:
         for path in job.partial.glob("part-*.lock"):
             if (other := int(path.stem[5:])) != job.part:
-                job.lock(other).lock.release()
+                job.lock(other).lock.release()  # UserError if a process does that part now
         if shards.exists():
             note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
         clear(job.partial)

@@ -122,7 +122,7 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     csv.field_size_limit(limit - 1)
     with open_utf8(file.path, config) as (raw, stream):
         lines = iter(lambda: stream.readline(limit).decode("utf-8", "surrogateescape"), "")
-        rows = csv.reader(lines, delimiter="\t" if kind_of(file.path) == "tsv" else ",")
+        rows = csv.reader(lines, strict=True, delimiter="\t" if kind_of(file.path) == "tsv" else ",")
         try:
             names = next(rows, [])
             check_column(file.path, names, column)

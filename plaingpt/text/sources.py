@@ -178,8 +178,6 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
 
 def _hub(repository: str, name: str, val_fraction: float, config: PrepareConfig, pinned: dict) -> Source:
     """A data set of the Hugging Face hub, or a local directory of that form."""
-    if config.streaming and "[" in config.split:
-        raise UserError(f"--split={config.split}: a part of a split requires --streaming=False")
     import datasets
     import huggingface_hub
 
@@ -204,6 +202,7 @@ def _hub(repository: str, name: str, val_fraction: float, config: PrepareConfig,
 
 def download(url: str, path: Path, digest: str, timeout: float = 30) -> Path:
     """`path`, downloaded if it is missing or its SHA-256 is not `digest`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and sha256(path) == digest:
         return path
     import http.client
@@ -215,9 +214,8 @@ def download(url: str, path: Path, digest: str, timeout: float = 30) -> Path:
         if hashlib.sha256(data).hexdigest() != digest:
             raise OSError(f"the {len(data):,} bytes received are not the expected file")
     except (OSError, http.client.HTTPException) as error:  # no network, refused, timed out, broken off
-        remedy = f"try again, or fetch it by other means and put it at {path}"
+        remedy = f"try again, or fetch it by other means and put it at {path} (SHA-256 {digest})"
         raise UserError(f"{url} cannot be downloaded: {one_line(error)}; {remedy}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path, "wb") as file:
         file.write(data)
     return path
