@@ -60,7 +60,7 @@ def directory_of(name: str, data_dir: str) -> Path:
 
 
 def check_replaced(directory: Path, source: Source, name: str | None) -> None:
-    """UserError if `directory` exists and is no data set, or comes from another source and --name was not given."""
+    """UserError if `directory` exists and is no data set, has other files, or is from another source without --name."""
     found = json_in(directory / "meta.json")
     if os.path.lexists(directory) and not {"format_version", "splits"} <= found.keys():
         raise UserError(f"{directory} exists and is not a plainGPT data set; choose another --name")
@@ -68,7 +68,7 @@ def check_replaced(directory: Path, source: Source, name: str | None) -> None:
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
     own = {SUMS, "meta.json", "tokenizer.json", "tokenizer_config.json"}
-    others = [path.name for path in directory.glob("*") if path.suffix != ".bin" and path.name not in own]
+    others = [path.name for path in directory.glob("[!.]*") if path.suffix != ".bin" and path.name not in own]
     if found and others:
         raise UserError(f"{directory} would be replaced, with {others[0]} in it: move that, or choose another --name")
     if found:
