@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 
 from plaingpt.console import UserError, cores, counted, note, one_line, run_script
-from plaingpt.files import SUMS, json_in
+from plaingpt.files import json_in
 from plaingpt.settings import load_settings
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job, prepare
 from plaingpt.text.sources import Source, find_source
 from plaingpt.tokenizer import resolve_tokenizer
 
+OWN = re.compile(r"(train|val)(_\d+)?\.bin|meta\.json|tokenizer(_config)?\.json|SHA256SUMS|\.DS_Store")
 RECIPES = {"python": "quickstart", "shakespeare_char": "train_shakespeare_cpu"}  # recipes that set `dataset`
 
 
@@ -67,8 +68,7 @@ def check_replaced(directory: Path, source: Source, name: str | None) -> None:
     if found and name is None and (found.get("source") != source.description or source.once):
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
-    own = {SUMS, "meta.json", "tokenizer.json", "tokenizer_config.json"}
-    others = [path.name for path in directory.glob("[!.]*") if path.suffix != ".bin" and path.name not in own]
+    others = [path.name for path in directory.glob("*") if not OWN.fullmatch(path.name)]
     if found and others:
         raise UserError(f"{directory} would be replaced, with {others[0]} in it: move that, or choose another --name")
     if found:

@@ -115,7 +115,7 @@ def write(samples: "Samples", last: bool = True) -> None:
             print(escaped(piece) if sys.stdout.isatty() else piece, end="", flush=True)  # terminals obey escape codes
         print("" if last and i + 1 == len(samples.prompts) else "\n---------------", flush=True)
         if not samples.counts[i]:
-            note(f"the first token of sample {samples.first + i + 1} is the end of text; try another --start or --seed")
+            note(f"sample {samples.first + i + 1} is empty: its first token is the end of text")
 
 
 class Samples:
@@ -203,8 +203,9 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
                 config = dataclasses.replace(config, **{name: getattr(changed, name)})
                 number = 0 if name == "seed" else number
             else:
-                write(Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=number))
+                samples = Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=number)
                 number += 1
+                write(samples)
         except EOFError:
             return
         except UserError as error:

@@ -217,14 +217,18 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     """The weights in a ckpt.pt; those of the optimizer, twice as large, are not read."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    unsafe = f"{path} is not a nanoGPT checkpoint that can be read safely"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config = GPTConfig(**checkpoint["model_args"])
-        tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
+        return _from_nanogpt(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except UserError:
+        raise
     except Exception as error:  # a damaged file, or one that wants to run code, fails in many ways
-        raise UserError(f"{unsafe}: {type(error).__name__}") from error
-    checked_config(path, config)
+        problem = f"not a nanoGPT checkpoint that can be read safely: {type(error).__name__}"
+        raise UserError(f"{path} is {problem}") from error
+
+
+def _from_nanogpt(path: Path, checkpoint: dict) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    config = checked_config(path, GPTConfig(**checkpoint["model_args"]))
+    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
     if config.vocab_size not in NANOGPT_ROWS:
         raise UserError(
             f"{path} has {config.vocab_size} ids, and its tokenizer is in a pickle elsewhere: only GPT-2's vocabulary "

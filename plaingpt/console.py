@@ -95,7 +95,7 @@ def is_rank_0() -> bool:
 
 
 def note(message: str) -> None:
-    """Print one line to standard error; under torchrun, only rank 0 does."""
+    """Print a message to standard error; under torchrun, only rank 0 does."""
     if is_rank_0():
         with contextlib.suppress(OSError):  # a closed terminal does not stop a run
             print(escaped(message), file=sys.stderr)

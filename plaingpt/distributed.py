@@ -131,7 +131,7 @@ class StopSignal:
             with contextlib.suppress(OSError):  # the terminal may be gone; os.write, as the signal may interrupt print
                 alone = "TORCHELASTIC_RUN_ID" not in os.environ  # otherwise torchrun gets Ctrl-C
                 again = b"; Ctrl-C now exits at once" if alone else b""
-                os.write(2, b"\nsaving and stopping after this micro-step" + again + b"\n")
+                os.write(2, b"\nsaving and stopping" + again + b"\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that it works even if a collective hangs
 
 

@@ -179,7 +179,7 @@ def curves(out_dirs: list[Path]):
                 style = {"lw": 0.8, "alpha": 0.6} if kind == "training" else {"lw": 1.2, "marker": "o", "ms": 3}
                 label = f"{run}{kind}, lowest {min(loss for _, loss in points):.3f}"
                 axes.plot(*zip(*points), color=f"C{i if run else int(kind == 'validation')}", label=label, **style)
-                late += [loss for step, loss in points if step >= points[-1][0] / 10]
+                late += [loss for step, loss in points if step >= records[-1]["step"] / 10]
     if not late:
         return None
     margin = 0.05 * (max(late) - min(late)) or 0.01

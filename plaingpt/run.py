@@ -55,7 +55,7 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
             )
         else:
             note(f"changed on resume: {name}={getattr(config, name)}, until now {trained[name]}")
-    kept = (hints.keys() - flags - LOCAL) | {"init_from"}  # the default learning rate depends on it
+    kept = (hints.keys() - flags - LOCAL) | {"init_from"}  # how the run began, for the record
     saved = {name: trained[name] for name in trained.keys() & kept}
     # Derived settings are derived again, from what may have changed.
     saved |= dict.fromkeys(name for name in DERIVED if name in state.derived and name not in flags)
@@ -75,7 +75,7 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
 
 
 def check_default(config: TrainConfig, given: dict[str, str], device_type: str) -> None:
-    """UserError if a new run would have nanoGPT's model and batch for GPUs only by default, and not on CUDA.
+    """UserError if nobody asked for the default model or batch, nanoGPT's for GPUs, and there is no CUDA.
 
     GPT-2 124M for 600,000 steps would take two CPU cores twelve years: 790 tokens/s (README, AdamW).
     """
@@ -83,10 +83,10 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
     sizes = {"n_layer", "n_head", "n_embd"} if new else {"batch_size", "gradient_accumulation_steps"}
     asked = given.keys() & sizes or any(not flag.startswith("--") for flag in given.values())
     if not (asked or config.minutes or config.dry_run or config.eval_only or device_type == "cuda"):
-        default = "train GPT-2 124M" if new else "train on 480 sequences per step"
+        problem = "this would train GPT-2 124M" if new else "a step has 480 sequences"
         raise UserError(
-            f"without a recipe this would {default}, which is too large without CUDA; add --minutes=10, which chooses "
-            "settings for that time, or name a recipe from config/"
+            f"without a recipe {problem}, too much without CUDA: add --minutes=10, which chooses settings for that "
+            "time, or name a recipe from config/"
         )
 
 

@@ -45,7 +45,7 @@ class RunState:
     """of the model in `best`, if there is one"""
     best_step: NonNegativeInt = 0
     lowest_val_loss: float | None = None
-    """up to this step; if the run went back to it, `best` may be from a later one"""
+    """on the way to this step; `best` may be better, from steps that were undone"""
     evaluations_since_lowest: NonNegativeInt = 0
     evaluated_at: NonNegativeInt | None = None
     """the step of the last evaluation"""
@@ -101,7 +101,7 @@ def _read_state(directory: Path) -> RunState:
         raise UserError(f"{path}: format version {content.get('format_version')}; this program reads {FORMAT_VERSION}")
     hints = typing.get_type_hints(RunState, include_extras=True)
     earlier = {"evaluated_at": content.get("step"), "lowest_val_loss": content.get("best_val_loss")}
-    earlier |= {"evaluations_since_lowest": content.get("evaluations_since_best"), "best_step": 0}
+    earlier |= {"evaluations_since_lowest": content.get("evaluations_since_best", 0), "best_step": 0}
     content = earlier | {"eval_sequences": None} | content  # earlier versions did not save these fields
     if missing := hints.keys() - content.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}")

@@ -18,11 +18,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plaingpt.console import UserError, one_line
-from plaingpt.files import existing, inside, read_json
+from plaingpt.files import inside, read_json
 
 END_OF_TEXT = "<|endoftext|>"
-# A new kind is made in `make_tokenizer`. It must encode every text, cut anywhere between two words, and give it back.
-# Kinds that `as_ours` does not know work without fast encoding, tools/page.py and tools/to_gguf.py.
+# A new kind is made in `make_tokenizer`. Texts are cut between words before they are encoded, and decoding has to give
+# back what was encoded. Kinds that `as_ours` does not know are encoded slowly, and tools/ cannot export their models.
 KINDS = ("gpt2", "char", "byte", "bpe")
 TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardly changes it
 
@@ -231,7 +231,7 @@ def resolve_tokenizer(wanted: str) -> tuple[str, Tokenizer | None]:
         return wanted, None
     if not os.path.isdir(wanted):
         raise UserError(f"--tokenizer={wanted}: use one of {', '.join(KINDS)}, or a directory with a tokenizer.json")
-    tokenizer = Tokenizer.load(existing(Path(wanted, "best")) or Path(wanted))  # of a run, its best model's
+    tokenizer = Tokenizer.load(Path(wanted))
     if tokenizer.same_as(gpt2()):
         return "gpt2", None
     if tokenizer.end_of_text is None:

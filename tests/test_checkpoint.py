@@ -288,6 +288,19 @@ def test_a_nanogpt_checkpoint_loads_without_its_padding(tmp_path, bias):
     assert torch.equal(model(idx)[0], original(idx)[0][..., :50257])
 
 
+@pytest.mark.parametrize("way", ["sparse", "number", "nothing"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_nanogpt_checkpoint_with_what_is_no_weight_is_refused(tmp_path, way):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    name = "_orig_mod.transformer.h.0.mlp.c_fc.weight"
+    weight = checkpoint["model"][name]
+    checkpoint["model"][name] = {"sparse": weight.to_sparse(), "number": torch.tensor(1.0), "nothing": None}[way]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="is not a nanoGPT checkpoint that can be read safely"):
+        load_model(tmp_path / "ckpt.pt")
+
+
 @pytest.mark.parametrize("rows", [50256, 50258, 65, 100288])
 def test_only_gpt2s_vocabulary_is_imported_from_nanogpt(tmp_path, rows):
     nanogpt_checkpoint(tmp_path / "ckpt.pt", rows=rows)

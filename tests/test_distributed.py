@@ -139,7 +139,7 @@ def test_a_signal_is_noted_and_reported_and_a_second_interrupt_is_not_held_back(
         assert stop.number == 0
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.number == signal.SIGUSR1
-        assert capfd.readouterr().err == "\nsaving and stopping after this micro-step; Ctrl-C now exits at once\n"
+        assert capfd.readouterr().err == "\nsaving and stopping; Ctrl-C now exits at once\n"
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # ends the process, whatever it waits for
     finally:
         for number, handler in before.items():

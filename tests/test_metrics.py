@@ -100,6 +100,14 @@ def test_the_high_losses_of_the_start_do_not_flatten_the_rest(tmp_path):
     assert 1 < low < 1.5 and high < 7
 
 
+def test_the_loss_of_the_start_alone_is_not_late(tmp_path):
+    metrics = Metrics(tmp_path, active=True)
+    metrics.write(step=0, val_loss=10.0)
+    for step in range(1, 101):
+        metrics.write(step=step, train_loss=2.0 - step / 200)
+    assert curves([tmp_path]).axes[0].get_ylim()[1] < 3
+
+
 def test_the_late_losses_of_each_run_are_within_the_axes(tmp_path):
     for name, steps, loss in (("long", 100, 1.0), ("short", 4, 3.0)):
         metrics = Metrics(tmp_path / name, active=True)

@@ -19,7 +19,7 @@ import xxhash
 from conftest import Ended, run_main
 from filelock import FileLock
 
-from plaingpt.text import pipeline, streams
+from plaingpt.text import job, pipeline, streams
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job
 from plaingpt.text.sources import Source
@@ -82,10 +82,12 @@ def forked(work) -> int:
     pid = os.fork()
     if not pid:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        status = 1
         try:
             work()
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
     return pid
 
 
@@ -285,13 +287,40 @@ def test_a_part_that_was_killed_goes_on_and_the_last_part_ends_the_work(tmp_path
 
 
 def test_a_part_that_waits_to_begin_is_in_nobodys_way(tmp_path, mixed):
-    (tmp_path / ".set.partial").mkdir()
-    with FileLock(tmp_path / ".set.partial" / "plan.lock"):
+    with FileLock(tmp_path / ".set.lock"):
         pid = forked(lambda: prepare(mixed, tmp_path, "--part=1/2"))
         time.sleep(0.3)
     assert "is done" in prepare(mixed, tmp_path, "--part=2/2").err or (tmp_path / "set").exists()
     os.waitpid(pid, 0)
     assert len(documents(tmp_path, "train")) > 200 and os.listdir(tmp_path) != [".set.partial"]
+
+
+def test_a_finished_part_that_is_started_again_meets_the_end_of_the_last_one(tmp_path, mixed, monkeypatch):
+    """While the last part completes the data set, and between its own two holds of the lock."""
+    for name in ("while", "between"):
+        prepare(mixed, tmp_path / name, "--part=1/2")
+    started = []
+
+    def again(_: int) -> None:
+        if not started and (tmp_path / "while" / ".set.partial" / "shards" / "meta.json").exists():
+            started.append(forked(lambda: prepare(mixed, tmp_path / "while", "--part=1/2").err.index("already")))
+            time.sleep(0.5)
+
+    def last() -> None:
+        at_each_change(tmp_path / "while", again)
+        prepare(mixed, tmp_path / "while", "--part=2/2")
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(started[0], 0)[1]) or 7)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked(last), 0)[1]) == 7
+
+    def encode_late(*arguments):
+        os.waitpid(forked(lambda: prepare(mixed, tmp_path / "between", "--part=2/2")), 0)
+        return pipeline.encode_part(*arguments)
+
+    monkeypatch.setattr(job, "encode_part", encode_late)
+    assert "set is prepared already" in prepare(mixed, tmp_path / "between", "--part=1/2").err
+    for name in ("while", "between"):
+        assert os.listdir(tmp_path / name) == ["set"] and len(documents(tmp_path / name, "train")) > 200
 
 
 def test_threads_make_what_one_makes(tmp_path, mixed, small):
@@ -306,7 +335,7 @@ def test_a_mistake_in_the_text_is_one_line_and_the_corrected_text_is_prepared(tm
     with open(source, "a") as file:
         file.write('{"words": 1}\n')
     ended = prepare(source, tmp_path / "made", "--threads=2", status=2)
-    assert "has no 'text'" in ended.err and os.listdir(tmp_path / "made") == [".set.partial"]
+    assert "has no 'text'" in ended.err and sorted(os.listdir(tmp_path / "made")) == [".set.lock", ".set.partial"]
     write(source, DOCUMENTS)
     prepare(source, tmp_path / "made", "--threads=2")
     assert os.listdir(tmp_path / "made") == ["set"]

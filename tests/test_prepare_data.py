@@ -332,7 +332,7 @@ def test_a_failure_is_one_line_and_leaves_an_existing_data_set_as_it_was(prepare
 def test_what_the_system_refuses_is_named_with_its_reason(folder, tmp_path):
     folder({"a.txt": "text " * 100, "file": ""}, ".")
     line = failed(["a.txt", "--name=set", "--data_dir=file"], tmp_path)
-    assert line == "prepare_data.py: file/set cannot be prepared: file/.set.partial: Not a directory"
+    assert line == "prepare_data.py: file/set cannot be prepared: file: File exists"
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", ".hidden", "with space", "-", "ends\n", "x" * 300, "é" * 150])
@@ -383,7 +383,11 @@ def test_files_of_the_user_in_the_directory_of_a_data_set_are_not_replaced(tmp_p
     (tmp_path / "a.txt").write_text("some text " * 100)
     flags = [f"--data_dir={tmp_path}", "--name=set", "--tokenizer=byte"]
     assert run_main("prepare_data", tmp_path / "a.txt", *flags).status == 0
-    (tmp_path / "set" / "more.txt").write_text("more text " * 100)
-    ended = run_main("prepare_data", tmp_path / "set" / "more.txt", *flags)
-    assert ended.status == 2 and "set would be replaced, with more.txt in it: move that" in ended.err
-    assert (tmp_path / "set" / "more.txt").exists() and (tmp_path / "set" / "meta.json").exists()
+    for name in ("embeddings.bin", ".notes", "more.txt"):
+        (tmp_path / "set" / name).write_text("more text " * 100)
+        ended = run_main("prepare_data", tmp_path / "set" / name, *flags)
+        assert ended.status == 2 and f"set would be replaced, with {name} in it: move that" in ended.err
+        assert (tmp_path / "set" / "meta.json").exists()
+        (tmp_path / "set" / name).unlink()
+    (tmp_path / "set" / ".DS_Store").touch()
+    assert run_main("prepare_data", tmp_path / "a.txt", *flags).status == 0

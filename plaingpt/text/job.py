@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -47,6 +46,10 @@ class Job:
         directory = self.directory.resolve() if self.directory.is_symlink() else self.directory  # to another disk
         return directory.with_name(f".{directory.name}.partial")
 
+    @property
+    def shards(self) -> Path:
+        return self.partial / "shards"
+
     @functools.cached_property
     def digest(self) -> str:
         """A hash of the source and the settings, the same on every machine."""
@@ -75,30 +78,35 @@ class Job:
 
 def prepare(job: Job, threads: int) -> dict | None:
     """Do one part. The last part to finish completes the data set and returns the content of its meta.json."""
-    if job.parts > 1 and job.is_done():
-        if job.has_plan():  # killed before the removal
-            remove(job.partial)
-        return note(f"{job.directory} is prepared already")
-    job.partial.mkdir(parents=True, exist_ok=True)
-    plan_lock = FileLock(job.partial / "plan.lock")  # while the plan is made and at the end
+    job.partial.parent.mkdir(parents=True, exist_ok=True)
+    # Held while the plan is made and at the end. It is not in the directory that the last part removes.
+    plan_lock = FileLock(job.partial.with_suffix(".lock"))
     with contextlib.ExitStack() as until_done:
         with plan_lock:
+            if job.is_done() and (job.parts > 1 or (job.has_plan() and not job.shards.exists())):
+                return done_before(job)
+            job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.part))
-            work = make_work(job)
-        output = encode_part(work, threads)
+            output = Output(make_work(job))
+        encode_part(output, threads)
         with plan_lock:
-            return finish(job, work, output)
+            return finish(job, output)
+
+
+def done_before(job: Job) -> None:
+    note(f"{job.directory} is prepared already")
+    if job.has_plan() or not job.shards.exists():  # not the work of another command
+        remove(job)
 
 
 def make_work(job: Job) -> Work:
     """What this part has to do. Unfinished work for another result is removed."""
-    shards = job.partial / "shards"
-    is_same = job.has_plan() and shards.exists()
+    is_same = job.has_plan() and job.shards.exists()
     if not is_same:
         for path in job.partial.glob("part-*.lock"):
             if (other := int(path.stem[5:])) != job.part:
                 job.lock(other).lock.release()  # UserError if a process does that part now
-        if shards.exists():
+        if job.shards.exists():
             note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
         clear(job.partial)
     try:
@@ -106,11 +114,11 @@ def make_work(job: Job) -> Work:
         tokenizer = Tokenizer.load(job.partial) if is_same else make_plan(job, source)
     except UserError:
         if job.parts == 1 and not is_same:  # nothing has been encoded
-            remove(job.partial)
+            remove(job)
         raise
     by_content = json_in(job.partial / "plan.json")["by_content"]
     inputs = source.inputs()[job.part - 1 :: job.parts]
-    return Work(shards, job.progress(job.part), job.part, inputs, job.config, tokenizer, by_content)
+    return Work(job.shards, job.progress(job.part), job.part, inputs, job.config, tokenizer, by_content)
 
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
@@ -122,7 +130,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     tokenizer = job.tokenizer or make_tokenizer(job.kind, source.texts(job.config), job.config.vocab_size)
     tokenizer.save(job.partial)
     fsync(job.partial / "tokenizer.json")
-    (job.partial / "shards").mkdir()
+    job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it says that the rest is there
         json.dump({"digest": job.digest, "by_content": documents >= MANY_DOCUMENTS}, file)
     return tokenizer
@@ -134,19 +142,21 @@ def count_documents(source: Source, config: PrepareConfig) -> int:
     return sum(1 for _ in itertools.islice(itertools.chain.from_iterable(texts), MANY_DOCUMENTS))
 
 
-def finish(job: Job, work: Work, output: Output) -> dict | None:
+def finish(job: Job, output: Output) -> dict | None:
     """Complete the data set if this was the last part. It appears complete, or not at all."""
     if not job.has_plan():
+        if job.parts > 1 and job.is_done():  # the last part was faster than this one, which had been done before
+            return done_before(job)
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
     output.finish()
     progress = [json_in(job.progress(part)) for part in range(1, job.parts + 1)]
     if missing := sum(not found.get("finished") for found in progress):
         return note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")
-    splits, shards = {}, work.shards
+    splits, shards, tokenizer = {}, job.shards, output.work.tokenizer
     for split in SPLITS:
         files = [file for found in progress for file in found["splits"][split]["files"] if file["tokens"]]
         if not files:
-            remove(job.partial)  # to continue would change nothing
+            remove(job)  # to continue would change nothing
             raise UserError(f"too little text: the {split} split is empty; give more, or another --val_fraction")
         sums = {key: sum(found["splits"][split][key] for found in progress) for key in ("tokens", "bytes", "documents")}
         for i, file in enumerate(files):
@@ -156,20 +166,20 @@ def finish(job: Job, work: Work, output: Output) -> dict | None:
         splits[split] = sums | {"files": files}
     for empty in shards.glob("part*.bin"):
         empty.unlink()
-    work.tokenizer.save(shards)
+    tokenizer.save(shards)
     meta = {
         "format_version": FORMAT_VERSION,
         "tokenizer": job.kind,
-        "vocab_size": work.tokenizer.vocab_size,
-        "dtype": id_dtype(work.tokenizer.vocab_size - 1).name,
-        "end_of_text": work.tokenizer.end_of_text,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": id_dtype(tokenizer.vocab_size - 1).name,
+        "end_of_text": tokenizer.end_of_text,
         "source": job.source.description,
         "plan": job.digest,
         "splits": splits,
     }
     (shards / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     put_in_place(shards, job.directory)
-    remove(job.partial)
+    remove(job)
     return meta
 
 
@@ -182,7 +192,7 @@ def clear(partial: Path) -> None:
             path.unlink()
 
 
-def remove(partial: Path) -> None:
-    """Delete the directory in one step: a process that waits for a lock in it never sees half of it."""
-    with contextlib.suppress(OSError):  # Windows cannot rename a directory with open files: there it stays
-        shutil.rmtree(partial.rename(f"{partial}.{os.getpid()}"), ignore_errors=True)
+def remove(job: Job) -> None:
+    with contextlib.suppress(OSError):  # Windows cannot delete an open file: there it stays
+        job.partial.with_suffix(".lock").unlink(missing_ok=True)
+    shutil.rmtree(job.partial, ignore_errors=True)

@@ -54,11 +54,11 @@ class Batch:
     continued: set[str] = field(default_factory=set)  # splits whose first text continues a document of the batch before
 
 
-def encode_part(work: Work, threads: int) -> "Output":
-    """Read, encode and write all inputs of `work`, from where an earlier process stopped."""
-    output, encoder = Output(work), BulkEncoder(work.tokenizer)
+def encode_part(output: "Output", threads: int) -> None:
+    """Read, encode and write all inputs of a part, from where an earlier process stopped."""
     if output.finished:
-        return output
+        return
+    work, encoder = output.work, BulkEncoder(output.work.tokenizer)
     if output.position > (0, 0):
         note(f"continuing after {sum(output.splits[split]['tokens'] for split in SPLITS):,} tokens")
     encoding = collections.deque()  # batches and their ids, in order
@@ -78,7 +78,7 @@ def encode_part(work: Work, threads: int) -> "Output":
                 write_oldest()
         finally:  # also after a failure or Ctrl-C
             pool.shutdown(cancel_futures=True)
-    return output
+    output.seal()
 
 
 def progress_bar(inputs: list[File | Shard]) -> tqdm:
@@ -197,9 +197,8 @@ class Output:
             json.dump({"position": self.position, "splits": self.splits, "finished": self.finished}, file)
         self.unsaved = 0
 
-    def finish(self) -> None:
-        if self.finished:
-            return
+    def seal(self) -> None:
+        """Close the shards and compute their checksums."""
         self.save()
         for split, shard in self.shards.items():
             shard.close()
@@ -208,5 +207,8 @@ class Output:
                 {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
                 for path in paths
             ]
-        self.shards, self.finished = {}, True
+        self.shards = {}
+
+    def finish(self) -> None:
+        self.finished = True
         self.save()

@@ -5,6 +5,7 @@ document per row. pyarrow takes a third of a second to import, so only the funct
 """
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from plaingpt.text.streams import checked, last_boundary, open_utf8, too_long
 from plaingpt.tokenizer import END_OF_TEXT
 
 SEPARATOR = END_OF_TEXT.encode()
+END = "\0 end of file"
 ROWS = 64  # of a table that are decoded at a time
 
 
@@ -122,13 +124,20 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     csv.field_size_limit(limit - 1)
     with open_utf8(file.path, config) as (raw, stream):
         lines = iter(lambda: stream.readline(limit).decode("utf-8", "surrogateescape"), "")
-        rows = csv.reader(lines, strict=True, delimiter="\t" if kind_of(file.path) == "tsv" else ",")
+        # A last row, whose text becomes part of the row before if a quote is open there
+        rows = csv.reader(itertools.chain(lines, [END]), delimiter="\t" if kind_of(file.path) == "tsv" else ",")
         try:
-            names = next(rows, [])
+            names = [name for name in next(rows) if name != END]
             check_column(file.path, names, column)
             index = names.index(column)
+            before = rows.line_num
             for row in rows:
                 where = f"{file.path}, line {rows.line_num:,}"
+                if row == [END]:
+                    return
+                if row and row[-1].endswith(END):
+                    raise UserError(f"{file.path}: the quote that opens in line {before + 1:,} is not closed")
+                before = rows.line_num
                 if 0 < len(row) <= index:
                     raise UserError(f"{where}: {counted(len(row), 'column')}, {column!r} is column {index + 1}")
                 text = row[index].encode("utf-8", "surrogateescape") if row else b""

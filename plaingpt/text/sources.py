@@ -178,6 +178,8 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
 
 def _hub(repository: str, name: str, val_fraction: float, config: PrepareConfig, pinned: dict) -> Source:
     """A data set of the Hugging Face hub, or a local directory of that form."""
+    if config.streaming and "[" in config.split:
+        raise UserError(f"--split={config.split}: a part of a split requires --streaming=False")
     import datasets
     import huggingface_hub
 
