@@ -1,7 +1,7 @@
 """AdamW and Muon, and steps that skip non-finite gradients.
 
 optimizers = make_optimizers(model, "muon", 1e-3, weight_decay=0.1, betas=(0.9, 0.95))
-norm = apply_gradients(list(model.parameters()), optimizers, scaler, learning_rate, grad_clip=1.0)
+norm = apply_gradients(list(model.parameters()), optimizers, scaler, lr=1e-3, grad_clip=1.0)
 """
 
 import math
@@ -179,11 +179,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def apply_gradients(
-    parameters: list[Tensor],
-    optimizers: list,
-    scaler: torch.amp.GradScaler,
-    learning_rate: float | Tensor,
-    grad_clip: float,
+    parameters: list[Tensor], optimizers: list, scaler: torch.amp.GradScaler, lr: float | Tensor, grad_clip: float
 ) -> Tensor:
     """Update the parameters. Return the norm of the gradients before clipping, a scalar tensor on the device.
 
@@ -200,7 +196,7 @@ def apply_gradients(
         return norm
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = lr
             group["capturable"] = norm.is_cuda and torch.cuda.is_current_stream_capturing()  # AdamW asks for it
         # Not scaler.step: it decides for each optimizer, but all must skip or none.
         optimizer.grad_scale, optimizer.found_inf = None, skip
