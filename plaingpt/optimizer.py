@@ -75,7 +75,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 stacks.setdefault(p.shape, []).append(p)
             for shape, parameters in stacks.items():
-                at_once = batch_of_matrices(shape.numel())
+                # a multiple of the processes, so that none is idle
+                at_once = max(1, MATRICES_AT_ONCE // shape.numel() // processes()) * processes()
                 for i in range(0, len(parameters), at_once):
                     self._step_together(parameters[i : i + at_once], group, skipped)
 
@@ -106,11 +107,6 @@ class Muon(torch.optim.Optimizer):
 
 def processes() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
-
-
-def batch_of_matrices(numel: int) -> int:
-    """How many matrices of this size to update at once; a multiple of the processes, so that none is idle."""
-    return max(1, MATRICES_AT_ONCE // numel // processes()) * processes()
 
 
 def local_rows(matrix: Tensor) -> Tensor:
