@@ -49,7 +49,6 @@ class Run:
     scaler: torch.amp.GradScaler
     train_batches: TrainBatches
     eval_batches: EvalBatches
-    tokens_per_step: int
 
     def __post_init__(self):
         self.parameters = list(self.model.parameters())
@@ -120,7 +119,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     metrics.track(state.settings)
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
-    deadline = Deadline(config, state, steps_per_epoch=len(run.data.train) / run.tokens_per_step)
+    deadline = Deadline(config, state, steps_per_epoch=len(run.data.train) / config.tokens_per_step)
     stop, stopping, visited = StopSignal(), 0, None  # visited: where it last paused to evaluate or save
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
@@ -139,7 +138,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
             if evaluating and (val_loss := evaluate(run.model, run.eval_batches, dist, stop)) is not None:
                 state.evaluated_at = step
                 bpb = bits_per_byte(val_loss, run.data.val)
-                metrics.write(step=step, tokens=step * run.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
+                metrics.write(step=step, tokens=step * config.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
                 note(f"step {step}: {describe_loss(val_loss, run.data)}")
             if step:
                 state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
@@ -174,8 +173,8 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
 
 def derived_figures(run: Run, steps: int, steps_per_second: float) -> dict[str, float]:
     """The figures of a log record that follow from the step number and the speed."""
-    found = {"tokens": steps * run.tokens_per_step, "lr": run.config.learning_rate_at(steps - 1)}
-    found["tokens_per_second"] = steps_per_second * run.tokens_per_step
+    found = {"tokens": steps * run.config.tokens_per_step, "lr": run.config.learning_rate_at(steps - 1)}
+    found["tokens_per_second"] = steps_per_second * run.config.tokens_per_step
     if run.dist.peak_flops:
         found["mfu"] = found["tokens_per_second"] * run.raw_model.flop_per_token() / run.dist.peak_flops
     return found
@@ -183,8 +182,8 @@ def derived_figures(run: Run, steps: int, steps_per_second: float) -> dict[str, 
 
 def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:
     """Create everything a run needs but its state: batches, optimizers and the wrapped model. All ranks."""
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    train_batches = TrainBatches(data.train, config.block_size, tokens_per_step // config.block_size, config.seed)
+    sequences = config.gradient_accumulation_steps * config.batch_size
+    train_batches = TrainBatches(data.train, config.block_size, sequences, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
     compiled = config.compiles_on(dist.device.type)
     model = wrap(raw_model, dist, config.sharding, config.recompute, compiled)
@@ -198,7 +197,7 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
         dtype=dist.dtype,
     )
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches, tokens_per_step)
+    return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches)
 
 
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
@@ -246,15 +245,13 @@ def start_run(
     if config.eval_only:
         note(describe_loss(evaluate(run.model, run.eval_batches, dist), data))
         return 0
-    announce(raw_model, dist, config.max_iters, run.tokens_per_step, len(data.train))
+    announce(raw_model, dist, config, len(data.train))
     if state.step < config.max_iters:
         config.check_schedule()
     elif state.evaluated_at == state.step:
         note(f"the run is complete at step {state.step}: raise --max_iters, or start a new run")
     if config.dry_run:
-        step = functools.partial(train_step, run, 0, None)  # takes the number of micro-steps
-        micro_steps = dist.per_process(config.gradient_accumulation_steps)
-        dry_run(dist, step, micro_steps, run.tokens_per_step, config.max_iters)
+        dry_run(dist, functools.partial(train_step, run, 0, None), config)
         return 0
 
     if not dist.all_equal(state.step):

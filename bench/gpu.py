@@ -330,7 +330,7 @@ def small_steps(bench: Bench) -> None:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         times = dict(step_ms=seconds / steps * 1e3, host_ms=host / steps * 1e3)
-        bench.report(f"10.6M: {name}", tokens_per_s=run.tokens_per_step * steps / seconds, **times, loss=losses[-1])
+        bench.report(f"10.6M: {name}", tokens_per_s=config.tokens_per_step * steps / seconds, **times, loss=losses[-1])
     bench.report("10.6M: graphs change nothing", abs(losses[0] - losses[1]) < 1e-3)
 
 

@@ -79,7 +79,7 @@ def train_once(config: TrainConfig) -> dict:
         loss, _ = train_step(run, step)
     loss.item()
     seconds = time.perf_counter() - started
-    tokens = config.max_iters * run.tokens_per_step
+    tokens = config.max_iters * config.tokens_per_step
     return dict(
         parameters=model.num_parameters(),
         tokens=tokens,

@@ -154,12 +154,11 @@ def with_batch(
 
 def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, data: DataSet) -> TrainConfig:
     """What follows from the model and the number of tokens to train on. Intervals are kept only if flags give them."""
-    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.block_size
-    steps = int(tokens / tokens_per_step)
+    steps = int(tokens / config.tokens_per_step)
     if steps < 2:
         raise UserError(
-            f"--minutes={config.minutes:g} is too short for two steps of {tokens_per_step:,} tokens: give more time, "
-            "or a smaller --batch_size or --gradient_accumulation_steps"
+            f"--minutes={config.minutes:g} is too short for two steps of {config.tokens_per_step:,} tokens: give more "
+            "time, or a smaller --batch_size or --gradient_accumulation_steps"
         )
     rate = learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
     sequences = int(EVALUATION_SHARE * tokens / config.block_size)

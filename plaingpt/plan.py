@@ -59,30 +59,30 @@ def free_memory(dist: Distributed) -> float | None:
     return free / dist.local_world_size
 
 
-def announce(model: GPT, dist: Distributed, max_iters: int, tokens_per_step: int, epoch_tokens: int) -> None:
+def announce(model: GPT, dist: Distributed, config: TrainConfig, epoch_tokens: int) -> None:
     """Print the run in one line."""
-    precision, epochs = str(dist.dtype).removeprefix("torch."), max_iters * tokens_per_step / epoch_tokens
+    precision = str(dist.dtype).removeprefix("torch.")
+    epochs = config.max_iters * config.tokens_per_step / epoch_tokens
     note(
         f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
-        f"{counted(max_iters, 'step')} of {counted(tokens_per_step, 'token')}, "
+        f"{counted(config.max_iters, 'step')} of {counted(config.tokens_per_step, 'token')}, "
         f"{epochs:{',.1f' if epochs >= 0.1 else '.2g'}} epochs of {epoch_tokens:,} tokens"
     )
 
 
-def dry_run(
-    dist: Distributed, step: Callable[[int], object], micro_steps: int, tokens_per_step: int, max_iters: int
-) -> None:
+def dry_run(dist: Distributed, step: Callable[[int], object], config: TrainConfig) -> None:
     """Print memory, speed and hours of a run from a few timed steps. All ranks.
 
-    step: runs a training step with that many micro-steps per process. micro_steps: those of a real step.
+    step: runs a training step with that many micro-steps per process.
     """
+    micro_steps = dist.per_process(config.gradient_accumulation_steps)
     one, two = (_median_seconds(dist, step, n) for n in (1, 2))
     seconds = one + (micro_steps - 1) * max(two - one, 0.0)
     if not dist.is_main:
         return
     note(_measured_memory(dist))
-    speed, span = tokens_per_step / seconds, tqdm.format_interval
-    note(f"measured: {seconds:.3g} s per step, {speed:,.0f} tokens/s; {span(seconds * max_iters)} for the run")
+    speed, span = config.tokens_per_step / seconds, tqdm.format_interval
+    note(f"measured: {seconds:.3g} s per step, {speed:,.0f} tokens/s; {span(seconds * config.max_iters)} for the run")
 
 
 def _median_seconds(dist: Distributed, step: Callable[[int], object], micro_steps: int) -> float:

@@ -146,6 +146,10 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
     def compiles_on(self, device_type: str) -> bool:
         return device_type == "cuda" if self.compile is None else self.compile
 

@@ -95,7 +95,7 @@ def test_an_update_never_waits_for_the_device(dtype):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     tokens = torch.randint(65, (1000,)).numpy().astype("uint16")
     batches, skipped = TrainBatches(Tokens([tokens]), 16, 4, seed=0), SkippedSteps(0, dist.device)
-    run = Run(config, dist, None, model, wrapped, optimizers, scaler, batches, None, 64)
+    run = Run(config, dist, None, model, wrapped, optimizers, scaler, batches, None)
     with NoWaiting():
         with pytest.raises(AssertionError, match="waits for the device"):
             torch.ones(1).item()

@@ -452,7 +452,7 @@ def test_each_process_reads_its_own_sequences_alone():
         tokens, model = Seen([np.arange(1000, dtype=np.uint16) % 65]), GPT(GPTConfig(8, 65, 1, 1, 4, bias=False))
         batches, optimizers = TrainBatches(tokens, 8, 8, seed=1), make_optimizers(model, "adamw", 1e-3, 0.0, (0.9, 0.9))
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        train_step(Run(config, dist, None, model, model, optimizers, scaler, batches, None, 64), 0)
+        train_step(Run(config, dist, None, model, model, optimizers, scaler, batches, None), 0)
         seen.append(tokens.starts)
     assert [len(starts) for starts in seen] == [4, 4]
     assert sorted(seen[0] + seen[1]) == sorted((batches.starts(0) % len(tokens)).tolist())
