@@ -185,16 +185,10 @@ def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: i
     sequences = config.gradient_accumulation_steps * config.batch_size
     train_batches = TrainBatches(data.train, config.block_size, sequences, config.seed)
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
-    compiled = config.compiles_on(dist.device.type)
-    model = wrap(raw_model, dist, config.sharding, config.recompute, compiled)
+    model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
+    betas = (config.beta1, config.beta2)
     optimizers = make_optimizers(
-        raw_model,
-        config.optimizer,
-        config.learning_rate,
-        config.weight_decay,
-        betas=(config.beta1, config.beta2),
-        momentum=config.momentum,
-        dtype=dist.dtype,
+        raw_model, config.optimizer, config.learning_rate, config.weight_decay, betas, config.momentum, dist.dtype
     )
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches)
