@@ -31,6 +31,9 @@ EVALUATION_SHARE = 0.03  # tokens of an evaluation, of all training tokens: 1% o
 FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
 
+# Tokens per second of training that many seconds with these settings; UserError if the model does not fit in memory
+Measure = Callable[[TrainConfig, float], float]
+
 
 def predicted_loss(config: TrainConfig, tokens: float, text_tokens: int) -> float:
     """Predicted loss, up to constants of the text, after training on `tokens` tokens of a text of `text_tokens`.
@@ -50,16 +53,9 @@ def block_parameters(config: TrainConfig) -> int:
 
 
 def choose_settings(
-    config: TrainConfig,
-    given: dict[str, str],
-    data: DataSet,
-    dist: Distributed,
-    tokens_per_second: Callable[[TrainConfig, float], float],
+    config: TrainConfig, given: dict[str, str], data: DataSet, dist: Distributed, measure: Measure
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The settings of a run that ends in time, and where they came from. All ranks.
-
-    tokens_per_second: measures training for that many seconds; UserError if the model does not fit in memory.
-    """
+    """The settings of a run that ends in time, and where they came from. All ranks."""
     check_flags(given)
     if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
         config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
@@ -72,7 +68,7 @@ def choose_settings(
             break
         candidate = with_batch(candidate, given, tokens, data, dist)
         try:
-            rate, candidate = time_model(candidate, given, min(1.0, seconds / 100), tokens_per_second)
+            rate, candidate = time_model(candidate, given, min(1.0, seconds / 100), measure)
         except Exception as error:
             if not timed or not needs_memory(error):
                 raise
@@ -96,21 +92,18 @@ def choose_settings(
 
 
 def time_model(
-    candidate: TrainConfig,
-    given: dict[str, str],
-    seconds: float,
-    tokens_per_second: Callable[[TrainConfig, float], float],
+    candidate: TrainConfig, given: dict[str, str], seconds: float, measure: Measure
 ) -> tuple[float, TrainConfig]:
     """Tokens per second, and `candidate` with the largest micro-batch for which there is memory."""
     try:
-        return tokens_per_second(candidate, seconds), candidate
+        return measure(candidate, seconds), candidate
     except Exception as error:
         fixed = candidate.batch_size == 1 or {"batch_size", "gradient_accumulation_steps"} & given.keys()
         if fixed or not needs_memory(error):
             raise
     smaller = dict(batch_size=candidate.batch_size // 2)
     smaller |= dict(gradient_accumulation_steps=2 * candidate.gradient_accumulation_steps)
-    return time_model(dataclasses.replace(candidate, **smaller), given, seconds, tokens_per_second)
+    return time_model(dataclasses.replace(candidate, **smaller), given, seconds, measure)
 
 
 def needs_memory(error: Exception) -> bool:
