@@ -208,8 +208,7 @@ class Deadline:
     """
 
     def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float):
-        self.minutes, self.start = config.minutes, state.step
-        steps = config.max_iters - state.step
+        self.start, steps = state.step, config.max_iters - state.step
         self.warmup_end, self.measured_from = state.step + max(2, steps // 20), state.step + max(1, steps // 40)
         self.last_mark, self.pause = (state.step, state.seconds, time.monotonic()), 0.0
         self.few_steps, self.ending = FEW_EPOCHS * steps_per_epoch, False
@@ -217,7 +216,7 @@ class Deadline:
     def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:
         """The settings from here on. All ranks, before each step."""
         step = state.step
-        if not self.minutes or self.ending or step >= config.max_iters:
+        if not config.minutes or self.ending or step >= config.max_iters:
             return config
         rises = state.evaluations_since_lowest >= 2 and state.evaluated_at > max(self.few_steps, self.warmup_end)
         if rises and not self.start:
@@ -239,8 +238,8 @@ class Deadline:
             return config
         per_step = trained / (step - last_step) + self.pause / config.eval_interval
         share = 1 if self.pause else TRAINING_SHARE  # 1: per_step includes the evaluations
-        steps = step + max(1, int((share * time_left(self.minutes) - self.pause) / per_step))
-        misses_time = abs(steps - config.max_iters) * per_step > 0.05 * 60 * self.minutes
+        steps = step + max(1, int((share * time_left(config.minutes) - self.pause) / per_step))
+        misses_time = abs(steps - config.max_iters) * per_step > 0.05 * 60 * config.minutes
         correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)
         return self.with_steps(config, state, steps, dist) if correct else config
 
