@@ -159,6 +159,7 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
         "learning_rate": rate if config.init_from in ("scratch", "auto") else float(f"{rate / 3:.2g}"),
         "momentum": 0.85 if steps < 500 else 0.95,
         "dropout": 0.2 if tokens > 12 * len(data.train) else config.dropout,
+        "min_lr": None,  # is derived
     }
     intervals = {
         "eval_iters": 0 if sequences * config.block_size > len(data.val) else max(1, sequences // config.batch_size),
@@ -167,8 +168,6 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     }
     kept = {name for name in given if name not in intervals or given[name].startswith("--")}
     chosen = {name: value for name, value in (chosen | intervals).items() if name not in kept}
-    if "min_lr" not in given:
-        chosen["min_lr"] = None  # is derived
     return dataclasses.replace(config, max_iters=steps, warmup_iters=steps // 20, lr_decay_iters=steps, **chosen)
 
 
