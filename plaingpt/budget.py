@@ -115,9 +115,8 @@ def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConf
     if config.init_from not in ("scratch", "auto"):
         model = config.init_from
         shape = load_model(model)[0].config if model.endswith(".pt") else read_config(model_directory(model))
-        yield dataclasses.replace(
-            config, **{name: getattr(shape, name) for name in MODEL_SETTINGS if name not in given}
-        )
+        found = {name: getattr(shape, name) for name in MODEL_SETTINGS if name not in given}
+        yield dataclasses.replace(config, **found)
         return
     widths = [config.n_embd] if "n_embd" in given else WIDTHS
     if "n_head" in given:
