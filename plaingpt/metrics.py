@@ -54,12 +54,11 @@ class Metrics:
         self._call_wandb("log", record)
 
     def draw(self) -> None:
-        if not self.active:
-            return
-        try:
-            draw([self.path.parent], self.path.with_name("loss.png"))
-        except Exception as error:  # a picture is no reason to end a run
-            note(f"loss.png: {one_line(error)}")
+        if self.active:
+            try:
+                draw([self.path.parent], self.path.with_name("loss.png"))
+            except Exception as error:  # a picture is no reason to end a run
+                note(f"loss.png: {one_line(error)}")
 
     def close(self) -> None:
         self._call_wandb("finish")
