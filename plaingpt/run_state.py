@@ -154,8 +154,7 @@ class Saver:
 
     def _write(self, weights: dict, moments: dict, state: RunState, is_best: bool, keep: bool) -> None:
         self._problem = None
-        bad = next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None)
-        if bad:
+        if bad := next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None):
             return self._failed(f"step {state.step} is not saved: {bad} has values that are not finite numbers")
 
         def model_files(new: Path) -> None:
