@@ -120,10 +120,9 @@ class Batch:
     def step(self) -> list[tuple[int, int]]:
         """(text, its next token) for every text that has not ended."""
         rows, ids, ready = self.started or self._start()
-        self.started = None
         full = any(self.lengths[text] == self.decoder.config.block_size for text in self.rows)
-        if self.decoder.on_cuda and self.steps_left > 0 and not full:  # so the GPU does not wait for Python
-            self.started = self._start(ahead=True)
+        ahead = self.decoder.on_cuda and self.steps_left > 0 and not full  # so the GPU does not wait for Python
+        self.started = self._start(ahead=True) if ahead else None
         if ready:
             ready.synchronize()
         new = [(text, token) for text, token in zip(rows, ids.tolist()) if text in self.rows]
