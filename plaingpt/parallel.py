@@ -22,8 +22,6 @@ def wrap(
 
     sharding: `ddp`: every process has the full model. `fsdp`: each has an equal shard of parameters, gradients and
         optimizer state, and gathers a block while it is computed. `hybrid`: fsdp within a node, ddp between nodes.
-    recompute: activation checkpointing: the backward pass computes each block again.
-    compiled: use torch.compile.
     """
     model.recompute = recompute
     speed_up(model)
