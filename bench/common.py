@@ -49,13 +49,8 @@ def _run(job: Callable, arguments: tuple) -> Any:
 def timed_command(script: Path, settings: list[str], on_line: Callable[[str, float], None] = lambda *_: None) -> float:
     """Run a script in its folder; returns the seconds. `on_line` gets each printed line and the seconds until then."""
     started, lines = time.perf_counter(), []
-    process = subprocess.Popen(
-        [sys.executable, "-u", script, *settings],
-        cwd=script.parent,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "-u", script, *settings], cwd=script.parent, **pipes)
     for line in process.stdout:
         lines.append(line)
         on_line(line, time.perf_counter() - started)

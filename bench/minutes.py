@@ -54,20 +54,12 @@ def run(text: str, named: str, flags: list[str], bench: BenchConfig) -> None:
         started = time.monotonic()
         subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=True)
         seconds = time.monotonic() - started
-        evaluate = [
-            *train,
-            *where,
-            f"--init_from={folder}/out/best",
-            "--eval_only",
-            "--eval_iters=0",
-            "--batch_size=16",
-        ]
-        found = subprocess.run(evaluate, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=True).stderr
+        best = [f"--init_from={folder}/out/best", "--eval_only", "--eval_iters=0", "--batch_size=16"]
+        found = subprocess.run([*train, *where, *best], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=True).stderr
         settings = json.loads(Path(folder, "out", "last", "training.json").read_text())["settings"]
     data = open_data_set(Path(bench.data_dir) / text, check=False)
-    shape = {
-        name: settings[name] for name in ("n_layer", "n_embd", "block_size", "batch_size", "max_iters", "learning_rate")
-    }
+    names = ("n_layer", "n_embd", "block_size", "batch_size", "max_iters", "learning_rate")
+    shape = {name: settings[name] for name in names}
     tokens = settings["max_iters"] * settings["batch_size"] * settings["gradient_accumulation_steps"]
     result = dict(text=text, run=named, minutes=bench.minutes, seconds=round(seconds, 1)) | shape
     result |= dict(epochs=round(tokens * settings["block_size"] / len(data.train), 2), extra=bench.extra)
