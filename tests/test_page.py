@@ -282,12 +282,7 @@ def test_the_views_show_the_models_own_numbers(opened, tiny_run):
     page.click("#walk-text .chip >> nth=4")
     sync_api.expect(page.locator("#steps")).to_contain_text("Position 4 is")
     show(page, "run")
-    for fact in (
-        f"parameters{model.num_parameters():,}",
-        "val_bpb",
-        "datasettiny",
-        "learning_rate0.01",
-    ):
+    for fact in (f"parameters{model.num_parameters():,}", "val_bpb", "datasettiny", "learning_rate0.01"):
         sync_api.expect(page.locator("#facts")).to_contain_text(fact)
     assert page.locator("#curves path.training, #curves path.validation").count() == 2
     assert str(tiny_run.parent) not in page.content()

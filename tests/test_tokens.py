@@ -170,10 +170,7 @@ def test_a_large_data_set_opens_without_being_read_and_is_compared_on_request(da
 def test_an_id_outside_the_vocabulary_is_refused_wherever_it_is_read(files):
     tokens = Tokens(np.split(np.array([0, 1, 2, 3, 9, 3, 2, 1], np.uint16), files), None, vocab_size=9)
     assert tokens.windows(np.array([0, 1]), 3).tolist() == [[0, 1, 2], [1, 2, 3]]
-    reads = (
-        lambda: tokens.windows(np.array([0, 2]), 3),
-        lambda: list(tokens.all()),
-    )
+    reads = (lambda: tokens.windows(np.array([0, 2]), 3), lambda: list(tokens.all()))
     for read in reads:
         with pytest.raises(UserError, match="the data set has the id 9, but the vocabulary ends at 8"):
             read()
