@@ -64,8 +64,8 @@ class RunState:
         self.evaluations_since_lowest, self.evaluated_at = 0, None
 
 
-def is_below(loss: float, lowest: float | None) -> bool:
-    return loss < (math.inf if lowest is None else lowest)
+def is_below(loss: float | None, lowest: float | None) -> bool:
+    return loss is not None and loss < (math.inf if lowest is None else lowest)
 
 
 def load_state(directory: Path) -> tuple[RunState, Path]:
@@ -90,7 +90,7 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
         with contextlib.suppress(UserError):
             later = _read_state(other.parent)
             comparable = (later.data, later.eval_sequences) == (state.data, state.eval_sequences)
-            if comparable and later.best_val_loss is not None and is_below(later.best_val_loss, state.best_val_loss):
+            if comparable and is_below(later.best_val_loss, state.best_val_loss):
                 state.best_val_loss, state.best_step = later.best_val_loss, later.best_step
     return state, found
 
@@ -133,10 +133,9 @@ class Saver:
         self.wait()
         weights = gather(self.model.weights(), self.dist)
         moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
-        is_best = val_loss is not None and is_below(val_loss, self.state.best_val_loss)
-        if is_best:
+        if is_best := is_below(val_loss, self.state.best_val_loss):
             self._best = val_loss, self.state.step
-        if val_loss is not None and is_below(val_loss, self.state.lowest_val_loss):
+        if is_below(val_loss, self.state.lowest_val_loss):
             self.state.lowest_val_loss, self.state.evaluations_since_lowest = val_loss, 0
         elif val_loss is not None:
             self.state.evaluations_since_lowest += 1
