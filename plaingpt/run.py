@@ -67,10 +67,8 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
             "sequences per step: keep the product"
         )
     if config.max_iters < state.step and not config.eval_only:
-        steps = counted(state.step, "step")
-        raise UserError(
-            f"max_iters={config.max_iters}, but the checkpoint in {directory} has {steps}: raise --max_iters"
-        )
+        found = f"the checkpoint in {directory} has {counted(state.step, 'step')}"
+        raise UserError(f"max_iters={config.max_iters}, but {found}: raise --max_iters")
     return config
 
 
