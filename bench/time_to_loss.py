@@ -174,11 +174,9 @@ def main() -> None:
     config, _ = load_settings(BenchConfig)
     changes = config.changes.split()
     recipe, _ = load_settings(TrainConfig, [config.recipe, *changes])
+    adamw = [*changes, *as_flags(THEIRS), "--optimizer=adamw", "--lr_schedule=cosine"]
     variants = {
-        "adamw": (
-            "nanoGPT's recipe in our train.py",
-            [*changes, *as_flags(THEIRS), "--optimizer=adamw", "--lr_schedule=cosine"],
-        ),
+        "adamw": ("nanoGPT's recipe in our train.py", adamw),
         "ours": ("our recipe", changes),
         "short": ("our recipe, short", [*changes, *config.quick.split()]),
     }

@@ -49,12 +49,8 @@ class Host:
     def torchrun(self, *command: object, nodes: int = 2, max_restarts: int = 3, **environment: str) -> subprocess.Popen:
         """Start torchrun with one worker here, as the scheduler of a cluster would; what it says goes on in the log."""
         options = [f"--nnodes={nodes}", "--nproc_per_node=1", f"--max_restarts={max_restarts}"]
-        options += [
-            "--rdzv_backend=c10d",
-            f"--rdzv_endpoint={ENDPOINT}",
-            f"--rdzv_conf={QUICK},is_host={int(self.address in ENDPOINT)}",
-        ]
-        options += [f"--local_addr={self.address}", "--monitor_interval=0.1"]
+        options += ["--rdzv_backend=c10d", f"--rdzv_endpoint={ENDPOINT}", f"--local_addr={self.address}"]
+        options += [f"--rdzv_conf={QUICK},is_host={int(self.address in ENDPOINT)}", "--monitor_interval=0.1"]
         inside = ["ip", "netns", "exec", self.name, sys.executable, "-m", "torch.distributed.run"]
         environment = child_environment(GLOO_SOCKET_IFNAME="eth0", **environment)
         with open(self.log, "a") as log:

@@ -97,9 +97,8 @@ def test_short_runs_on_cuda_are_not_compiled(data):
 
     def compiled(minutes, given=None, dist=cuda):
         config = TrainConfig(minutes=minutes, **(given or {}))
-        return choose_settings(config, dict.fromkeys(given or {}, "--"), data, dist, lambda *_: 1e6)[0].compiles_on(
-            "cuda"
-        )
+        found, _ = choose_settings(config, dict.fromkeys(given or {}, "--"), data, dist, lambda *_: 1e6)
+        return found.compiles_on("cuda")
 
     assert not compiled(9) and compiled(10)
     assert compiled(9, {"compile": True}) and compiled(9, dist=DIST)

@@ -85,13 +85,8 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, bias):
 
 
 def test_saved_files_are_those_of_a_hugging_face_model_and_no_pickle(saved):
-    assert {path.name for path in saved.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in saved.iterdir()} == names
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "char", "byte", "bpe"])

@@ -148,9 +148,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path, capsys):
 
 
 def test_numbers_too_large_to_draw_are_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "train_loss": 1' + "0" * 320 + '}\n{"step": 2, "train_loss": NaN}\n'
-    )
+    lines = '{"step": 1, "train_loss": 1' + "0" * 320 + '}\n{"step": 2, "train_loss": NaN}\n'
+    (tmp_path / "metrics.jsonl").write_text(lines)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
@@ -241,7 +240,6 @@ def test_a_file_of_the_user_is_not_overwritten_and_one_that_was_cut_is(tmp_path)
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(
-        b'{"step": 1, "lr": 2}\n[]\n3\n{"lr": 1}\n{"step": "x"}\n\xff\n' + b"[" * 10**5
-    )
+    lines = b'{"step": 1, "lr": 2}\n[]\n3\n{"lr": 1}\n{"step": "x"}\n\xff\n' + b"[" * 10**5
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "lr": 2}]

@@ -149,9 +149,8 @@ def test_momentum_is_muons():
         for seed in range(2):
             set_gradients(model, seed)
             apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 0.0)
-        moved.append(
-            [p.detach().clone() for p in (model.transformer.h[0].mlp.c_fc.weight, model.transformer.wte.weight)]
-        )
+        weights = (model.transformer.h[0].mlp.c_fc.weight, model.transformer.wte.weight)
+        moved.append([p.detach().clone() for p in weights])
     (matrix, embedding), (other_matrix, other_embedding) = moved
     assert not torch.equal(matrix, other_matrix)
     assert torch.equal(embedding, other_embedding)

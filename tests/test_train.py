@@ -58,10 +58,8 @@ def test_a_run_leaves_its_files(tiny_run):
     model_files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     model_files |= {"tokenizer_config.json", "SHA256SUMS"}
     assert {path.name for path in (tiny_run / "best").iterdir()} == model_files
-    assert {path.name for path in (tiny_run / "last").iterdir()} == model_files | {
-        "optimizer.safetensors",
-        "training.json",
-    }
+    last = {path.name for path in (tiny_run / "last").iterdir()}
+    assert last == model_files | {"optimizer.safetensors", "training.json"}
 
 
 def test_metrics_have_the_keys_of_the_contract(tiny_run):
@@ -117,16 +115,13 @@ def test_max_iters_is_exact_and_the_last_update_is_evaluated_and_saved(tmp_path,
 
 
 def test_best_is_the_model_of_the_lowest_loss(tmp_path, train):
-    train(tmp_path / "run", max_iters=4, eval_interval=1, learning_rate=0.5, warmup_iters=0, grad_clip=0, min_lr=0.5)
-    losses = {
-        line["step"]: line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line and line["step"]
-    }
+    train(tmp_path / "run", **GETS_WORSE | {"max_iters": 4})
+    evaluated = [line for line in records(tmp_path / "run") if "val_loss" in line and line["step"]]
+    losses = {line["step"]: line["val_loss"] for line in evaluated}
     best = min(losses, key=losses.get)
     assert best != 4, "this test wants a run that gets worse"
     assert load_state(tmp_path / "run" / "last")[0].best_val_loss == losses[best]
-    train(
-        tmp_path / "short", max_iters=best, eval_interval=1, learning_rate=0.5, warmup_iters=0, grad_clip=0, min_lr=0.5
-    )
+    train(tmp_path / "short", **GETS_WORSE | {"max_iters": best})
     assert largest_difference(weights(tmp_path / "run", "best/model.safetensors"), weights(tmp_path / "short")) == 0
 
 
@@ -314,11 +309,8 @@ def test_a_run_that_does_not_fit_in_memory_is_refused_before_it_is_loaded(tmp_pa
 
 
 def test_resume_without_a_checkpoint_is_one_line_and_status_2(tmp_path, resume):
-    ended = resume(tmp_path / "none", status=2)
-    assert (
-        ended.err
-        == f"train.py: {tmp_path / 'none' / 'last'}: no checkpoint there; start the run without --init_from=resume\n"
-    )
+    problem = f"{tmp_path / 'none' / 'last'}: no checkpoint there; start the run without --init_from=resume"
+    assert resume(tmp_path / "none", status=2).err == f"train.py: {problem}\n"
 
 
 def test_auto_starts_a_run_and_then_goes_on_with_it(tmp_path, train):
@@ -716,10 +708,8 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
     best = min(range(len(losses)), key=losses.__getitem__)
     assert len(losses) == best + 1 + 3 < 30
     assert f"ended early, after step {len(losses)}: 3 evaluations without improvement" in ended.err
-    assert (
-        f"lowest val_loss {min(losses):.4f} at step {best + 1}, saved in {tmp_path}/run/best, and has risen"
-        in ended.err
-    )
+    lowest = f"lowest val_loss {min(losses):.4f} at step {best + 1}"
+    assert f"{lowest}, saved in {tmp_path}/run/best, and has risen" in ended.err
     assert load_state(tmp_path / "run" / "last")[0].step == len(losses)
     train(tmp_path / "parts", patience=3, **GETS_WORSE | {"max_iters": best + 2})
     resume(tmp_path / "parts", max_iters=30)
@@ -788,14 +778,8 @@ def test_a_data_set_that_was_made_anew_is_noticed(tmp_path, train, resume, data_
     assert "is not the one that" not in resume(tmp_path / "run", max_iters=2, data_dir=tmp_path / "data").err
     text = (data_dir / "tiny.txt").read_text()
     (tmp_path / "tiny.txt").write_text(text[100:] + text[:100])
-    arguments = [
-        tmp_path / "tiny.txt",
-        f"--data_dir={tmp_path / 'data'}",
-        "--tokenizer=char",
-        "--name=tiny",
-        "--val_fraction=0.1",
-    ]
-    assert run_main("prepare_data", *arguments).status == 0
+    again = [f"--data_dir={tmp_path / 'data'}", "--tokenizer=char", "--name=tiny", "--val_fraction=0.1"]
+    assert run_main("prepare_data", tmp_path / "tiny.txt", *again).status == 0
     assert "is not the one that" in resume(tmp_path / "run", max_iters=3, data_dir=tmp_path / "data").err
 
 
