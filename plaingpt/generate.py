@@ -155,17 +155,16 @@ class Batch:
     def _read(self) -> None:
         """Read all but the last token of each row that the cache lacks."""
         block = self.decoder.config.block_size
-        unread = {}  # rows by how much they have to read before their last token: equal lengths need no padding
+        unread = {}  # {length: {row: its unread ids before the last token}}: equal lengths need no padding
         for row, text in enumerate(self.rows):
             if self.lengths[text] == block:
                 self.starts[text] = len(self.texts[text]) - max(1, block // 2)
                 self.lengths[text] = 0
-            if ahead := len(self.texts[text]) - self.starts[text] - self.lengths[text] - 1:
-                unread.setdefault(ahead, []).append(row)
-                self.lengths[text] = ahead
-        for length, rows in unread.items():
-            texts = [(self.texts[text], self.starts[text]) for text in (self.rows[row] for row in rows)]
-            self.decoder.read([text[start : start + length] for text, start in texts], self.cache, rows)
+            if ids := self.texts[text][self.starts[text] + self.lengths[text] : -1]:
+                unread.setdefault(len(ids), {})[row] = ids
+                self.lengths[text] = len(ids)
+        for ids_of in unread.values():
+            self.decoder.read([*ids_of.values()], self.cache, [*ids_of])
 
     def _prepare(self, ahead: bool = False) -> tuple[int, int]:
         """Read what the cache lacks, and upload what a step needs.
