@@ -221,7 +221,7 @@ class Deadline:
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
             note("ending early: the validation loss no longer falls")
             return self.with_steps(config, state, steps, dist)
-        evaluating = step % config.eval_interval == 0 and self.warmup_end < step < config.max_iters
+        evaluating = step % config.eval_interval == 0 and step > self.warmup_end
         if step not in (self.measured_from, self.warmup_end) and not evaluating:
             return config
         dist.synchronize()
