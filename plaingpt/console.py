@@ -81,8 +81,7 @@ def _report_to_torchrun(line: str, first: bool) -> None:
     first: errors of other processes in the same second follow from this one.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        timestamp = str(int(time.time()) - first)
-        report = {"message": {"message": line, "extraInfo": {"timestamp": timestamp}}}
+        report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()) - first)}}}
         with contextlib.suppress(OSError):
             with open(f"{path}.new", "w") as file:
                 json.dump(report, file)
