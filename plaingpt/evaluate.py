@@ -16,9 +16,7 @@ from plaingpt.tokens import DataSet, Tokens
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed, stop: StopSignal | None = None) -> float | None:
-    """Mean loss in nats over every target of `batches`, divided among the ranks; None if `stop` asks for it before the
-    end. All ranks.
-    """
+    """Mean loss in nats over all targets, divided among the ranks; None if `stop` is set meanwhile. All ranks."""
     model.eval()
     losses, count = [], 0
     # The same number of passes on every rank, as a sharded model needs; a batch beyond the last has no targets.
