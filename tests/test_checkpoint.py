@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, made_text
+from conftest import ROOT, edit_json, made_text
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
@@ -340,10 +340,6 @@ def test_a_larger_block_is_refused(saved):
 def test_dropout_is_the_loaders_choice(saved):
     assert load_model(saved)[0].config.dropout == 0.0
     assert load_model(saved, dropout=0.3)[0].config.dropout == 0.3
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(

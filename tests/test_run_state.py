@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, child_environment
+from conftest import ROOT, child_environment, edit_json
 from safetensors.torch import load_file, save_file
-from test_checkpoint import edit_json, logits, of_kind
+from test_checkpoint import logits, of_kind
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
@@ -132,9 +132,7 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(("step", "message"), [(4.0, None), (1e300, "step must be"), (10**300, "step must be")])
 def test_an_odd_number_in_training_json_is_an_int_or_refused(tmp_path, step, message):
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=4)
-    (tmp_path / "last" / "SHA256SUMS").unlink()
-    path = tmp_path / "last" / "training.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": step}))
+    edit_json(tmp_path / "last" / "training.json", step=step)
     if message:
         with pytest.raises(UserError, match=message):
             load_state(tmp_path / "last")
@@ -269,7 +267,6 @@ def test_optimizer_state_that_is_not_finite_is_refused(tmp_path):
 def test_values_of_another_type_in_training_json_are_a_user_error(tmp_path, changes):
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"))
     edit_json(tmp_path / "last" / "training.json", **changes)
-    (tmp_path / "last" / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=next(iter(changes))):
         load_state(tmp_path / "last")
 

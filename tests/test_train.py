@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, child_environment, run_main
+from conftest import ROOT, TINY, child_environment, edit_json, run_main
 from safetensors.torch import load_file
 from test_distributed import TORCHRUN
 
@@ -284,27 +284,21 @@ def test_a_recipe_given_again_on_resume_changes_neither_evaluations_nor_what_is_
 
 def test_a_resume_on_other_data_is_reported(tmp_path, train, resume, data_dir):
     train(tmp_path / "run", max_iters=1)
-    path = tmp_path / "run" / "last" / "training.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "another"}))
-    (path.parent / "SHA256SUMS").unlink()
+    edit_json(tmp_path / "run" / "last" / "training.json", data="another")
     assert "is not the one that" in resume(tmp_path / "run", max_iters=2).err
 
 
 def test_the_best_loss_on_other_data_is_forgotten(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=6)
-    path = tmp_path / "run" / "last" / "training.json"
     changes = {"data": "another", "best_val_loss": 0.01, "evaluations_since_lowest": 1}
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    (path.parent / "SHA256SUMS").unlink()
+    edit_json(tmp_path / "run" / "last" / "training.json", **changes)
     resume(tmp_path / "run", max_iters=7)
     assert load_state(tmp_path / "run" / "last")[0].best_step == 7
 
 
 def test_a_run_that_does_not_fit_in_memory_is_refused_before_it_is_loaded(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=1)
-    path = tmp_path / "run" / "last" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_layer": 10**8}))
-    (path.parent / "SHA256SUMS").unlink()
+    edit_json(tmp_path / "run" / "last" / "config.json", n_layer=10**8)
     assert "need at least" in resume(tmp_path / "run", max_iters=2, status=2).err
 
 
@@ -722,10 +716,8 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
 
 def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=1)
-    path = tmp_path / "run" / "last" / "training.json"
     changes = {"lowest_val_loss": 0.0, "best_val_loss": 0.0, "evaluations_since_lowest": 2}
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    (path.parent / "SHA256SUMS").unlink()
+    edit_json(tmp_path / "run" / "last" / "training.json", **changes)
     ended = resume(tmp_path / "run", max_iters=9, patience=3)
     assert "ended early, after step 3: 3 evaluations without improvement (--patience)" in ended.err
     assert "lowest val_loss 0.0000 at step" in ended.err
@@ -749,10 +741,8 @@ def test_the_loss_scale_is_saved_and_comes_back(tmp_path, train, resume):
 def test_skipped_updates_are_counted_and_reported_and_a_resume_goes_on_counting(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=1, dtype="float16")
     path = tmp_path / "run" / "last" / "training.json"
-    training = json.loads(path.read_text())
-    training["scaler"]["scale"] = 2.0**27  # gradients overflow until it has been halved some times
-    path.write_text(json.dumps(training))
-    (path.parent / "SHA256SUMS").unlink()
+    scaler = json.loads(path.read_text())["scaler"]
+    edit_json(path, scaler=scaler | {"scale": 2.0**27})  # gradients overflow until it has been halved some times
     ended = resume(tmp_path / "run", max_iters=15, dtype="float16")
     counts = [line.get("skipped", 0) for line in records(tmp_path / "run") if "train_loss" in line]
     assert counts[:2] == [0, 1] and counts == sorted(counts)
