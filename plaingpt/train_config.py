@@ -136,13 +136,12 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
     }
 
     def __post_init__(self):
-        if self.learning_rate is None:
-            new = self.optimizer == "muon" and self.init_from in ("scratch", "auto")
-            rate = learning_rate(self.n_embd, self.max_iters) if new else 6e-4
-            object.__setattr__(self, "learning_rate", rate)
-        lowest = self.learning_rate / 10 if self.lr_schedule == "cosine" else 0.0
-        values = (min(2000, self.max_iters // 20), self.max_iters, lowest)
-        for name, value in zip(DERIVED, values):
+        new = self.optimizer == "muon" and self.init_from in ("scratch", "auto")
+        peak = self.learning_rate or (learning_rate(self.n_embd, self.max_iters) if new else 6e-4)
+        lowest = peak / 10 if self.lr_schedule == "cosine" else 0.0
+        derived = {"learning_rate": peak, "warmup_iters": min(2000, self.max_iters // 20)}
+        derived |= {"lr_decay_iters": self.max_iters, "min_lr": lowest}
+        for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
