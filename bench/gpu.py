@@ -40,7 +40,7 @@ from plaingpt.distributed import Distributed, connect
 from plaingpt.generate import Batch, Decoder, Sampling
 from plaingpt.optimizer import MATRICES_AT_ONCE, SkippedSteps, apply_gradients, make_optimizers
 from plaingpt.parallel import wrap
-from plaingpt.run import MODEL_SETTINGS
+from plaingpt.run import MODEL_SETTINGS, new_shape
 from plaingpt.settings import load_settings
 from plaingpt.tokens import open_data_set
 from train import TrainConfig, set_up, train_step
@@ -312,11 +312,10 @@ def small_steps(bench: Bench) -> None:
     """Steps of config/train_shakespeare_char.py with micro-steps as CUDA graphs, and launched kernel by kernel."""
     config, _ = load_settings(TrainConfig, [str(ROOT / "config/train_shakespeare_char.py")])
     data = open_data_set(Path(bench.config.data_dir) / "shakespeare_char")
-    shape = {name: getattr(config, name) for name in MODEL_SETTINGS}
     steps, losses = 5 if bench.quick else 100, []
     for name in ("graphs", "kernel by kernel"):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **shape))
+        model = GPT(new_shape(config, data))
         run = set_up(config, data, model, 1, bench.dist)
         if run.gradients and name != "graphs":
             run.gradients, run.micro_step, run.update = [], run.micro_step.function, run.update.function
