@@ -6,6 +6,7 @@ python train.py config/train_shakespeare_char.py --batch_size=32
 import builtins
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import runpy
@@ -64,19 +65,15 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     files, flags = _split(argv, hints | dict.fromkeys(retired))
     if hint := hints.pop(positional, None):
         values[positional], files = [check_value(positional, file, hint, file) for file in files], []
-
-    def assign(source: str, name: str, value: Any) -> None:
+    recipes = ((path, name, value) for path in files for name, value in _read_recipe(path, cls, values).items())
+    parsed = ((f"--{name}", name, _parse(text, hints.get(name))) for name, text in flags)
+    for source, name, value in itertools.chain(recipes, parsed):  # a recipe runs when the ones before it are applied
         if name in retired:
-            return note(f"{source}: {name}: {retired[name]}")
-        if name not in hints:
+            note(f"{source}: {name}: {retired[name]}")
+        elif name in hints:
+            values[name], given[name] = check_value(name, value, hints[name], source), source
+        else:
             raise UserError(_no_setting(name, source, hints))
-        values[name], given[name] = check_value(name, value, hints[name], source), source
-
-    for path in files:
-        for name, value in _read_recipe(path, cls, values).items():
-            assign(path, name, value)
-    for name, text in flags:
-        assign(f"--{name}", name, _parse(text, hints.get(name)))
     return cls(**values), given
 
 
