@@ -112,9 +112,8 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
         example = f", such as --out_dir={path}" if os.path.isdir(path) else ""
         raise UserError(f"{path}: no such recipe file; settings are written --name=value{example}")
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    modules = {name: sys.modules.get(name) for name in ("os", "sys", "time", "math", "torch")} | {
-        "np": sys.modules.get("numpy")
-    }
+    modules = {name: sys.modules.get(name) for name in ("os", "sys", "time", "math", "torch", "numpy")}
+    modules["np"] = modules.pop("numpy")
     try:  # as builtins, so that only the recipe's own assignments are among its names
         names = runpy.run_path(path, {"__builtins__": vars(builtins) | modules | defaults | values})
     except (Exception, SystemExit) as error:
