@@ -129,8 +129,8 @@ def _leaves(hint: Any) -> list[Any]:
 
 def _kinds(hint: Any) -> str:
     """What a setting accepts, for people: `int`, `float`, `ddp|fsdp`."""
-    kinds = [leaf for leaf in _leaves(hint) if isinstance(leaf, type | str | int) and leaf is not types.NoneType]
-    return "|".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    kinds = [leaf for leaf in _leaves(hint) if isinstance(leaf, type | str) and leaf is not types.NoneType]
+    return "|".join(getattr(kind, "__name__", kind) for kind in kinds)
 
 
 def _parse(text: str, hint: Any) -> Any:
@@ -141,7 +141,7 @@ def _parse(text: str, hint: Any) -> Any:
             return None
         if bool in allowed:
             return SWITCH[text.lower()]
-        if any(leaf in (int, float) or isinstance(leaf, int) for leaf in allowed):
+        if int in allowed or float in allowed:
             return int(text) if text.lstrip("+-").isdigit() else float(text)
     return text
 
@@ -154,7 +154,7 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     if type(value) is float and int in allowed and value.is_integer():
         value = int(value)  # people write 1e5 for 100000
     ranges = [leaf for leaf in allowed if isinstance(leaf, Range)]
-    fits = type(value) in allowed or (type(value) in (str, int) and value in allowed)
+    fits = type(value) in allowed or (type(value) is str and value in allowed)
     if not fits or (value is not None and any(value not in bounds for bounds in ranges)):
         wanted = _kinds(hint) + "".join(f" ({bounds.described(value)})" for bounds in ranges)
         raise UserError(f"{setting} must be {wanted}, not {value!r:.100}")
