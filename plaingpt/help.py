@@ -24,13 +24,12 @@ def show_help(cls: type, positional: str, kinds: dict[str, str]) -> NoReturn:
         section = parser.add_argument_group("Settings" if group is cls else group.__name__.removesuffix("Settings"))
         meanings = docstrings(group)
         for setting in dataclasses.fields(group):
-            about = meanings[setting.name].replace("%", "%%")
+            about, name, kind = meanings[setting.name], f"--{setting.name}", kinds[setting.name]
             if setting.name == positional:
-                section.add_argument(positional, metavar=positional.upper(), help=about)
-                continue
-            if setting.default is not None:
-                about += f" (default: {setting.default!r})".replace("%", "%%")
-            section.add_argument(f"--{setting.name}", metavar=kinds[setting.name], help=about)
+                name, kind = positional, positional.upper()
+            elif setting.default is not None:
+                about += f" (default: {setting.default!r})"
+            section.add_argument(name, metavar=kind, help=about.replace("%", "%%"))
     if positional not in kinds:
         parser.add_argument_group(positional.capitalize(), "Python files that assign settings; flags override them.")
     parser.print_help()
@@ -39,9 +38,5 @@ def show_help(cls: type, positional: str, kinds: dict[str, str]) -> NoReturn:
 
 def docstrings(cls: type) -> dict[str, str]:
     """The string below each field of a dataclass."""
-    lines = itertools.pairwise(ast.parse(inspect.getsource(cls)).body[0].body)
-    return {
-        field.target.id: text.value.value
-        for field, text in lines
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    statements = itertools.pairwise(ast.parse(inspect.getsource(cls)).body[0].body)
+    return {field.target.id: text.value.value for field, text in statements if isinstance(text, ast.Expr)}
