@@ -1,11 +1,14 @@
-"""Typed settings: a dataclass filled from its defaults, then recipe files, then flags.
+"""Typed settings: a dataclass filled from its defaults, then recipe files, then flags; and `--help`.
 
 python train.py config/train_shakespeare_char.py --batch_size=32
 """
 
+import argparse
+import ast
 import builtins
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import math
 import os
@@ -14,10 +17,9 @@ import sys
 import types
 import typing
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from plaingpt.console import UserError, closest, note, one_line
-from plaingpt.help import show_help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     hints = typing.get_type_hints(cls, include_extras=True)
     hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     if {"-h", "--help"} & {*argv}:
-        show_help(cls, positional, {name: _kinds(hint) for name, hint in hints.items()})
+        _show_help(cls, positional, hints)
     retired, values, given = getattr(cls, "RETIRED", {}), {}, {}
     files, flags = _split(argv, hints | dict.fromkeys(retired))
     if hint := hints.pop(positional, None):
@@ -163,3 +165,33 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     if not value:
         raise UserError(f"{setting} is empty")
     return os.path.expanduser(value)
+
+
+def _show_help(cls: type, positional: str, hints: dict[str, Any]) -> NoReturn:
+    """Print the fields of a dataclass with their docstrings, grouped by the dataclasses it inherits from, and exit."""
+    parser = argparse.ArgumentParser(
+        usage=f"%(prog)s [{positional.upper()} ...] [--name=value ...]",
+        description=sys.modules[cls.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    for group in [base for base in cls.__bases__ if dataclasses.is_dataclass(base)] or [cls]:
+        section = parser.add_argument_group("Settings" if group is cls else group.__name__.removesuffix("Settings"))
+        meanings = _docstrings(group)
+        for setting in dataclasses.fields(group):
+            about, name, kind = meanings[setting.name], f"--{setting.name}", _kinds(hints[setting.name])
+            if setting.name == positional:
+                name, kind = positional, positional.upper()
+            elif setting.default is not None:
+                about += f" (default: {setting.default!r})"
+            section.add_argument(name, metavar=kind, help=about.replace("%", "%%"))
+    if positional not in hints:
+        parser.add_argument_group(positional.capitalize(), "Python files that assign settings; flags override them.")
+    parser.print_help()
+    sys.exit(0)
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass."""
+    statements = itertools.pairwise(ast.parse(inspect.getsource(cls)).body[0].body)
+    return {field.target.id: text.value.value for field, text in statements if isinstance(text, ast.Expr)}

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["model", "plaingpt.startup"],
     ["plaingpt.console"],
-    ["plaingpt.cpu", "plaingpt.graphs", "plaingpt.help", "plaingpt.workarounds"],
+    ["plaingpt.cpu", "plaingpt.graphs", "plaingpt.workarounds"],
     ["plaingpt.settings"],
     ["plaingpt.generate", "plaingpt.train_config"],
     ["plaingpt.files"],
