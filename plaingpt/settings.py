@@ -88,12 +88,11 @@ def _split(argv: list[str], hints: dict[str, Any]) -> tuple[list[str], list[tupl
         name = flag[2:].replace("-", "_")
         if word == "-" or not word.startswith("-"):
             files.append(word)
-            continue
-        if not word.startswith("--"):
+        elif not word.startswith("--"):
             raise UserError(f"{word}: flags begin with --")
-        if name not in hints:
+        elif name not in hints:
             raise UserError(_no_setting(name, flag, hints))
-        if equals:
+        elif equals:
             flags.append((name, text))
         elif bool in _leaves(hints[name]) and (words[0] if words else "").lower() not in (*SWITCH, "none"):
             flags.append((name, "True"))
