@@ -148,7 +148,7 @@ def finish(job: Job, output: Output) -> dict | None:
         if job.parts > 1 and job.is_done():  # the last part was faster than this one, which had been done before
             return done_before(job)
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
-    output.finish()
+    output.save()
     progress = [json_in(job.progress(part)) for part in range(1, job.parts + 1)]
     if missing := sum(not found.get("finished") for found in progress):
         return note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")

@@ -198,7 +198,7 @@ class Output:
         self.unsaved = 0
 
     def seal(self) -> None:
-        """Close the shards and compute their checksums."""
+        """Close the shards and compute their checksums; the next `save` says that the part is finished."""
         self.save()
         for split, shard in self.shards.items():
             shard.close()
@@ -207,8 +207,4 @@ class Output:
                 {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
                 for path in paths
             ]
-        self.shards = {}
-
-    def finish(self) -> None:
-        self.finished = True
-        self.save()
+        self.shards, self.finished = {}, True
