@@ -133,11 +133,8 @@ def encode(batch: Batch, work: Work, encoder: BulkEncoder) -> dict[str, tuple[np
     encoded, dtype = {}, id_dtype(work.tokenizer.vocab_size - 1)
     for split, texts in batch.splits.items():
         if not work.config.split_documents and any(b"|" in text and SEPARATOR in text for text in texts):
-            message = (
-                "<|endoftext|> occurs in the text and is encoded as ordinary text; if it separates documents of a text "
-                "file, give --split_documents"
-            )
-            note_once(message, message)
+            message = "<|endoftext|> occurs in the text and is encoded as ordinary text"
+            note_once(f"{message}; if it separates documents of a text file, give --split_documents", message)
         continued = split in batch.continued
         ids = encoder.encode(texts)[int(continued) :].astype(dtype)
         encoded[split] = ids, sum(map(len, texts)), len(texts) - continued
@@ -202,9 +199,8 @@ class Output:
         self.save()
         for split, shard in self.shards.items():
             shard.close()
-            paths = sorted(self.work.shards.glob(f"part{self.work.part}_{split}_*.bin"))
             self.splits[split]["files"] = [
                 {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
-                for path in paths
+                for path in sorted(self.work.shards.glob(f"part{self.work.part}_{split}_*.bin"))
             ]
         self.shards, self.finished = {}, True
