@@ -31,7 +31,7 @@ def new_file(path: Path, mode: str = "w") -> Iterator[IO]:
         raise OSError(errno.EINVAL, "it exists and is not a file", str(path))  # /dev/null would become one
     temporary = _sibling(path, "new")
     try:
-        _remove(temporary)
+        delete(temporary)
         with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -54,13 +54,13 @@ def new_directory(final: Path) -> Iterator[Path]:
     final = final.resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(final, "new")
-    _remove(temporary)
+    delete(temporary)
     temporary.mkdir()
     try:
         yield temporary
         put_in_place(temporary, final)
     except BaseException:
-        _remove(temporary)
+        delete(temporary)
         raise
 
 
@@ -71,17 +71,17 @@ def put_in_place(new: Path, final: Path) -> None:
     """
     final = final.resolve()  # if `final` is a link to another disk, it remains one
     old = _sibling(final, "old")
-    _remove(new / SUMS)  # of an interrupted attempt
+    delete(new / SUMS)  # of an interrupted attempt
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()) if path.suffix not in UNCHECKED]
     (new / SUMS).write_text("".join(lines))
     for path in [*new.iterdir(), new]:
         fsync(path)
     if final.exists():
-        _remove(old)
+        delete(old)
         final.rename(old)
     new.rename(final)
     fsync(final.parent)
-    _remove(old)
+    delete(old)
 
 
 def existing(final: Path) -> Path | None:
@@ -245,7 +245,7 @@ def _sibling(path: Path, suffix: str) -> Path:
     return path.parent / f".{path.name}.{suffix}"  # `with_name` fails for "/"
 
 
-def _remove(path: Path) -> None:
+def delete(path: Path) -> None:
     """Delete a file, a link (but not its target), or a directory and all it contains, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

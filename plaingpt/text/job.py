@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from plaingpt.console import UserError, counted, note
-from plaingpt.files import fsync, json_in, new_file, put_in_place
+from plaingpt.files import delete, fsync, json_in, new_file, put_in_place
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.pipeline import Output, Work, encode_part
 from plaingpt.text.sources import Source
@@ -108,7 +108,10 @@ def make_work(job: Job) -> Work:
                 job.lock(other).lock.release()  # UserError if a process does that part now
         if job.shards.exists():
             note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
-        clear(job.partial)
+        (job.partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
+        for path in job.partial.iterdir():
+            if path.suffix != ".lock":
+                delete(path)
     try:
         source = job.source.fetched(job.partial)
         tokenizer = Tokenizer.load(job.partial) if is_same else make_plan(job, source)
@@ -181,15 +184,6 @@ def finish(job: Job, output: Output) -> dict | None:
     put_in_place(shards, job.directory)
     remove(job)
     return meta
-
-
-def clear(partial: Path) -> None:
-    (partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
-    for path in partial.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.suffix != ".lock":
-            path.unlink()
 
 
 def remove(job: Job) -> None:
