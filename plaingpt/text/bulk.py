@@ -97,9 +97,7 @@ class BulkEncoder:
 
 
 def has_recent_letter(document: bytes) -> bool:
-    if document.isascii():
-        return False
-    return any(first in document and letters.search(document) is not None for first, letters in RECENT.items())
+    return not document.isascii() and any(byte in document and rare.search(document) for byte, rare in RECENT.items())
 
 
 def _resident_bytes(otherwise: int) -> int:
