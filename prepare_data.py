@@ -86,26 +86,24 @@ def part_of(given: str) -> tuple[int, int]:
 
 def report(directory: Path, meta: dict, seconds: float, tokenizer: str | None) -> None:
     """Print the last lines."""
-    lines = []
     for split, figures in meta["splits"].items():
         tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
         files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
-        size = figures["bytes"] / figures["tokens"]
-        lines.append(f"{split}: {tokens} ({size:.2f} bytes per token), {documents}{files}")
+        average = figures["bytes"] / figures["tokens"]
+        note(f"{split}: {tokens} ({average:.2f} bytes per token), {documents}{files}")
     size = sum(figures["bytes"] for figures in meta["splits"].values())
     rate = f"{size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
-    lines.append(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
+    note(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
     name = directory.name
     place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
     if min(figures["tokens"] for figures in meta["splits"].values()) < 2:
-        lines.append("this is too little text to train on")
+        note("this is too little text to train on")
     elif name in RECIPES and not place:
-        lines.append(f"next: python train.py config/{RECIPES[name]}.py")
+        note(f"next: python train.py config/{RECIPES[name]}.py")
     else:
         is_model = tokenizer and os.path.isfile(os.path.join(tokenizer, "config.json"))
         finetune = f" --init_from={shlex.quote(tokenizer)}" if is_model else ""
-        lines.append(f"next: python train.py --dataset={name}{place}{finetune} --out_dir=out-{name} --minutes=10")
-    note("\n".join(lines))
+        note(f"next: python train.py --dataset={name}{place}{finetune} --out_dir=out-{name} --minutes=10")
 
 
 if __name__ == "__main__":
