@@ -79,9 +79,8 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         others = shlex.join(word for word in wanted if word != named)
         raise UserError(f"{named} cannot be combined with other sources: prepare it without {others}")
     if not wanted:
-        raise UserError(
-            f"name a source: one of {', '.join(NAMED)}, or files, directories and globs of text, or hf:owner/name"
-        )
+        others = "files, directories and globs of text, or hf:owner/name"
+        raise UserError(f"name a source: one of {', '.join(NAMED)}, or {others}")
     if named == "-":
         path = "stdin.jsonl" if json_lines else "stdin.txt"
         return Source("stdin", "standard input", fetch=lambda directory: _standard_input(directory / path), once=True)
@@ -123,9 +122,7 @@ def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...
 
 def _matches(word: str) -> Iterable[str]:
     """The files of a word of the command line."""
-    if os.path.isdir(word):
-        return walk(word)
-    if found := [word] if os.path.isfile(word) else [*_glob(word)]:
+    if found := [word] if os.path.exists(word) else [*_glob(word)]:
         return itertools.chain(filter(os.path.isfile, found), *map(walk, filter(os.path.isdir, found)))
     raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED)}")
 
