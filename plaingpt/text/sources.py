@@ -90,9 +90,7 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         kind = "char" if named == "shakespeare_char" else "gpt2"
         return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
     if named:
-        repository, val_fraction, pinned = HUB.get(named) or (named.removeprefix("hf:").rstrip("/"), 0.01, {})
-        name = named if named in HUB else Path(repository).name
-        return _hub(repository, name, val_fraction, config, pinned)
+        return _hub(named, config)
     files, summary = find_files(wanted, config)
     name = re.sub(r"[^\w-]+", "_", Path(wanted[0]).stem.partition(".")[0]).strip("_-") or "text"
     return Source(name, shlex.join(wanted), files, summary=summary)
@@ -173,13 +171,14 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
     return None
 
 
-def _hub(repository: str, name: str, val_fraction: float, config: PrepareConfig, pinned: dict) -> Source:
+def _hub(named: str, config: PrepareConfig) -> Source:
     """A data set of the Hugging Face hub, or a local directory of that form."""
     if config.streaming and "[" in config.split:
         raise UserError(f"--split={config.split}: a part of a split requires --streaming=False")
     import datasets
     import huggingface_hub
 
+    repository, val_fraction, pinned = HUB.get(named) or (named.removeprefix("hf:").rstrip("/"), 0.01, {})
     configuration, revision = (getattr(config, key) or pinned.get(key) for key in ("config", "revision"))
     try:
         local = Path(repository).is_dir()
@@ -196,6 +195,7 @@ def _hub(repository: str, name: str, val_fraction: float, config: PrepareConfig,
         raise UserError(f"hf:{repository} cannot be opened: {one_line(error)}") from error
     flags = {"config": configuration, "split": config.split, "revision": revision}
     words = [f"hf:{repository}", *(f"--{key}={value}" for key, value in flags.items() if value)]
+    name = named if named in HUB else Path(repository).name
     return Source(name, shlex.join(words), dataset=dataset, val_fraction=val_fraction)
 
 
