@@ -15,7 +15,6 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -33,7 +32,7 @@ from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, PathName, P
 from plaingpt.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SampleConfig:
     out_dir: PathName = "out"
     """directory of a run (best/ is used, else last/) or of a model"""

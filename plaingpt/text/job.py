@@ -12,7 +12,6 @@ import itertools
 import json
 import secrets
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -29,7 +28,7 @@ FORMAT = 7  # version of the .partial directory; work in another version starts 
 MANY_DOCUMENTS = 200  # from here on entire documents go to validation; with fewer, the tail of each
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What is prepared, and which part of it by this process."""
 

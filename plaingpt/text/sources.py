@@ -12,7 +12,6 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -33,7 +32,7 @@ HUB = {  # repository, share for validation, and what is pinned
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Source:
     """Documents in files or in a Hugging Face data set, and what suits them."""
 
