@@ -128,16 +128,14 @@ def divided(text: bytes, boundary: int) -> dict[str, bytes]:
     return {split: data for split, data in parts.items() if data}
 
 
-def encode(batch: Batch, work: Work, encoder: BulkEncoder) -> dict[str, tuple[np.ndarray, int, int]]:
-    """Of each split that gets something: ids with end of text before each document, bytes, documents."""
+def encode(batch: Batch, work: Work, encoder: BulkEncoder) -> dict[str, np.ndarray]:
+    """The ids of each split that gets something, with end of text before each document."""
     encoded, dtype = {}, id_dtype(work.tokenizer.vocab_size - 1)
     for split, texts in batch.splits.items():
         if not work.config.split_documents and any(b"|" in text and SEPARATOR in text for text in texts):
             message = "<|endoftext|> occurs in the text and is encoded as ordinary text"
             note_once(f"{message}; if it separates documents of a text file, give --split_documents", message)
-        continued = split in batch.continued
-        ids = encoder.encode(texts)[int(continued) :].astype(dtype)
-        encoded[split] = ids, sum(map(len, texts)), len(texts) - continued
+        encoded[split] = encoder.encode(texts)[int(split in batch.continued) :].astype(dtype)
     return encoded
 
 
@@ -165,13 +163,13 @@ class Output:
         shard.truncate(filled * self.dtype.itemsize)
         return shard
 
-    def write(self, batch: Batch, encoded: dict[str, tuple[np.ndarray, int, int]]) -> None:
-        for split, (ids, n_bytes, n_documents) in encoded.items():
-            figures = self.splits[split]
+    def write(self, batch: Batch, encoded: dict[str, np.ndarray]) -> None:
+        for split, ids in encoded.items():
+            figures, texts = self.splits[split], batch.splits[split]
             if self.work.part == 1 and not figures["tokens"]:
                 ids = ids[1:]  # end of text stands between documents, not before the first one
-            figures["bytes"] += n_bytes
-            figures["documents"] += n_documents
+            figures["bytes"] += sum(map(len, texts))
+            figures["documents"] += len(texts) - (split in batch.continued)
             self.unsaved += len(ids)
             while len(ids):
                 room = self.work.config.shard_tokens - figures["tokens"] % self.work.config.shard_tokens
