@@ -184,8 +184,7 @@ def _open_foreign(directory: Path) -> DataSet:
         _check_ids(path, array[: None if small else SAMPLE], tokenizer.vocab_size)
     lengths = tokenizer.byte_lengths()
     val.n_bytes = sum(int(lengths[ids].sum()) for ids in val.all())
-    digest = " ".join(str(len(split)) for split in (train, val))
-    return DataSet(train, val, tokenizer, hashlib.sha256(digest.encode()).hexdigest())
+    return DataSet(train, val, tokenizer, hashlib.sha256(f"{len(train)} {len(val)}".encode()).hexdigest())
 
 
 def _open_foreign_ids(path: Path) -> np.ndarray:
