@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from plaingpt.console import RunFailed, UserError, counted, one_line
@@ -180,20 +179,19 @@ def check_column(where: str, names: Sequence[str], column: str) -> None:
         raise UserError(f"{where} has {problem} column {column!r}; name the --column: {', '.join(names)[:300]}")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Shard `index` of a Hugging Face data set, streamed or on disk."""
+class Shard(NamedTuple):
+    """Shard `number` of a Hugging Face data set, streamed or on disk."""
 
     name: str
-    index: int
+    number: int
     shards: int
     dataset: Any
     size = 1  # its bytes are not known: the progress bar counts shards
 
     def texts(self, config: PrepareConfig) -> Iterator[Text]:
-        where = f"{self.name}, shard {self.index}"
+        where = f"{self.name}, shard {self.number}"
         try:
-            shard = self.dataset.shard(num_shards=self.shards, index=self.index)
+            shard = self.dataset.shard(num_shards=self.shards, index=self.number)
             for table in shard.with_format("arrow").iter(batch_size=256):
                 check_column(self.name, table.column_names, config.column)
                 yield from (t for t in _column_texts(table.column(config.column), where, 0, config) if t.data)

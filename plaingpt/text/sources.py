@@ -57,7 +57,7 @@ class Source:
         shards = getattr(self.dataset, "num_shards", None)  # a data set on disk has none
         if shards is None:
             shards = max(1, min(len(self.dataset), (self.dataset.dataset_size or 0) >> 23))
-        return [Shard(self.description, index, shards, self.dataset) for index in range(shards)]
+        return [Shard(self.description, number, shards, self.dataset) for number in range(shards)]
 
     def texts(self, config: PrepareConfig) -> Iterator[str]:
         """The documents; a large text file in pieces."""
