@@ -55,8 +55,7 @@ SWITCH = {"true": True, "1": True, "false": False, "0": False}
 def load_settings(cls: type, argv: list[str] | None = None, positional: str = "recipes") -> tuple[Any, dict[str, str]]:
     """Return an instance of dataclass `cls`, and for each setting that was given the file or flag it came from.
 
-    Positional arguments are recipes, or the elements of the field `positional`. `cls` may have RETIRED {name: why it
-    is ignored}. Raises UserError.
+    Positional arguments are recipes, or elements of the field `positional`. `cls.RETIRED`: why a name is ignored.
     """
     argv = sys.argv[1:] if argv is None else argv
     hints = typing.get_type_hints(cls, include_extras=True)

@@ -55,10 +55,7 @@ def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[
 
 
 def checked(text: bytes, where: str, bad_files: str, position: int = 0) -> bytes:
-    """`text` if it is UTF-8, else what --bad_files asks for: an error, nothing (and a note), or U+FFFD.
-
-    position: of the text in its file.
-    """
+    """`text`, at `position` of a file, if it is UTF-8; else by --bad_files: an error, nothing and a note, or U+FFFD."""
     try:
         if not text.isascii():
             text.decode()
@@ -86,10 +83,7 @@ def too_long(where: str) -> UserError:
 
 
 def last_boundary(data: bytes) -> int:
-    """The last place where a text may be cut without changing its tokens.
-
-    Where there is none, as in a text without spaces, it is cut before its last character.
-    """
+    """The last place where a cut changes no token; without any (no spaces, for example), before the last character."""
     for window_size in (1 << 10, len(data)):  # one is usually near
         start = max(0, len(data) - window_size)
         window = data[start:].decode("utf-8", "surrogateescape")
