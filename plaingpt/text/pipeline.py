@@ -62,13 +62,15 @@ def encode_part(output: "Output", threads: int) -> None:
     if output.position > (0, 0):
         note(f"continuing after {sum(output.splits[split]['tokens'] for split in SPLITS):,} tokens")
     encoding = collections.deque()  # batches and their ids, in order
+    unit = {"unit": "shard"} if work.inputs and isinstance(work.inputs[0], Shard) else {"unit": "B", "unit_scale": True}
+    bar = tqdm(total=sum(found.size for found in work.inputs), desc="encoding", disable=None, **unit)  # on terminals
 
     def write_oldest() -> None:
         batch, ids = encoding.popleft()
         output.write(batch, ids.result())
         bar.update(batch.done - bar.n)
 
-    with progress_bar(work.inputs) as bar, ThreadPoolExecutor(threads) as pool:  # gigatoken releases the GIL
+    with bar, ThreadPoolExecutor(threads) as pool:  # gigatoken releases the GIL
         try:
             for batch in read(work, output.position):
                 encoding.append((batch, pool.submit(encode, batch, work, encoder)))
@@ -79,12 +81,6 @@ def encode_part(output: "Output", threads: int) -> None:
         finally:  # also after a failure or Ctrl-C
             pool.shutdown(cancel_futures=True)
     output.seal()
-
-
-def progress_bar(inputs: list[File | Shard]) -> tqdm:
-    options = {"unit": "shard"} if inputs and isinstance(inputs[0], Shard) else {"unit": "B", "unit_scale": True}
-    total = sum(found.size for found in inputs)
-    return tqdm(total=total, desc="encoding", disable=None, **options)  # None: not if standard error is no terminal
 
 
 def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
