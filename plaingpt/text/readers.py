@@ -209,5 +209,5 @@ READERS = {
 
 def kind_of(path: str) -> str:
     """How a file is read: a key of READERS, or "text"."""
-    match = re.search(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz|\.zst)?$", path.lower())
+    match = re.search(rf"\.({'|'.join(READERS)})(\.gz|\.zst)?$", path.lower())
     return match[1] if match else "text"
