@@ -3,7 +3,6 @@
 python tools/inspect_data.py data/books
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import plaingpt.startup
 import numpy as np
 
 from plaingpt.console import UserError, counted, note, run_script
+from plaingpt.files import json_in
 from plaingpt.settings import PathName, load_settings
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, Tokens, open_data_set
@@ -39,8 +39,7 @@ def main() -> None:
 
 def inspect(directory: Path) -> None:
     data = open_data_set(directory, check_all=True)
-    meta = directory / "meta.json"
-    source = json.loads(meta.read_bytes()).get("source") if meta.exists() else None
+    source = json_in(directory / "meta.json").get("source")
     found = f"from {source}; checksums and ids are correct" if source else "no checksums; ids are correct"
     note(f"{directory}: {found}")
     for split in SPLITS:
