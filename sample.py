@@ -20,7 +20,6 @@ from typing import ClassVar, Literal
 
 import torch
 
-from model import GPT
 from plaingpt.batches import derive_seed
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError, escaped, note, one_line, run_script
@@ -82,7 +81,9 @@ def main() -> None:
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
     model, tokenizer = load_model(which_model(config))
-    decoder = make_decoder(model, config)
+    dist = connect(config.device, config.dtype)
+    fp16 = dist.device.type == "cpu" and config.dtype == "auto" and has_fp16_products()
+    decoder = Decoder(model.to(dist.device), torch.float16 if fp16 else dist.dtype)
     if config.interactive:
         interact(decoder, tokenizer, config)
     else:
@@ -91,12 +92,6 @@ def main() -> None:
         for first in range(0, len(prompts), config.batch_size):
             end = first + config.batch_size
             write(Samples(decoder, tokenizer, config, prompts[first:end], first), last=end >= len(prompts))
-
-
-def make_decoder(model: GPT, config: SampleConfig) -> Decoder:
-    dist = connect(config.device, config.dtype)
-    fp16 = dist.device.type == "cpu" and config.dtype == "auto" and has_fp16_products()
-    return Decoder(model.to(dist.device), torch.float16 if fp16 else dist.dtype)
 
 
 def write(samples: "Samples", last: bool = True) -> None:
