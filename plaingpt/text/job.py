@@ -22,7 +22,7 @@ from plaingpt.text.config import PrepareConfig
 from plaingpt.text.pipeline import Output, Work, encode_part
 from plaingpt.text.sources import Source
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
-from plaingpt.tokens import FORMAT_VERSION, SPLITS, id_dtype
+from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
 FORMAT = 7  # version of the .partial directory; work in another version starts over
 MANY_DOCUMENTS = 200  # from here on entire documents go to validation; with fewer, the tail of each
@@ -173,7 +173,7 @@ def finish(job: Job, output: Output) -> dict | None:
         "format_version": FORMAT_VERSION,
         "tokenizer": job.kind,
         "vocab_size": tokenizer.vocab_size,
-        "dtype": id_dtype(tokenizer.vocab_size - 1).name,
+        "dtype": output.dtype.name,
         "end_of_text": tokenizer.end_of_text,
         "source": job.source.description,
         "plan": job.digest,
