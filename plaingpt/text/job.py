@@ -19,7 +19,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from plaingpt.console import UserError, counted, note
 from plaingpt.files import delete, fsync, json_in, new_file, put_in_place
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.pipeline import Output, Work, encode_part
+from plaingpt.text.pipeline import Part, encode_part
 from plaingpt.text.sources import Source
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
@@ -86,10 +86,10 @@ def prepare(job: Job, threads: int) -> dict | None:
                 return done_before(job)
             job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.part))
-            output = Output(make_work(job))
-        encode_part(output, threads)
+            part = make_part(job)
+        encode_part(part, threads)
         with plan_lock:
-            return finish(job, output)
+            return finish(job, part)
 
 
 def done_before(job: Job) -> None:
@@ -98,7 +98,7 @@ def done_before(job: Job) -> None:
         remove(job)
 
 
-def make_work(job: Job) -> Work:
+def make_part(job: Job) -> Part:
     """What this part has to do. Unfinished work for another result is removed."""
     is_same = job.has_plan() and job.shards.exists()
     if not is_same:
@@ -120,7 +120,7 @@ def make_work(job: Job) -> Work:
         raise
     by_content = json_in(job.partial / "plan.json")["by_content"]
     inputs = source.inputs()[job.part - 1 :: job.parts]
-    return Work(job.shards, job.progress(job.part), job.part, inputs, job.config, tokenizer, by_content)
+    return Part(job.shards, job.progress(job.part), job.part, inputs, job.config, tokenizer, by_content)
 
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
@@ -144,17 +144,17 @@ def count_documents(source: Source, config: PrepareConfig) -> int:
     return sum(1 for _ in itertools.islice(itertools.chain.from_iterable(texts), MANY_DOCUMENTS))
 
 
-def finish(job: Job, output: Output) -> dict | None:
+def finish(job: Job, part: Part) -> dict | None:
     """Complete the data set if this was the last part. It appears complete, or not at all."""
     if not job.has_plan():
         if job.parts > 1 and job.is_done():  # the last part was faster than this one, which had been done before
             return done_before(job)
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
-    output.save()
-    progress = [json_in(job.progress(part)) for part in range(1, job.parts + 1)]
+    part.save()
+    progress = [json_in(job.progress(number)) for number in range(1, job.parts + 1)]
     if missing := sum(not found.get("finished") for found in progress):
         return note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")
-    splits, shards, tokenizer = {}, job.shards, output.work.tokenizer
+    splits, shards, tokenizer = {}, job.shards, part.tokenizer
     for split in SPLITS:
         files = [file for found in progress for file in found["splits"][split]["files"] if file["tokens"]]
         if not files:
@@ -173,7 +173,7 @@ def finish(job: Job, output: Output) -> dict | None:
         "format_version": FORMAT_VERSION,
         "tokenizer": job.kind,
         "vocab_size": tokenizer.vocab_size,
-        "dtype": output.dtype.name,
+        "dtype": part.dtype.name,
         "end_of_text": tokenizer.end_of_text,
         "source": job.source.description,
         "plan": job.digest,

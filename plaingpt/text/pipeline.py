@@ -30,19 +30,6 @@ from plaingpt.tokens import SPLITS, id_dtype
 SAVE_TOKENS = 1 << 25  # ids between two saves of the progress, about a second's work
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one process has to do. Other processes do other parts."""
-
-    shards: Path  # their directory
-    progress: Path
-    part: int  # from 1
-    inputs: list[File | Shard]
-    config: PrepareConfig
-    tokenizer: Tokenizer
-    by_content: bool  # a document goes to a split by its hash; False: the tail of each goes to validation
-
-
 @dataclass
 class Batch:
     """Texts that are encoded together."""
@@ -54,52 +41,126 @@ class Batch:
     continued: set[str] = field(default_factory=set)  # splits whose first text continues a document of the batch before
 
 
-def encode_part(output: "Output", threads: int) -> None:
+@dataclass
+class Part:
+    """What one process has to do, and how far it has come. Other processes do other parts.
+
+    Shard i begins with id i * shard_tokens of its split: the number of ids written says where the next one goes.
+    """
+
+    directory: Path  # of the shards
+    progress: Path
+    number: int  # from 1
+    inputs: list[File | Shard]
+    config: PrepareConfig
+    tokenizer: Tokenizer
+    by_content: bool  # a document goes to a split by its hash; False: the tail of each goes to validation
+
+    def __post_init__(self):
+        found = json_in(self.progress)
+        self.dtype, self.shards, self.unsaved = id_dtype(self.tokenizer.vocab_size - 1), {}, 0
+        self.finished = found.get("finished", False)
+        self.position = tuple(found.get("position", (0, 0)))
+        self.splits = found.get("splits") or {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+
+    def open_shard(self, split: str) -> IO[bytes]:
+        """The shard of the next id, cut to the length that was saved."""
+        index, filled = divmod(self.splits[split]["tokens"], self.config.shard_tokens)
+        shard = open(self.directory / f"part{self.number}_{split}_{index:06}.bin", "ab")  # noqa: SIM115
+        if shard.tell() < filled * self.dtype.itemsize:
+            self.progress.unlink()
+            raise RunFailed(f"{shard.name} was cut; run again: this part starts over")
+        shard.truncate(filled * self.dtype.itemsize)
+        return shard
+
+    def write(self, batch: Batch, encoded: dict[str, np.ndarray]) -> None:
+        for split, ids in encoded.items():
+            figures, texts = self.splits[split], batch.splits[split]
+            if self.number == 1 and not figures["tokens"]:
+                ids = ids[1:]  # end of text stands between documents, not before the first one
+            figures["bytes"] += sum(map(len, texts))
+            figures["documents"] += len(texts) - (split in batch.continued)
+            self.unsaved += len(ids)
+            while len(ids):
+                room = self.config.shard_tokens - figures["tokens"] % self.config.shard_tokens
+                fitting, ids = ids[:room], ids[room:]
+                self.shards[split].write(fitting)
+                figures["tokens"] += len(fitting)
+                if len(fitting) == room:
+                    self.shards[split].close()
+                    fsync(Path(self.shards[split].name))
+                    self.shards[split] = self.open_shard(split)
+        self.position = batch.position
+        if self.unsaved >= SAVE_TOKENS:
+            self.save()
+
+    def save(self) -> None:
+        for shard in self.shards.values():
+            shard.flush()
+            os.fsync(shard.fileno())
+        with new_file(self.progress) as file:
+            json.dump({"position": self.position, "splits": self.splits, "finished": self.finished}, file)
+        self.unsaved = 0
+
+    def seal(self) -> None:
+        """Close the shards and compute their checksums; the next `save` says that the part is finished."""
+        self.save()
+        for split, shard in self.shards.items():
+            shard.close()
+            self.splits[split]["files"] = [
+                {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
+                for path in sorted(self.directory.glob(f"part{self.number}_{split}_*.bin"))
+            ]
+        self.shards, self.finished = {}, True
+
+
+def encode_part(part: Part, threads: int) -> None:
     """Read, encode and write all inputs of a part, from where an earlier process stopped."""
-    if output.finished:
+    if part.finished:
         return
-    work, encoder = output.work, BulkEncoder(output.work.tokenizer)
-    if output.position > (0, 0):
-        note(f"continuing after {sum(output.splits[split]['tokens'] for split in SPLITS):,} tokens")
+    part.shards = {split: part.open_shard(split) for split in SPLITS}
+    encoder = BulkEncoder(part.tokenizer)
+    if part.position > (0, 0):
+        note(f"continuing after {sum(part.splits[split]['tokens'] for split in SPLITS):,} tokens")
     encoding = collections.deque()  # batches and their ids, in order
-    unit = {"unit": "shard"} if work.inputs and isinstance(work.inputs[0], Shard) else {"unit": "B", "unit_scale": True}
-    bar = tqdm(total=sum(found.size for found in work.inputs), desc="encoding", disable=None, **unit)  # on terminals
+    unit = {"unit": "shard"} if part.inputs and isinstance(part.inputs[0], Shard) else {"unit": "B", "unit_scale": True}
+    bar = tqdm(total=sum(found.size for found in part.inputs), desc="encoding", disable=None, **unit)  # on terminals
 
     def write_oldest() -> None:
         batch, ids = encoding.popleft()
-        output.write(batch, ids.result())
+        part.write(batch, ids.result())
         bar.update(batch.done - bar.n)
 
     with bar, ThreadPoolExecutor(threads) as pool:  # gigatoken releases the GIL
         try:
-            for batch in read(work, output.position):
-                encoding.append((batch, pool.submit(encode, batch, work, encoder)))
+            for batch in read(part):
+                encoding.append((batch, pool.submit(encode, batch, part, encoder)))
                 if len(encoding) > 16 * threads:
                     write_oldest()
             while encoding:
                 write_oldest()
         finally:  # also after a failure or Ctrl-C
             pool.shutdown(cancel_futures=True)
-    output.seal()
+    part.seal()
 
 
-def read(work: Work, start: tuple[int, int]) -> Iterator[Batch]:
-    """Batches of the texts after `start`. With dedup, earlier texts are read again for their hashes."""
-    before, batch = 0, Batch()
+def read(part: Part) -> Iterator[Batch]:
+    """Batches of the texts after `part.position`. With dedup, earlier texts are read again for their hashes."""
+    start, before, batch = part.position, 0, Batch()  # the position moves as batches are written
     seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
-    for i, source in enumerate(work.inputs):
-        texts = source.texts(work.config) if work.config.dedup or i >= start[0] else ()
+    for i, source in enumerate(part.inputs):
+        texts = source.texts(part.config) if part.config.dedup or i >= start[0] else ()
         for n, text in enumerate(texts, 1):
             if text.begins:
                 digest, splits_so_far = xxhash.xxh3_64_intdigest(text.data), set()  # splits that have a part of it
-                size = len(text.data) if text.ends or work.by_content else text_size(source, work.config)
-                boundary = int(size * (1 - work.config.val_fraction))
-                if work.config.dedup and text.ends:
+                size = len(text.data) if text.ends or part.by_content else text_size(source, part.config)
+                boundary = int(size * (1 - part.config.val_fraction))
+                if part.config.dedup and text.ends:
                     if digest in seen:
                         continue
                     seen.add(digest)
-            if work.by_content:
-                parts = {split_of(digest, work.config.val_fraction): text.data}
+            if part.by_content:
+                parts = {split_of(digest, part.config.val_fraction): text.data}
             else:
                 parts = divided(text.data, boundary)
                 boundary -= len(text.data)
@@ -124,77 +185,12 @@ def divided(text: bytes, boundary: int) -> dict[str, bytes]:
     return {split: data for split, data in parts.items() if data}
 
 
-def encode(batch: Batch, work: Work, encoder: BulkEncoder) -> dict[str, np.ndarray]:
+def encode(batch: Batch, part: Part, encoder: BulkEncoder) -> dict[str, np.ndarray]:
     """The ids of each split that gets something, with end of text before each document."""
-    encoded, dtype = {}, id_dtype(work.tokenizer.vocab_size - 1)
+    encoded = {}
     for split, texts in batch.splits.items():
-        if not work.config.split_documents and any(b"|" in text and SEPARATOR in text for text in texts):
+        if not part.config.split_documents and any(b"|" in text and SEPARATOR in text for text in texts):
             message = "<|endoftext|> occurs in the text and is encoded as ordinary text"
             note_once(f"{message}; if it separates documents of a text file, give --split_documents", message)
-        encoded[split] = encoder.encode(texts)[int(split in batch.continued) :].astype(dtype)
+        encoded[split] = encoder.encode(texts)[int(split in batch.continued) :].astype(part.dtype)
     return encoded
-
-
-class Output:
-    """The shards of one part, and its progress.
-
-    Shard i begins with id i * shard_tokens of its split: the number of ids written says where the next one goes.
-    """
-
-    def __init__(self, work: Work):
-        found = json_in(work.progress)
-        self.work, self.dtype, self.unsaved = work, id_dtype(work.tokenizer.vocab_size - 1), 0
-        self.finished = found.get("finished", False)
-        self.position = tuple(found.get("position", (0, 0)))
-        self.splits = found.get("splits") or {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
-        self.shards = {} if self.finished else {split: self.open_shard(split) for split in SPLITS}
-
-    def open_shard(self, split: str) -> IO[bytes]:
-        """The shard of the next id, cut to the length that was saved."""
-        index, filled = divmod(self.splits[split]["tokens"], self.work.config.shard_tokens)
-        shard = open(self.work.shards / f"part{self.work.part}_{split}_{index:06}.bin", "ab")  # noqa: SIM115
-        if shard.tell() < filled * self.dtype.itemsize:
-            self.work.progress.unlink()
-            raise RunFailed(f"{shard.name} was cut; run again: this part starts over")
-        shard.truncate(filled * self.dtype.itemsize)
-        return shard
-
-    def write(self, batch: Batch, encoded: dict[str, np.ndarray]) -> None:
-        for split, ids in encoded.items():
-            figures, texts = self.splits[split], batch.splits[split]
-            if self.work.part == 1 and not figures["tokens"]:
-                ids = ids[1:]  # end of text stands between documents, not before the first one
-            figures["bytes"] += sum(map(len, texts))
-            figures["documents"] += len(texts) - (split in batch.continued)
-            self.unsaved += len(ids)
-            while len(ids):
-                room = self.work.config.shard_tokens - figures["tokens"] % self.work.config.shard_tokens
-                fitting, ids = ids[:room], ids[room:]
-                self.shards[split].write(fitting)
-                figures["tokens"] += len(fitting)
-                if len(fitting) == room:
-                    self.shards[split].close()
-                    fsync(Path(self.shards[split].name))
-                    self.shards[split] = self.open_shard(split)
-        self.position = batch.position
-        if self.unsaved >= SAVE_TOKENS:
-            self.save()
-
-    def save(self) -> None:
-        for shard in self.shards.values():
-            shard.flush()
-            os.fsync(shard.fileno())
-        with new_file(self.work.progress) as file:
-            json.dump({"position": self.position, "splits": self.splits, "finished": self.finished}, file)
-        self.unsaved = 0
-
-    def seal(self) -> None:
-        """Close the shards and compute their checksums; the next `save` says that the part is finished."""
-        self.save()
-        for split, shard in self.shards.items():
-            shard.close()
-            self.splits[split]["files"] = [
-                {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
-                for path in sorted(self.work.shards.glob(f"part{self.work.part}_{split}_*.bin"))
-            ]
-        self.shards, self.finished = {}, True
