@@ -69,7 +69,7 @@ def load_model(
 ) -> tuple[GPT, Tokenizer]:
     """(model, tokenizer) of a model directory, a nanoGPT ckpt.pt, or a GPT-2 on the hub: `gpt2`, `owner/name@revision`.
 
-    The model is in fp32 on the CPU, in evaluation mode; loading needs little more memory than the weights.
+    The model is in fp32 on the CPU, in evaluation mode. Loading maps the files, and copies the weights one by one.
     `model.config.vocab_size` is the tokenizer's: embedding rows that belong to no token are dropped. A smaller
     `block_size` crops the positions. With `check`, files are compared with their checksums, if there are any.
     A run may replace the directory while it is read; the result is always one complete save.

@@ -45,7 +45,7 @@ class RunState:
     """of the model in `best`, if there is one"""
     best_step: NonNegativeInt = 0
     lowest_val_loss: float | None = None
-    """on the way to this step; `best` may be better, from steps that were undone"""
+    """up to this step; `best` may have a lower one, from steps that were undone"""
     evaluations_since_lowest: NonNegativeInt = 0
     evaluated_at: NonNegativeInt | None = None
     """the step of the last evaluation"""

@@ -63,7 +63,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     if {"-h", "--help"} & {*argv}:
         _show_help(cls, positional, hints)
     retired, values, given = getattr(cls, "RETIRED", {}), {}, {}
-    files, flags = _split(argv, hints | dict.fromkeys(retired))
+    files, flags = _split(argv, hints | dict.fromkeys(retired, bool))  # as switches: a recipe after one is no value
     if hint := hints.pop(positional, None):
         values[positional], files = [check_value(positional, file, hint, file) for file in files], []
     recipes = ((path, name, value) for path in files for name, value in _read_recipe(path, cls, values).items())

@@ -268,6 +268,12 @@ def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_
     assert settings["beta2"] == 0.9 and settings["n_embd"] == 16
 
 
+def test_the_rate_that_is_chosen_for_finetuning_has_two_digits(tmp_path, data_dir, tiny_run):
+    run_for(data_dir, tmp_path / "run", 0.03, dataset="tiny", init_from=tiny_run / "best", optimizer="adamw")
+    rate = load_state(tmp_path / "run" / "last")[0].settings["learning_rate"]
+    assert 0 < rate == float(f"{rate:.2g}")
+
+
 def test_a_dry_run_writes_nothing(tmp_path, data_dir):
     assert "lowest predicted loss" in run_for(data_dir, tmp_path / "run", 0.05, **SMALL, dry_run=True).err
     assert not (tmp_path / "run").exists()

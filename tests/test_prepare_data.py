@@ -391,3 +391,22 @@ def test_files_of_the_user_in_the_directory_of_a_data_set_are_not_replaced(tmp_p
         (tmp_path / "set" / name).unlink()
     (tmp_path / "set" / ".DS_Store").touch()
     assert run_main("prepare_data", tmp_path / "a.txt", *flags).status == 0
+
+
+def test_an_unfinished_data_set_is_not_to_be_begun_anew(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    flags = [tmp_path / "a.txt", f"--data_dir={tmp_path}", "--name=set", "--tokenizer=byte"]
+    assert run_main("prepare_data", *flags, "--part=1/2").status == 0
+    with pytest.raises(UserError, match="its preparation is not complete: run its command again"):
+        open_data_set(tmp_path / "set")
+    with pytest.raises(UserError, match=r"to get it: python prepare_data\.py FILES --name=other"):
+        open_data_set(tmp_path / "other")
+
+
+def test_a_tokenizer_without_a_model_is_not_to_be_finetuned(tmp_path, tiny_run):
+    (tmp_path / "a.txt").write_text("tree sea stone road and east north rain dust a " * 30)
+    flags = [tmp_path / "a.txt", f"--data_dir={tmp_path}"]
+    ended = run_main("prepare_data", *flags, "--name=one", f"--tokenizer={tiny_run}/best")
+    assert ended.status == 0 and f" --init_from={tiny_run}/best " in ended.err.splitlines()[-1], ended.err
+    ended = run_main("prepare_data", *flags, "--name=two", f"--tokenizer={tmp_path}/one")
+    assert ended.status == 0 and "next: python train.py" in ended.err and "--init_from" not in ended.err

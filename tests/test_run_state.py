@@ -260,6 +260,14 @@ def test_optimizer_state_that_is_not_finite_is_refused(tmp_path):
         load(tmp_path / "last", model, optimizers)
 
 
+def test_a_run_that_had_no_loss_scale_begins_with_the_default(tmp_path):
+    model, optimizers = trained()
+    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"))
+    scaler = torch.amp.GradScaler("cpu")
+    load_optimizers(tmp_path / "last", {}, model, optimizers, scaler)
+    assert scaler.get_scale() == 65536.0
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"step": -1}, {"step": "x"}, {"seconds": None}, {"settings": []}, {"best_val_loss": "low"}, {"scaler": 3}],

@@ -142,6 +142,12 @@ def test_a_retired_flag_gives_a_note_only(capsys):
     assert capsys.readouterr() == ("", "--lard: lard: not needed, butter is used\n")
 
 
+def test_a_retired_switch_needs_no_value(capsys):
+    assert load("--lard", "--layers=2") == Cake(layers=2)
+    assert "lard: not needed" in capsys.readouterr().err
+    assert refusal("--lard", "nothing.py").startswith("nothing.py: no such recipe file")
+
+
 def test_an_empty_path_is_refused():
     assert refusal("--recipe_book=") == "--recipe_book is empty"
 

@@ -45,11 +45,19 @@ def test_threads_spin_for_a_short_time_unless_the_user_decides_otherwise(script,
     assert run(sys.executable, path).stdout == "77\n"
 
 
-@pytest.mark.parametrize("closed", ["--start=- <&-", "--start=a >&-", "--start=a 2>&-"])
+@pytest.mark.parametrize("closed", ["--start=- <&-", "--start=a >&-"])
 def test_closed_streams_end_no_script(tiny_run, closed):
     command = f"{sys.executable} {ROOT}/sample.py --out_dir={tiny_run} --max_new_tokens=2 --device=cpu {closed}"
     ended = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+
+
+def test_without_standard_error_nothing_is_printed_elsewhere(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    flags = f"{tmp_path}/a.txt --data_dir={tmp_path} --name=x --tokenizer=byte"
+    command = f"{sys.executable} {ROOT}/prepare_data.py {flags} 2>&-"
+    ended = subprocess.run(command, shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "") and (tmp_path / "x" / "meta.json").exists()
 
 
 TOOLS = [f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")]

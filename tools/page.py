@@ -173,8 +173,8 @@ def main() -> None:
     config, _ = load_settings(PageConfig, positional="models")
     if len(config.models) != 1:
         raise UserError("name one model: python tools/page.py out/best --out=model.html")
-    if Path(config.out).is_dir():
-        raise UserError(f"--out={config.out} is a directory: name the file to write")
+    if os.path.exists(config.out) and not os.path.isfile(config.out):  # before the work is done
+        raise UserError(f"--out={config.out} is not a file")
     model, tokenizer = load_model(config.models[0])
     millions, path = model.num_parameters() / 1e6, Path(config.out)
     if millions > MOST_MILLIONS:

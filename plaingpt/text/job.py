@@ -147,7 +147,7 @@ def count_documents(source: Source, config: PrepareConfig) -> int:
 def finish(job: Job, part: Part) -> dict | None:
     """Complete the data set if this was the last part. It appears complete, or not at all."""
     if not job.has_plan():
-        if job.parts > 1 and job.is_done():  # the last part was faster than this one, which had been done before
+        if job.parts > 1 and job.is_done():  # this part had been finished before, and now the last one is, too
             return done_before(job)
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
     part.save()

@@ -124,7 +124,8 @@ def encode_part(part: Part, threads: int) -> None:
         note(f"continuing after {sum(part.splits[split]['tokens'] for split in SPLITS):,} tokens")
     encoding = collections.deque()  # batches and their ids, in order
     unit = {"unit": "shard"} if part.inputs and isinstance(part.inputs[0], Shard) else {"unit": "B", "unit_scale": True}
-    bar = tqdm(total=sum(found.size for found in part.inputs), desc="encoding", disable=None, **unit)  # on terminals
+    total = sum(found.size for found in part.inputs)
+    bar = tqdm(total=total, desc="encoding", disable=None, **unit)  # None: only on a terminal
 
     def write_oldest() -> None:
         batch, ids = encoding.popleft()

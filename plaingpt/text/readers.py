@@ -123,7 +123,7 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     csv.field_size_limit(limit - 1)
     with open_utf8(file.path, config) as (raw, stream):
         lines = iter(lambda: stream.readline(limit).decode("utf-8", "surrogateescape"), "")
-        # A last row, whose text becomes part of the row before if a quote is open there
+        # END is a row of its own, unless a quote is still open: then it becomes part of that row
         rows = csv.reader(itertools.chain(lines, [END]), delimiter="\t" if kind_of(file.path) == "tsv" else ",")
         try:
             names = [name for name in next(rows) if name != END]
