@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from plaingpt.console import UserError, cores, counted, note, one_line, run_script
-from plaingpt.files import json_in
+from plaingpt.files import json_or_empty
 from plaingpt.settings import load_settings
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job, prepare
@@ -62,7 +62,7 @@ def directory_of(name: str, data_dir: str) -> Path:
 
 def check_replaced(directory: Path, source: Source, name: str | None) -> None:
     """UserError if `directory` exists and is no data set, has other files, or is from another source without --name."""
-    found = json_in(directory / "meta.json")
+    found = json_or_empty(directory / "meta.json")
     if os.path.lexists(directory) and not {"format_version", "splits"} <= found.keys():
         raise UserError(f"{directory} exists and is not a plainGPT data set; choose another --name")
     if found and name is None and (found.get("source") != source.description or source.once):

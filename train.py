@@ -56,7 +56,7 @@ class Run:
         self.update = functools.partial(
             apply_gradients, self.parameters, self.optimizers, self.scaler, grad_clip=self.config.grad_clip
         )
-        self.gradients = []
+        self.gradients = []  # if there are some, steps are CUDA graphs, which add to these tensors
         if uses_graphs(self.config, self.dist, self.raw_model):
             self.micro_step = Captured(self.micro_step)
             self.update = Captured(self.update, after=self.micro_step)
@@ -95,7 +95,7 @@ def train_step(
     config, dist = run.config, run.dist
     micro_steps = micro_steps or dist.per_process(config.gradient_accumulation_steps)
     total, count = torch.zeros((), device=dist.device), torch.full((), float(micro_steps), device=dist.device)
-    if run.gradients:  # graphs add to the same tensors in each step
+    if run.gradients:
         torch._foreach_zero_(run.gradients)
         for parameter, gradient in zip(run.parameters, run.gradients, strict=True):
             parameter.grad = gradient
@@ -227,7 +227,7 @@ def start_run(
     if writes and dist.is_main:
         check_writable(out_dir)
         if not checkpoint:
-            holds_run(out_dir)  # raises UserError before time is spent
+            holds_run(out_dir)  # UserError for a directory that is none, before time is spent
     if config.minutes and not checkpoint and not config.eval_only:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
@@ -239,13 +239,13 @@ def start_run(
     if config.eval_only:
         note(describe_loss(evaluate(run.model, run.eval_batches, dist), data))
         return 0
-    announce(raw_model, dist, config, len(data.train))
+    announce(config, dist, raw_model, len(data.train))
     if state.step < config.max_iters:
         config.check_schedule()
     elif state.evaluated_at == state.step:
         note(f"the run is complete at step {state.step}: raise --max_iters, or start a new run")
     if config.dry_run:
-        dry_run(dist, functools.partial(train_step, run, 0, None), config)
+        dry_run(config, dist, lambda n: train_step(run, 0, micro_steps=n))
         return 0
 
     if not dist.all_equal(state.step):

@@ -29,7 +29,7 @@ from plaingpt.distributed import connect
 from plaingpt.evaluate import evaluate
 from plaingpt.settings import PathName, Positive, PositiveInt, load_settings
 from plaingpt.tokens import open_data_set
-from plaingpt.train_config import learning_rate
+from plaingpt.train_config import muon_learning_rate
 from train import TrainConfig, set_up, train_step
 
 MEASURED = ("parameters", "tokens", "epochs", "seconds", "val_loss")
@@ -92,7 +92,7 @@ def train_once(config: TrainConfig) -> dict:
 def sweep(cell: dict, bench: BenchConfig, done: dict[tuple, float]) -> None:
     """Try learning rates until the best is not at an edge."""
     losses, waiting = {}, [0] if bench.once else [0, 1, -1]
-    start = bench.start or learning_rate(cell["n_embd"], cell["max_iters"])
+    start = bench.start or muon_learning_rate(cell["n_embd"], cell["max_iters"])
     while waiting:
         power = waiting.pop(0)
         cell["learning_rate"] = float(f"{start * bench.factor**power:.4g}")
@@ -139,7 +139,7 @@ def report(runs: list[dict]) -> None:
     print("| text | width x depth | steps | tokens/step | | losses by learning rate | best rate | default: % above |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for (text, n_embd, n_layer, steps, tokens, changed), losses in cells_of(runs).items():
-        (best, loss), default = lowest(losses), learning_rate(n_embd, steps)
+        (best, loss), default = lowest(losses), muon_learning_rate(n_embd, steps)
         above = 100 * (interpolated(losses, default) / loss - 1)
         listed = ", ".join(f"{rate:.2g}: {losses[rate]:.3f}" for rate in sorted(losses))
         print(f"| {text} | {n_embd} x {n_layer} | {steps} | {tokens} | {changed} | {listed} | {best:.2g} |", end="")
@@ -161,7 +161,7 @@ def draw(runs: list[dict], picture: str) -> None:
         above = [100 * (losses[rate] / lowest(losses)[1] - 1) for rate in rates]
         style = dict(color=f"C{widths.index(n_embd)}", marker=".", lw=1)
         raw.plot(rates, above, label=None if n_embd in named else f"width {n_embd}", **style)
-        relative.plot(rates / learning_rate(n_embd, steps), above, **style)
+        relative.plot(rates / muon_learning_rate(n_embd, steps), above, **style)
         named.add(n_embd)
     for axes, label, first in (raw, "learning rate", 0.001), (relative, "learning rate / default", 0.125):
         axes.set(xscale="log", xlabel=label, ylim=(0, 8))

@@ -20,7 +20,7 @@ from plaingpt.metrics import Stopwatch
 from plaingpt.run import LOCAL, MODEL_SETTINGS
 from plaingpt.run_state import RunState
 from plaingpt.tokens import DataSet
-from plaingpt.train_config import TrainConfig, learning_rate
+from plaingpt.train_config import TrainConfig, muon_learning_rate
 
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
 SEQUENCES_PER_STEP = 16
@@ -59,12 +59,12 @@ def choose_settings(
     check_flags(given)
     if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
         config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
-    seconds = time_to_plan(config.minutes, dist)
+    seconds = agreed_time_left(config.minutes, dist)
     tokens = 3e6  # a guess; later, those of the previous model
     timed, shapes = [], list(candidates(config, given))
     for i, candidate in enumerate([shapes[0], *shapes]):
         learns_by_heart = block_parameters(candidate) > 12 * len(data.train)
-        if timed and (learns_by_heart or time_to_plan(config.minutes, dist) < 0.75 * seconds):
+        if timed and (learns_by_heart or agreed_time_left(config.minutes, dist) < 0.75 * seconds):
             break
         candidate = with_batch(candidate, given, tokens, data, dist)
         try:
@@ -77,10 +77,11 @@ def choose_settings(
         if i == 0:
             continue  # its batch followed from a guess: time it again
         timed.append((predicted_loss(candidate, tokens, len(data.train)), rate, candidate))
-        if len(timed) > 2 and min(timed[-2:])[0] > min(timed)[0]:
+        losses = [loss for loss, _, _ in timed]
+        if len(losses) > 2 and min(losses[-2:]) > min(losses):
             break  # two in a row are worse
     _, rate, best = min(timed, key=lambda found: found[0])
-    config = with_schedule(best, given, rate * time_to_plan(config.minutes, dist) * TRAINING_SHARE, data)
+    config = with_schedule(best, given, rate * agreed_time_left(config.minutes, dist) * TRAINING_SHARE, data)
     tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {speed:,.0f}" for _, speed, c in timed)
     note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
     note(
@@ -112,7 +113,7 @@ def needs_memory(error: Exception) -> bool:
 
 def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConfig]:
     """Models of one layer per 80 channels, at least two, and heads of about 64; or the shape of a trained model."""
-    if config.init_from not in ("scratch", "auto"):
+    if not config.is_new_model:
         model = config.init_from
         shape = load_model(model)[0].config if model.endswith(".pt") else read_config(model_directory(model))
         found = {name: getattr(shape, name) for name in MODEL_SETTINGS if name not in given}
@@ -136,8 +137,8 @@ def with_batch(
     """More tokens to train on allow a longer context, 128 for 3 million, 1,024 for a billion, and larger steps."""
     longest = min(len(data.train), len(data.val)) - 1
     block = max(64, 2 ** round(math.log2(64 * (tokens / 1e6) ** 0.4)))
-    new = config.init_from in ("scratch", "auto")
-    block_size = max(1, min(block, 1024, longest)) if new and "block_size" not in given else config.block_size
+    chosen_freely = config.is_new_model and "block_size" not in given
+    block_size = max(1, min(block, 1024, longest)) if chosen_freely else config.block_size
     sequences = max(1, SEQUENCES_PER_STEP * block // block_size // dist.world_size)  # of each process in a step
     chosen = {"batch_size": sequences, "gradient_accumulation_steps": dist.world_size}
     chosen = {name: value for name, value in chosen.items() if name not in given}
@@ -152,10 +153,10 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
             f"--minutes={config.minutes:g} is too short for two steps of {config.tokens_per_step:,} tokens: give more "
             "time, or a smaller --batch_size or --gradient_accumulation_steps"
         )
-    rate = learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
+    rate = muon_learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
     sequences = int(EVALUATION_SHARE * tokens / config.block_size)
     chosen = {
-        "learning_rate": rate if config.init_from in ("scratch", "auto") else float(f"{rate / 3:.2g}"),
+        "learning_rate": rate if config.is_new_model else float(f"{rate / 3:.2g}"),
         "momentum": 0.85 if steps < 500 else 0.95,
         "dropout": 0.2 if tokens > 12 * len(data.train) else config.dropout,
         "min_lr": None,  # is derived
@@ -191,7 +192,7 @@ def time_left(minutes: float) -> float:
     return STARTED + 60 * minutes - time.monotonic()
 
 
-def time_to_plan(minutes: float, dist: Distributed) -> float:
+def agreed_time_left(minutes: float, dist: Distributed) -> float:
     """`time_left`, equal on all processes so that they choose the same settings; at least one second."""
     (milliseconds,) = dist.max(int(1000 * time_left(minutes)))
     return max(1.0, milliseconds / 1000)
@@ -208,7 +209,8 @@ class Deadline:
     def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float):
         self.start, steps = state.step, config.max_iters - state.step
         self.warmup_end, self.measured_from = state.step + max(2, steps // 20), state.step + max(1, steps // 40)
-        self.last_mark, self.pause = (state.step, state.seconds, time.monotonic()), 0.0
+        self.last_mark = state.step, state.seconds, time.monotonic()
+        self.evaluation_seconds = 0.0  # with its save
         self.few_steps, self.ending = FEW_EPOCHS * steps_per_epoch, False
 
     def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:
@@ -225,18 +227,19 @@ class Deadline:
         if step not in (self.measured_from, self.warmup_end) and not evaluating:
             return config
         dist.synchronize()
-        seconds, now, (last_step, last_seconds, last_time) = watch.seconds, time.monotonic(), self.last_mark
-        self.last_mark = step, seconds, now
-        trained = seconds - last_seconds
-        # How long an evaluation and its save took. The first one is slow on a GPU, or was made before a resume.
+        last_step, last_seconds, last_time = self.last_mark
+        self.last_mark = step, watch.seconds, time.monotonic()
+        trained, passed = self.last_mark[1] - last_seconds, self.last_mark[2] - last_time
+        # The first evaluation is slow on a GPU, or was made before a resume.
         first = last_step == self.start and (self.start or dist.device.type == "cuda")
         if state.evaluated_at == last_step and not first:
-            self.pause = now - last_time - trained
+            self.evaluation_seconds = passed - trained
         if step in (last_step, self.measured_from):  # the steps before measured_from include compilation
             return config
-        per_step = trained / (step - last_step) + self.pause / config.eval_interval
-        share = 1 if self.pause else TRAINING_SHARE  # 1: per_step includes the evaluations
-        steps = step + max(1, int((share * time_left(config.minutes) - self.pause) / per_step))
+        per_step = trained / (step - last_step) + self.evaluation_seconds / config.eval_interval
+        share = 1 if self.evaluation_seconds else TRAINING_SHARE  # 1: per_step includes the evaluations
+        left = share * time_left(config.minutes) - self.evaluation_seconds
+        steps = step + max(1, int(left / per_step))
         misses_time = abs(steps - config.max_iters) * per_step > 0.05 * 60 * config.minutes
         correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)
         return self.with_steps(config, state, steps, dist) if correct else config

@@ -28,19 +28,19 @@ def speed_up(model: GPT) -> None:
 
     Under torch.compile, and on other devices, dropout and attention stay torch's.
     """
-    faster = {nn.Dropout: Dropout, CausalSelfAttention: Attention}
+    faster = {nn.Dropout: FastDropout, CausalSelfAttention: FastAttention}
     for module in model.modules():
         if type(module) in faster:
             module.__class__ = faster[type(module)]
     model.cross_entropy = cross_entropy
 
 
-class Dropout(nn.Dropout):
+class FastDropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training else x
 
 
-class Attention(CausalSelfAttention):
+class FastAttention(CausalSelfAttention):
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, self.dropout if self.training else 0.0)
 
@@ -79,7 +79,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """F.cross_entropy for logits (N, V) that are not used afterwards. torch.compile fuses it anyway."""
+    """F.cross_entropy that overwrites the logits, (N, V). torch.compile fuses it anyway."""
     if torch.compiler.is_compiling():
         return F.cross_entropy(logits, targets, ignore_index=ignore_index)
     return CrossEntropy.apply(logits, targets, ignore_index)

@@ -215,7 +215,7 @@ def read_json(directory: Path, name: str) -> dict:
         raise UserError(f"{path} is damaged: {one_line(error)}") from error
 
 
-def json_in(path: Path) -> dict:
+def json_or_empty(path: Path) -> dict:
     """The object in a file of ours; {} if it is missing, or was left empty or cut by a loss of power."""
     try:
         found = json.loads(path.read_bytes())

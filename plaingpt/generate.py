@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -119,13 +119,13 @@ class Batch:
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """(text, its next token) for every text that has not ended."""
-        rows, ids, ready = self.started or self._start()
+        texts, ids, ready = self.started or self._start()
         full = any(self.lengths[text] == self.decoder.config.block_size for text in self.rows)
         ahead = self.decoder.on_cuda and self.steps_left > 0 and not full  # so the GPU does not wait for Python
         self.started = self._start(ahead=True) if ahead else None
         if ready:
             ready.synchronize()
-        new = [(text, token) for text, token in zip(rows, ids.tolist()) if text in self.rows]
+        new = [(text, token) for text, token in zip(texts, ids.tolist()) if text in self.rows]
         for text, token in new:
             self.texts[text].append(token)
         return new
@@ -203,25 +203,29 @@ class Batch:
         decoder, cache = self.decoder, self.cache[:, :, :rows]
         ids, positions, _ = self.inputs[:, :rows, None]
         where = positions[..., None, None].expand(-1, cache.size(3), -1, cache.size(5))  # (B, H, 1, D)
-        groups = []  # rows that attend together, how, and their keys and values: L views of (B, H, T, D) each
+
+        def views(which: slice, length: int) -> Iterable[tuple[Tensor, ...]]:
+            """The keys and the values of these rows: a (B, H, T, D) view for each layer."""
+            return map(torch.unbind, cache[:, :, which, :, :length].unbind(1))
+
+        groups = []  # rows that attend together, the function, and their keys and values
         if decoder.on_cuda:
             unwritten = torch.arange(length, device=decoder.device) > positions  # (B, T)
             mask = torch.zeros_like(unwritten, dtype=torch.float32).masked_fill_(unwritten, -torch.inf)
             attention = functools.partial(attend_once, mask[:, None, None])
-            groups.append((slice(rows), attention, *map(torch.unbind, cache[..., :length, :].unbind(1))))
+            groups.append((slice(rows), attention, *views(slice(rows), length)))
         else:  # rows of equal length attend together without a mask: a text is the same alone and in a batch
-            for length, group in itertools.groupby(range(rows), lambda row: self.lengths[self.rows[row]]):
+            for equal, group in itertools.groupby(range(rows), lambda row: self.lengths[self.rows[row]]):
                 members = list(group)
                 which = slice(members[0], members[-1] + 1)
-                attention = F.scaled_dot_product_attention
-                groups.append((which, attention, *map(torch.unbind, cache[:, :, which, :, :length].unbind(1))))
-        keys, values = map(torch.unbind, cache.unbind(1))
+                groups.append((which, F.scaled_dot_product_attention, *views(which, equal)))
+        keys, values = views(slice(rows), cache.size(4))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.to(cache.dtype) for x in (q, k, v))
             keys[layer].scatter_(2, where, k)
             values[layer].scatter_(2, where, v)
-            parts = [attention(q[which], k[layer], v[layer]) for which, attention, k, v in groups]
+            parts = [function(q[which], ks[layer], vs[layer]) for which, function, ks, vs in groups]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         return decoder.logits(decoder.hidden(ids, positions, attend)[:, 0])

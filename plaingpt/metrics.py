@@ -115,7 +115,7 @@ class Stopwatch:
         self._before, self._started = self.seconds, None
 
     def rate(self, step: int) -> float:
-        """Updates per second since the last call."""
+        """Steps per second since the last call."""
         (seconds, before), self._last = self._last, (self.seconds, step)
         return (step - before) / max(self._last[0] - seconds, 1e-9)
 
@@ -140,8 +140,8 @@ def read_metrics(path: Path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            numbers = [record.get("step"), *record.values()] if isinstance(record, dict) else [None]
-            if all(type(number) in (int, float) and abs(number) < 1e300 for number in numbers):
+            values = record.values() if isinstance(record, dict) and "step" in record else [None]
+            if all(type(value) in (int, float) and abs(value) < 1e300 for value in values):
                 if "resumed_from" in record:
                     records = [earlier for earlier in records if earlier["step"] <= record["resumed_from"]]
                 records.append(record)

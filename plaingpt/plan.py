@@ -59,7 +59,7 @@ def free_memory(dist: Distributed) -> float | None:
     return free / dist.local_world_size
 
 
-def announce(model: GPT, dist: Distributed, config: TrainConfig, epoch_tokens: int) -> None:
+def announce(config: TrainConfig, dist: Distributed, model: GPT, epoch_tokens: int) -> None:
     """Print the run in one line."""
     precision = str(dist.dtype).removeprefix("torch.")
     epochs = config.max_iters * config.tokens_per_step / epoch_tokens
@@ -70,7 +70,7 @@ def announce(model: GPT, dist: Distributed, config: TrainConfig, epoch_tokens: i
     )
 
 
-def dry_run(dist: Distributed, step: Callable[[int], object], config: TrainConfig) -> None:
+def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object]) -> None:
     """Print memory, speed and hours of a run from a few timed steps. All ranks.
 
     step: runs a training step with that many micro-steps per process.

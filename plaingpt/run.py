@@ -77,11 +77,10 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
 
     GPT-2 124M for 600,000 steps would take two CPU cores twelve years: 790 tokens/s (README, AdamW).
     """
-    new = config.init_from in ("scratch", "auto")
-    sizes = {"n_layer", "n_head", "n_embd"} if new else {"batch_size", "gradient_accumulation_steps"}
+    sizes = {"n_layer", "n_head", "n_embd"} if config.is_new_model else {"batch_size", "gradient_accumulation_steps"}
     asked = given.keys() & sizes or any(not flag.startswith("--") for flag in given.values())
     if not (asked or config.minutes or config.dry_run or config.eval_only or device_type == "cuda"):
-        problem = "this would train GPT-2 124M" if new else "a step has 480 sequences"
+        problem = "this would train GPT-2 124M" if config.is_new_model else "a step has 480 sequences"
         raise UserError(
             f"without a recipe {problem}, too much without CUDA: add --minutes=10, which chooses settings for that "
             "time, or name a recipe from config/"
@@ -101,7 +100,7 @@ def initial_model(
     checkpoint: the directory that a run is resumed from. UserError if there is too little memory, or if a setting in
     `given` or the tokenizer of the data set contradicts a model that exists. All ranks.
     """
-    if not checkpoint and config.init_from in ("scratch", "auto"):
+    if config.is_new_model and not checkpoint:
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
         check_memory(config, dist, new_shape(config, data))

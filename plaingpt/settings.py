@@ -66,9 +66,10 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     files, flags = _split(argv, hints | dict.fromkeys(retired, bool))  # as switches: a recipe after one is no value
     if hint := hints.pop(positional, None):
         values[positional], files = [check_value(positional, file, hint, file) for file in files], []
+    # A generator: each recipe runs when the assignments of those before it are in `values`.
     recipes = ((path, name, value) for path in files for name, value in _read_recipe(path, cls, values).items())
     parsed = ((f"--{name}", name, _parse(text, hints.get(name))) for name, text in flags)
-    for source, name, value in itertools.chain(recipes, parsed):  # a recipe runs when the ones before it are applied
+    for source, name, value in itertools.chain(recipes, parsed):
         if name in retired:
             note(f"{source}: {name}: {retired[name]}")
         elif name in hints:

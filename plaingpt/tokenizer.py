@@ -78,9 +78,9 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each id stands for, (vocab_size,) int64; 0 for end of text."""
         lengths = np.zeros(self.vocab_size, np.int64)
-        byte_symbols = isinstance(self._backend.model, models.BPE)  # a byte-level BPE spells each byte as one symbol
+        spells_bytes = isinstance(self._backend.model, models.BPE)  # a byte-level BPE: each byte is one symbol
         for token, i in self._backend.get_vocab().items():
-            lengths[i] = len(token) if byte_symbols else len(token.encode())
+            lengths[i] = len(token) if spells_bytes else len(token.encode())
         if self.end_of_text is not None:
             lengths[self.end_of_text] = 0
         return lengths

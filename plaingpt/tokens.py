@@ -121,7 +121,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         problem = f"{found}/meta.json is damaged ({type(error).__name__}: {error})"
         raise UserError(f"{problem}; prepare the data again") from error
-    if tokenizer.vocab_size != vocab_size != len(tokenizer.vocabulary()):  # these two differ if ids have gaps
+    if vocab_size not in (tokenizer.vocab_size, len(tokenizer.vocabulary())):  # these two differ if ids have gaps
         raise UserError(f"{found}: tokenizer.json has {tokenizer.vocab_size} ids, but meta.json says {vocab_size}")
     ids = {path: _open_ids(path, np.dtype(dtype), tokens) for _, path, tokens, _ in files}
     if check_all or (check and sum(array.nbytes for array in ids.values()) <= HASHED):

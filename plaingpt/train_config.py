@@ -14,7 +14,7 @@ from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, P
 DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that are computed from others unless given
 
 
-def learning_rate(n_embd: int, steps: int) -> float:
+def muon_learning_rate(n_embd: int, steps: int) -> float:
     """Muon's peak learning rate: falls with width and, slowly, with steps (docs/scaling.md has the sweeps)."""
     return float(f"{1.1 / n_embd * (1000 / steps) ** 0.25:.2g}")
 
@@ -136,14 +136,18 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
     }
 
     def __post_init__(self):
-        new = self.optimizer == "muon" and self.init_from in ("scratch", "auto")
-        peak = self.learning_rate or (learning_rate(self.n_embd, self.max_iters) if new else 6e-4)
+        rule = self.optimizer == "muon" and self.is_new_model
+        peak = self.learning_rate or (muon_learning_rate(self.n_embd, self.max_iters) if rule else 6e-4)
         lowest = peak / 10 if self.lr_schedule == "cosine" else 0.0
         derived = {"learning_rate": peak, "warmup_iters": min(2000, self.max_iters // 20)}
         derived |= {"lr_decay_iters": self.max_iters, "min_lr": lowest}
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+    @property
+    def is_new_model(self) -> bool:
+        return self.init_from in ("scratch", "auto")
 
     @property
     def tokens_per_step(self) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from plaingpt.console import UserError, counted, note
-from plaingpt.files import delete, fsync, json_in, new_file, put_in_place
+from plaingpt.files import delete, fsync, json_or_empty, new_file, put_in_place
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.pipeline import Part, encode_part
 from plaingpt.text.sources import Source
@@ -58,10 +58,10 @@ class Job:
         return hashlib.sha256(repr(result).encode("utf-8", "surrogateescape")).hexdigest()
 
     def is_done(self) -> bool:
-        return json_in(self.directory / "meta.json").get("plan") == self.digest
+        return json_or_empty(self.directory / "meta.json").get("plan") == self.digest
 
     def has_plan(self) -> bool:
-        return json_in(self.partial / "plan.json").get("digest") == self.digest
+        return json_or_empty(self.partial / "plan.json").get("digest") == self.digest
 
     def progress(self, part: int) -> Path:
         return self.partial / f"part-{part}.json"
@@ -82,7 +82,8 @@ def prepare(job: Job, threads: int) -> dict | None:
     plan_lock = FileLock(job.partial.with_suffix(".lock"))
     with contextlib.ExitStack() as until_done:
         with plan_lock:
-            if job.is_done() and (job.parts > 1 or (job.has_plan() and not job.shards.exists())):
+            interrupted_at_end = job.has_plan() and not job.shards.exists()  # before `remove`
+            if job.is_done() and (job.parts > 1 or interrupted_at_end):
                 return done_before(job)
             job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.part))
@@ -118,7 +119,7 @@ def make_part(job: Job) -> Part:
         if job.parts == 1 and not is_same:  # nothing has been encoded
             remove(job)
         raise
-    by_content = json_in(job.partial / "plan.json")["by_content"]
+    by_content = json_or_empty(job.partial / "plan.json")["by_content"]
     inputs = source.inputs()[job.part - 1 :: job.parts]
     return Part(job.shards, job.progress(job.part), job.part, inputs, job.config, tokenizer, by_content)
 
@@ -151,7 +152,7 @@ def finish(job: Job, part: Part) -> dict | None:
             return done_before(job)
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
     part.save()
-    progress = [json_in(job.progress(number)) for number in range(1, job.parts + 1)]
+    progress = [json_or_empty(job.progress(number)) for number in range(1, job.parts + 1)]
     if missing := sum(not found.get("finished") for found in progress):
         return note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")
     splits, shards, tokenizer = {}, job.shards, part.tokenizer

@@ -18,7 +18,7 @@ import xxhash
 from tqdm import tqdm
 
 from plaingpt.console import RunFailed, note
-from plaingpt.files import fsync, json_in, new_file, sha256
+from plaingpt.files import fsync, json_or_empty, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.config import PrepareConfig
@@ -48,7 +48,7 @@ class Part:
     Shard i begins with id i * shard_tokens of its split: the number of ids written says where the next one goes.
     """
 
-    directory: Path  # of the shards
+    shards: Path  # their directory
     progress: Path
     number: int  # from 1
     inputs: list[File | Shard]
@@ -57,8 +57,8 @@ class Part:
     by_content: bool  # a document goes to a split by its hash; False: the tail of each goes to validation
 
     def __post_init__(self):
-        found = json_in(self.progress)
-        self.dtype, self.shards, self.unsaved = id_dtype(self.tokenizer.vocab_size - 1), {}, 0
+        found = json_or_empty(self.progress)
+        self.dtype, self.open_files, self.unsaved = id_dtype(self.tokenizer.vocab_size - 1), {}, 0
         self.finished = found.get("finished", False)
         self.position = tuple(found.get("position", (0, 0)))
         self.splits = found.get("splits") or {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
@@ -66,7 +66,7 @@ class Part:
     def open_shard(self, split: str) -> IO[bytes]:
         """The shard of the next id, cut to the length that was saved."""
         index, filled = divmod(self.splits[split]["tokens"], self.config.shard_tokens)
-        shard = open(self.directory / f"part{self.number}_{split}_{index:06}.bin", "ab")  # noqa: SIM115
+        shard = open(self.shards / f"part{self.number}_{split}_{index:06}.bin", "ab")  # noqa: SIM115
         if shard.tell() < filled * self.dtype.itemsize:
             self.progress.unlink()
             raise RunFailed(f"{shard.name} was cut; run again: this part starts over")
@@ -84,18 +84,18 @@ class Part:
             while len(ids):
                 room = self.config.shard_tokens - figures["tokens"] % self.config.shard_tokens
                 fitting, ids = ids[:room], ids[room:]
-                self.shards[split].write(fitting)
+                self.open_files[split].write(fitting)
                 figures["tokens"] += len(fitting)
                 if len(fitting) == room:
-                    self.shards[split].close()
-                    fsync(Path(self.shards[split].name))
-                    self.shards[split] = self.open_shard(split)
+                    self.open_files[split].close()
+                    fsync(Path(self.open_files[split].name))
+                    self.open_files[split] = self.open_shard(split)
         self.position = batch.position
         if self.unsaved >= SAVE_TOKENS:
             self.save()
 
     def save(self) -> None:
-        for shard in self.shards.values():
+        for shard in self.open_files.values():
             shard.flush()
             os.fsync(shard.fileno())
         with new_file(self.progress) as file:
@@ -105,20 +105,20 @@ class Part:
     def seal(self) -> None:
         """Close the shards and compute their checksums; the next `save` says that the part is finished."""
         self.save()
-        for split, shard in self.shards.items():
+        for split, shard in self.open_files.items():
             shard.close()
             self.splits[split]["files"] = [
                 {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
-                for path in sorted(self.directory.glob(f"part{self.number}_{split}_*.bin"))
+                for path in sorted(self.shards.glob(f"part{self.number}_{split}_*.bin"))
             ]
-        self.shards, self.finished = {}, True
+        self.open_files, self.finished = {}, True
 
 
 def encode_part(part: Part, threads: int) -> None:
     """Read, encode and write all inputs of a part, from where an earlier process stopped."""
     if part.finished:
         return
-    part.shards = {split: part.open_shard(split) for split in SPLITS}
+    part.open_files = {split: part.open_shard(split) for split in SPLITS}
     encoder = BulkEncoder(part.tokenizer)
     if part.position > (0, 0):
         note(f"continuing after {sum(part.splits[split]['tokens'] for split in SPLITS):,} tokens")
@@ -147,33 +147,33 @@ def encode_part(part: Part, threads: int) -> None:
 
 def read(part: Part) -> Iterator[Batch]:
     """Batches of the texts after `part.position`. With dedup, earlier texts are read again for their hashes."""
-    start, before, batch = part.position, 0, Batch()  # the position moves as batches are written
+    written, before, batch = part.position, 0, Batch()  # part.position moves as batches are written
     seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
     for i, source in enumerate(part.inputs):
-        texts = source.texts(part.config) if part.config.dedup or i >= start[0] else ()
+        texts = source.texts(part.config) if part.config.dedup or i >= written[0] else ()
         for n, text in enumerate(texts, 1):
             if text.begins:
                 digest, splits_so_far = xxhash.xxh3_64_intdigest(text.data), set()  # splits that have a part of it
                 size = len(text.data) if text.ends or part.by_content else text_size(source, part.config)
-                boundary = int(size * (1 - part.config.val_fraction))
+                train_bytes_left = int(size * (1 - part.config.val_fraction))
                 if part.config.dedup and text.ends:
                     if digest in seen:
                         continue
                     seen.add(digest)
             if part.by_content:
-                parts = {split_of(digest, part.config.val_fraction): text.data}
+                by_split = {split_of(digest, part.config.val_fraction): text.data}
             else:
-                parts = divided(text.data, boundary)
-                boundary -= len(text.data)
-            if (i, n) > start:
+                by_split = divided(text.data, train_bytes_left)
+                train_bytes_left -= len(text.data)
+            if (i, n) > written:
                 if batch.size and (not text.begins or batch.size >= streams.PIECE):
                     yield batch
                     batch = Batch()
-                batch.continued |= parts.keys() & splits_so_far
+                batch.continued |= by_split.keys() & splits_so_far
                 batch.position, batch.done, batch.size = (i, n), before + text.done, batch.size + len(text.data)
-                for name, data in parts.items():
+                for name, data in by_split.items():
                     batch.splits[name].append(data)
-            splits_so_far |= parts.keys()
+            splits_so_far |= by_split.keys()
         before += source.size
     if batch.size:
         yield batch

@@ -54,7 +54,7 @@ def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
     with open_utf8(file.path, config) as (raw, stream):
         rest, position, begins, ends = b"", 0, True, False
         while not ends:
-            data = rest + stream.read(max(1, streams.PIECE - len(rest)))
+            data = rest + stream.read(streams.PIECE - len(rest))
             ends = len(data) < streams.PIECE
             cut = len(data) if ends else last_boundary(data)
             piece, rest = data[:cut], data[cut:]

@@ -181,7 +181,7 @@ def _hub(named: str, config: PrepareConfig) -> Source:
     configuration, revision = (getattr(config, key) or pinned.get(key) for key in ("config", "revision"))
     try:
         local = Path(repository).is_dir()
-        if local:  # its state in place of a revision: work that was begun with another is not continued
+        if local:  # its state stands for a revision in the description, so changed files are not taken for the same
             files = sorted(File.at(path) for path in walk(repository))
             revision = hashlib.sha256(repr(files).encode()).hexdigest()[:40]
         elif not re.fullmatch("[0-9a-f]{40}", revision or ""):  # every process and machine reads the same revision
