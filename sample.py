@@ -71,7 +71,8 @@ class SampleConfig:
     RETIRED: ClassVar = {"compile": "ignored: sampling needs no compilation"}
 
 
-INTERACTIVE = (*(field.name for field in dataclasses.fields(Sampling)), "max_new_tokens", "stop", "seed", "output")
+DRAWING = [field.name for field in dataclasses.fields(Sampling)]
+INTERACTIVE = (*DRAWING, "num_samples", "max_new_tokens", "stop", "seed", "output")
 MODES = ("start", "prompts", "interactive")  # mutually exclusive
 
 
@@ -81,6 +82,8 @@ def main() -> None:
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
     model, tokenizer = load_model(which_model(config))
+    if "start" not in given and tokenizer.vocabulary().keys().isdisjoint({"\n", "Ċ"}):
+        config = dataclasses.replace(config, start="")  # made from text without line breaks
     dist = connect(config.device, config.dtype)
     fp16 = dist.device.type == "cpu" and config.dtype == "auto" and has_fp16_products()
     decoder = Decoder(model.to(dist.device), torch.float16 if fp16 else dist.dtype)
@@ -121,7 +124,7 @@ class Samples:
         self.tokenizer, self.config, self.prompts, self.first = tokenizer, config, prompts, first
         parts = re.split(r"(?<!\\)\|", config.stop)
         self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in parts if part]
-        sampling = Sampling(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Sampling)})
+        sampling = Sampling(**{name: getattr(config, name) for name in DRAWING})
         generators = [torch.Generator().manual_seed(derive_seed(config.seed, first + i)) for i in range(len(prompts))]
         self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
         self.unread = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet
@@ -197,8 +200,9 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
                 config = dataclasses.replace(config, **{name: getattr(changed, name)})
                 number = 0 if name == "seed" else number
             else:
-                samples = Samples(decoder, tokenizer, config, [encode_prompt(line, tokenizer)], first=number)
-                number += 1
+                prompts = [encode_prompt(line, tokenizer)] * config.num_samples
+                samples = Samples(decoder, tokenizer, config, prompts, first=number)
+                number += config.num_samples
                 write(samples)
         except EOFError:
             return

@@ -217,7 +217,8 @@ def start_run(
     config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed
 ) -> int:
     """Open the data and the model, then train. checkpoint: resume from it. All ranks. Returns the exit status."""
-    if not (config.eval_only or config.minutes):
+    chosen = config.minutes and not checkpoint and "gradient_accumulation_steps" not in given  # by choose_settings
+    if not (config.eval_only or chosen):
         dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if checkpoint and state.data != data.digest:
@@ -245,7 +246,7 @@ def start_run(
     elif state.evaluated_at == state.step:
         note(f"the run is complete at step {state.step}: raise --max_iters, or start a new run")
     if config.dry_run:
-        dry_run(config, dist, lambda n: train_step(run, 0, micro_steps=n))
+        dry_run(config, dist, lambda n: train_step(run, 0, micro_steps=n), config.max_iters - state.step)
         return 0
 
     if not dist.all_equal(state.step):

@@ -139,8 +139,10 @@ def with_batch(
     block = max(64, 2 ** round(math.log2(64 * (tokens / 1e6) ** 0.4)))
     chosen_freely = config.is_new_model and "block_size" not in given
     block_size = max(1, min(block, 1024, longest)) if chosen_freely else config.block_size
-    sequences = max(1, SEQUENCES_PER_STEP * block // block_size // dist.world_size)  # of each process in a step
-    chosen = {"batch_size": sequences, "gradient_accumulation_steps": dist.world_size}
+    kept = "gradient_accumulation_steps" in given
+    micro_steps = config.gradient_accumulation_steps if kept else dist.world_size
+    sequences = max(1, SEQUENCES_PER_STEP * block // block_size // micro_steps)  # of a micro-step
+    chosen = {"batch_size": sequences, "gradient_accumulation_steps": micro_steps}
     chosen = {name: value for name, value in chosen.items() if name not in given}
     return dataclasses.replace(config, block_size=block_size, **chosen)
 

@@ -147,16 +147,22 @@ def set_aside(out_dir: Path) -> None:
     if earlier:
         directory = Path(os.path.realpath(out_dir))
         try:
-            free = next(path for i in itertools.count(1) if not (path := Path(f"{directory}.{i}")).exists())
             if Path.cwd().is_relative_to(directory):
                 raise OSError("it is the current directory")
-            directory.rename(free)
+            free = rename_aside(directory)
             if out_dir.is_symlink():
                 directory.mkdir()
         except OSError as error:  # a mount point, for example
             problem = f"{out_dir} contains an earlier run and cannot be renamed ({one_line(error)})"
             raise UserError(f"{problem}; choose another --out_dir") from error
         note(f"moved the earlier run in {out_dir} to {free}; to continue it: --init_from=resume --out_dir={free}")
+
+
+def rename_aside(directory: Path) -> Path:
+    """Rename it to the first of directory.1, directory.2, … that does not exist. Returns the new name."""
+    free = next(path for i in itertools.count(1) if not (path := Path(f"{directory}.{i}")).exists())
+    directory.rename(free)
+    return free
 
 
 def check_sums(directory: Path) -> None:

@@ -70,8 +70,8 @@ def announce(config: TrainConfig, dist: Distributed, model: GPT, epoch_tokens: i
     )
 
 
-def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object]) -> None:
-    """Print memory, speed and hours of a run from a few timed steps. All ranks.
+def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object], steps_left: int) -> None:
+    """Print memory and speed of a few timed steps, and the time of the run's other ones. All ranks.
 
     step: runs a training step with that many micro-steps per process.
     """
@@ -81,8 +81,8 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
     if not dist.is_main:
         return
     note(_measured_memory(dist))
-    speed, span = config.tokens_per_step / seconds, tqdm.format_interval
-    note(f"measured: {seconds:.3g} s per step, {speed:,.0f} tokens/s; {span(seconds * config.max_iters)} for the run")
+    speed, run = f"{config.tokens_per_step / seconds:,.0f} tokens/s", tqdm.format_interval(seconds * steps_left)
+    note(f"measured: {seconds:.3g} s per step, {speed}; {run} for {counted(steps_left, 'step')}")
 
 
 def _median_seconds(dist: Distributed, step: Callable[[int], object], micro_steps: int) -> float:

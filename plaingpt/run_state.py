@@ -24,7 +24,7 @@ from model import GPT
 from plaingpt.checkpoint import read_tensors, write_model
 from plaingpt.console import UserError, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
-from plaingpt.files import check_sums, existing, new_directory, read_json
+from plaingpt.files import check_sums, existing, new_directory, read_json, rename_aside
 from plaingpt.parallel import fill, gather
 from plaingpt.settings import NonNegative, NonNegativeInt, check_value
 from plaingpt.tokenizer import Tokenizer
@@ -166,6 +166,9 @@ class Saver:
             (new / "training.json").write_text(json.dumps(content, indent=2) + "\n")
             shutil.copymode(new / "training.json", new / "optimizer.safetensors")  # which is private otherwise
 
+        best = self.out_dir / "best"
+        if is_best and state.best_val_loss is None and best.is_dir():
+            note(f"{best} is now {rename_aside(best)}: its loss does not compare with those from here on")
         if is_best and self._replace("best", model_files, state.step):
             self._best_saved = True
             state.best_val_loss, state.best_step = self._best

@@ -105,7 +105,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
             remedy = "its preparation is not complete: run its command again (with --part, that of each part)"
         raise UserError(f"{directory}: no such data set; {remedy}")
     if not (found / "meta.json").exists():
-        return _open_foreign(found)
+        return _open_foreign(found, check_all)
     check_sums(found)
     meta, tokenizer = read_json(found, "meta.json"), Tokenizer.load(found)
     try:
@@ -157,7 +157,7 @@ def _check_ids(path: Path | str, ids: np.ndarray, vocab_size: int) -> np.ndarray
     return ids
 
 
-def _open_foreign(directory: Path) -> DataSet:
+def _open_foreign(directory: Path, check_all: bool) -> DataSet:
     """GPT-2 tokens that another program prepared: nanoGPT's train.bin and val.bin, or shards of llm.c."""
     if (directory / "meta.pkl").exists():
         raise UserError(
@@ -179,9 +179,9 @@ def _open_foreign(directory: Path) -> DataSet:
     note(f"{directory}: no meta.json: reading as GPT-2 tokens, uint16")
     tokenizer = gpt2()
     train, val = (Tokens([ids[path] for path in paths[split]], None, tokenizer.vocab_size) for split in SPLITS)
-    small = sum(array.nbytes for array in ids.values()) <= HASHED
+    check_all |= sum(array.nbytes for array in ids.values()) <= HASHED
     for path, array in ids.items():
-        _check_ids(path, array[: None if small else SAMPLE], tokenizer.vocab_size)
+        _check_ids(path, array[: None if check_all else SAMPLE], tokenizer.vocab_size)
     lengths = tokenizer.byte_lengths()
     val.n_bytes = sum(int(lengths[ids].sum()) for ids in val.all())
     return DataSet(train, val, tokenizer, hashlib.sha256(f"{len(train)} {len(val)}".encode()).hexdigest())

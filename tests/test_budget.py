@@ -55,6 +55,11 @@ def test_a_time_that_is_too_short_for_the_steps_is_refused(data):
         chosen(data, 1, given | dict(block_size=1024))
 
 
+def test_micro_steps_that_are_given_divide_the_sequences_of_a_step(data):
+    one, four = chosen(data, 1), chosen(data, 1, dict(gradient_accumulation_steps=4))
+    assert four.gradient_accumulation_steps == 4 and four.tokens_per_step == one.tokens_per_step
+
+
 def test_a_small_text_gets_a_small_model(data):
     data.train = range(1_000_000)
     assert block_parameters(chosen(data, 10_000)) <= 12_000_000

@@ -58,7 +58,7 @@ class Recorder(NoWaiting):
                     old.copy_(new)
 
 
-def trained(device: str, dtype: str = "float32", **settings) -> dict[str, torch.Tensor]:
+def trained(device: str, captured: bool, dtype: str = "float32", **settings) -> dict[str, torch.Tensor]:
     """Weights after five steps."""
     # no biases: those of keys have gradients of nothing but rounding, which AdamW would enlarge
     config = TrainConfig(
@@ -69,9 +69,11 @@ def trained(device: str, dtype: str = "float32", **settings) -> dict[str, torch.
     tokens = Tokens([np.random.default_rng(0).integers(0, 65, 1000).astype(np.uint16)])
     model = GPT(GPTConfig(vocab_size=65, bias=False, dropout=config.dropout, **SHAPE))
     run = set_up(config, DataSet(tokens, tokens, None, ""), model, 1, dist)
+    first = run.parameters[0].detach().clone()
     for step in range(5):
         train_step(run, step)
-    if run.gradients:
+    assert bool(run.gradients) == captured and not run.parameters[0].equal(first)
+    if captured:
         assert len(run.micro_step.graphs) == len(run.update.graphs) == 1
         assert all(run.micro_step.graphs.values()) and all(run.update.graphs.values())
     return model.weights()
@@ -79,7 +81,7 @@ def trained(device: str, dtype: str = "float32", **settings) -> dict[str, torch.
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_captured_step_trains_the_same_weights(monkeypatch, optimizer):
-    expected = trained("cpu", dropout=0.1, optimizer=optimizer)
+    expected = trained("cpu", False, dropout=0.1, optimizer=optimizer)
     monkeypatch.setattr(train, "uses_graphs", lambda *_: True)
 
     def recorded(function: functools.partial, after: Recorded | None = None) -> Recorded:
@@ -93,7 +95,7 @@ def test_a_captured_step_trains_the_same_weights(monkeypatch, optimizer):
         return Recorded(function, changed)
 
     monkeypatch.setattr(train, "Captured", recorded)
-    found = trained("cpu", dropout=0.1, optimizer=optimizer)
+    found = trained("cpu", True, dropout=0.1, optimizer=optimizer)
     # the learning rate is a float32 tensor in a graph
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
 
@@ -115,7 +117,7 @@ def test_only_small_micro_steps_of_one_process_on_cuda_are_captured(monkeypatch)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_cuda_a_captured_step_trains_the_same_weights(monkeypatch, compiled, dtype):
     settings = dict(dropout=0.1, compile=compiled, dtype=dtype, optimizer="adamw")  # Muon would enlarge rounding
-    found = trained("cuda", **settings)
+    found = trained("cuda", True, **settings)
     monkeypatch.setattr(train, "uses_graphs", lambda *_: False)
-    expected = trained("cuda", **settings)
+    expected = trained("cuda", False, **settings)
     assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import run_main
 
+from plaingpt import tokens
+
 DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260)]
 
 
@@ -49,6 +51,15 @@ def test_every_checksum_is_verified(made):
     os.utime(made / "train.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
     result = run_main("tools.inspect_data", made)
     assert result.status == 2 and "train.bin" in result.err and "checksums and ids are correct" not in result.err
+
+
+def test_a_wrong_id_anywhere_in_a_data_set_without_meta_json_is_refused_with_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "HASHED", 1000)
+    monkeypatch.setattr(tokens, "SAMPLE", 100)
+    for split, last in ("train", 60_000), ("val", 1):
+        np.array([1] * 1000 + [last], np.uint16).tofile(tmp_path / f"{split}.bin")
+    result = run_main("tools.inspect_data", tmp_path)
+    assert result.status == 2 and "train.bin has the id 60000" in result.err and "are correct" not in result.err
 
 
 def test_a_missing_data_set_is_refused_with_the_command_that_makes_it(tmp_path):

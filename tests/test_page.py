@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, model_with, save_model
 from plaingpt.generate import Sampling, filtered
 from plaingpt.tokenizer import make_tokenizer
-from tools.page import quantize, run_of, write_page
+from tools.page import quantize, run_data, run_of, write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -286,6 +286,18 @@ def test_the_views_show_the_models_own_numbers(opened, tiny_run):
         sync_api.expect(page.locator("#facts")).to_contain_text(fact)
     assert page.locator("#curves path.training, #curves path.validation").count() == 2
     assert str(tiny_run.parent) not in page.content()
+
+
+def test_the_figures_are_those_of_the_step_of_the_model(tmp_path, tiny_run):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    model, _ = load_model(run / "best")
+    state = json.loads((run / "last" / "training.json").read_text())
+    (run / "last" / "training.json").write_text(json.dumps(state | {"step": 9, "best_step": 4}))
+    lines = [json.dumps({"step": step, "val_loss": step / 10}) for step in (2, 4, 6, 9)]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    for name, step in {"best": 4, "last": 9, "": 4}.items():
+        facts = run_data(str(run / name), model)["facts"]
+        assert (facts["step"], facts["val_loss"]) == (step, step / 10)
 
 
 HOSTILE = "<script>document.title='run'</script><!--<img src=x onerror=alert(1)>${alert(1)}`{{script}}</style>"

@@ -291,8 +291,8 @@ def test_a_part_that_waits_to_begin_is_in_nobodys_way(tmp_path, mixed):
         pid = forked(lambda: prepare(mixed, tmp_path, "--part=1/2"))
         time.sleep(0.3)
     assert "is done" in prepare(mixed, tmp_path, "--part=2/2").err or (tmp_path / "set").exists()
-    os.waitpid(pid, 0)
-    assert len(documents(tmp_path, "train")) > 200 and os.listdir(tmp_path) != [".set.partial"]
+    assert os.waitpid(pid, 0)[1] == 0
+    assert len(documents(tmp_path, "train")) > 200 and sorted(os.listdir(tmp_path)) == ["mixed", "set"]
 
 
 def test_a_finished_part_that_is_started_again_meets_the_end_of_the_last_one(tmp_path, mixed, monkeypatch):

@@ -37,6 +37,11 @@ def test_a_dry_run_writes_nothing(tmp_path, train):
         assert words in err
 
 
+def test_a_dry_run_of_a_resumed_run_is_about_the_steps_that_are_left(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=6)
+    assert resume(tmp_path / "run", max_iters=9, dry_run=True).err.endswith(" for 3 steps\n")
+
+
 def test_numbers_of_one_and_next_to_nothing_are_printed_as_such(train, tmp_path):
     err = train(tmp_path / "run", max_iters=1, batch_size=1, block_size=1).err
     assert "1 step of 1 token, 0.00028 epochs of 3,600" in err

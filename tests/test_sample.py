@@ -7,8 +7,10 @@ import pytest
 from conftest import ROOT, child_environment, flags, made_text, run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_checkpoint import make_model
 
-from plaingpt.checkpoint import load_model
+from plaingpt.checkpoint import load_model, save_model
+from plaingpt.tokenizer import make_tokenizer
 from sample import before_stop
 
 LINE = "\n---------------\n"
@@ -255,6 +257,23 @@ def test_a_setting_can_be_changed_in_interactive_mode(learned):
     assert "/temprature changes nothing; these settings can change: temperature, top_k" in ended.err
     assert "--top_k must be int (at least 0), not -1" in ended.err
     assert "/dtype changes nothing; these settings can change: temperature, " in ended.err
+
+
+def test_interactive_gives_as_many_samples_as_asked_for(learned):
+    arguments = [f"--out_dir={learned}", "--max_new_tokens=20", "--device=cpu", "--temperature=2", "--num_samples=2"]
+    expected = run_main("sample", *arguments, "--start=the sea").out
+    ended = run_main("sample", *arguments, "--interactive", stdin="the sea\n/num_samples 1\n/seed 1337\nthe sea\n")
+    assert ended.out == expected + expected.partition("\n---")[0] + "\n"
+
+
+def test_a_model_of_text_without_line_breaks_begins_without_one(tmp_path):
+    tokenizer = make_tokenizer("char", ["emma", "olivia"], 0)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", make_model(tokenizer), tokenizer)
+    arguments = [f"--out_dir={tmp_path / 'model'}", "--device=cpu", "--max_new_tokens=5"]
+    assert run_main("sample", *arguments).status == 0
+    ended = run_main("sample", *arguments, "--start=\n")
+    assert ended.status == 2 and "the tokenizer does not know '\\n'" in ended.err
 
 
 def test_a_seed_given_again_gives_the_same_text_again(learned):

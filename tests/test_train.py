@@ -544,8 +544,11 @@ def test_losses_of_another_set_of_batches_are_not_compared(tmp_path, train, resu
 
 def test_a_complete_run_is_evaluated_again_where_its_losses_do_not_compare(tmp_path, train, resume):
     train(tmp_path / "run")
+    best = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
     ended = resume(tmp_path / "run", eval_iters=5)
     assert f"lowest val_loss {records(tmp_path / 'run')[-1]['val_loss']:.4f} at step" in ended.err
+    assert f"best is now {tmp_path / 'run' / 'best.1'}: its loss does not compare" in ended.err
+    assert (tmp_path / "run" / "best.1" / "model.safetensors").read_bytes() == best
     shutil.rmtree(tmp_path / "run" / "best")
     resume(tmp_path / "run")
     assert load_model(tmp_path / "run" / "best")[0]

@@ -31,6 +31,7 @@ from model import GPT
 from plaingpt.checkpoint import load_model, model_with
 from plaingpt.console import UserError, note, run_script
 from plaingpt.files import existing, new_file, read_json
+from plaingpt.hub import model_directory
 from plaingpt.metrics import read_metrics
 from plaingpt.settings import PathName, load_settings
 from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, as_ours, byte_symbols
@@ -109,17 +110,20 @@ def run_of(name: str) -> Path | None:
         return next((path for path in (directory, directory.parent) if (path / "metrics.jsonl").is_file()), None)
 
 
-def run_data(run: Path | None, model: GPT) -> dict:
-    """Facts, settings and losses of the run whose directory this is, as far as they are known."""
+def run_data(name: str, model: GPT) -> dict:
+    """Facts, settings and losses of a model and of its run, as far as they are known."""
+    run = run_of(name)
     facts = {"parameters": model.num_parameters()} | asdict(model.config)
     records, last = read_metrics(run / "metrics.jsonl") if run else [], run and existing(run / "last")
     if not records or not last:
         return {"facts": facts, "records": records}
-    figures = {name: value for record in records for name, value in record.items()}
-    facts |= {name: round(figures[name], 4) for name in FIGURES if name in figures}
     with contextlib.suppress(UserError, KeyError, TypeError, AttributeError):  # missing or damaged
-        settings = read_json(last, "training.json")["settings"]
-        facts |= {name: value for name, value in settings.items() if name not in PRIVATE}
+        state, directory = read_json(last, "training.json"), model_directory(name)
+        is_best = not (directory / "training.json").exists()
+        step = state["best_step"] if is_best else read_json(directory, "training.json")["step"]
+        figures = {key: value for record in records if record["step"] <= step for key, value in record.items()}
+        facts |= {key: round(figures[key], 4) for key in FIGURES if key in figures}
+        facts |= {key: value for key, value in state["settings"].items() if key not in PRIVATE}
     return {"facts": facts, "records": records}
 
 
@@ -143,7 +147,7 @@ def write_page(path: Path, name: str, model: GPT, tokenizer: Tokenizer, bits: in
         "difference": logit_difference(model, matrices, ids),
         "start": start or tokenizer.decode(ids[1:13]).strip("\ufffd"),
         "tokenizer": encoding,
-        "run": run_data(run, model),
+        "run": run_data(name, model),
         "tensors": [[key, tensor.numel(), ARRAYS[tensor.dtype]] for key, tensor in tensors.items()],
     }
     text = json.dumps(header).encode()

@@ -161,7 +161,7 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
             if b"\0" in head or head.startswith((b"%PDF-", b"{\\rtf")):
                 remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
                 raise UserError(f"{path} is not text but a binary file: {remedy}")
-        elif kind in ("json", "csv", "tsv"):  # often settings and tables
+        elif kind in ("json", "csv", "tsv"):  # often settings and tables, unlike JSON Lines and Parquet
             next(File.at(path).texts(config), None)
     except UserError:
         if is_named and config.bad_files != "skip":
