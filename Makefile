@@ -24,7 +24,7 @@ CPU_TORCH := --index-url=https://download.pytorch.org/whl/cpu --retries=1 $(shel
 	$(PYTHON) -m venv .venv
 	@if [ "$$(uname)" = Linux ] && ! ls /dev/nvidia* > /dev/null 2>&1 && ! command -v nvidia-smi > /dev/null \
 	    && ! $(BIN)/python -m pip config list | grep -qE 'index|find-links|constraint'; then \
-	  $(PIP) $(CPU_TORCH) 2> /dev/null || echo "torch for CPUs cannot be fetched: the default build is installed"; fi
+	  $(PIP) $(CPU_TORCH) 2> /dev/null || echo "cannot download the CPU build of torch: installing the default build"; fi
 	$(PIP) --requirement=requirements.txt
 	touch $@
 

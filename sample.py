@@ -195,7 +195,7 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
             if line.startswith("/"):
                 name, _, text = line[1:].partition(" ")
                 if name not in INTERACTIVE:
-                    raise UserError(f"/{name} changes nothing; these settings can change: {', '.join(INTERACTIVE)}")
+                    raise UserError(f"/{name} cannot be changed here; these settings can: {', '.join(INTERACTIVE)}")
                 changed, _ = load_settings(SampleConfig, [f"--{name}={text.strip()}"])
                 config = dataclasses.replace(config, **{name: getattr(changed, name)})
                 number = 0 if name == "seed" else number

@@ -1,5 +1,5 @@
 # Finetune GPT-2 1558M on Tiny Shakespeare. Downloads the weights once; --init_from=gpt2 is the smallest model.
-# A model directory works, too: --init_from=out-mine/best.
+# A model directory with GPT-2's tokenizer works, too: --init_from=out-mine/best.
 #
 #   python prepare_data.py shakespeare
 #   python train.py config/finetune_shakespeare.py

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Two nodes of eight GPUs, from the folder of the repository, which has to be on a disk that they share:
+# Two nodes of eight GPUs. Run this in the root of the repository, on a disk that both nodes share, with .venv installed:
 #   sbatch docs/slurm.sh config/train_gpt2.py
 # Submit the same command again to continue where a job ended. If a node fails, Slurm requeues the job.
 # The recipe has to train a new model: --init_from=auto replaces its init_from.

@@ -197,8 +197,8 @@ def _check_capability(device: torch.device) -> None:
     if built and 10 * major + minor < min(built):
         raise UserError(
             f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) is too old for torch "
-            f"{torch.__version__}, which has kernels for {min(built) / 10} and above; if 5.0 or newer, install a build "
-            f"for CUDA 12.6 (pip install torch=={torch.__version__.partition('+')[0]} "
+            f"{torch.__version__}, which has kernels for {min(built) / 10} and above; for 5.0 and above, install a "
+            f"build for CUDA 12.6 (pip install torch=={torch.__version__.partition('+')[0]} "
             "--index-url https://download.pytorch.org/whl/cu126), or use --device=cpu"
         )
 

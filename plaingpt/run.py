@@ -80,9 +80,9 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
     sizes = {"n_layer", "n_head", "n_embd"} if config.is_new_model else {"batch_size", "gradient_accumulation_steps"}
     asked = given.keys() & sizes or any(not flag.startswith("--") for flag in given.values())
     if not (asked or config.minutes or config.dry_run or config.eval_only or device_type == "cuda"):
-        problem = "this would train GPT-2 124M" if config.is_new_model else "a step has 480 sequences"
+        problem = "this would train GPT-2 124M" if config.is_new_model else "a step would have 480 sequences"
         raise UserError(
-            f"without a recipe {problem}, too much without CUDA: add --minutes=10, which chooses settings for that "
+            f"without a recipe {problem}, which needs a CUDA GPU: add --minutes=10, which chooses settings for that "
             "time, or name a recipe from config/"
         )
 

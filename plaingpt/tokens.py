@@ -102,7 +102,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
         is_path = (directory.parent.parent / directory.name / "meta.json").exists()  # --dataset=data/books
         remedy = f"did you mean --dataset={directory.name}?" if is_path else f"to get it: {how_to_get(directory)}"
         if directory.with_name(f".{directory.name}.partial").exists():
-            remedy = "its preparation is not complete: run its command again (with --part, that of each part)"
+            remedy = "its preparation is not complete: run its command again (with --part: the command of each part)"
         raise UserError(f"{directory}: no such data set; {remedy}")
     if not (found / "meta.json").exists():
         return _open_foreign(found, check_all)

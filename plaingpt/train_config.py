@@ -28,9 +28,9 @@ class RunSettings:
     data_dir: PathName = "data"
     """directory of the prepared data sets"""
     init_from: PathName = "scratch"
-    """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); or a model: gpt2, a directory"""
+    """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); gpt2 or another model"""
     minutes: Annotated[float, Range(above=0, max=1e6)] | None = None
-    """minutes for the entire command: chooses the number of steps and, unless given, model and batch"""
+    """minutes for the entire command: sets the number of steps and, unless given, model, batch and learning rate"""
     max_iters: PositiveInt = 600000
     """number of training steps"""
     batch_size: Size = 12
@@ -116,7 +116,7 @@ class HardwareSettings:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """precision of matrix products (auto: bfloat16 where it is fast; float32 on CUDA means TF32)"""
+    """precision of matrix products (auto: bfloat16 if it is fast, float16 on older GPUs; float32 on CUDA means TF32)"""
     compile: bool | None = None
     """compile the forward and backward pass with torch.compile (None: on CUDA)"""
     recompute: bool = False

@@ -23,7 +23,7 @@ def rendezvous_store(timeout: timedelta) -> torch_dist.Store:
     except (torch_dist.DistError, ValueError, OSError) as error:
         where = " ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise RunFailed(
-            f"the processes did not meet at {where} (--timeout={timeout.total_seconds():g}): {one_line(error)}"
+            f"the processes could not connect at {where} (--timeout={timeout.total_seconds():g}): {one_line(error)}"
         ) from error
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store

@@ -282,7 +282,7 @@ def test_a_part_that_was_killed_goes_on_and_the_last_part_ends_the_work(tmp_path
     for part in (1, 2):
         prepare(mixed, tmp_path / "killed", f"--part={part}/2")
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
-    assert "is prepared already" in prepare(mixed, tmp_path / "killed", "--part=1/2").err
+    assert "is already prepared" in prepare(mixed, tmp_path / "killed", "--part=1/2").err
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
 
 
@@ -318,7 +318,7 @@ def test_a_finished_part_that_is_started_again_meets_the_end_of_the_last_one(tmp
         return pipeline.encode_part(*arguments)
 
     monkeypatch.setattr(job, "encode_part", encode_late)
-    assert "set is prepared already" in prepare(mixed, tmp_path / "between", "--part=1/2").err
+    assert "set is already prepared" in prepare(mixed, tmp_path / "between", "--part=1/2").err
     for name in ("while", "between"):
         assert os.listdir(tmp_path / name) == ["set"] and len(documents(tmp_path / name, "train")) > 200
 

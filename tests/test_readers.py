@@ -140,7 +140,7 @@ def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
     [
         (b"id,content\n1,a", "has no column 'text'; name the --column: id, content"),
         (b"text,text\na,b", "has more than one column 'text'"),
-        (b"id,text\n1,a\n2\n", "line 3: 1 column, 'text' is column 2"),
+        (b"id,text\n1,a\n2\n", "line 3 has 1 column, but 'text' is column 2"),
         (b"id,text\n1,a\n2,\xff\n", "line 3 is not UTF-8 text (byte 0xff at 0)"),
         (b'id,text\n1,"a\n2,b\n', "the quote that opens in line 2 is not closed"),
     ],
@@ -496,7 +496,7 @@ def test_another_state_of_a_folder_is_another_source(repository):
 def test_a_data_set_that_breaks_off_is_a_failure_to_be_tried_again(repository):
     found = source(f"hf:{repository}")
     next(repository.glob("data/train-00001*")).unlink()
-    with pytest.raises(RunFailed, match=r"shard 1 cannot be read: .*; run again to go on"):
+    with pytest.raises(RunFailed, match=r"shard 1 cannot be read: .*; run again to continue"):
         list(found.texts(PrepareConfig()))
 
 

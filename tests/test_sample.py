@@ -254,9 +254,9 @@ def test_a_setting_can_be_changed_in_interactive_mode(learned):
     drawn, likely, short = ended.out.splitlines()[:3]
     expected = likeliest(learned, "the sea", 20)
     assert (likely, short) == ("the sea" + expected, "the sea" + expected[:2]) and drawn != likely
-    assert "/temprature changes nothing; these settings can change: temperature, top_k" in ended.err
+    assert "/temprature cannot be changed here; these settings can: temperature, top_k" in ended.err
     assert "--top_k must be int (at least 0), not -1" in ended.err
-    assert "/dtype changes nothing; these settings can change: temperature, " in ended.err
+    assert "/dtype cannot be changed here; these settings can: temperature, " in ended.err
 
 
 def test_interactive_gives_as_many_samples_as_asked_for(learned):

@@ -12,7 +12,8 @@ from plaingpt.settings import PathName, PositiveInt, Range, Size
 @dataclass(frozen=True)
 class PrepareConfig:
     sources: list[PathName] = field(default_factory=list)
-    """a named source, hf:owner/name, - (standard input), or files, directories, globs: text, JSON, CSV, TSV, Parquet"""
+    """files, directories and globs (text, JSON, CSV, TSV, Parquet); - (standard input); hf:owner/name; or python,
+    shakespeare, shakespeare_char, tinystories, openwebtext, fineweb_edu"""
     name: str | None = None
     """name of the data set: its directory in data_dir, train.py's `dataset` (default: from the source)"""
     tokenizer: PathName | None = None

@@ -94,7 +94,7 @@ def prepare(job: Job, threads: int) -> dict | None:
 
 
 def done_before(job: Job) -> None:
-    note(f"{job.directory} is prepared already")
+    note(f"{job.directory} is already prepared")
     if job.has_plan() or not job.shards.exists():  # not the work of another command
         remove(job)
 
@@ -160,7 +160,7 @@ def finish(job: Job, part: Part) -> dict | None:
         files = [file for found in progress for file in found["splits"][split]["files"] if file["tokens"]]
         if not files:
             remove(job)  # to continue would change nothing
-            raise UserError(f"too little text: the {split} split is empty; give more, or another --val_fraction")
+            raise UserError(f"too little text: the {split} split is empty; give more text, or another --val_fraction")
         sums = {key: sum(found["splits"][split][key] for found in progress) for key in ("tokens", "bytes", "documents")}
         for i, file in enumerate(files):
             made, file["name"] = shards / file["name"], f"{split}.bin" if len(files) == 1 else f"{split}_{i:06}.bin"

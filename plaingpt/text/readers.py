@@ -138,7 +138,7 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
                     raise UserError(f"{file.path}: the quote that opens in line {before + 1:,} is not closed")
                 before = rows.line_num
                 if 0 < len(row) <= index:
-                    raise UserError(f"{where}: {counted(len(row), 'column')}, {column!r} is column {index + 1}")
+                    raise UserError(f"{where} has {counted(len(row), 'column')}, but {column!r} is column {index + 1}")
                 text = row[index].encode("utf-8", "surrogateescape") if row else b""
                 yield Text(checked(text, where, config.bad_files), raw.tell())
         except csv.Error as error:
@@ -198,7 +198,7 @@ class Shard(NamedTuple):
         except UserError:
             raise
         except Exception as error:  # of any library below: network, server, file format
-            raise RunFailed(f"{where} cannot be read: {one_line(error)}; run again to go on") from error
+            raise RunFailed(f"{where} cannot be read: {one_line(error)}; run again to continue") from error
 
 
 READERS = {
