@@ -71,8 +71,8 @@ class SampleConfig:
     RETIRED: ClassVar = {"compile": "ignored: sampling needs no compilation"}
 
 
-DRAWING = [field.name for field in dataclasses.fields(Sampling)]
-INTERACTIVE = (*DRAWING, "num_samples", "max_new_tokens", "stop", "seed", "output")
+SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
+INTERACTIVE = (*SAMPLING, "num_samples", "max_new_tokens", "stop", "seed", "output")
 MODES = ("start", "prompts", "interactive")  # mutually exclusive
 
 
@@ -124,7 +124,7 @@ class Samples:
         self.tokenizer, self.config, self.prompts, self.first = tokenizer, config, prompts, first
         parts = re.split(r"(?<!\\)\|", config.stop)
         self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in parts if part]
-        sampling = Sampling(**{name: getattr(config, name) for name in DRAWING})
+        sampling = Sampling(**{name: getattr(config, name) for name in SAMPLING})
         generators = [torch.Generator().manual_seed(derive_seed(config.seed, first + i)) for i in range(len(prompts))]
         self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
         self.unread = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet

@@ -228,7 +228,7 @@ def start_run(
     if writes and dist.is_main:
         check_writable(out_dir)
         if not checkpoint:
-            holds_run(out_dir)  # UserError for a directory that is none, before time is spent
+            holds_run(out_dir)  # UserError if it is no run's directory, before time is spent
     if config.minutes and not checkpoint and not config.eval_only:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)

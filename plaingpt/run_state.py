@@ -166,10 +166,12 @@ class Saver:
             (new / "training.json").write_text(json.dumps(content, indent=2) + "\n")
             shutil.copymode(new / "training.json", new / "optimizer.safetensors")  # which is private otherwise
 
-        best = self.out_dir / "best"
-        if is_best and state.best_val_loss is None and best.is_dir():
-            note(f"{best} is now {rename_aside(best)}: its loss does not compare with those from here on")
-        if is_best and self._replace("best", model_files, state.step):
+        def best_files(new: Path) -> None:
+            model_files(new)
+            if state.best_val_loss is None and (best := self.out_dir / "best").is_dir():  # an incomparable one
+                note(f"{best} is now {rename_aside(best)}: its loss does not compare with those from here on")
+
+        if is_best and self._replace("best", best_files, state.step):
             self._best_saved = True
             state.best_val_loss, state.best_step = self._best
         self._replace("last", all_files, state.step)
