@@ -63,8 +63,8 @@ def choose_settings(
     tokens = 3e6  # a guess; later, those of the previous model
     timed, shapes = [], list(candidates(config, given))
     for i, candidate in enumerate([shapes[0], *shapes]):
-        learns_by_heart = block_parameters(candidate) > 12 * len(data.train)
-        if timed and (learns_by_heart or agreed_time_left(config.minutes, dist) < 0.75 * seconds):
+        memorizes = block_parameters(candidate) > 12 * len(data.train)
+        if timed and (memorizes or agreed_time_left(config.minutes, dist) < 0.75 * seconds):
             break
         candidate = with_batch(candidate, given, tokens, data, dist)
         try:

@@ -113,7 +113,8 @@ def test_processes_that_do_not_meet_are_reported_in_one_line(monkeypatch):
     here = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     for name, value in (here | {"MASTER_PORT": port}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RunFailed, match=rf"could not connect at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} \(--time"):
+    message = rf"could not connect at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} \(--timeout=1\): "
+    with pytest.raises(RunFailed, match=message):
         connect("cpu", timeout=1)
 
 
