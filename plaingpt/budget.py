@@ -61,21 +61,26 @@ def choose_settings(
         config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
     seconds = agreed_time_left(config.minutes, dist)
     tokens = 3e6  # a guess; later, those of the previous model
-    timed, shapes = [], list(candidates(config, given))
-    for i, candidate in enumerate([shapes[0], *shapes]):
+    timed = []
+
+    def late() -> bool:
+        return agreed_time_left(config.minutes, dist) < 0.75 * seconds
+
+    for candidate in candidates(config, given):
         memorizes = block_parameters(candidate) > 12 * len(data.train)
-        if timed and (memorizes or agreed_time_left(config.minutes, dist) < 0.75 * seconds):
+        if timed and (memorizes or late()):
             break
-        candidate = with_batch(candidate, given, tokens, data, dist)
         try:
-            rate, candidate = time_model(candidate, given, min(1.0, seconds / 100), measure)
+            for _ in range(2):  # its speed determines its context, and its context its speed
+                candidate = with_batch(candidate, given, tokens, data, dist)
+                rate, candidate = time_model(candidate, given, min(1.0, seconds / 100), measure)
+                tokens = rate * seconds * TRAINING_SHARE
+                if with_batch(candidate, given, tokens, data, dist).block_size == candidate.block_size or late():
+                    break
         except Exception as error:
             if not timed or not needs_memory(error):
                 raise
             break  # larger models need more memory still
-        tokens = rate * seconds * TRAINING_SHARE
-        if i == 0:
-            continue  # its batch followed from a guess: time it again
         timed.append((predicted_loss(candidate, tokens, len(data.train)), rate, candidate))
         losses = [loss for loss, _, _ in timed]
         if len(losses) > 2 and min(losses[-2:]) > min(losses):

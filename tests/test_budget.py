@@ -200,6 +200,13 @@ def test_the_context_of_a_given_shape_follows_from_its_speed(data):
         assert config.block_size == block_size
 
 
+def test_the_context_follows_from_the_speed_of_the_model_that_is_chosen(data):
+    for minutes in (1, 3, 10, 30, 100):
+        config = chosen(data, minutes)
+        millions = config.max_iters * config.tokens_per_step / 1e6
+        assert config.block_size == max(64, 2 ** round(math.log2(64 * millions**0.4)))
+
+
 @pytest.mark.parametrize("slower", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_run_ends_in_time_on_a_machine_of_another_speed(tmp_path, clock, slower, changes):
