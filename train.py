@@ -9,6 +9,7 @@ import plaingpt.startup
 import dataclasses
 import functools
 import gc
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,14 +203,15 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
     for _ in range(2 if run.gradients else 1):  # the first one allocates; the second one captures a graph
         train_step(run, 0, micro_steps=1)
     dist.synchronize()
-    started, steps, enough = time.perf_counter(), 0, 0
+    times, enough = [], 0
     while not enough:
-        train_step(run, steps, micro_steps=1)
+        started = time.perf_counter()
+        train_step(run, len(times), micro_steps=1)
         dist.synchronize()
-        steps += 1
-        (enough,) = dist.max(time.perf_counter() > started + seconds)
-    tokens = steps * config.batch_size * config.block_size  # of each process
-    (rate,) = dist.sum(tokens / (time.perf_counter() - started))
+        times.append(time.perf_counter() - started)
+        (enough,) = dist.max(sum(times) > seconds)
+    tokens = config.batch_size * config.block_size  # of a micro-step of each process
+    (rate,) = dist.sum(tokens / statistics.median(times))
     return rate
 
 
