@@ -18,8 +18,8 @@ gradient_accumulation_steps = 32
 max_iters = 20
 dropout = 0.1
 
-# nanoGPT's optimizer and learning rate, as OpenAI trained with Adam. A Muon update has the same size whatever the
-# gradient; how that suits these weights at a constant learning rate is not measured.
+# nanoGPT's optimizer and learning rate; OpenAI trained with Adam, too. Muon is untested here: the size of its updates
+# does not depend on the gradient, and the learning rate does not fall.
 optimizer = "adamw"
 learning_rate = 3e-5
 decay_lr = False

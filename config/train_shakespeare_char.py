@@ -8,7 +8,7 @@ out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
 eval_interval = 250
 eval_iters = 0
-compile = False  # takes longer than it saves in so few steps
+compile = False  # compiling takes longer than it saves in so few steps
 
 n_layer = 6
 n_head = 6

@@ -17,7 +17,7 @@ batch_size = 12
 gradient_accumulation_steps = 1
 dropout = 0.0
 
-learning_rate = 4e-3  # for Muon; 1e-3 is right for AdamW, which nanoGPT uses
+learning_rate = 4e-3  # for Muon; nanoGPT's 1e-3 is for AdamW
 max_iters = 2000
 beta2 = 0.99  # with only 768 tokens per step, average longer
 warmup_iters = 100

@@ -38,7 +38,7 @@ class RunSettings:
     gradient_accumulation_steps: PositiveInt = 40
     """micro-steps per training step over all processes, so that adding GPUs does not change the recipe"""
     eval_interval: PositiveInt = 2000
-    """steps between evaluations; each is followed by a checkpoint"""
+    """steps between evaluations; each, except at step 0, is followed by a checkpoint"""
     eval_iters: Annotated[int, Range(min=0, max=2**31)] = 200
     """batches per evaluation, the same ones each time (0: the entire validation split)"""
     patience: NonNegativeInt = 0

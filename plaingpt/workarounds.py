@@ -30,7 +30,7 @@ def rendezvous_store(timeout: timedelta) -> torch_dist.Store:
     if int(os.environ["GROUP_WORLD_SIZE"]) == 1:
         return torch_dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) > 0:
-        note("several nodes: restarts need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for every torchrun (docs/scaling.md)")
+        note("on several nodes, restarts need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/distributed.md)")
     return store
 
 

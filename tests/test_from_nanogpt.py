@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from plaingpt.console import UserError
 from plaingpt.settings import load_settings
 from sample import SampleConfig
 from train import TrainConfig
@@ -22,10 +21,6 @@ TRAIN = {
 SAMPLE = {
     "init_from": "resume", "out_dir": "out", "start": "\n", "num_samples": 10, "max_new_tokens": 500,
     "temperature": 0.8, "top_k": 200, "seed": 1337, "device": "cuda", "dtype": "bfloat16", "compile": False,
-}  # fmt: skip
-BENCH = {
-    "batch_size": 12, "block_size": 1024, "bias": False, "real_data": True, "seed": 1337, "device": "cuda",
-    "dtype": "bfloat16", "compile": True, "profile": False,
 }  # fmt: skip
 RETIRED = {"train": {"backend", "always_save_checkpoint"}, "sample": {"compile"}}
 SCRIPTS = [("train", TrainConfig, TRAIN), ("sample", SampleConfig, SAMPLE)]
@@ -57,14 +52,3 @@ def test_the_table_lists_every_setting_and_those_that_are_retired(script, cls, s
     rows = rows_of(script)
     assert list(rows) and rows.keys() == settings.keys()
     assert {name for name, here in rows.items() if here == "retired"} == RETIRED[script]
-
-
-def test_the_table_of_bench_lists_every_setting_and_train_accepts_those_it_calls_the_same():
-    rows = rows_of("bench")
-    assert rows.keys() == BENCH.keys()
-    for name, value in BENCH.items():
-        if rows[name] == "same":
-            assert getattr(load_settings(TrainConfig, [f"--{name}={value}"])[0], name) == value
-        else:
-            with pytest.raises(UserError, match=name):
-                load_settings(TrainConfig, [f"--{name}={value}"])

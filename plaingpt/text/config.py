@@ -27,7 +27,7 @@ class PrepareConfig:
     split_documents: bool = False
     """split text files into documents at <|endoftext|>"""
     bad_files: Literal["stop", "skip", "replace"] = "stop"
-    """invalid UTF-8: stop; skip the document (in a text file, up to 1 MB); or write U+FFFD"""
+    """invalid UTF-8: stop; skip the document (of a text file over 1 MB: the bad megabyte); or write U+FFFD"""
     encoding: str | None = None
     """encoding of text files, such as latin-1 (default: by byte order mark, else UTF-8)"""
     column: str = "text"
