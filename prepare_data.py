@@ -11,7 +11,6 @@ import dataclasses
 import os
 import re
 import shlex
-import time
 from pathlib import Path
 
 from plaingpt.console import UserError, cores, counted, note, one_line, run_script
@@ -40,7 +39,7 @@ def main() -> None:
         raise UserError(f"--vocab_size is for --tokenizer=bpe, and this is {kind}")
     val_fraction, bad_files = config.val_fraction or source.val_fraction, source.bad_files or config.bad_files
     config = dataclasses.replace(config, val_fraction=val_fraction, bad_files=bad_files)
-    job, started = Job(directory, source, config, kind, tokenizer, part, parts), time.perf_counter()
+    job = Job(directory, source, config, kind, tokenizer, part, parts)
     if parts == 1 or not job.is_done():
         check_replaced(directory, source, config.name)
     try:
@@ -51,7 +50,7 @@ def main() -> None:
         note("stopped" if source.once else "stopped; the same command continues from here")
         raise
     if meta:
-        report(directory, meta, time.perf_counter() - started, config.tokenizer)
+        report(directory, meta, config.tokenizer)
 
 
 def directory_of(name: str, data_dir: str) -> Path:
@@ -84,7 +83,7 @@ def part_of(given: str) -> tuple[int, int]:
     return part, parts
 
 
-def report(directory: Path, meta: dict, seconds: float, tokenizer: str | None) -> None:
+def report(directory: Path, meta: dict, tokenizer: str | None) -> None:
     """Print the last lines."""
     for split, figures in meta["splits"].items():
         tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
@@ -92,8 +91,8 @@ def report(directory: Path, meta: dict, seconds: float, tokenizer: str | None) -
         average = figures["bytes"] / figures["tokens"]
         note(f"{split}: {tokens} ({average:.2f} bytes per token), {documents}{files}")
     size = sum(figures["bytes"] for figures in meta["splits"].values())
-    rate = f"{size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s"
-    note(f"{directory}: {rate if size > 1e5 else f'{size:,} bytes'}, vocabulary of {meta['vocab_size']:,}")
+    amount = f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
+    note(f"{directory}: {amount} of text, vocabulary of {meta['vocab_size']:,}")
     name = directory.name
     place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
     if min(figures["tokens"] for figures in meta["splits"].values()) < 2:

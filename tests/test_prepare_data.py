@@ -278,7 +278,7 @@ def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, f
     assert split_texts(directory, "train") == ["a" * 95, "c" * 95]
     printed = capsys.readouterr().err
     assert "reading 2 files: 2 text; 7 skipped: 5 binary, " in printed
-    for kind in ("1 json without 'text'", "1 csv without 'text'"):
+    for kind in ("1 json damaged or without 'text'", "1 csv damaged or without 'text'"):
         assert kind in printed.splitlines()[0]
     for name, message in {
         "b.png": "b.png is not text but a binary file", "b.pdf": "not text but a binary", "c.json": "has no 'text'",

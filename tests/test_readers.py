@@ -116,9 +116,8 @@ def test_a_json_file_that_is_no_documents_is_refused_when_it_is_named_and_left_o
     }.items():
         (tmp_path / name).write_text(text)
     assert read(tmp_path) == ["text"]
-    assert source(tmp_path).summary.endswith(
-        ": 1 text; 4 skipped: 2 json without 'text', 1 csv without 'text', 1 tsv without 'text'"
-    )
+    skipped = ", ".join(f"{kind} damaged or without 'text'" for kind in ("2 json", "1 csv", "1 tsv"))
+    assert source(tmp_path).summary.endswith(f": 1 text; 4 skipped: {skipped}")
     for name in ("a.json", "b.json", "c.csv", "d.tsv"):
         with pytest.raises(UserError, match=name):
             read(tmp_path / name)
@@ -140,9 +139,11 @@ def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
     [
         (b"id,content\n1,a", "has no column 'text'; name the --column: id, content"),
         (b"text,text\na,b", "has more than one column 'text'"),
-        (b"id,text\n1,a\n2\n", "line 3 has 1 column, but 'text' is column 2"),
+        (b"id,text\n1,a\n2\n", "line 3 has 1 column, but the header has 2"),
+        (b"text\nHello, world\n", "line 2 has 2 columns, but the header has 1: put quotes around the text"),
+        (b'id,text\n1,"Hello," he said\n', "line 2 cannot be read: ',' expected after '\"'"),
         (b"id,text\n1,a\n2,\xff\n", "line 3 is not UTF-8 text (byte 0xff at 0)"),
-        (b'id,text\n1,"a\n2,b\n', "the quote that opens in line 2 is not closed"),
+        (b'id,text\n1,"a\n2,b\n', "line 2 cannot be read: unexpected end of data"),
     ],
 )
 def test_a_csv_row_that_is_no_document_is_refused_with_its_place(tmp_path, data, message):
@@ -349,14 +350,15 @@ def test_bytes_that_are_no_text_in_a_large_file_are_named_by_their_place(tmp_pat
         assert "".join(read(path, bad_files="replace")).count("\ufffd") == 1
 
 
-def test_the_pieces_of_a_large_file_that_are_no_text_are_skipped_with_one_note(tmp_path, capsys):
-    (tmp_path / "a.txt").write_bytes(b"some words " * 100 + b"\xff" + b" more words" * 100)
+def test_each_piece_of_a_large_file_that_is_no_text_is_skipped_with_one_note(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes((b"some words " * 100 + b"\xff") * 2 + b" more words" * 100)
     (tmp_path / "b.txt").write_text("good " * 100)
     with pieces(300):
         for _ in range(2):
             text = "".join(read(tmp_path, bad_files="skip"))
-            assert text.endswith("good " * 100) and 2300 < len(text) < 2500
-    assert capsys.readouterr().err == f"skipped: {tmp_path}/a.txt is not UTF-8 text (byte 0xff at 1,100)\n"
+            assert text.endswith("good " * 100) and 3000 < len(text) < 3700
+    notes = [f"skipped: {tmp_path}/a.txt is not UTF-8 text (byte 0xff at {at})\n" for at in ("1,100", "2,201")]
+    assert capsys.readouterr().err == "".join(notes)
 
 
 # encodings

@@ -7,6 +7,7 @@ table; bytes are their own ids. All others, and machines without a gigatoken whe
 import contextlib
 import itertools
 import json
+import os
 import re
 import secrets
 import threading
@@ -103,6 +104,6 @@ def has_recent_letter(document: bytes) -> bool:
 def _resident_bytes(otherwise: int) -> int:
     """Memory of this process, or `otherwise` where the system has no /proc."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return otherwise

@@ -84,19 +84,17 @@ def prepare(job: Job, threads: int) -> dict | None:
         with plan_lock:
             interrupted_at_end = job.has_plan() and not job.shards.exists()  # before `remove`
             if job.is_done() and (job.parts > 1 or interrupted_at_end):
-                return done_before(job)
+                if job.has_plan() or not job.shards.exists():  # not the work of another command
+                    remove(job)
+                return note(f"{job.directory} is already prepared")
             job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.part))
             part = make_part(job)
+            if part.finished:  # before; perhaps it was interrupted when it completed the data set
+                return finish(job, part)
         encode_part(part, threads)
         with plan_lock:
             return finish(job, part)
-
-
-def done_before(job: Job) -> None:
-    note(f"{job.directory} is already prepared")
-    if job.has_plan() or not job.shards.exists():  # not the work of another command
-        remove(job)
 
 
 def make_part(job: Job) -> Part:
@@ -148,8 +146,6 @@ def count_documents(source: Source, config: PrepareConfig) -> int:
 def finish(job: Job, part: Part) -> dict | None:
     """Complete the data set if this was the last part. It appears complete, or not at all."""
     if not job.has_plan():
-        if job.parts > 1 and job.is_done():  # this part had been finished before, and now the last one is, too
-            return done_before(job)
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
     part.save()
     progress = [json_or_empty(job.progress(number)) for number in range(1, job.parts + 1)]

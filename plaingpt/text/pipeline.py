@@ -116,8 +116,6 @@ class Part:
 
 def encode_part(part: Part, threads: int) -> None:
     """Read, encode and write all inputs of a part, from where an earlier process stopped."""
-    if part.finished:
-        return
     part.open_files = {split: part.open_shard(split) for split in SPLITS}
     encoder = BulkEncoder(part.tokenizer)
     if part.position > (0, 0):
@@ -136,7 +134,7 @@ def encode_part(part: Part, threads: int) -> None:
         try:
             for batch in read(part):
                 encoding.append((batch, pool.submit(encode, batch, part, encoder)))
-                if len(encoding) > 16 * threads:
+                while sum(batch.size for batch, _ in encoding) > 16 * threads * streams.PIECE:
                     write_oldest()
             while encoding:
                 write_oldest()
@@ -190,8 +188,8 @@ def encode(batch: Batch, part: Part, encoder: BulkEncoder) -> dict[str, np.ndarr
     """The ids of each split that gets something, with end of text before each document."""
     encoded = {}
     for split, texts in batch.splits.items():
-        if not part.config.split_documents and any(b"|" in text and SEPARATOR in text for text in texts):
+        if any(b"|" in text and SEPARATOR in text for text in texts):
             message = "<|endoftext|> occurs in the text and is encoded as ordinary text"
-            note_once(f"{message}; if it separates documents of a text file, give --split_documents", message)
+            note_once(f"{message}; --split_documents splits text files at it", message)
         encoded[split] = encoder.encode(texts)[int(split in batch.continued) :].astype(part.dtype)
     return encoded

@@ -5,7 +5,6 @@ document per row. pyarrow takes a third of a second to import, so only the funct
 """
 
 import csv
-import itertools
 import json
 import os
 import re
@@ -19,7 +18,6 @@ from plaingpt.text.streams import checked, last_boundary, open_utf8, too_long
 from plaingpt.tokenizer import END_OF_TEXT
 
 SEPARATOR = END_OF_TEXT.encode()
-END = "\0 end of file"
 ROWS = 64  # of a table that are decoded at a time
 
 
@@ -119,30 +117,25 @@ def _text_of(row: Any, where: str, column: str) -> bytes:
 
 def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     """CSV or TSV with a header line."""
-    column, limit = config.column, streams.MAX_RECORD
+    column, limit, last = config.column, streams.MAX_RECORD, 0  # last: the line in which the row before ends
     csv.field_size_limit(limit - 1)
     with open_utf8(file.path, config) as (raw, stream):
         lines = iter(lambda: stream.readline(limit).decode("utf-8", "surrogateescape"), "")
-        # END is a row of its own, unless a quote is still open: then it becomes part of that row
-        rows = csv.reader(itertools.chain(lines, [END]), delimiter="\t" if kind_of(file.path) == "tsv" else ",")
+        rows = csv.reader(lines, delimiter="\t" if kind_of(file.path) == "tsv" else ",", strict=True)
         try:
-            names = [name for name in next(rows) if name != END]
+            names = next(rows, [])
             check_column(file.path, names, column)
-            index = names.index(column)
-            before = rows.line_num
+            index, last = names.index(column), rows.line_num
             for row in rows:
-                where = f"{file.path}, line {rows.line_num:,}"
-                if row == [END]:
-                    return
-                if row and row[-1].endswith(END):
-                    raise UserError(f"{file.path}: the quote that opens in line {before + 1:,} is not closed")
-                before = rows.line_num
-                if 0 < len(row) <= index:
-                    raise UserError(f"{where} has {counted(len(row), 'column')}, but {column!r} is column {index + 1}")
+                where, last = f"{file.path}, line {rows.line_num:,}", rows.line_num
+                if row and (len(row) <= index or any(row[len(names) :])):
+                    problem = f"{counted(len(row), 'column')}, but the header has {len(names):,}"
+                    raise UserError(f"{where} has {problem}: put quotes around the text")
                 text = row[index].encode("utf-8", "surrogateescape") if row else b""
                 yield Text(checked(text, where, config.bad_files), raw.tell())
         except csv.Error as error:
-            raise UserError(f"{file.path}, line {rows.line_num:,} cannot be read: {one_line(error)}") from error
+            remedy = "quotes around a field have to be closed, and doubled inside it"
+            raise UserError(f"{file.path}, line {last + 1:,} cannot be read: {one_line(error)}; {remedy}") from error
 
 
 def parquet_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
@@ -166,8 +159,6 @@ def _column_texts(column: Any, where: str, done: int, config: PrepareConfig) -> 
     """The values of an Arrow array."""
     if not re.match("(dictionary<values=)?(large_)?(string|binary|null)", str(column.type)):
         raise UserError(f"{where}: column {config.column!r} is {column.type}, not text; name the --column")
-    if hasattr(column.type, "value_type"):  # a dictionary
-        column = column.cast(column.type.value_type)
     for text in column.cast("large_binary").to_pylist():  # no copy
         yield Text(text and checked(text, where, config.bad_files), done)
 

@@ -162,11 +162,11 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
                 remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
                 raise UserError(f"{path} is not text but a binary file: {remedy}")
         elif kind in ("json", "csv", "tsv"):  # often settings and tables, unlike JSON Lines and Parquet
-            next(File.at(path).texts(config), None)
+            next(File.at(path).texts(dataclasses.replace(config, bad_files="replace")), None)
     except UserError:
         if is_named and config.bad_files != "skip":
             raise
-        return "binary" if kind == "text" else f"{kind} without {config.column!r}"
+        return "binary" if kind == "text" else f"{kind} damaged or without {config.column!r}"
     return None
 
 
@@ -203,7 +203,6 @@ def download(url: str, path: Path, digest: str, timeout: float = 30) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and sha256(path) == digest:
         return path
-    import http.client
     import urllib.request  # slow to import
 
     try:
@@ -211,7 +210,7 @@ def download(url: str, path: Path, digest: str, timeout: float = 30) -> Path:
             data = response.read(1 << 24)
         if hashlib.sha256(data).hexdigest() != digest:
             raise OSError(f"the {len(data):,} bytes received are not the expected file")
-    except (OSError, http.client.HTTPException) as error:  # no network, refused, timed out, broken off
+    except Exception as error:  # no network, refused, timed out, broken off
         remedy = f"try again, or fetch it by other means and put it at {path} (SHA-256 {digest})"
         raise UserError(f"{url} cannot be downloaded: {one_line(error)}; {remedy}") from error
     with new_file(path, "wb") as file:

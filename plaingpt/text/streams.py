@@ -67,11 +67,11 @@ def checked(text: bytes, where: str, bad_files: str, position: int = 0) -> bytes
     if bad_files == "stop":
         remedy = "use --bad_files=skip to drop it, --bad_files=replace to write U+FFFD instead, or name the --encoding"
         raise UserError(f"{problem}; {remedy}")
-    note_once(f"skipped: {problem}", where)
+    note_once(f"skipped: {problem}", (where, position))
     return b""
 
 
-def note_once(message: str, about: str) -> None:
+def note_once(message: str, about: object) -> None:
     """Some text is read more than once: to count documents, to train a tokenizer, to encode."""
     if about not in _noted:
         _noted.add(about)
