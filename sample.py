@@ -92,12 +92,19 @@ def main() -> None:
     else:
         starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
         prompts = [encode_prompt(start, tokenizer) for start in starts for _ in range(config.num_samples)]
-        for first in range(0, len(prompts), config.batch_size):
-            end = first + config.batch_size
-            write(Samples(decoder, tokenizer, config, prompts[first:end], first), last=end >= len(prompts))
+        write_all(decoder, tokenizer, config, prompts)
 
 
-def write(samples: "Samples", last: bool = True) -> None:
+def write_all(
+    decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], number: int = 0
+) -> None:
+    """Print a sample of each prompt, in batches. number: of the first one."""
+    for first in range(0, len(prompts), config.batch_size):
+        end = first + config.batch_size
+        write(Samples(decoder, tokenizer, config, prompts[first:end], number + first), last=end >= len(prompts))
+
+
+def write(samples: "Samples", last: bool) -> None:
     """Print the samples one after another, each as it is generated. last: no other batch follows."""
     tokenizer = samples.tokenizer
     for i, prompt in enumerate(samples.prompts):
@@ -201,9 +208,8 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
                 number = 0 if name == "seed" else number
             else:
                 prompts = [encode_prompt(line, tokenizer)] * config.num_samples
-                samples = Samples(decoder, tokenizer, config, prompts, first=number)
-                number += config.num_samples
-                write(samples)
+                first, number = number, number + config.num_samples
+                write_all(decoder, tokenizer, config, prompts, first)
         except EOFError:
             return
         except UserError as error:
@@ -216,7 +222,8 @@ def which_model(config: SampleConfig) -> str | Path:
     if config.init_from not in (None, "resume"):
         return config.init_from
     out_dir = Path(config.out_dir)
-    if not (out_dir / "config.json").is_file() and not any(existing(out_dir / name) for name in ("best", "last")):
+    files = any((out_dir / name).is_file() for name in ("config.json", "ckpt.pt"))  # of a model; of nanoGPT
+    if not files and not any(existing(out_dir / name) for name in ("best", "last")):
         raise UserError(f"{out_dir} has no model; train one first, or name its directory: --out_dir=…")
     return out_dir
 

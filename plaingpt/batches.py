@@ -27,28 +27,18 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     A four-round Feistel network permutes the next power of four; applying it again until the value is
     below n ("cycle walking") permutes range(n) (Black and Rogaway 2002).
     """
-    half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
-    mask = np.uint64((1 << half) - 1)
+    bits = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    half, mask = np.uint64(bits), np.uint64((1 << bits) - 1)
     keys = [np.uint64(derive_seed(key, turn)) for turn in range(4)]
     value, outside = index.astype(np.uint64), np.arange(len(index))
     while len(outside):
-        walking = value[outside]
-        left, right = walking >> np.uint64(half), walking & mask
-        h, shifted = np.empty_like(left), np.empty_like(left)
-        for turn_key in keys:
-            # splitmix64's finalizer (Steele et al. 2014), in place; products wrap at 64 bits
-            np.bitwise_xor(right, turn_key, out=h)
-            h *= np.uint64(0xBF58476D1CE4E5B9)
-            h ^= np.right_shift(h, np.uint64(27), out=shifted)
-            h *= np.uint64(0x94D049BB133111EB)
-            h ^= np.right_shift(h, np.uint64(31), out=shifted)
-            h &= mask
-            h ^= left
-            left, right, h = right, h, left
-        left <<= np.uint64(half)
-        left |= right
-        value[outside] = left
-        outside = outside[left >= n]
+        left, right = value[outside] >> half, value[outside] & mask
+        for turn_key in keys:  # splitmix64's finalizer (Steele et al. 2014); products wrap at 64 bits
+            h = (right ^ turn_key) * np.uint64(0xBF58476D1CE4E5B9)
+            h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((h ^ (h >> np.uint64(31))) & mask)
+        value[outside] = left << half | right
+        outside = outside[value[outside] >= n]
     return value.astype(np.int64)
 
 

@@ -106,16 +106,12 @@ def initial_model(
         check_memory(config, dist, new_shape(config, data))
         torch.manual_seed(config.seed)
         return GPT(new_shape(config, data)), config
-    if checkpoint:
-        check_memory(config, dist, read_config(checkpoint))
-        model, tokenizer = load_model(checkpoint, dropout=config.dropout, check=False)  # checked with the state
-    else:
-        block_size = config.block_size if "block_size" in given else None
-        if not config.init_from.endswith(".pt"):
-            shape = read_config(model_directory(config.init_from))
-            check_memory(config, dist, dataclasses.replace(shape, block_size=block_size or shape.block_size))
-        model, tokenizer = load_model(config.init_from, block_size, config.dropout)
     source = checkpoint or config.init_from
+    block_size = config.block_size if "block_size" in given else None
+    if not str(source).endswith(".pt"):
+        shape = read_config(model_directory(source))
+        check_memory(config, dist, dataclasses.replace(shape, block_size=block_size or shape.block_size))
+    model, tokenizer = load_model(source, block_size, config.dropout, check=not checkpoint)  # checked with the state
     for name in MODEL_SETTINGS:
         asked, found = getattr(config, name), getattr(model.config, name)
         if name in given and asked != found:

@@ -85,8 +85,9 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
         raise UserError(f"{error}; {remedy} (--init_from=resume:NAME)") from error
     if not existing(directory.parent / "best"):
         state.forget_best()
+        return state, found
     # If the run goes back to an earlier step, `best` may be from a later one: only a better model replaces it.
-    for other in directory.parent.glob("*/training.json") if state.best_step else ():
+    for other in directory.parent.glob("*/training.json"):
         with contextlib.suppress(UserError):
             later = _read_state(other.parent)
             comparable = (later.data, later.eval_sequences) == (state.data, state.eval_sequences)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint import make_model
 
+import sample as script
 from plaingpt.checkpoint import load_model, save_model
 from plaingpt.tokenizer import make_tokenizer
 from sample import before_stop
@@ -264,6 +265,26 @@ def test_interactive_gives_as_many_samples_as_asked_for(learned):
     expected = run_main("sample", *arguments, "--start=the sea").out
     ended = run_main("sample", *arguments, "--interactive", stdin="the sea\n/num_samples 1\n/seed 1337\nthe sea\n")
     assert ended.out == expected + expected.partition("\n---")[0] + "\n"
+
+
+def test_interactive_makes_as_many_samples_at_once_as_allowed(learned, monkeypatch):
+    sizes = []
+
+    class Recorded(script.Samples):
+        def __init__(self, decoder, tokenizer, config, prompts, first):
+            super().__init__(decoder, tokenizer, config, prompts, first)
+            sizes.append((first, len(prompts)))
+
+    monkeypatch.setattr(script, "Samples", Recorded)
+    arguments = [f"--out_dir={learned}", "--max_new_tokens=2", "--device=cpu", "--num_samples=3", "--batch_size=2"]
+    ended = run_main("sample", *arguments, "--interactive", stdin="the sea\neast\n")
+    assert sizes == [(0, 2), (2, 1), (3, 2), (5, 1)] and ended.out.count("the sea") == 3
+
+
+def test_the_directory_of_a_run_of_nanogpt_is_recognized(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    ended = run_main("sample", f"--out_dir={tmp_path}")
+    assert ended.status == 2 and f"the directory of a nanoGPT run: use {tmp_path / 'ckpt.pt'}" in ended.err
 
 
 def test_a_model_of_text_without_line_breaks_begins_without_one(tmp_path):

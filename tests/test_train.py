@@ -527,6 +527,14 @@ def test_a_return_to_an_earlier_checkpoint_loses_no_record_and_blames_no_loss(tm
     assert load_state(tmp_path / "run" / "last")[0].evaluations_since_lowest == 0
 
 
+def test_a_return_to_a_checkpoint_before_the_first_evaluation_keeps_a_better_model(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=8, eval_interval=2, keep_every=1)
+    best = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
+    resume(tmp_path / "run", init_from="resume:step-000001", max_iters=4, learning_rate=1e-6, lr_decay_iters=4)
+    assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == best
+    assert not (tmp_path / "run" / "best.1").exists()
+
+
 def test_patience_counts_from_an_earlier_checkpoint_as_it_did_the_first_time(tmp_path, train, resume):
     settings = dict(max_iters=8, eval_interval=1, keep_every=2, patience=2)
     train(tmp_path / "run", **settings)
