@@ -9,8 +9,6 @@ import plaingpt.startup
 import dataclasses
 import functools
 import gc
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from plaingpt.graphs import Captured, graphs_work
 from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
 from plaingpt.parallel import set_gradient_sync, wrap
-from plaingpt.plan import announce, check_memory, dry_run
+from plaingpt.plan import announce, check_memory, dry_run, median_seconds
 from plaingpt.run import check_default, finish_run, initial_model, new_shape, resumed_settings
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
@@ -200,18 +198,9 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
     shape, config = new_shape(config, data), dataclasses.replace(config, compile=False)
     check_memory(config, dist, shape)
     run = set_up(config, data, GPT(shape), 1, dist)
-    for _ in range(2 if run.gradients else 1):  # the first one allocates; the second one captures a graph
-        train_step(run, 0, micro_steps=1)
-    dist.synchronize()
-    times, enough = [], 0
-    while not enough:
-        started = time.perf_counter()
-        train_step(run, len(times), micro_steps=1)
-        dist.synchronize()
-        times.append(time.perf_counter() - started)
-        (enough,) = dist.max(sum(times) > seconds)
-    tokens = config.batch_size * config.block_size  # of a micro-step of each process
-    (rate,) = dist.sum(tokens / statistics.median(times))
+    warmups = 2 if run.gradients else 1  # the first one allocates; the second one captures a graph
+    per_step = median_seconds(dist, lambda: train_step(run, 0, micro_steps=1), warmups, limit=seconds)
+    (rate,) = dist.sum(config.batch_size * config.block_size / per_step)
     return rate
 
 

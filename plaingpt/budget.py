@@ -23,7 +23,7 @@ from plaingpt.tokens import DataSet
 from plaingpt.train_config import TrainConfig, muon_learning_rate
 
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
-SEQUENCES_PER_STEP = 16
+SEQUENCES_PER_STEP = 32
 TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS = 4  # after the one at the start
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
@@ -71,17 +71,17 @@ def choose_settings(
         if timed and (memorizes or late()):
             break
         try:
-            for _ in range(2):  # its speed determines its context, and its context its speed
-                candidate = with_batch(candidate, given, tokens, data, dist)
-                rate, candidate = time_model(candidate, given, min(1.0, seconds / 100), measure)
+            for _ in range(2):  # its speed determines its batch, and its batch the speed
+                wanted = with_batch(candidate, given, tokens, data, dist)
+                rate, fitting = time_model(wanted, given, min(1.0, seconds / 100), measure)
                 tokens = rate * seconds * TRAINING_SHARE
-                if with_batch(candidate, given, tokens, data, dist).block_size == candidate.block_size or late():
+                if with_batch(candidate, given, tokens, data, dist) == wanted or late():
                     break
         except Exception as error:
             if not timed or not needs_memory(error):
                 raise
             break  # larger models need more memory still
-        timed.append((predicted_loss(candidate, tokens, len(data.train)), rate, candidate))
+        timed.append((predicted_loss(fitting, tokens, len(data.train)), rate, fitting))
         losses = [loss for loss, _, _ in timed]
         if len(losses) > 2 and min(losses[-2:]) > min(losses):
             break  # two in a row are worse
@@ -121,7 +121,7 @@ def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConf
     if not config.is_new_model:
         model = config.init_from
         shape = load_model(model)[0].config if model.endswith(".pt") else read_config(model_directory(model))
-        found = {name: getattr(shape, name) for name in MODEL_SETTINGS if name not in given}
+        found = {name: getattr(shape, name) for name in MODEL_SETTINGS if name not in given and name != "dropout"}
         yield dataclasses.replace(config, **found)
         return
     widths = [config.n_embd] if "n_embd" in given else WIDTHS

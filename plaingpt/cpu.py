@@ -172,3 +172,9 @@ def keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         mallopt(M_TRIM_THRESHOLD, -1)  # never
         mallopt(M_MMAP_MAX, 0)
+
+
+def return_freed_memory() -> None:
+    """Return to the system what glibc has kept so far."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -3,6 +3,8 @@
 python train.py RECIPE --dry_run=True
 """
 
+import functools
+import math
 import statistics
 import sys
 import time
@@ -14,6 +16,7 @@ from tqdm import tqdm
 
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, counted, millions, note
+from plaingpt.cpu import return_freed_memory
 from plaingpt.distributed import Distributed
 from plaingpt.parallel import shard_count
 from plaingpt.train_config import TrainConfig
@@ -46,6 +49,7 @@ def free_memory(dist: Distributed) -> float | None:
     if dist.device.type == "cuda":  # what torch keeps of freed memory is free, too
         cached = torch.cuda.memory_reserved(dist.device) - torch.cuda.memory_allocated(dist.device)
         return torch.cuda.mem_get_info(dist.device)[0] + cached
+    return_freed_memory()  # of a model that was timed before
     try:
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         size = {line[0]: 1024 * int(line[1]) for line in lines}
@@ -76,7 +80,7 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
     step: runs a training step with that many micro-steps per process.
     """
     micro_steps = dist.per_process(config.gradient_accumulation_steps)
-    one, two = (_median_seconds(dist, step, n) for n in (1, 2))
+    one, two = (median_seconds(dist, functools.partial(step, n), warmups=1, limit=10, most=3) for n in (1, 2))
     seconds = one + (micro_steps - 1) * max(two - one, 0.0)
     if not dist.is_main:
         return
@@ -85,16 +89,21 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
     note(f"measured: {seconds:.3g} s per step, {speed}; {run} for {counted(steps_left, 'step')}")
 
 
-def _median_seconds(dist: Distributed, step: Callable[[int], object], micro_steps: int) -> float:
+def median_seconds(
+    dist: Distributed, step: Callable[[], object], warmups: int, limit: float, most: float = math.inf
+) -> float:
+    """Of a step, after some that allocate and compile; for `limit` seconds or `most` steps. All ranks."""
+    for _ in range(warmups):
+        step()
     times, enough = [], False
     while not enough:
         dist.synchronize()
         started = time.perf_counter()
-        step(micro_steps)
+        step()
         dist.synchronize()
         times.append(time.perf_counter() - started)
-        (enough,) = dist.max(len(times) == 4 or (len(times) > 1 and sum(times) > 10))
-    return statistics.median(times[1:])  # the first one compiles and allocates
+        (enough,) = dist.max(len(times) >= most or sum(times) > limit)
+    return statistics.median(times)
 
 
 def _measured_memory(dist: Distributed) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from plaingpt.console import UserError, note
 from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, Range, Size
 
-DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr")  # settings that are computed from others unless given
+DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr", "compile")  # chosen anew on resume unless given
 
 
 def muon_learning_rate(n_embd: int, steps: int) -> float:

@@ -3,17 +3,20 @@
 import dataclasses
 import math
 import runpy
+import shutil
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import flags, run_main
+from conftest import edit_json, flags, run_main
 
 from plaingpt import budget
 from plaingpt.budget import Deadline, block_parameters, choose_settings, extend_run, write_recipe
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed, connect
+from plaingpt.run import resumed_settings
 from plaingpt.run_state import RunState, load_state
 from plaingpt.train_config import TrainConfig
 
@@ -103,10 +106,10 @@ def test_short_runs_on_cuda_are_not_compiled(data):
     def compiled(minutes, given=None, dist=cuda):
         config = TrainConfig(minutes=minutes, **(given or {}))
         found, _ = choose_settings(config, dict.fromkeys(given or {}, "--"), data, dist, lambda *_: 1e6)
-        return found.compiles_on("cuda")
+        return found.compiles_on(dist.device.type)
 
     assert not compiled(9) and compiled(10)
-    assert compiled(9, {"compile": True}) and compiled(9, dist=DIST)
+    assert compiled(9, {"compile": True}) and not compiled(10, dist=DIST)
 
 
 def test_micro_batches_are_halved_until_they_fit(data):
@@ -200,11 +203,13 @@ def test_the_context_of_a_given_shape_follows_from_its_speed(data):
         assert config.block_size == block_size
 
 
-def test_the_context_follows_from_the_speed_of_the_model_that_is_chosen(data):
+@pytest.mark.parametrize("given", [{}, {"block_size": 512}])
+def test_context_and_batch_follow_from_the_speed_of_the_model_that_is_chosen(data, given):
     for minutes in (1, 3, 10, 30, 100):
-        config = chosen(data, minutes)
+        config = chosen(data, minutes, given)
         millions = config.max_iters * config.tokens_per_step / 1e6
-        assert config.block_size == max(64, 2 ** round(math.log2(64 * millions**0.4)))
+        context = max(64, 2 ** round(math.log2(64 * millions**0.4)))
+        assert config.block_size == given.get("block_size", context) and config.tokens_per_step == 32 * context
 
 
 @pytest.mark.parametrize("slower", [0.3, 1.0, 1.7])
@@ -269,6 +274,13 @@ def test_a_finished_run_goes_on_for_a_time(tmp_path, data_dir, train):
     assert "changed on resume: max_iters=" in ended.err
 
 
+def test_a_run_that_continues_a_short_one_on_cuda_is_compiled():
+    state = RunState(step=5, settings=dataclasses.asdict(TrainConfig(compile=False)))
+    for derived, compiled in ([], False), (["compile"], True):
+        state.derived = derived
+        assert resumed_settings(TrainConfig(minutes=600), {}, state, Path("last")).compiles_on("cuda") == compiled
+
+
 def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_run):
     recipe = "max_iters = 1000000000\nwarmup_iters = 1000000\nlog_interval = 7\nbeta2 = 0.9\n"
     (tmp_path / "recipe.py").write_text(recipe)
@@ -278,6 +290,13 @@ def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_
     settings = state.settings
     assert settings["max_iters"] == state.step < 1e9 and settings["warmup_iters"] < 1e6
     assert settings["beta2"] == 0.9 and settings["n_embd"] == 16
+
+
+def test_the_dropout_of_a_pretrained_model_is_not_taken_over(tmp_path, data_dir, tiny_run):
+    shutil.copytree(tiny_run / "best", tmp_path / "model")
+    edit_json(tmp_path / "model" / "config.json", resid_pdrop=None)
+    run_for(data_dir, tmp_path / "run", 0.03, dataset="tiny", init_from=tmp_path / "model", learning_rate=1e-9)
+    assert load_state(tmp_path / "run" / "last")[0].settings["dropout"] in (0, 0.2)  # 0.2: for many epochs
 
 
 def test_the_rate_that_is_chosen_for_finetuning_has_two_digits(tmp_path, data_dir, tiny_run):

@@ -1,10 +1,13 @@
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from model import GPTConfig
 from plaingpt.console import UserError
+from plaingpt.cpu import keep_freed_memory
 from plaingpt.distributed import Distributed
 from plaingpt.plan import check_memory, free_memory
 from plaingpt.train_config import TrainConfig
@@ -23,6 +26,20 @@ def test_a_model_that_cannot_fit_is_refused(monkeypatch):
     four = dataclasses.replace(CPU, world_size=4)
     monkeypatch.setattr(Distributed, "max", lambda self, *numbers: list(numbers))  # no other process is there
     check_memory(dataclasses.replace(config, sharding="fsdp"), four, GPTConfig(n_layer=too_many))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="not Linux")
+def test_memory_that_this_process_has_freed_counts_as_free():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    keep_freed_memory()
+    tensors = [torch.ones(10_000_000) for _ in range(10)]
+    used = resident()
+    del tensors
+    assert resident() > used - 300e6  # it is kept, as a timed model's is
+    free_memory(CPU)
+    assert resident() < used - 300e6
 
 
 def test_a_dry_run_refuses_before_it_makes_the_model(tmp_path, train):
