@@ -71,7 +71,7 @@ def choose_settings(
         if timed and (memorizes or late()):
             break
         try:
-            for _ in range(2):  # its speed determines its batch, and its batch the speed
+            for _ in range(2):  # the batch follows from the speed, and changes it
                 wanted = with_batch(candidate, given, tokens, data, dist)
                 rate, fitting = time_model(wanted, given, min(1.0, seconds / 100), measure)
                 tokens = rate * seconds * TRAINING_SHARE

@@ -49,7 +49,7 @@ def free_memory(dist: Distributed) -> float | None:
     if dist.device.type == "cuda":  # what torch keeps of freed memory is free, too
         cached = torch.cuda.memory_reserved(dist.device) - torch.cuda.memory_allocated(dist.device)
         return torch.cuda.mem_get_info(dist.device)[0] + cached
-    return_freed_memory()  # of a model that was timed before
+    return_freed_memory()  # else what a timed model has freed would count as used
     try:
         lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
         size = {line[0]: 1024 * int(line[1]) for line in lines}
@@ -92,7 +92,7 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
 def median_seconds(
     dist: Distributed, step: Callable[[], object], warmups: int, limit: float, most: float = math.inf
 ) -> float:
-    """Of a step, after some that allocate and compile; for `limit` seconds or `most` steps. All ranks."""
+    """Median time of a step, over `limit` seconds or `most` steps; the `warmups` before them compile. All ranks."""
     for _ in range(warmups):
         step()
     times, enough = [], False

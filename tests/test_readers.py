@@ -123,6 +123,16 @@ def test_a_json_file_that_is_no_documents_is_refused_when_it_is_named_and_left_o
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.json"])
+def test_a_table_in_another_encoding_stops_a_folder_and_is_not_left_out(tmp_path, name):
+    data = "text\ncafé\n" if name == "a.csv" else json.dumps([{"text": "café"}], ensure_ascii=False)
+    (tmp_path / name).write_bytes(data.encode("latin-1"))
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read(tmp_path)
+    assert read(tmp_path, encoding="latin-1") == ["café", "text"]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "CSV", "tsv", "csv.gz", "tsv.zst"])
 @pytest.mark.parametrize("size", [10, 1 << 20])
 def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
