@@ -209,7 +209,7 @@ class Deadline:
     """Makes a run with --minutes end in time: corrects the number of steps once, at the end of the warmup.
 
     The learning rates until then do not depend on it, so a run of the corrected recipe is the same from its first step
-    on. Evaluations correct it again only if the machine's speed has changed. If two in a row find no lower loss after a
+    on. Evaluations correct it again if the run would miss its time by 2%. If two in a row find no lower loss after a
     few epochs of a new run, the learning rate drops and decays within an eighth of the steps made so far, and it ends.
     """
 
@@ -247,7 +247,7 @@ class Deadline:
         share = 1 if self.evaluation_seconds else TRAINING_SHARE  # 1: per_step includes the evaluations
         left = share * time_left(config.minutes) - self.evaluation_seconds
         steps = step + max(1, int(left / per_step))
-        misses_time = abs(steps - config.max_iters) * per_step > 0.05 * 60 * config.minutes
+        misses_time = abs(steps - config.max_iters) * per_step > 0.02 * 60 * config.minutes
         correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)
         return self.with_steps(config, state, steps, dist) if correct else config
 
