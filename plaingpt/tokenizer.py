@@ -111,7 +111,8 @@ class Tokenizer:
         if not os.path.lexists(directory / "tokenizer.json"):
             if (directory / "vocab.json").exists() or (directory / "merges.txt").exists():
                 return cls(_from_vocab_and_merges(directory))
-            raise UserError(f"{directory} has no tokenizer.json")
+            best = f"; did you mean {directory / 'best'}?" if (directory / "best").is_dir() else ""
+            raise UserError(f"{directory} has no tokenizer.json{best}")
         path = inside(directory, "tokenizer.json")
         with _errors_of_library(f"{path} is damaged"):
             backend = tokenizers.Tokenizer.from_file(str(path))

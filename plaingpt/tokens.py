@@ -89,7 +89,8 @@ def how_to_get(directory: Path) -> str:
     name = directory.name
     if name == "fineweb10B-gpt2":  # llm.c's token files
         return f"hf download kjj0/{name} --repo-type=dataset --local-dir={shlex.quote(str(directory))}"
-    return f"python prepare_data.py {name if name in NAMED else f'FILES --name={shlex.quote(name)}'}"
+    place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
+    return f"python prepare_data.py {name if name in NAMED else f'FILES --name={shlex.quote(name)}'}{place}"
 
 
 def open_data_set(directory: Path, check: bool = True, check_all: bool = False) -> DataSet:

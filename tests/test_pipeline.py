@@ -239,18 +239,40 @@ def test_two_at_once_on_one_data_set_are_refused(tmp_path, mixed, small, running
         prepare(mixed, tmp_path, *running)
 
     pid = forked(work)
-    assert os.read(read, 4) == b"here"
-    before = contents(tmp_path)
-    for message, others in refused.items():
-        for flags in others:
-            assert message in prepare(mixed, tmp_path, *flags, status=2).err
-    assert {k: v for k, v in contents(tmp_path).items() if ".lock" not in k} == {
-        k: v for k, v in before.items() if ".lock" not in k
-    }
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    os.close(write_end)  # so that reading ends if the process does
+    try:
+        assert os.read(read, 4) == b"here"
+        before = contents(tmp_path)
+        for message, others in refused.items():
+            for flags in others:
+                assert message in prepare(mixed, tmp_path, *flags, status=2).err
+        assert {k: v for k, v in contents(tmp_path).items() if ".lock" not in k} == {
+            k: v for k, v in before.items() if ".lock" not in k
+        }
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     prepare(mixed, tmp_path)
     assert len(documents(tmp_path, "train")) > 200
+
+
+def test_while_another_process_makes_the_plan_a_second_one_is_refused(tmp_path, text):
+    with FileLock(tmp_path / ".set.lock"):
+        assert "set is being prepared by another process" in prepare(text, tmp_path, status=2).err
+    prepare(text, tmp_path)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_shard_that_was_lost_before_going_on_is_noticed(tmp_path, text, small, finished):
+    flags = ["--shard_tokens=1000"]
+    if finished:
+        prepare(text, tmp_path, *flags, "--part=1/2")
+    else:
+        assert killed(lambda: prepare(text, tmp_path, *flags), tmp_path, 45)
+    os.remove(tmp_path / ".set.partial" / "shards" / "part1_train_000000.bin")
+    again = [*flags, "--part=2/2"] if finished else flags
+    message = f"a file in {tmp_path / '.set.partial' / 'shards'} is missing: remove {tmp_path / '.set.partial'}, and"
+    assert message in prepare(text, tmp_path, *again, status=1).err and not (tmp_path / "set").exists()
 
 
 # in parts
@@ -301,7 +323,8 @@ def test_a_finished_part_that_is_started_again_while_the_last_one_completes_the_
 
     def again(_: int) -> None:
         if not started and (tmp_path / ".set.partial" / "shards" / "meta.json").exists():
-            started.append(forked(lambda: prepare(mixed, tmp_path, "--part=1/2").err.index("already")))
+            started.append(0)  # the process that is started inherits this hook, and must not start another
+            started[0] = forked(lambda: prepare(mixed, tmp_path, "--part=1/2").err.index("already"))
             time.sleep(0.5)
 
     def last() -> None:

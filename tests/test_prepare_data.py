@@ -292,6 +292,25 @@ def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, f
         prepare(source)
 
 
+def test_files_of_a_folder_that_are_not_in_the_encoding_are_counted_as_such(prepare, folder, capsys):
+    prepare(folder({"a.txt": "a" * 100, "b.txt": "é" * 100}), "--tokenizer=byte", "--encoding=ascii")
+    assert "reading 1 file: 1 text; 1 skipped: 1 binary or not ascii\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad_files", ["skip", "replace"])
+def test_of_a_large_file_with_bad_bytes_the_tail_of_what_is_left_goes_to_validation(prepare, tmp_path, bad_files):
+    (tmp_path / "a.txt").write_bytes(b"a" * (2**20 + 9) + b"\xff" * 9 + b"a" * (2**21 - 18))
+    directory = prepare("a.txt", "--tokenizer=byte", f"--bad_files={bad_files}")
+    train, val = (len("".join(split_texts(directory, split)).encode()) for split in ("train", "val"))
+    assert train == int(0.95 * (train + val)) and (train + val > 3 * 2**20) == (bad_files == "replace")
+
+
+def test_copies_do_not_count_as_many_documents(prepare, folder):
+    texts = {f"{i}.txt": f"text {i % 20} " * 20 for i in range(250)}
+    directory = prepare(folder(texts), "--tokenizer=byte", "--dedup")
+    assert len(split_texts(directory, "train")) == len(split_texts(directory, "val")) == 20  # the tail of each
+
+
 def failed(arguments, directory: Path) -> str:
     """The one line, besides the progress bar, with which the process ends in status 2."""
     command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, arguments)]

@@ -119,8 +119,9 @@ def test_a_misspelled_named_source_is_refused_with_the_nearest_one(here):
 
 def test_an_empty_folder_is_refused(here):
     (here / "empty").mkdir()
-    with pytest.raises(UserError, match=r"^empty: no files there$"):
-        source("empty")
+    for word in ("empty", os.devnull):  # also beside other sources
+        with pytest.raises(UserError, match=f"^{word}: no files there; a pipe is read with -"):
+            source("a.txt", word)
 
 
 def test_no_source_at_all_is_refused_with_the_named_ones():

@@ -416,10 +416,10 @@ def test_the_bytes_of_validation_text_are_counted_where_others_prepared_it(llm_c
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("openwebtext", "python prepare_data.py openwebtext"),
+        ("openwebtext", "python prepare_data.py openwebtext --data_dir={.parent}"),
         ("fineweb10B-gpt2", "hf download kjj0/fineweb10B-gpt2 --repo-type=dataset --local-dir={}"),
-        ("mine", "python prepare_data.py FILES --name=mine"),
-        ("a;b", "python prepare_data.py FILES --name='a;b'"),
+        ("mine", "python prepare_data.py FILES --name=mine --data_dir={.parent}"),
+        ("a;b", "python prepare_data.py FILES --name='a;b' --data_dir={.parent}"),
     ],
 )
 def test_a_data_set_that_is_missing_is_answered_with_the_command_that_works(tmp_path, name, command):

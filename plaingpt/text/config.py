@@ -27,7 +27,8 @@ class PrepareConfig:
     split_documents: bool = False
     """split text files into documents at <|endoftext|>"""
     bad_files: Literal["stop", "skip", "replace"] = "stop"
-    """invalid UTF-8: stop; skip the document (of a text file over 1 MB: the bad megabyte); or write U+FFFD"""
+    """invalid UTF-8: stop; skip the document (of a text file over 1 MB: the bad megabyte; of a JSON array: all of it);
+    or write U+FFFD"""
     encoding: str | None = None
     """encoding of text files, such as latin-1 (default: by byte order mark, else UTF-8)"""
     column: str = "text"
@@ -43,7 +44,8 @@ class PrepareConfig:
     shard_tokens: PositiveInt = 1 << 28
     """maximum number of ids per file; a larger split is written to several files"""
     part: str = "1/1"
-    """part of the work, for several machines: 3/16 is the third of 16; the last to finish completes the data set"""
+    """part of the work, for several machines: 3/16 is the third of 16; files are not divided; the last part to finish
+    completes the data set"""
     threads: PositiveInt | None = None
     """number of encoding threads (default: one per core)"""
     data_dir: PathName = "data"

@@ -14,9 +14,10 @@ import secrets
 import shutil
 from pathlib import Path
 
+import xxhash
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from plaingpt.console import UserError, counted, note
+from plaingpt.console import RunFailed, UserError, counted, note
 from plaingpt.files import delete, fsync, json_or_empty, new_file, put_in_place
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.pipeline import Part, encode_part
@@ -66,11 +67,10 @@ class Job:
     def progress(self, part: int) -> Path:
         return self.partial / f"part-{part}.json"
 
-    def lock(self, part: int) -> AcquireReturnProxy:
-        """Acquire the lock of a part; UserError if another process has it."""
-        path = self.partial / f"part-{part}.lock"
+    def lock(self, path: Path, wait: bool = False) -> AcquireReturnProxy:
+        """Acquire a lock; UserError if another process has it, unless this one may wait for it."""
         try:
-            return FileLock(path, blocking=False).acquire()
+            return FileLock(path, blocking=wait).acquire()
         except Timeout as error:
             raise UserError(f"{self.directory} is being prepared by another process ({path} is locked)") from error
 
@@ -78,22 +78,22 @@ class Job:
 def prepare(job: Job, threads: int) -> dict | None:
     """Do one part. The last part to finish completes the data set and returns the content of its meta.json."""
     job.partial.parent.mkdir(parents=True, exist_ok=True)
-    # Held while the plan is made and at the end. It is not in the directory that the last part removes.
-    plan_lock = FileLock(job.partial.with_suffix(".lock"))
+    # Locked while the plan is made and at the end. It is not in the directory that the last part removes.
+    plan_lock = job.partial.with_suffix(".lock")
     with contextlib.ExitStack() as until_done:
-        with plan_lock:
+        with job.lock(plan_lock, wait=job.parts > 1):  # the parts start together, and one makes the plan
             interrupted_at_end = job.has_plan() and not job.shards.exists()  # before `remove`
             if job.is_done() and (job.parts > 1 or interrupted_at_end):
                 if job.has_plan() or not job.shards.exists():  # not the work of another command
                     remove(job)
                 return note(f"{job.directory} is already prepared")
             job.partial.mkdir(exist_ok=True)
-            until_done.enter_context(job.lock(job.part))
+            until_done.enter_context(job.lock(job.partial / f"part-{job.part}.lock"))
             part = make_part(job)
             if part.finished:  # before; perhaps it was interrupted when it completed the data set
                 return finish(job, part)
         encode_part(part, threads)
-        with plan_lock:
+        with job.lock(plan_lock, wait=True):
             return finish(job, part)
 
 
@@ -102,8 +102,8 @@ def make_part(job: Job) -> Part:
     is_same = job.has_plan() and job.shards.exists()
     if not is_same:
         for path in job.partial.glob("part-*.lock"):
-            if (other := int(path.stem[5:])) != job.part:
-                job.lock(other).lock.release()  # UserError if a process does that part now
+            if int(path.stem[5:]) != job.part:
+                job.lock(path).lock.release()  # UserError if a process does that part now
         if job.shards.exists():
             note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
         (job.partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
@@ -123,7 +123,12 @@ def make_part(job: Job) -> Part:
 
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
-    documents = count_documents(source, job.config)
+    documents = set()  # different ones, up to MANY_DOCUMENTS; of a large text file, the beginning is read
+    texts = (itertools.takewhile(lambda text: text.begins, found.texts(job.config)) for found in source.inputs())
+    for text in itertools.chain.from_iterable(texts):
+        documents.add(xxhash.xxh3_64_intdigest(text.data))
+        if len(documents) >= MANY_DOCUMENTS:
+            break
     if not documents:
         raise UserError(f"{source.description}: there is no text in it")
     if source.summary:
@@ -133,14 +138,8 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     fsync(job.partial / "tokenizer.json")
     job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it says that the rest is there
-        json.dump({"digest": job.digest, "by_content": documents >= MANY_DOCUMENTS}, file)
+        json.dump({"digest": job.digest, "by_content": len(documents) >= MANY_DOCUMENTS}, file)
     return tokenizer
-
-
-def count_documents(source: Source, config: PrepareConfig) -> int:
-    """How many there are, up to MANY_DOCUMENTS; of a large text file, the beginning is read."""
-    texts = (itertools.takewhile(lambda text: text.begins, found.texts(config)) for found in source.inputs())
-    return sum(1 for _ in itertools.islice(itertools.chain.from_iterable(texts), MANY_DOCUMENTS))
 
 
 def finish(job: Job, part: Part) -> dict | None:
@@ -162,6 +161,8 @@ def finish(job: Job, part: Part) -> dict | None:
             made, file["name"] = shards / file["name"], f"{split}.bin" if len(files) == 1 else f"{split}_{i:06}.bin"
             if made.exists():  # not renamed before an interruption
                 made.rename(shards / file["name"])
+        if sum(path.stat().st_size for path in shards.glob(f"{split}*.bin")) != sums["tokens"] * part.dtype.itemsize:
+            raise RunFailed(f"a file in {shards} is missing: remove {job.partial}, and run again, all parts")
         splits[split] = sums | {"files": files}
     for empty in shards.glob("part*.bin"):
         empty.unlink()

@@ -22,7 +22,7 @@ from plaingpt.files import fsync, json_or_empty, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.readers import SEPARATOR, File, Shard, text_size
+from plaingpt.text.readers import SEPARATOR, File, Shard
 from plaingpt.text.streams import character_boundary, note_once, split_of
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
@@ -152,7 +152,8 @@ def read(part: Part) -> Iterator[Batch]:
         for n, text in enumerate(texts, 1):
             if text.begins:
                 digest, splits_so_far = xxhash.xxh3_64_intdigest(text.data), set()  # splits that have a part of it
-                size = len(text.data) if text.ends or part.by_content else text_size(source, part.config)
+                document = [text] if text.ends or part.by_content else source.texts(part.config)
+                size = sum(len(piece.data) for piece in document)
                 train_bytes_left = int(size * (1 - part.config.val_fraction))
                 if part.config.dedup and text.ends:
                     if digest in seen:

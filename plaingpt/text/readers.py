@@ -62,14 +62,6 @@ def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
             position += cut
 
 
-def text_size(file: File, config: PrepareConfig) -> int:
-    """Bytes of a text file in UTF-8."""
-    with open_utf8(file.path, config) as (raw, stream):
-        if stream is raw:
-            return file.size - raw.tell()  # without a byte order mark
-        return sum(map(len, iter(lambda: stream.read(streams.PIECE), b"")))
-
-
 def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
     """Documents with <|endoftext|> between them."""
     with open_utf8(file.path, config) as (raw, stream):

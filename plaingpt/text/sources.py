@@ -75,8 +75,7 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         raise UserError(f"--encoding={config.encoding}: unknown; examples: {examples}") from error
     named = next((w for w in wanted if w == "-" or w.startswith("hf:") or (w in NAMED and not os.path.exists(w))), None)
     if named and len(wanted) > 1:
-        others = shlex.join(word for word in wanted if word != named)
-        raise UserError(f"{named} cannot be combined with other sources: prepare it without {others}")
+        raise UserError(f"{named} cannot be combined with other sources: prepare them one by one, with a --name each")
     if not wanted:
         others = "files, directories and globs of text, or hf:owner/name"
         raise UserError(f"name a source: one of {', '.join(NAMED)}, or {others}")
@@ -119,8 +118,11 @@ def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...
 
 def _matches(word: str) -> Iterable[str]:
     """The files of a word of the command line."""
-    if found := [word] if os.path.exists(word) else [*_glob(word)]:
-        return itertools.chain(filter(os.path.isfile, found), *map(walk, filter(os.path.isdir, found)))
+    found = [word] if os.path.exists(word) else [*_glob(word)]
+    if files := [*filter(os.path.isfile, found), *itertools.chain(*map(walk, filter(os.path.isdir, found)))]:
+        return files
+    if found:
+        raise UserError(f"{word}: no files there; a pipe is read with -, from standard input")
     raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED)}")
 
 
@@ -166,7 +168,8 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
     except UserError:
         if is_named and config.bad_files != "skip":
             raise
-        return "binary" if kind == "text" else f"{kind} damaged or without {config.column!r}"
+        other = f" or not {config.encoding}" if config.encoding else ""
+        return f"binary{other}" if kind == "text" else f"{kind} damaged{other} or without {config.column!r}"
     return None
 
 
