@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import errors
 
 from model import GPT
 from plaingpt.batches import EvalBatches, TrainBatches, derive_seed
-from plaingpt.budget import Deadline, choose_settings, extend_run
+from plaingpt.budget import Deadline, choose_settings, extend_run, write_recipe
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
@@ -119,6 +119,8 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
     deadline = Deadline(config, state, steps_per_epoch=len(run.data.train) / config.tokens_per_step)
+    if config.minutes and not start and dist.is_main:
+        write_recipe(config)
     stop, stopping, visited = StopSignal(), 0, None  # visited: where it last paused to evaluate or save
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
@@ -139,7 +141,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
                 bpb = bits_per_byte(val_loss, run.data.val)
                 metrics.write(step=step, tokens=step * config.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
                 note(f"step {step}: {describe_loss(val_loss, run.data)}")
-            if step:
+            if step > start or (step and val_loss is not None):
                 state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
                 saver.save(val_loss, keeping)
             metrics.draw()
@@ -219,7 +221,7 @@ def start_run(
     if writes and dist.is_main:
         check_writable(out_dir)
         if not checkpoint:
-            holds_run(out_dir)  # UserError if it is no run's directory, before time is spent
+            holds_run(out_dir)  # UserError if it is no run's directory or in use, before time is spent
     if config.minutes and not checkpoint and not config.eval_only:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)

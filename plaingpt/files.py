@@ -125,7 +125,8 @@ def release(lock: FileLock) -> None:
 
 
 def holds_run(out_dir: Path) -> bool:
-    """Whether the directory contains checkpoints of an earlier run; UserError if it contains something else."""
+    """Whether the directory contains checkpoints of an earlier run; UserError if it contains something else or if a run
+    is using it."""
     if (out_dir / SUMS).exists():
         raise UserError(f"{out_dir} is a model or a data set, not the directory of a run; choose another --out_dir")
     paths = [out_dir / "last", out_dir / "best", *out_dir.glob("step-[0-9]*[0-9]")]
@@ -133,6 +134,8 @@ def holds_run(out_dir: Path) -> bool:
     is_run = any((place / name).exists() for place in saved for name in ("config.json", "training.json"))
     if foreign := [path for path in paths if os.path.lexists(path) and not is_run]:
         raise UserError(f"{foreign[0]} is not a checkpoint of a run; choose another --out_dir")
+    if out_dir.is_dir():
+        release(claim(out_dir))
     return is_run
 
 
@@ -141,10 +144,7 @@ def set_aside(out_dir: Path) -> None:
 
     If `out_dir` is a link, the directory is renamed on its own disk and the new run writes to that disk, too.
     """
-    earlier = holds_run(out_dir)
-    if out_dir.is_dir():
-        release(claim(out_dir))
-    if earlier:
+    if holds_run(out_dir):
         directory = Path(os.path.realpath(out_dir))
         try:
             if Path.cwd().is_relative_to(directory):

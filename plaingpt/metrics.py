@@ -21,6 +21,7 @@ class Metrics:
         """Start a record, or continue it from that step. No line is ever removed: see `read_metrics`."""
         self.active, self.path, self.wandb = active, out_dir / "metrics.jsonl", None
         self.resumed_from = resumed_from  # goes into the next record
+        self._cut = ""  # a line break, after a record that was not written completely
         if not active:
             return
         earlier = self.path.read_bytes() if self.path.is_file() else b""
@@ -47,9 +48,10 @@ class Metrics:
         record = {key: value for key, value in record.items() if value is not None and math.isfinite(value)}
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-            self.resumed_from = None
+                file.write(self._cut + json.dumps(record) + "\n")
+            self.resumed_from, self._cut = None, ""
         except OSError as error:  # a full disk does not stop training
+            self._cut = "\n"
             note(f"{self.path}: {one_line(error)}")
         self._call_wandb("log", record)
 

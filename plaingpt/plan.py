@@ -39,7 +39,7 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     if needed > free:
         more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
         raise UserError(
-            f"{counted(c.n_layer, 'layer')} of width {c.n_embd} need at least {gb(needed)} to train, and "
+            f"a model of {counted(c.n_layer, 'layer')} and width {c.n_embd} needs at least {gb(needed)} to train, and "
             f"{gb(free)} is free; try a smaller model, a smaller --batch_size or --recompute=True{more}"
         )
 
@@ -75,7 +75,7 @@ def announce(config: TrainConfig, dist: Distributed, model: GPT, epoch_tokens: i
 
 
 def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object], steps_left: int) -> None:
-    """Print memory and speed of a few timed steps, and the time of the run's other ones. All ranks.
+    """Time a few steps; print their memory and speed, and how long the remaining steps take. All ranks.
 
     step: runs a training step with that many micro-steps per process.
     """
@@ -113,7 +113,7 @@ def _measured_memory(dist: Distributed) -> str:
     try:
         import resource
     except ImportError:  # Windows has none
-        return "not measured"
+        return "memory is not measured on Windows"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f"measured: peak {gb(peak)} with Python and torch"
 

@@ -72,7 +72,7 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
     """The state of a checkpoint and the directory in which it was found; UserError if it is missing or damaged."""
     found = existing(directory)
     others = [path.parent.name for path in directory.parent.glob("[!.]*/training.json") if path.parent != found]
-    remedy = f"available: {', '.join(sorted(others))}" if others else "start the run without --init_from=resume"
+    remedy = f"available: {', '.join(sorted(others))}" if others else "name the directory of a run with --out_dir"
     if found is None:
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
     try:

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import sys
 import time
 
@@ -49,6 +50,25 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 2]
     Metrics(tmp_path, active=True, resumed_from=2).write(step=3, train_loss=1.0)
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 2, 3]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limits for the size of a file")
+def test_after_a_full_disk_no_record_is_appended_to_a_cut_one(tmp_path):
+    path = write_run(tmp_path, 2).path
+    metrics = Metrics(tmp_path, active=True, resumed_from=1)
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, limits[1]))
+        metrics.write(step=2, train_loss=7.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    metrics.write(step=3, train_loss=1.0)
+    metrics.close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 3]
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -20,7 +20,7 @@ def test_a_model_that_cannot_fit_is_refused(monkeypatch):
         pytest.skip("the system does not say how much memory is free")
     config = TrainConfig(batch_size=1, recompute=True)
     too_many = int(free_memory(CPU) / (12 * 12 * 768**2)) + 1
-    with pytest.raises(UserError, match=r"need at least .* is free; try a smaller model,"):
+    with pytest.raises(UserError, match=r"needs at least .* is free; try a smaller model,"):
         check_memory(config, CPU, GPTConfig(n_layer=too_many))
     check_memory(config, CPU, GPTConfig(n_layer=too_many // 2))
     four = dataclasses.replace(CPU, world_size=4)
@@ -44,7 +44,7 @@ def test_memory_that_this_process_has_freed_counts_as_free():
 
 def test_a_dry_run_refuses_before_it_makes_the_model(tmp_path, train):
     err = train(tmp_path / "run", 2, dry_run=True, n_layer=1000, n_head=64, n_embd=65536).err
-    assert "1,000 layers of width 65536 need at least" in err and "a smaller model" in err
+    assert "1,000 layers and width 65536 needs at least" in err and "a smaller model" in err
 
 
 def test_a_dry_run_writes_nothing(tmp_path, train):

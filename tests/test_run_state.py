@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
-from plaingpt.files import UNCHECKED, claim, release, set_aside
+from plaingpt.files import UNCHECKED, claim, holds_run, release, set_aside
 from plaingpt.metrics import Metrics
 from plaingpt.optimizer import apply_gradients, make_optimizers
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
@@ -166,8 +166,9 @@ def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
 def test_a_folder_where_a_run_goes_on_or_that_is_a_checkpoint_is_refused(tmp_path):
     save_checkpoint(tmp_path / "run" / "last", *trained(), of_kind("char"))
     lock = claim(tmp_path / "run")
-    with pytest.raises(UserError, match=r"another run is still using .*; stop it, or choose another --out_dir"):
-        set_aside(tmp_path / "run")
+    for check in (set_aside, holds_run):
+        with pytest.raises(UserError, match=r"another run is still using .*; stop it, or choose another --out_dir"):
+            check(tmp_path / "run")
     with pytest.raises(UserError, match="another run is still using"):
         Metrics(tmp_path / "run", active=True)
     release(lock)

@@ -299,11 +299,11 @@ def test_the_best_loss_on_other_data_is_forgotten(tmp_path, train, resume):
 def test_a_run_that_does_not_fit_in_memory_is_refused_before_it_is_loaded(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=1)
     edit_json(tmp_path / "run" / "last" / "config.json", n_layer=10**8)
-    assert "need at least" in resume(tmp_path / "run", max_iters=2, status=2).err
+    assert "needs at least" in resume(tmp_path / "run", max_iters=2, status=2).err
 
 
 def test_resume_without_a_checkpoint_is_one_line_and_status_2(tmp_path, resume):
-    problem = f"{tmp_path / 'none' / 'last'}: no checkpoint there; start the run without --init_from=resume"
+    problem = f"{tmp_path / 'none' / 'last'}: no checkpoint there; name the directory of a run with --out_dir"
     assert resume(tmp_path / "none", status=2).err == f"train.py: {problem}\n"
 
 
@@ -593,6 +593,35 @@ run_script(train.main)
     assert (tmp_path / "run" / "last").exists() == (steps > 0)
     train(tmp_path / "run", **settings, init_from="auto")
     assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
+
+
+def test_a_run_that_is_stopped_before_its_first_step_leaves_last_and_a_recipe(tmp_path, tiny_flags, train):
+    train(tmp_path / "run", max_iters=4, eval_interval=9, keep_every=2)
+    code = """
+import os, signal
+import train
+from plaingpt.console import run_script
+
+corrected = train.Deadline.corrected
+
+def stopped(*arguments):
+    train.Deadline.corrected = corrected
+    os.kill(os.getpid(), signal.SIGINT)
+    return corrected(*arguments)
+
+train.Deadline.corrected = stopped
+run_script(train.main)
+"""
+    flags = [f"--{name}={value}" for name, value in dict(out_dir=tmp_path / "run", sample_tokens=0).items()]
+    back = [*flags, "--init_from=resume:step-000002", next(f for f in tiny_flags("") if f.startswith("--data_dir"))]
+    timed = [*tiny_flags(tmp_path / "new", minutes=1), "--n_embd=16"]
+    timed = [flag for flag in timed if not flag.startswith(("--max_iters", "--warmup_iters", "--lr_decay_iters"))]
+    for arguments in (back, timed):
+        command = [sys.executable, "-c", code, *arguments]
+        ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == 128 + signal.SIGINT, ended.stderr
+    assert load_state(tmp_path / "run" / "last")[0].step == 4
+    assert (tmp_path / "new" / "recipe.py").exists()
 
 
 def test_a_second_interrupt_leaves_at_once():
