@@ -169,7 +169,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
 
     problem = saver.wait()
     metrics.close()
-    return finish_run(config, state, dist.max(stop.number)[0], problem)
+    return finish_run(config, state, start, dist.max(stop.number)[0], problem)
 
 
 def derived_figures(run: Run, steps: int, steps_per_second: float) -> dict[str, float]:
@@ -210,6 +210,8 @@ def start_run(
     config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed
 ) -> int:
     """Open the data and the model, then train. checkpoint: resume from it. All ranks. Returns the exit status."""
+    if not dist.all_equal(state.step):
+        raise UserError(f"{config.out_dir} differs between processes: it must be on a disk that all nodes share")
     chosen = config.minutes and not checkpoint and "gradient_accumulation_steps" not in given  # by choose_settings
     if not (config.eval_only or chosen):
         dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
@@ -242,8 +244,6 @@ def start_run(
         dry_run(config, dist, lambda n: train_step(run, 0, micro_steps=n), config.max_iters - state.step)
         return 0
 
-    if not dist.all_equal(state.step):
-        raise UserError(f"{out_dir} differs between processes: it must be on a disk that all nodes share")
     if checkpoint:
         load_optimizers(checkpoint, state.scaler, raw_model, run.optimizers, run.scaler)
     elif dist.is_main:

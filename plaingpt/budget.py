@@ -183,7 +183,8 @@ def extend_run(config: TrainConfig, given: dict[str, str], state: RunState) -> t
     check_flags(given)
     rate = state.step / max(state.seconds, 1.0)
     steps = state.step + max(1, int(TRAINING_SHARE * 60 * config.minutes * rate))
-    changed = {"max_iters": steps, "warmup_iters": state.settings.get("warmup_iters")}
+    warmup = min(state.settings.get("warmup_iters", 0), max(state.step, steps // 20))  # it may not be over yet
+    changed = {"max_iters": steps, "warmup_iters": warmup}
     changed |= {} if "lr_decay_iters" in state.derived else {"lr_decay_iters": steps}
     return dataclasses.replace(config, **changed), given | dict.fromkeys(changed, "--minutes")
 

@@ -125,19 +125,20 @@ def initial_model(
     return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in MODEL_SETTINGS})
 
 
-def finish_run(config: TrainConfig, state: RunState, stopping: int, problem: str | None) -> int:
-    """Print the last lines of a run and return its exit status."""
+def finish_run(config: TrainConfig, state: RunState, start: int, stopping: int, problem: str | None) -> int:
+    """Print the last lines of a run that began at step `start`, and return its exit status."""
     if problem:
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
     if stopping and (state.step < config.max_iters or state.evaluated_at != state.step):
-        remedy = f"saved; to continue: --init_from=resume --out_dir={out_dir}" if state.step else "nothing to save yet"
+        remedy = f"saved; to continue: --init_from=resume --out_dir={out_dir}" if state.step > start else "nothing new"
         note(f"stopped by {signal.Signals(stopping).name} after step {state.step}, {remedy}")
         return 128 + stopping
     if state.best_val_loss is None:
         raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
     if state.step < config.max_iters:
-        note(f"ended early, after step {state.step}: {config.patience} evaluations without improvement (--patience)")
+        found = counted(state.evaluations_since_lowest, "evaluation")
+        note(f"ended early, after step {state.step}: {found} without improvement; --patience=0 goes on")
     risen = state.evaluations_since_lowest and state.best_step < state.step
     rise = ", and has risen since: the model may be overfitting" if risen else ""
     note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{rise}")

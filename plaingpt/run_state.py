@@ -91,7 +91,7 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
         with contextlib.suppress(UserError):
             later = _read_state(other.parent)
             comparable = (later.data, later.eval_sequences) == (state.data, state.eval_sequences)
-            if comparable and is_below(later.best_val_loss, state.best_val_loss):
+            if later.step > state.step and comparable and is_below(later.best_val_loss, state.best_val_loss):
                 state.best_val_loss, state.best_step = later.best_val_loss, later.best_step
     return state, found
 

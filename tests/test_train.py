@@ -640,27 +640,38 @@ TWO |= dict(lr_decay_iters=24, warmup_iters=2, learning_rate=1e-3, min_lr=1e-4)
 ROUNDING = 3e-4  # Muon's products are in bfloat16; one batch that is another makes ten times the difference
 
 
-def torchrun(flags: list, *options: str, at: str = "", do=None) -> subprocess.CompletedProcess:
-    """Run train.py in two processes; when a line of it starts with `at`, call `do` with the process ids of both."""
-    command = [*TORCHRUN, *options, ROOT / "train.py", *flags]
+def torchrun(flags: list, *options: str, script: Path = ROOT / "train.py") -> subprocess.CompletedProcess:
+    """Run train.py in two processes."""
+    command = [*TORCHRUN, *options, script, *flags]
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, env=child_environment(), start_new_session=True, **pipes)
     watchdog = threading.Timer(90, os.killpg, [process.pid, signal.SIGKILL])  # a run that hangs fails its own test only
     watchdog.start()
     try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if do and line.startswith(at):
-                listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-                pairs = [line.split() for line in listed.splitlines()]
-                do(sorted(int(pid) for pid, parent in pairs if int(parent) == process.pid))
-                do = None
-        return subprocess.CompletedProcess(command, process.wait(60), None, "".join(lines))
+        printed = process.communicate()[1]
+        return subprocess.CompletedProcess(command, process.returncode, None, printed)
     finally:
         watchdog.cancel()
-        process.kill()
-        process.stderr.close()
+
+
+def signalled(path: Path, step: int, name: str) -> Path:
+    """A script that is train.py, but the second process sends itself a signal before that step, unless restarted."""
+    path.write_text(f"""
+import os, signal
+import train
+from plaingpt.console import run_script
+
+train_step = train.train_step
+
+def signalled(run, step, *arguments):
+    if (step, run.dist.rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == ({step}, 1, "0"):
+        os.kill(os.getpid(), signal.{name})
+    return train_step(run, step, *arguments)
+
+train.train_step = signalled
+run_script(train.main)
+""")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -684,9 +695,9 @@ def test_two_processes_make_the_same_run_as_one(tmp_path, train, both):
 def test_two_processes_stop_together_and_any_number_goes_on(tmp_path, tiny_flags, both, resume):
     """One of the two gets the signal, and both stop after the same step: else they would wait for each other."""
     flags = tiny_flags(tmp_path / "two", **TWO)
-    ended = torchrun(flags, at="step 3/", do=lambda pids: os.kill(pids[-1], signal.SIGUSR1))
-    assert "stopped by SIGUSR1" in ended.stderr
-    assert 3 <= load_state(tmp_path / "two" / "last")[0].step < 24
+    ended = torchrun(flags, script=signalled(tmp_path / "script.py", 3, "SIGUSR1"))
+    assert "stopped by SIGUSR1 after step 3, saved" in ended.stderr
+    assert load_state(tmp_path / "two" / "last")[0].step == 3
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     resume(tmp_path / "one")
     assert largest_difference(weights(tmp_path / "one"), weights(both)) < ROUNDING
@@ -704,7 +715,7 @@ def test_two_processes_go_on_with_the_run_of_one(tmp_path, train, tiny_flags, bo
 
 def test_a_run_whose_worker_is_killed_ends_as_an_undisturbed_one(tmp_path, tiny_flags, both):
     flags = tiny_flags(tmp_path / "run", **TWO | {"init_from": "auto"})
-    ended = torchrun(flags, "--max_restarts=3", at="step 13/", do=lambda pids: os.kill(pids[-1], signal.SIGKILL))
+    ended = torchrun(flags, "--max_restarts=3", script=signalled(tmp_path / "script.py", 13, "SIGKILL"))
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("2 x cpu") >= 2, ended.stderr  # it was started again
     assert same_run(tmp_path / "run", both)
