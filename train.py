@@ -210,11 +210,11 @@ def start_run(
     config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed
 ) -> int:
     """Open the data and the model, then train. checkpoint: resume from it. All ranks. Returns the exit status."""
-    if not dist.all_equal(state.step):
-        raise UserError(f"{config.out_dir} differs between processes: it must be on a disk that all nodes share")
     chosen = config.minutes and not checkpoint and "gradient_accumulation_steps" not in given  # by choose_settings
     if not (config.eval_only or chosen):
         dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
+    if not dist.all_equal(state.step):
+        raise UserError(f"{config.out_dir} differs between processes: it must be on a disk that all nodes share")
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if checkpoint and state.data != data.digest:
         note(f"the data set {config.dataset} is not the one that {checkpoint} was trained on")

@@ -156,9 +156,8 @@ def set_aside(out_dir: Path) -> None:
         except OSError as error:  # a mount point, for example
             problem = f"{out_dir} contains an earlier run and cannot be renamed ({one_line(error)})"
             raise UserError(f"{problem}; choose another --out_dir") from error
-        note(
-            f"moved the earlier run in {out_dir} to {free}; to continue it: --init_from=resume --out_dir={shlex.quote(str(free))}"
-        )
+        resume = f"--init_from=resume --out_dir={shlex.quote(str(free))}"
+        note(f"moved the earlier run in {out_dir} to {free}; to continue it: {resume}")
 
 
 def rename_aside(directory: Path) -> Path:

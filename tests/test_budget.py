@@ -324,6 +324,11 @@ def test_the_rest_of_the_time_of_a_run_of_no_seconds_is_positive():
     assert config.max_iters > 5 and given.keys() == {"max_iters", "warmup_iters"} and config.warmup_iters == 2
 
 
+def test_a_run_that_goes_on_from_its_warmup_for_a_short_time_decays():
+    state = RunState(step=20, seconds=20.0, derived=["lr_decay_iters"], settings={"warmup_iters": 200})
+    assert extend_run(TrainConfig(minutes=1), {}, state)[0].warmup_iters == 20
+
+
 def test_a_recipe_has_every_setting_that_is_not_a_default(tmp_path):
     config = TrainConfig(minutes=1, lr_schedule="cosine", min_lr=0.0, init_from="auto", out_dir=str(tmp_path))
     write_recipe(config)

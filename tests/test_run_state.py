@@ -163,6 +163,16 @@ def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.1"]
 
 
+def test_the_loss_of_a_best_that_was_replaced_is_forgotten(tmp_path):
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=6000, best_val_loss=2.7)
+    for name in ("step-005000", "best"):
+        shutil.copytree(tmp_path / "last", tmp_path / name)
+    edit_json(tmp_path / "step-005000" / "training.json", step=5000, best_val_loss=2.5)
+    (tmp_path / "best" / "training.json").unlink()
+    assert load_state(tmp_path / "last")[0].best_val_loss == 2.7
+    assert load_state(tmp_path / "step-005000")[0].best_val_loss == 2.5
+
+
 def test_a_folder_where_a_run_goes_on_or_that_is_a_checkpoint_is_refused(tmp_path):
     save_checkpoint(tmp_path / "run" / "last", *trained(), of_kind("char"))
     lock = claim(tmp_path / "run")

@@ -770,7 +770,7 @@ def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
     changes = {"lowest_val_loss": 0.0, "best_val_loss": 0.0, "evaluations_since_lowest": 2}
     edit_json(tmp_path / "run" / "last" / "training.json", **changes)
     ended = resume(tmp_path / "run", max_iters=9, patience=3)
-    assert "ended early, after step 3: 3 evaluations without improvement (--patience)" in ended.err
+    assert "ended early, after step 3: 3 evaluations without improvement; --patience=0 goes on" in ended.err
     assert "lowest val_loss 0.0000 at step" in ended.err
 
 
