@@ -246,7 +246,10 @@ class Deadline:
             return config
         per_step = trained / (step - last_step) + self.evaluation_seconds / config.eval_interval
         share = 1 if self.evaluation_seconds else TRAINING_SHARE  # 1: per_step includes the evaluations
-        left = share * time_left(config.minutes) - self.evaluation_seconds
+        # Evaluations left that per_step does not include: the one after the last step, and on average half a one, as
+        # the last interval is shorter than the others; less what per_step includes until the next evaluation.
+        to_next = -step % config.eval_interval / config.eval_interval
+        left = share * time_left(config.minutes) - (1.5 - to_next) * self.evaluation_seconds
         steps = step + max(1, int(left / per_step))
         misses_time = abs(steps - config.max_iters) * per_step > 0.02 * 60 * config.minutes
         correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)

@@ -131,14 +131,15 @@ def finish_run(config: TrainConfig, state: RunState, start: int, stopping: int, 
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
     if stopping and (state.step < config.max_iters or state.evaluated_at != state.step):
-        remedy = f"saved; to continue: --init_from=resume --out_dir={out_dir}" if state.step > start else "nothing new"
+        saved = f"saved; to continue: --init_from=resume --out_dir={out_dir}"
+        remedy = saved if state.step > start else "nothing new to save"
         note(f"stopped by {signal.Signals(stopping).name} after step {state.step}, {remedy}")
         return 128 + stopping
     if state.best_val_loss is None:
         raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
     if state.step < config.max_iters:
-        found = counted(state.evaluations_since_lowest, "evaluation")
-        note(f"ended early, after step {state.step}: {found} without improvement; --patience=0 goes on")
+        reason = f"{counted(state.evaluations_since_lowest, 'evaluation')} without improvement"
+        note(f"ended early, after step {state.step}: {reason}; to go on: --init_from=resume --patience=0")
     risen = state.evaluations_since_lowest and state.best_step < state.step
     rise = ", and has risen since: the model may be overfitting" if risen else ""
     note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{rise}")

@@ -271,7 +271,7 @@ def test_a_shard_that_was_lost_before_going_on_is_noticed(tmp_path, text, small,
         assert killed(lambda: prepare(text, tmp_path, *flags), tmp_path, 45)
     os.remove(tmp_path / ".set.partial" / "shards" / "part1_train_000000.bin")
     again = [*flags, "--part=2/2"] if finished else flags
-    message = f"a file in {tmp_path / '.set.partial' / 'shards'} is missing: remove {tmp_path / '.set.partial'}, and"
+    message = f"a file in {tmp_path / '.set.partial' / 'shards'} is missing: delete {tmp_path / '.set.partial'} and"
     assert message in prepare(text, tmp_path, *again, status=1).err and not (tmp_path / "set").exists()
 
 

@@ -619,7 +619,7 @@ run_script(train.main)
     for arguments in (back, timed):
         command = [sys.executable, "-c", code, *arguments]
         ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
-        assert ended.returncode == 128 + signal.SIGINT, ended.stderr
+        assert ended.returncode == 128 + signal.SIGINT and "nothing new to save" in ended.stderr, ended.stderr
     assert load_state(tmp_path / "run" / "last")[0].step == 4
     assert (tmp_path / "new" / "recipe.py").exists()
 
@@ -770,7 +770,8 @@ def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
     changes = {"lowest_val_loss": 0.0, "best_val_loss": 0.0, "evaluations_since_lowest": 2}
     edit_json(tmp_path / "run" / "last" / "training.json", **changes)
     ended = resume(tmp_path / "run", max_iters=9, patience=3)
-    assert "ended early, after step 3: 3 evaluations without improvement; --patience=0 goes on" in ended.err
+    reason = "3 evaluations without improvement; to go on: --init_from=resume --patience=0"
+    assert f"ended early, after step 3: {reason}" in ended.err
     assert "lowest val_loss 0.0000 at step" in ended.err
 
 

@@ -162,7 +162,7 @@ def finish(job: Job, part: Part) -> dict | None:
             if made.exists():  # not renamed before an interruption
                 made.rename(shards / file["name"])
         if sum(path.stat().st_size for path in shards.glob(f"{split}*.bin")) != sums["tokens"] * part.dtype.itemsize:
-            raise RunFailed(f"a file in {shards} is missing: remove {job.partial}, and run again, all parts")
+            raise RunFailed(f"a file in {shards} is missing: delete {job.partial} and run every part again")
         splits[split] = sums | {"files": files}
     for empty in shards.glob("part*.bin"):
         empty.unlink()
