@@ -246,8 +246,8 @@ class Deadline:
             return config
         per_step = trained / (step - last_step) + self.evaluation_seconds / config.eval_interval
         share = 1 if self.evaluation_seconds else TRAINING_SHARE  # 1: per_step includes the evaluations
-        # Evaluations left that per_step does not include: the one after the last step, and on average half a one, as
-        # the last interval is shorter than the others; less what per_step includes until the next evaluation.
+        # per_step counts one evaluation per eval_interval steps. But the next one is nearer than that, the interval
+        # before the last step is half as long on average, and the last step is evaluated too.
         to_next = -step % config.eval_interval / config.eval_interval
         left = share * time_left(config.minutes) - (1.5 - to_next) * self.evaluation_seconds
         steps = step + max(1, int(left / per_step))
