@@ -28,6 +28,7 @@ TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS = 4  # after the one at the start
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # tokens of an evaluation, of all training tokens: 1% of the time
+CLOSE = 1.05  # of predicted losses: with a larger ratio, noise in the timing cannot change their order
 FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
 
@@ -60,20 +61,22 @@ def choose_settings(
     if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
         config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
     seconds = agreed_time_left(config.minutes, dist)
-    tokens = 3e6  # a guess; later, those of the previous model
-    timed = []
+    period, tokens = min(1.0, seconds / 100), 3e6  # tokens: a guess; later, those of the previous model
+    timed: dict[TrainConfig, float] = {}  # tokens per second
 
     def late() -> bool:
         return agreed_time_left(config.minutes, dist) < 0.75 * seconds
 
+    def loss(candidate: TrainConfig) -> float:
+        return predicted_loss(candidate, timed[candidate] * seconds * TRAINING_SHARE, len(data.train))
+
     for candidate in candidates(config, given):
-        memorizes = block_parameters(candidate) > 12 * len(data.train)
-        if timed and (memorizes or late()):
-            break
+        if timed and block_parameters(candidate) > 12 * len(data.train):
+            break  # it would memorize the text
         try:
             for _ in range(2):  # the batch follows from the speed, and changes it
                 wanted = with_batch(candidate, given, tokens, data, dist)
-                rate, fitting = time_model(wanted, given, min(1.0, seconds / 100), measure)
+                rate, fitting = time_model(wanted, given, period, measure)
                 tokens = rate * seconds * TRAINING_SHARE
                 if with_batch(candidate, given, tokens, data, dist) == wanted or late():
                     break
@@ -81,13 +84,17 @@ def choose_settings(
             if not timed or not needs_memory(error):
                 raise
             break  # larger models need more memory still
-        timed.append((predicted_loss(fitting, tokens, len(data.train)), rate, fitting))
-        losses = [loss for loss, _, _ in timed]
-        if len(losses) > 2 and min(losses[-2:]) > min(losses):
-            break  # two in a row are worse
-    _, rate, best = min(timed, key=lambda found: found[0])
-    config = with_schedule(best, given, rate * agreed_time_left(config.minutes, dist) * TRAINING_SHARE, data)
-    tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {speed:,.0f}" for _, speed, c in timed)
+        timed[fitting] = rate
+        if late() or loss(fitting) > CLOSE * min(map(loss, timed)):
+            break
+    close = [candidate for candidate in timed if loss(candidate) < CLOSE * min(map(loss, timed))]
+    for candidate in close if len(close) > 1 else []:
+        if not late():  # in a slow second, a model looked slower than it is
+            timed[candidate] = max(timed[candidate], measure(candidate, period))
+    best = min(timed, key=loss)
+    left = agreed_time_left(config.minutes, dist)
+    config = with_schedule(best, given, timed[best] * left * TRAINING_SHARE, data)
+    tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())
     note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
     note(
         f"lowest predicted loss in {config.minutes:g} min: {config.n_layer} x {config.n_embd}, block_size "

@@ -52,6 +52,18 @@ def test_more_time_or_a_faster_machine_trains_a_larger_model(data):
     assert block_parameters(chosen(data, 1, None, 1e15)) > sizes[0]
 
 
+def test_a_slow_second_while_models_are_timed_does_not_change_the_choice(data):
+    best, widths = chosen(data, 3), []
+
+    def tokens_per_second(config, seconds):
+        slow = config.n_embd == best.n_embd >= max(widths, default=0)  # no larger model has been timed yet
+        widths.append(config.n_embd)
+        return 1e12 / (6 * block_parameters(config)) * (0.7 if slow else 1)
+
+    found, _ = choose_settings(TrainConfig(minutes=3), {}, data, DIST, tokens_per_second)
+    assert found.n_embd == best.n_embd and abs(found.max_iters / best.max_iters - 1) < 0.01
+
+
 def test_a_time_that_is_too_short_for_the_steps_is_refused(data):
     given = dict(n_layer=12, n_embd=768, batch_size=12, gradient_accumulation_steps=40)
     with pytest.raises(UserError, match="--minutes=1 is too short for two steps of 491,520 tokens: give more time, or"):
