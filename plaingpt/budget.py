@@ -28,7 +28,7 @@ TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS = 4  # after the one at the start
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # tokens of an evaluation, of all training tokens: 1% of the time
-CLOSE = 1.05  # of predicted losses: with a larger ratio, noise in the timing cannot change their order
+CLOSE = 1.05  # ratio of predicted losses above which noise in the timing cannot change their order
 FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
 
@@ -61,14 +61,17 @@ def choose_settings(
     if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
         config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
     seconds = agreed_time_left(config.minutes, dist)
-    period, tokens = min(1.0, seconds / 100), 3e6  # tokens: a guess; later, those of the previous model
+    period, tokens = min(0.5, seconds / 100), 3e6  # tokens: a guess; later, those of the previous model
     timed: dict[TrainConfig, float] = {}  # tokens per second
 
     def late() -> bool:
         return agreed_time_left(config.minutes, dist) < 0.75 * seconds
 
-    def loss(candidate: TrainConfig) -> float:
-        return predicted_loss(candidate, timed[candidate] * seconds * TRAINING_SHARE, len(data.train))
+    def loss(candidate: TrainConfig, rate: float) -> float:
+        return predicted_loss(candidate, rate * seconds * TRAINING_SHARE, len(data.train))
+
+    def is_close(candidate: TrainConfig, rate: float) -> bool:
+        return all(loss(candidate, rate) < CLOSE * loss(*other) for other in timed.items())
 
     for candidate in candidates(config, given):
         if timed and block_parameters(candidate) > 12 * len(data.train):
@@ -78,20 +81,21 @@ def choose_settings(
                 wanted = with_batch(candidate, given, tokens, data, dist)
                 rate, fitting = time_model(wanted, given, period, measure)
                 tokens = rate * seconds * TRAINING_SHARE
-                if with_batch(candidate, given, tokens, data, dist) == wanted or late():
+                enough = late() or not is_close(fitting, rate)
+                if enough or with_batch(candidate, given, tokens, data, dist) == wanted:
                     break
         except Exception as error:
             if not timed or not needs_memory(error):
                 raise
             break  # larger models need more memory still
         timed[fitting] = rate
-        if late() or loss(fitting) > CLOSE * min(map(loss, timed)):
+        if enough:
             break
-    close = [candidate for candidate in timed if loss(candidate) < CLOSE * min(map(loss, timed))]
+    close = [candidate for candidate, rate in timed.items() if is_close(candidate, rate)]
     for candidate in close if len(close) > 1 else []:
         if not late():  # in a slow second, a model looked slower than it is
             timed[candidate] = max(timed[candidate], measure(candidate, period))
-    best = min(timed, key=loss)
+    best = min(timed, key=lambda candidate: loss(candidate, timed[candidate]))
     left = agreed_time_left(config.minutes, dist)
     config = with_schedule(best, given, timed[best] * left * TRAINING_SHARE, data)
     tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())

@@ -48,7 +48,7 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
         if name not in flags:
             hint = "" if name in FIXED else "; a flag overrides it"
             note(f"using the checkpoint's {name}={trained[name]}, not {asked}{hint}")
-        elif name in FIXED:
+        elif name in FIXED and not config.eval_only:
             raise UserError(
                 f"{asked}, but the checkpoint was trained with {trained[name]}; "
                 "leave it out, or start a new run: --init_from=scratch"

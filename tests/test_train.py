@@ -326,6 +326,12 @@ def test_eval_only_tells_the_loss_and_writes_nothing(tmp_path, train, resume, ti
     assert not (tmp_path / "new").exists()
 
 
+def test_eval_only_evaluates_a_run_on_another_data_set(tmp_path, resume, tiny_run, data_dir):
+    (tmp_path / "same").symlink_to(data_dir / "tiny")
+    ended = resume(tiny_run, eval_only=True, data_dir=tmp_path, dataset="same")
+    assert "changed on resume: dataset=same" in ended.err and "\nval_loss " in ended.err
+
+
 def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
     train(tmp_path / "run", max_iters=1)
     old = weights(tmp_path / "run")
