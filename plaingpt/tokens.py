@@ -104,7 +104,9 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
         remedy = f"did you mean --dataset={directory.name}?" if is_path else f"to get it: {how_to_get(directory)}"
         if directory.with_name(f".{directory.name}.partial").exists():
             remedy = "its preparation is not complete: run its command again (with --part: the command of each part)"
-        raise UserError(f"{directory}: no such data set; {remedy}")
+        others = sorted(path.parent.name for path in directory.parent.glob("[!.]*/meta.json"))
+        there = f"; prepared already: {', '.join(others[:20])}" if others else ""
+        raise UserError(f"{directory}: no such data set; {remedy}{there}")
     if not (found / "meta.json").exists():
         return _open_foreign(found, check_all)
     check_sums(found)
