@@ -69,7 +69,7 @@ def uses_graphs(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
     """
     alone = dist.device.type == "cuda" and dist.world_size == 1 and not config.recompute
     small = config.batch_size * config.block_size * model.flop_per_token() < 4e12
-    return alone and small and not config.eval_only and graphs_work()
+    return alone and small and graphs_work()
 
 
 def forward_backward(
@@ -209,7 +209,10 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
 def start_run(
     config: TrainConfig, given: dict[str, str], state: RunState, checkpoint: Path | None, dist: Distributed
 ) -> int:
-    """Open the data and the model, then train. checkpoint: resume from it. All ranks. Returns the exit status."""
+    """Open the data and the model, then train. All ranks. Returns the exit status.
+
+    checkpoint: the directory that the run is resumed from, if it is.
+    """
     chosen = config.minutes and not checkpoint and "gradient_accumulation_steps" not in given  # by choose_settings
     if not (config.eval_only or chosen):
         dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
@@ -222,8 +225,10 @@ def start_run(
     out_dir, writes = Path(config.out_dir), not (config.eval_only or config.dry_run)
     if writes and dist.is_main:
         check_writable(out_dir)
-        if not checkpoint:
-            holds_run(out_dir)  # UserError if it is no run's directory or in use, before time is spent
+        holds_run(out_dir)  # UserError if it is no run's directory or in use, before time is spent
+        source = Path(config.init_from)
+        if not checkpoint and existing(source) and source.resolve().is_relative_to(out_dir.resolve()):
+            raise UserError(f"{source} is in {out_dir}, which a new run renames: choose another --out_dir")
     if config.minutes and not checkpoint and not config.eval_only:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
@@ -231,10 +236,12 @@ def start_run(
     if state.eval_sequences != sequences and (state.eval_sequences is None or "eval_iters" in given):
         state.eval_sequences = sequences
         state.forget_best()
-    run = set_up(config, data, raw_model, state.eval_sequences, dist)
     if config.eval_only:
-        note(describe_loss(evaluate(run.model, run.eval_batches, dist), data))
+        model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
+        batches = EvalBatches(data.val, config.block_size, config.batch_size, state.eval_sequences)
+        note(describe_loss(evaluate(model, batches, dist), data))
         return 0
+    run = set_up(config, data, raw_model, state.eval_sequences, dist)
     announce(config, dist, raw_model, len(data.train))
     if state.step < config.max_iters:
         config.check_schedule()
@@ -262,7 +269,7 @@ def main() -> int:
     if how == "resume" or (config.init_from == "auto" and existing(directory)):
         state, checkpoint = load_state(directory)
         note(f"resuming {checkpoint} at step {state.step}")
-        if config.minutes:
+        if config.minutes and not config.eval_only:
             config, given = extend_run(config, given, state)
         config = resumed_settings(config, given, state, checkpoint)
         given = {name: source for name, source in given.items() if source.startswith("--")}  # only flags count now

@@ -17,7 +17,7 @@ from plaingpt.distributed import Distributed
 from plaingpt.files import new_file
 from plaingpt.hub import model_directory, read_config
 from plaingpt.metrics import Stopwatch
-from plaingpt.run import LOCAL, MODEL_SETTINGS
+from plaingpt.run import LOCAL, MODEL_SETTINGS, check_shape
 from plaingpt.run_state import RunState
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import TrainConfig, muon_learning_rate
@@ -132,6 +132,7 @@ def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConf
     if not config.is_new_model:
         model = config.init_from
         shape = load_model(model)[0].config if model.endswith(".pt") else read_config(model_directory(model))
+        check_shape(config, given, shape, model)
         found = {name: getattr(shape, name) for name in MODEL_SETTINGS if name not in given and name != "dropout"}
         yield dataclasses.replace(config, **found)
         return
@@ -220,9 +221,10 @@ def agreed_time_left(minutes: float, dist: Distributed) -> float:
 class Deadline:
     """Makes a run with --minutes end in time: corrects the number of steps once, at the end of the warmup.
 
-    The learning rates until then do not depend on it, so a run of the corrected recipe is the same from its first step
-    on. Evaluations correct it again if the run would miss its time by 2%. If two in a row find no lower loss after a
-    few epochs of a new run, the learning rate drops and decays within an eighth of the steps made so far, and it ends.
+    Until then, learning rates do not depend on it (from 40 steps on), so a run of the corrected recipe is the same from
+    its first step on. Evaluations correct it again if the run would miss its time by 2%. If two in a row find
+    no lower loss after a few epochs of a new run, the learning rate drops and decays within an eighth of the steps made
+    so far, and it ends.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float):
@@ -256,7 +258,7 @@ class Deadline:
         if step in (last_step, self.measured_from):  # the steps before measured_from include compilation
             return config
         per_step = trained / (step - last_step) + self.evaluation_seconds / config.eval_interval
-        share = 1 if self.evaluation_seconds else TRAINING_SHARE  # 1: per_step includes the evaluations
+        share = 1 if self.evaluation_seconds else TRAINING_SHARE  # 1: per_step already includes the evaluations
         # per_step counts one evaluation per eval_interval steps. But the next one is nearer than that, the interval
         # before the last step is half as long on average, and the last step is evaluated too.
         to_next = -step % config.eval_interval / config.eval_interval

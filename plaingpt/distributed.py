@@ -48,7 +48,8 @@ class Distributed:
         """Half-precision FLOP/s of the GPUs of all processes; None if unknown."""
         known = self.device.type == "cuda" and self.dtype != torch.float32
         name = torch.cuda.get_device_name(self.device) if known else ""
-        peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b", name)), None)
+        other = "(?! (Ti|D|Laptop))"  # slower or faster cards whose names begin in the same way
+        peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b{other}", name)), None)
         return peak * 1e12 * self.world_size if peak else None
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -153,7 +154,8 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = True
     if chosen.type == "cpu" and world_size > 1:
-        torch.set_num_threads(max(1, cores() // local_world_size))  # torchrun sets one thread for each process
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default
+            torch.set_num_threads(max(1, cores() // local_world_size))
         # torch would warn on every rank that gloo's all-to-all, which Muon uses under FSDP, is an all-gather
         logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
     if world_size > 1:
@@ -174,9 +176,10 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
             device = torch.device("cuda", local_rank if world_size > 1 else device.index or 0)
             torch.cuda.init()  # says what is wrong: no CUDA build of torch, an old driver
             if device.index >= torch.cuda.device_count():
-                raise RuntimeError(f"no GPU {device.index}; torch finds {counted(torch.cuda.device_count(), 'GPU')}")
+                found = counted(torch.cuda.device_count(), "GPU")
+                raise RuntimeError(f"no GPU {device.index}; torch finds {found}, and each process needs its own")
             _check_capability(device)
-        elif device.type not in ("cpu", "mps"):
+        elif device.type != "cpu" and (device.type != "mps" or world_size > 1):
             raise RuntimeError("not supported")
         torch.ones(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:

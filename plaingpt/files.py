@@ -80,7 +80,12 @@ def put_in_place(new: Path, final: Path) -> None:
     if final.exists():
         delete(old)
         final.rename(old)
-    new.rename(final)
+    try:
+        new.rename(final)
+    except OSError:  # on Windows, a virus scanner may have a file open
+        if old.exists():
+            old.rename(final)
+        raise
     fsync(final.parent)
     delete(old)
 
@@ -160,10 +165,10 @@ def set_aside(out_dir: Path) -> None:
         note(f"moved the earlier run in {out_dir} to {free}; to continue it: {resume}")
 
 
-def rename_aside(directory: Path) -> Path:
-    """Rename it to the first of directory.1, directory.2, … that does not exist. Returns the new name."""
-    free = next(path for i in itertools.count(1) if not (path := Path(f"{directory}.{i}")).exists())
-    directory.rename(free)
+def rename_aside(path: Path) -> Path:
+    """Rename it to the first of path.1, path.2, … that does not exist. Returns the new name."""
+    free = next(free for i in itertools.count(1) if not (free := Path(f"{path}.{i}")).exists())
+    path.rename(free)
     return free
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plaingpt.console import UserError, note, one_line
-from plaingpt.files import claim, new_file, release
+from plaingpt.console import note, one_line
+from plaingpt.files import claim, new_file, release, rename_aside
 
 WANDB_REMEDY = "pip install wandb; `wandb offline` or WANDB_MODE=offline needs no account"
 
@@ -18,19 +18,22 @@ class Metrics:
     """Records one run. In processes other than main, every method does nothing."""
 
     def __init__(self, out_dir: Path, active: bool, resumed_from: int | None = None):
-        """Start a record, or continue it from that step. No line is ever removed: see `read_metrics`."""
+        """Start a record, or continue it from that step. No line is ever removed: see `read_metrics`.
+
+        A new run renames a record that is there, of a run that was stopped before its first save, for example.
+        """
         self.active, self.path, self.wandb = active, out_dir / "metrics.jsonl", None
         self.resumed_from = resumed_from  # goes into the next record
         self._cut = ""  # a line break, after a record that was not written completely
         if not active:
             return
-        earlier = self.path.read_bytes() if self.path.is_file() else b""
-        if resumed_from is None and earlier and not earlier.startswith(b'{"step": '):
-            raise UserError(f"{self.path} is not the record of a run; move it away, or choose another --out_dir")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.path.parent)
+        earlier = self.path.read_bytes() if self.path.is_file() else b""
+        if earlier and resumed_from is None:
+            note(f"{self.path} is now {rename_aside(self.path)}")
         with new_file(self.path, "wb") as file:
-            if resumed_from is not None and earlier:
+            if earlier and resumed_from is not None:
                 file.write(earlier.removesuffix(b"\n") + b"\n")  # a kill may have cut the last line
 
     def track(self, settings: dict) -> None:

@@ -36,10 +36,10 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
     hints = typing.get_type_hints(type(config), include_extras=True)
     for name in hints.keys() & trained.keys():
         check_value(name, trained[name], hints[name], where)
-    if state.eval_sequences is None and "eval_iters" in trained:  # a checkpoint of an earlier version
-        state.eval_sequences = trained["eval_iters"] * trained.get("batch_size", 0)
     if missing := {"gradient_accumulation_steps", "batch_size"} - trained.keys():
         raise UserError(f"{where}: settings lack {', '.join(sorted(missing))}")
+    if state.eval_sequences is None and "eval_iters" in trained:  # a checkpoint of an earlier version
+        state.eval_sequences = trained["eval_iters"] * trained["batch_size"]
     flags = {name for name in given if given[name].startswith("--")}
     for name in sorted(given.keys() & trained.keys() - LOCAL):
         if getattr(config, name) == trained[name]:
@@ -48,7 +48,7 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
         if name not in flags:
             hint = "" if name in FIXED else "; a flag overrides it"
             note(f"using the checkpoint's {name}={trained[name]}, not {asked}{hint}")
-        elif name in FIXED and not config.eval_only:
+        elif name in FIXED and not (config.eval_only and name == "dataset"):
             raise UserError(
                 f"{asked}, but the checkpoint was trained with {trained[name]}; "
                 "leave it out, or start a new run: --init_from=scratch"
@@ -75,7 +75,7 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
 def check_default(config: TrainConfig, given: dict[str, str], device_type: str) -> None:
     """UserError if nobody asked for the default model or batch, nanoGPT's for GPUs, and there is no CUDA.
 
-    GPT-2 124M for 600,000 steps would take two CPU cores twelve years: 790 tokens/s (README, AdamW).
+    GPT-2 124M for 600,000 steps would take two CPU cores twelve years, at 790 tokens/s.
     """
     sizes = {"n_layer", "n_head", "n_embd"} if config.is_new_model else {"batch_size", "gradient_accumulation_steps"}
     asked = given.keys() & sizes or any(not flag.startswith("--") for flag in given.values())
@@ -90,6 +90,14 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
 def new_shape(config: TrainConfig, data: DataSet) -> GPTConfig:
     """The shape of a new model."""
     return GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in MODEL_SETTINGS})
+
+
+def check_shape(config: TrainConfig, given: dict[str, str], shape: GPTConfig, source: Path | str) -> None:
+    """UserError if a setting in `given` contradicts the shape of an existing model; its context can be cropped."""
+    for name in given.keys() & {*MODEL_SETTINGS} - {"dropout"}:
+        asked, found = getattr(config, name), getattr(shape, name)
+        if asked > found if name == "block_size" else asked != found:
+            raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")
 
 
 def initial_model(
@@ -112,10 +120,7 @@ def initial_model(
         shape = read_config(model_directory(source))
         check_memory(config, dist, dataclasses.replace(shape, block_size=block_size or shape.block_size))
     model, tokenizer = load_model(source, block_size, config.dropout, check=not checkpoint)  # checked with the state
-    for name in MODEL_SETTINGS:
-        asked, found = getattr(config, name), getattr(model.config, name)
-        if name in given and asked != found:
-            raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")
+    check_shape(config, given, model.config, source)
     if not tokenizer.same_as(data.tokenizer):
         wanted = "gpt2" if tokenizer.same_as(gpt2()) else shlex.quote(str(model_directory(source)))
         raise UserError(
@@ -130,17 +135,17 @@ def finish_run(config: TrainConfig, state: RunState, start: int, stopping: int, 
     if problem:
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
+    resume = f"--init_from=resume --out_dir={out_dir}"
     if stopping and (state.step < config.max_iters or state.evaluated_at != state.step):
-        saved = f"saved; to continue: --init_from=resume --out_dir={out_dir}"
-        remedy = saved if state.step > start else "nothing new to save"
+        remedy = f"saved; to continue: {resume}" if state.step > start else "nothing new to save"
         note(f"stopped by {signal.Signals(stopping).name} after step {state.step}, {remedy}")
         return 128 + stopping
     if state.best_val_loss is None:
         raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
     if state.step < config.max_iters:
         reason = f"{counted(state.evaluations_since_lowest, 'evaluation')} without improvement"
-        note(f"ended early, after step {state.step}: {reason}; to go on: --init_from=resume --patience=0")
-    risen = state.evaluations_since_lowest and state.best_step < state.step
+        note(f"ended early, after step {state.step}: {reason}; to go on: {resume} --patience=0")
+    risen = state.evaluations_since_lowest > 1 and state.best_step < state.step  # one evaluation may be noise
     rise = ", and has risen since: the model may be overfitting" if risen else ""
     note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{rise}")
     note(f"next: python sample.py --out_dir={out_dir}")

@@ -74,6 +74,8 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
             note(f"{source}: {name}: {retired[name]}")
         elif name in hints:
             values[name], given[name] = check_value(name, value, hints[name], source), source
+            if values[name] is None:  # the default
+                del given[name]
         else:
             raise UserError(_no_setting(name, source, hints))
     return cls(**values), given
@@ -138,7 +140,7 @@ def _parse(text: str, hint: Any) -> Any:
     """The value of a flag's text. Text that fits no type stays text, for `check_value` to refuse."""
     allowed = _leaves(hint)
     with contextlib.suppress(ValueError, KeyError):
-        if text == "None" and types.NoneType in allowed:
+        if text in ("None", "none") and types.NoneType in allowed:
             return None
         if bool in allowed:
             return SWITCH[text.lower()]

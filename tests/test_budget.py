@@ -312,6 +312,14 @@ def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_
     assert settings["beta2"] == 0.9 and settings["n_embd"] == 16
 
 
+@pytest.mark.parametrize("changed", [dict(n_layer=5), dict(block_size=64)])
+def test_a_shape_that_the_model_does_not_have_is_refused_before_models_are_timed(tmp_path, data_dir, tiny_run, changed):
+    here = dict(dataset="tiny", data_dir=data_dir, out_dir=tmp_path / "run", device="cpu", minutes=1)
+    ended = run_main("train", *flags(init_from=tiny_run / "best", **here, **changed))
+    ((name, value),) = changed.items()
+    assert ended.status == 2 and ended.err.startswith(f"train.py: --{name}: {name}={value}, but {tiny_run}")
+
+
 def test_the_dropout_of_a_pretrained_model_is_not_taken_over(tmp_path, data_dir, tiny_run):
     shutil.copytree(tiny_run / "best", tmp_path / "model")
     edit_json(tmp_path / "model" / "config.json", resid_pdrop=None)

@@ -30,6 +30,7 @@ def main():
             import torch
             torch.empty(1 << 56, dtype=torch.uint8)
         case "panic": raise PanicException("index out of bounds")
+        case "lost": raise RuntimeError("[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection reset by peer")
         case "escapes": raise UserError("\x1b[31mred\x07, \u202ereversed, caf\u00e9 \u2603\t\U0001f642")
         case "snow": print("\u2603")
         case "seven": return 7
@@ -53,6 +54,12 @@ def run(argument, **environment):
         ("failure", 1, "the oven went out"),
         ("memory", 1, "out of memory: MemoryError; try a smaller --batch_size"),
         ("panic", 1, "a library failed: index out of bounds"),
+        (
+            "lost",
+            1,
+            "another process ended or does not answer; its error is the cause: "
+            "[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection reset by peer",
+        ),
         ("escapes", 2, r"\x1b[31mred\x07, \u202ereversed, café ☃\t🙂".replace(r"\t", "\t")),
     ],
 )

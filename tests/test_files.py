@@ -52,6 +52,21 @@ def test_an_error_inside_leaves_the_old_directory_as_it_was(tmp_path, error):
     assert os.listdir(tmp_path) == ["final"]
 
 
+def test_if_the_new_directory_cannot_be_renamed_the_old_one_comes_back(tmp_path, monkeypatch):
+    write(tmp_path / "final", "old")
+    rename = Path.rename
+
+    def refused(path, target):  # as on Windows while another program has a file of the directory open
+        if path.name.endswith(".new"):
+            raise PermissionError("in use")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError, match="in use"):
+        write(tmp_path / "final", "new")
+    assert contents(tmp_path / "final") == {"a.txt": "old"} and os.listdir(tmp_path) == ["final"]
+
+
 def test_an_error_inside_leaves_nothing_where_nothing_was(tmp_path):
     with pytest.raises(ValueError), new_directory(tmp_path / "final"):
         raise ValueError

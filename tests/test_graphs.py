@@ -107,7 +107,6 @@ def test_only_small_micro_steps_of_one_process_on_cuda_are_captured(monkeypatch)
     assert uses_graphs(config, alone, model)
     assert not uses_graphs(replace(config, batch_size=10**7), alone, model)
     assert not uses_graphs(replace(config, recompute=True), alone, model)
-    assert not uses_graphs(replace(config, eval_only=True), alone, model)
     assert not uses_graphs(config, replace(alone, world_size=2), model)
     assert not uses_graphs(config, replace(alone, device=torch.device("cpu")), model)
 

@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import run_main
 
-from plaingpt.console import UserError, note
+from plaingpt.console import note
 from plaingpt.metrics import Metrics, Stopwatch, curves, draw, log_line, read_metrics
 
 PNG = b"\x89PNG"
@@ -248,15 +248,12 @@ def test_a_run_goes_on_when_nobody_listens_any_more(monkeypatch):
         stderr.close()
 
 
-def test_a_file_of_the_user_is_not_overwritten_and_one_that_was_cut_is(tmp_path):
-    for notes in ("my notes", '{"epoch": 1}', '{"steps": 1}'):
-        (tmp_path / "metrics.jsonl").write_text(notes)
-        with pytest.raises(UserError, match=r"metrics\.jsonl is not the record of a run; move it away, or"):
-            Metrics(tmp_path, True)
-        assert (tmp_path / "metrics.jsonl").read_text() == notes
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tr')
-    Metrics(tmp_path, True).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
+def test_a_new_run_keeps_the_file_that_was_there_under_another_name(tmp_path):
+    for i, content in enumerate(("my notes", '{"step": 1, "train_loss": 2}\n'), 1):
+        (tmp_path / "metrics.jsonl").write_text(content)
+        Metrics(tmp_path, True).close()
+        assert (tmp_path / "metrics.jsonl").read_text() == ""
+        assert (tmp_path / f"metrics.jsonl.{i}").read_text() == content
 
 
 def test_lines_that_are_no_records_are_left_out(tmp_path):

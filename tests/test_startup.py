@@ -80,6 +80,8 @@ def test_the_environment_of_the_project_is_suggested_where_there_is_one(script, 
 
 
 def test_another_error_of_an_import_has_its_traceback(script):
+    path = script("import plaingpt.startup\nraise ModuleNotFoundError('a plugin')")
+    assert run(sys.executable, path).stderr.count("Traceback") == 1
     ended = run(sys.executable, script("import plaingpt.startup\nimport plaingpt.nothing"))
     assert ended.returncode == 1 and "Traceback" in ended.stderr
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import os
@@ -252,6 +253,13 @@ def test_a_resume_with_another_learning_rate_is_used_and_reported(tmp_path, trai
     assert [line["lr"] for line in records(tmp_path / "run") if "lr" in line][2:] == [5e-3, 5e-3]
 
 
+def test_none_on_resume_is_the_value_of_the_run(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=2, learning_rate=None)
+    before = load_state(tmp_path / "run" / "last")[0].settings["learning_rate"]
+    resume(tmp_path / "run", max_iters=3, learning_rate=None)
+    assert load_state(tmp_path / "run" / "last")[0].settings["learning_rate"] == before
+
+
 def test_a_resume_keeps_the_sequences_of_an_update(tmp_path, train, resume, short_run):
     assert "keep the product" in resume(short_run, status=2, max_iters=4, batch_size=2).err
     train(tmp_path / "straight", **PLAN)
@@ -330,6 +338,25 @@ def test_eval_only_evaluates_a_run_on_another_data_set(tmp_path, resume, tiny_ru
     (tmp_path / "same").symlink_to(data_dir / "tiny")
     ended = resume(tiny_run, eval_only=True, data_dir=tmp_path, dataset="same")
     assert "changed on resume: dataset=same" in ended.err and "\nval_loss " in ended.err
+
+
+def test_eval_only_needs_no_training_split(tmp_path, train, tiny_run, data_dir):
+    shutil.copytree(data_dir / "tiny", tmp_path / "tiny")
+    meta = json.loads((tmp_path / "tiny" / "meta.json").read_text())
+    ids = (tmp_path / "tiny" / "train.bin").read_bytes()[:4]
+    meta["splits"]["train"]["files"][0] |= {"tokens": 2, "sha256": hashlib.sha256(ids).hexdigest()}
+    edit_json(tmp_path / "tiny" / "meta.json", splits=meta["splits"])
+    (tmp_path / "tiny" / "train.bin").write_bytes(ids)
+    given = {"init_from": tiny_run / "best", "data_dir": tmp_path}
+    assert "val_loss " in train(tmp_path / "run", eval_only=True, **given).err
+    assert "the train split has 2 tokens" in train(tmp_path / "run", status=2, **given).err
+
+
+def test_a_run_does_not_start_from_a_model_in_the_directory_that_it_renames(tmp_path, train):
+    train(tmp_path / "run", max_iters=1)
+    ended = train(tmp_path / "run", init_from=tmp_path / "run" / "best", status=2)
+    assert f"{tmp_path / 'run' / 'best'} is in {tmp_path / 'run'}, which a new run renames" in ended.err
+    assert not (tmp_path / "run.1").exists()
 
 
 def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
@@ -776,7 +803,7 @@ def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
     changes = {"lowest_val_loss": 0.0, "best_val_loss": 0.0, "evaluations_since_lowest": 2}
     edit_json(tmp_path / "run" / "last" / "training.json", **changes)
     ended = resume(tmp_path / "run", max_iters=9, patience=3)
-    reason = "3 evaluations without improvement; to go on: --init_from=resume --patience=0"
+    reason = "3 evaluations without improvement; to go on: --init_from=resume --out_dir="
     assert f"ended early, after step 3: {reason}" in ended.err
     assert "lowest val_loss 0.0000 at step" in ended.err
 
