@@ -20,6 +20,7 @@ from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job, prepare
 from plaingpt.text.sources import Source, find_source
 from plaingpt.tokenizer import resolve_tokenizer
+from plaingpt.tokens import NAMED
 
 OWN = re.compile(r"(train|val)(_\d+)?\.bin|meta\.json|tokenizer(_config)?\.json|SHA256SUMS|\.DS_Store")
 RECIPES = {"python": "quickstart", "shakespeare_char": "train_shakespeare_cpu"}  # recipes that set `dataset`
@@ -35,6 +36,8 @@ def main() -> None:
     if parts > 1 and config.dedup:
         raise UserError("--dedup needs all documents in one process: leave out --part")
     kind, tokenizer = resolve_tokenizer(config.tokenizer or source.tokenizer)
+    if source.dataset is None and (unused := {"config", "split", "revision", "streaming"} & given.keys()):
+        raise UserError(f"--{min(unused)} is for Hugging Face data sets (hf:owner/name)")
     if "vocab_size" in given and kind != "bpe":
         raise UserError(f"--vocab_size is for --tokenizer=bpe, and this is {kind}")
     val_fraction, bad_files = config.val_fraction or source.val_fraction, source.bad_files or config.bad_files
@@ -50,7 +53,7 @@ def main() -> None:
         note("stopped" if source.once else "stopped; the same command continues from here")
         raise
     if meta:
-        report(directory, meta, config.tokenizer)
+        report(directory, meta, config.tokenizer, config.val_fraction)
 
 
 def directory_of(name: str, data_dir: str) -> Path:
@@ -61,17 +64,17 @@ def directory_of(name: str, data_dir: str) -> Path:
 
 def check_replaced(directory: Path, source: Source, name: str | None) -> None:
     """UserError if `directory` exists and is no data set, has other files, or is from another source without --name."""
+    if not os.path.lexists(directory):
+        return
     found = json_or_empty(directory / "meta.json")
-    if os.path.lexists(directory) and not {"format_version", "splits"} <= found.keys():
+    if not {"format_version", "splits"} <= found.keys():
         raise UserError(f"{directory} exists and is not a plainGPT data set; choose another --name")
-    if found and name is None and (found.get("source") != source.description or source.once):
+    if name is None and (found.get("source") != source.description or source.once):
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
-    others = [path.name for path in directory.glob("*") if not OWN.fullmatch(path.name)]
-    if found and others:
+    if others := [path.name for path in directory.glob("*") if not OWN.fullmatch(path.name)]:
         raise UserError(f"{directory} would be replaced, with {others[0]} in it: move that, or choose another --name")
-    if found:
-        note(f"replacing {directory} (tokenizer {found.get('tokenizer')}, vocabulary of {found.get('vocab_size')})")
+    note(f"will replace {directory} (tokenizer {found.get('tokenizer')}, vocabulary of {found.get('vocab_size')})")
 
 
 def part_of(given: str) -> tuple[int, int]:
@@ -83,7 +86,7 @@ def part_of(given: str) -> tuple[int, int]:
     return part, parts
 
 
-def report(directory: Path, meta: dict, tokenizer: str | None) -> None:
+def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: float) -> None:
     """Print the last lines."""
     for split, figures in meta["splits"].items():
         tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
@@ -93,9 +96,14 @@ def report(directory: Path, meta: dict, tokenizer: str | None) -> None:
     size = sum(figures["bytes"] for figures in meta["splits"].values())
     amount = f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
     note(f"{directory}: {amount} of text, vocabulary of {meta['vocab_size']:,}")
+    if meta["splits"]["val"]["bytes"] > 3 * val_fraction * size:
+        note("validation is larger than --val_fraction: entire documents go there, and one of them is large")
     name = directory.name
     place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
-    if min(figures["tokens"] for figures in meta["splits"].values()) < 2:
+    if tokenizer is None and meta["tokenizer"] == "gpt2" and size < 1e8 and meta["source"] not in NAMED:
+        note("these ids suit the finetuning of GPT-2; a new model for so little text is better with --tokenizer=bpe")
+    tokens = [figures["tokens"] for figures in meta["splits"].values()]
+    if min(tokens) < 2 or sum(tokens) < 64:
         note("this is too little text to train on")
     elif name in RECIPES and not place:
         note(f"next: python train.py config/{RECIPES[name]}.py")

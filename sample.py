@@ -200,7 +200,7 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
                 print("> ", end="", file=sys.stderr, flush=True)
             line = input("> " if terminal else "")
             if line.startswith("/"):
-                name, _, text = line[1:].partition(" ")
+                name, text = [*re.split("[ =]", line[1:], maxsplit=1), ""][:2]
                 if name not in INTERACTIVE:
                     raise UserError(f"/{name} cannot be changed here; these settings can: {', '.join(INTERACTIVE)}")
                 changed, _ = load_settings(SampleConfig, [f"--{name}={text.strip()}"])

@@ -246,7 +246,8 @@ def start_run(
     if state.step < config.max_iters:
         config.check_schedule()
     elif state.evaluated_at == state.step:
-        note(f"the run is complete at step {state.step}: raise --max_iters, or start a new run: --init_from=scratch")
+        remedy = "give more --max_iters or --minutes, or start a new run: --init_from=scratch"
+        note(f"the run is complete at step {state.step}: {remedy}")
     if config.dry_run:
         dry_run(config, dist, lambda n: train_step(run, 0, micro_steps=n), config.max_iters - state.step)
         return 0

@@ -272,7 +272,7 @@ class Deadline:
         """`config` with another number of steps, also in the state and, unless the run was resumed, in the recipe."""
         changed = dict(max_iters=steps, lr_decay_iters=steps)
         if steps != config.max_iters:
-            note(f"corrected the number of steps to {steps:,}")
+            note(f"corrected the number of steps to {steps:,}, to end in time")
         state.settings = state.settings | changed  # a save may still read the old ones
         config = dataclasses.replace(config, **changed)
         if dist.is_main and self.start == 0:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -157,7 +158,8 @@ def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[i
 def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
     """The configuration with as many embedding rows as there are ids: what has no token is never predicted."""
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+        problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
+        raise UserError(f"{source}: {problem}; remove the added tokens, or resize the embedding in transformers")
     if rows := config.vocab_size - tokenizer.vocab_size:
         note(f"{source}: {rows} rows of the embedding belong to no token and are dropped")
     return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
@@ -172,13 +174,15 @@ def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Te
     copy = torch.zeros(padded, *tensor.shape[1:])
     copy[:rows] = tensor[:rows]
     if not tensor.is_floating_point() or not copy.isfinite().all():
-        raise UserError(f"{source}: {name} has weights that are not finite numbers")
+        raise UserError(f"{source}: {name} ({tensor.dtype}) has weights that are not finite floating-point numbers")
     return copy
 
 
 def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> tuple[GPTConfig, dict[str, Tensor]]:
     shards = sorted(path.name for path in directory.glob("model-*-of-*.safetensors"))
     files = shards if shards and not (directory / "model.safetensors").exists() else ["model.safetensors"]
+    if files == shards and len(shards) != (wanted := int(re.search(r"of-(\d+)", shards[0])[1])):
+        raise UserError(f"{directory} has {len(shards)} of the {wanted} files of the weights")
     shapes, places = {}, {}
     for file in files:
         with _opened(directory, file) as tensors:

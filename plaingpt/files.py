@@ -74,7 +74,7 @@ def put_in_place(new: Path, final: Path) -> None:
     old = _sibling(final, "old")
     delete(new / SUMS)  # of an interrupted attempt
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()) if path.suffix not in UNCHECKED]
-    (new / SUMS).write_text("".join(lines))
+    (new / SUMS).write_text("".join(lines), newline="\n")
     for path in [*new.iterdir(), new]:
         fsync(path)
     if final.exists():

@@ -45,13 +45,13 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
         if getattr(config, name) == trained[name]:
             continue
         asked = f"{given[name]}: {name}={getattr(config, name)}"
-        if name not in flags:
+        if name not in flags and not (name in FIXED and config.init_from == "auto"):
             hint = "" if name in FIXED else "; a flag overrides it"
             note(f"using the checkpoint's {name}={trained[name]}, not {asked}{hint}")
         elif name in FIXED and not (config.eval_only and name == "dataset"):
             raise UserError(
                 f"{asked}, but the checkpoint was trained with {trained[name]}; "
-                "leave it out, or start a new run: --init_from=scratch"
+                "leave it out, or start a new run: --init_from=scratch, or another --out_dir"
             )
         else:
             note(f"changed on resume: {name}={getattr(config, name)}, until now {trained[name]}")

@@ -8,6 +8,7 @@ import ast
 import builtins
 import contextlib
 import dataclasses
+import glob
 import inspect
 import itertools
 import math
@@ -113,7 +114,8 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
     """Run a recipe, the user's own code, with the names that nanoGPT gave it, and return what it assigns."""
     if not os.path.isfile(path):
         example = f", such as --out_dir={path}" if os.path.isdir(path) else ""
-        raise UserError(f"{path}: no such recipe file; settings are written --name=value{example}")
+        near = closest(os.path.basename(path), glob.glob("*.py", root_dir="config"))
+        raise UserError(f"{path}: no such recipe file{near}; settings are written --name=value{example}")
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     modules = {name: sys.modules.get(name) for name in ("os", "sys", "time", "math", "torch", "numpy")}
     modules["np"] = modules.pop("numpy")
@@ -133,7 +135,7 @@ def _leaves(hint: Any) -> list[Any]:
 def _kinds(hint: Any) -> str:
     """What a setting accepts, for people: `int`, `float`, `ddp|fsdp`."""
     kinds = [leaf for leaf in _leaves(hint) if isinstance(leaf, type | str) and leaf is not types.NoneType]
-    return "|".join(getattr(kind, "__name__", kind) for kind in kinds)
+    return "|".join("True|False" if kind is bool else getattr(kind, "__name__", kind) for kind in kinds)
 
 
 def _parse(text: str, hint: Any) -> Any:

@@ -233,7 +233,7 @@ def resolve_tokenizer(wanted: str) -> tuple[str, Tokenizer | None]:
     if not os.path.isdir(wanted):
         raise UserError(f"--tokenizer={wanted}: use one of {', '.join(KINDS)}, or a directory with a tokenizer.json")
     tokenizer = Tokenizer.load(Path(wanted))
-    if tokenizer.same_as(gpt2()):
+    if tokenizer.same_as(gpt2()) and as_ours(json.loads(tokenizer.to_json())):
         return "gpt2", None
     if tokenizer.end_of_text is None:
         raise UserError(f"--tokenizer={wanted}: it has no {END_OF_TEXT}, which separates documents")

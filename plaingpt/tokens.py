@@ -31,7 +31,7 @@ CHUNK = 1 << 22  # ids read at a time from a file that is read from beginning to
 SAMPLE = 1 << 16  # ids at the beginning of a file of unknown dtype that are looked at
 # llm.c's shards: 256 int32 before the ids, of which the first three are magic number, version and number of tokens
 LLM_C_HEADER, LLM_C_GPT2 = 1024, 20240520
-LLM_C_NAME = re.compile(r"(?:.*[_-])?(train|val)(?:[_-]\d+)?\.bin")  # the corpus may be called `medieval`
+LLM_C_NAME = re.compile(r"(?:.*[_-])?(train|val)(?:[_-]\d+)?\.bin")  # not `medieval`, which contains "val"
 
 
 def id_dtype(largest_id: int) -> np.dtype:

@@ -136,6 +136,9 @@ def test_each_size_of_gpt2_comes_in_and_goes_out_bit_for_bit(tmp_path, layers, h
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert after.keys() == before.keys() - {"lm_head.weight"}
     assert all(torch.equal(after[name], before[name]) for name in after)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"in has \d of the \d+ files of the weights|in has \d\d of the"):
+        load_model(tmp_path / "in")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -157,6 +157,21 @@ def test_work_on_other_shards_of_a_data_set_is_not_continued(tmp_path):
     assert len(digests) == 2
 
 
+def test_a_finished_part_is_not_removed_by_another_command(tmp_path, mixed, small):
+    prepare(mixed, tmp_path, "--part=1/2")
+    before = contents(tmp_path / ".set.partial" / "shards")
+    ended = prepare(mixed, tmp_path, "--part=2/2", "--val_fraction=0.2", status=2)
+    assert "contains finished parts of another text or with other settings" in ended.err
+    assert contents(tmp_path / ".set.partial" / "shards") == before
+    prepare(f"{mixed}/", tmp_path, "--part=2/2")  # the same text
+    assert len(documents(tmp_path, "train")) > 200
+
+
+def test_validation_of_a_small_share_is_never_empty_by_chance(tmp_path, text):
+    prepare(text, tmp_path, "--val_fraction=0.01")  # two documents on average, and perhaps none
+    assert len(documents(tmp_path, "val")) > 200  # the tail of each
+
+
 def test_other_settings_or_another_text_begin_anew(tmp_path, text, small):
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
     printed = prepare(text, tmp_path, "--tokenizer=gpt2").err
@@ -482,6 +497,8 @@ def test_standard_input_is_a_document_or_with_a_column_json_lines(tmp_path):
     prepare("-", tmp_path / "lines", "--column=story", stdin=lines)
     assert len(documents(tmp_path / "lines", "train") + documents(tmp_path / "lines", "val")) == len(DOCUMENTS)
     assert list((tmp_path / "lines").iterdir()) == [tmp_path / "lines" / "set"]
+    prepare("-", tmp_path / "damaged", "--column=story", stdin=lines + "\n{}", status=2)
+    assert not list((tmp_path / "damaged").iterdir())
 
 
 def test_another_text_on_standard_input_replaces_no_data_set_unasked(tmp_path):

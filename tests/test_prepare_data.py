@@ -259,13 +259,31 @@ def test_a_data_set_that_is_replaced_is_named_and_a_models_tokenizer_is_for_fine
 ):
     source = folder({"a.txt": "and " * 100})
     prepare(source, "--tokenizer=byte")
-    assert "replacing" not in capsys.readouterr().err
+    assert "will replace" not in capsys.readouterr().err
     prepare(source, f"--tokenizer={tiny_run / 'best'}")
     printed = capsys.readouterr().err
     assert "(tokenizer byte, vocabulary of 257)" in printed and f" --init_from={tiny_run / 'best'} " in printed
 
 
+def test_a_large_document_that_goes_to_validation_is_noted(prepare, folder, capsys):
+    texts = (f"{i} " * 5000 for i in range(999))
+    large = next(text for text in texts if split_of(xxhash.xxh3_64_intdigest(text.encode()), 0.05) == "val")
+    prepare(folder({f"{i}.txt": f"document {i}" for i in range(220)} | {"large.txt": large}), "--tokenizer=byte")
+    assert "validation is larger than --val_fraction: entire documents go there" in capsys.readouterr().err
+
+
+def test_a_default_tokenizer_for_little_text_is_noted(prepare, folder, capsys):
+    for flags, noted in ([], True), (["--tokenizer=gpt2"], False):
+        prepare(folder({"a.txt": "and " * 1000}), *flags)
+        assert ("is better with --tokenizer=bpe" in capsys.readouterr().err) == noted
+
+
 # failures
+
+
+def test_a_flag_for_the_hub_is_refused_for_files(prepare, folder):
+    with pytest.raises(UserError, match=r"--revision is for Hugging Face data sets \(hf:owner/name\)"):
+        prepare(folder({"a.txt": "text"}), "--revision=main")
 
 
 def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, folder, capsys):
@@ -318,7 +336,7 @@ def failed(arguments, directory: Path) -> str:
     lines = [
         line
         for line in ended.stderr.splitlines()
-        if line and not line.startswith(("encoding:", "reading ", "replacing "))
+        if line and not line.startswith(("encoding:", "reading ", "will replace "))
     ]
     assert (ended.returncode, ended.stdout, len(lines)) == (2, "", 1), ended.stderr
     return lines[0]

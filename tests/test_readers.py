@@ -133,6 +133,19 @@ def test_a_table_in_another_encoding_stops_a_folder_and_is_not_left_out(tmp_path
     assert read(tmp_path, encoding="latin-1") == ["café", "text"]
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.csv", "text,n\nhello, world,1\n"), ("a.tsv", 'text\n"open\n'), ("a.json", '[{"text": "' + "x" * 900 + '"}]')],
+)
+def test_documents_that_cannot_be_read_stop_a_folder_and_are_not_left_out(tmp_path, monkeypatch, name, data):
+    monkeypatch.setattr(streams, "MAX_RECORD", 800)
+    (tmp_path / name).write_text(data)
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(UserError, match=r"has 3 columns|cannot be read|is longer than"):
+        read(tmp_path)
+    assert read(tmp_path, bad_files="skip") == ["text"]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "CSV", "tsv", "csv.gz", "tsv.zst"])
 @pytest.mark.parametrize("size", [10, 1 << 20])
 def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
@@ -148,6 +161,8 @@ def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
     ("data", "message"),
     [
         (b"id,content\n1,a", "has no column 'text'; name the --column: id, content"),
+        (b"\nid,content\n1,a", "has no column 'text'; name the --column: id, content"),
+        (b"text;n\na;1", "has no column 'text'; separate columns by commas: text;n"),
         (b"text,text\na,b", "has more than one column 'text'"),
         (b"id,text\n1,a\n2\n", "line 3 has 1 column, but the header has 2"),
         (b"text\nHello, world\n", "line 2 has 2 columns, but the header has 1: put quotes around the text"),
@@ -407,7 +422,7 @@ def test_an_unknown_encoding_and_text_in_another_are_refused(tmp_path):
         with pytest.raises(UserError, match=r"--encoding=.*: unknown; examples: latin-1"):
             read(tmp_path, encoding=name)
     for bad_files in ("stop", "replace"):
-        with pytest.raises(UserError, match=r"a\.txt is not text in utf-16: .*truncated data; name another --encoding"):
+        with pytest.raises(UserError, match=r"a\.txt is not text in utf-16: .*truncated data; its byte order mark"):
             read(tmp_path / "a.txt", bad_files=bad_files)
 
 

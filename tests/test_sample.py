@@ -248,7 +248,7 @@ def test_more_of_the_settings_of_drawing_reach_it(learned):
 
 
 def test_a_setting_can_be_changed_in_interactive_mode(learned):
-    stdin = "the sea\n/temperature 0\nthe sea\n/max_new_tokens 2\nthe sea\n/temprature 1\n/top_k -1\n/dtype float32\n"
+    stdin = "the sea\n/temperature 0\nthe sea\n/max_new_tokens=2\nthe sea\n/temprature 1\n/top_k -1\n/dtype float32\n"
     arguments = [f"--out_dir={learned}", "--max_new_tokens=20", "--device=cpu", "--dtype=float32", "--interactive"]
     ended = run_main("sample", *arguments, stdin=stdin)
     assert ended.status == 0, ended.err

@@ -227,8 +227,8 @@ def test_a_tilde_is_the_home_directory_in_a_path_and_a_tilde_in_a_text(recipe, m
         ("--glaze_share=nan", "--glaze_share must be float (at least 0 and at most 1), not nan"),
         ("--flour=2.1", "--flour must be float (more than 0 and at most 2), not 2.1"),
         ("--icing=rum", "--icing must be plain|lemon, not 'rum'"),
-        ("--sliced=yes", "--sliced must be bool, not 'yes'"),
-        ("--sliced=None", "--sliced must be bool, not 'None'"),
+        ("--sliced=yes", "--sliced must be True|False, not 'yes'"),
+        ("--sliced=None", "--sliced must be True|False, not 'None'"),
         (f"--layers={'9' * 5000}", f"--layers must be int (at least 1), not '{'9' * 99}"),
     ],
 )
@@ -289,6 +289,9 @@ def test_an_impossible_value_in_a_file_is_refused_with_file_setting_and_value(re
 def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
     assert refusal(tmp_path).endswith(f"settings are written --name=value, such as --out_dir={tmp_path}")
     assert refusal("config/nowhere.py") == "config/nowhere.py: no such recipe file; settings are written --name=value"
+    assert refusal("config/quikstart.py").startswith(
+        "config/quikstart.py: no such recipe file; did you mean quickstart.py?"
+    )
 
 
 @pytest.mark.parametrize(

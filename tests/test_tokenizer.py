@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plaingpt.console import UserError
-from plaingpt.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer
+from plaingpt.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer, resolve_tokenizer
 
 TEXTS = {
     "english": "It's the King's; they'll say 'twas 1599, won't they?  Two  spaces.\n\n\tA tab.\r\n",
@@ -261,6 +261,15 @@ def test_the_configuration_beside_it_names_end_of_text(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["eos_token"] == config["bos_token"] == "<|endoftext|>"
+
+
+def test_a_tokenizer_that_splits_text_otherwise_is_not_gpt2s(made, tmp_path):
+    made["gpt2"].save(tmp_path)
+    assert resolve_tokenizer(str(tmp_path)) == ("gpt2", None)
+    description = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description | {"normalizer": {"type": "Lowercase"}}))
+    kind, tokenizer = resolve_tokenizer(str(tmp_path))
+    assert kind != "gpt2" and tokenizer.encode("A") == tokenizer.encode("a")
 
 
 def test_tokenizers_of_other_text_are_not_the_same(made):

@@ -240,6 +240,13 @@ def test_a_resume_that_contradicts_the_checkpoint_is_refused(short_run, resume, 
     assert load_state(short_run / "last")[0].step == 2
 
 
+def test_a_recipe_of_another_run_does_not_continue_this_one_by_itself(short_run, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text('dataset = "other"\n')
+    ended = run_main("train", recipe, f"--out_dir={short_run}", "--init_from=auto")
+    assert ended.status == 2 and f"{recipe}: dataset=other, but the checkpoint was trained with tiny" in ended.err
+
+
 def test_a_setting_that_agrees_with_the_checkpoint_may_be_given(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=2)
     resume(tmp_path / "run", max_iters=3, n_embd=16)
@@ -773,7 +780,9 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     before = (tmp_path / "run" / "last" / "training.json").read_bytes()
     printed = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
     assert "max_iters=3, but the checkpoint in" in printed and "has 4 steps" in printed
-    assert "the run is complete at step 3: raise --max_iters" in resume(tmp_path / "run", max_iters=3).err
+    assert (
+        "the run is complete at step 3: give more --max_iters or --minutes" in resume(tmp_path / "run", max_iters=3).err
+    )
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
 
 

@@ -33,8 +33,7 @@ def main() -> None:
     if not config.data_sets:
         raise UserError("name a data set: python tools/inspect_data.py data/books")
     for name in config.data_sets:
-        by_name = Path("data", name)  # as train.py's --dataset
-        inspect(by_name if by_name.is_dir() and not Path(name).exists() else Path(name))
+        inspect(Path(name) if Path(name).exists() else Path("data", name))  # a name, as train.py's --dataset
 
 
 def inspect(directory: Path) -> None:

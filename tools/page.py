@@ -179,6 +179,7 @@ def main() -> None:
         raise UserError("name one model: python tools/page.py out/best --out=model.html")
     if os.path.exists(config.out) and not os.path.isfile(config.out):  # before the work is done
         raise UserError(f"--out={config.out} is not a file")
+    Path(config.out).parent.stat()  # an error if there is no such directory
     model, tokenizer = load_model(config.models[0])
     millions, path = model.num_parameters() / 1e6, Path(config.out)
     if millions > MOST_MILLIONS:

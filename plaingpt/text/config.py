@@ -32,7 +32,8 @@ class PrepareConfig:
     encoding: str | None = None
     """encoding of text files, such as latin-1 (default: by byte order mark, else UTF-8)"""
     column: str = "text"
-    """name of the text column in JSON, CSV, TSV, Parquet and Hugging Face data sets; if given, - reads JSON Lines"""
+    """name of the text column in JSON, CSV, TSV, Parquet and Hugging Face data sets; if given, standard input is read
+    as JSON Lines"""
     config: str | None = None
     """configuration of a Hugging Face data set, such as sample-10BT"""
     split: str = "train"

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import secrets
 import shutil
 from pathlib import Path
@@ -26,7 +27,8 @@ from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
 FORMAT = 7  # version of the .partial directory; work in another version starts over
-MANY_DOCUMENTS = 200  # from here on entire documents go to validation; with fewer, the tail of each
+# From so many documents on, and from five expected in validation on, entire documents go there; else the tail of each
+MANY_DOCUMENTS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Job:
     def digest(self) -> str:
         """A hash of the source and the settings, the same on every machine."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
-        config = dataclasses.replace(self.config, name=None, tokenizer=self.kind, part="", threads=None, data_dir="")
+        own = dict(sources=[], name=None, part="", threads=None, data_dir="")  # they change nothing, or are in `source`
+        config = dataclasses.replace(self.config, tokenizer=self.kind, **own)
         result = FORMAT, source, config, self.parts
         return hashlib.sha256(repr(result).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -78,7 +81,7 @@ class Job:
 def prepare(job: Job, threads: int) -> dict | None:
     """Do one part. The last part to finish completes the data set and returns the content of its meta.json."""
     job.partial.parent.mkdir(parents=True, exist_ok=True)
-    # Locked while the plan is made and at the end. It is not in the directory that the last part removes.
+    # Locked while the plan is made and at the end. The file is outside of the directory that the last part removes.
     plan_lock = job.partial.with_suffix(".lock")
     with contextlib.ExitStack() as until_done:
         with job.lock(plan_lock, wait=job.parts > 1):  # the parts start together, and one makes the plan
@@ -89,6 +92,8 @@ def prepare(job: Job, threads: int) -> dict | None:
                 return note(f"{job.directory} is already prepared")
             job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.partial / f"part-{job.part}.lock"))
+            if job.source.once:
+                until_done.callback(remove, job)  # also after a failure: it cannot be continued
             part = make_part(job)
             if part.finished:  # before; perhaps it was interrupted when it completed the data set
                 return finish(job, part)
@@ -104,6 +109,11 @@ def make_part(job: Job) -> Part:
         for path in job.partial.glob("part-*.lock"):
             if int(path.stem[5:]) != job.part:
                 job.lock(path).lock.release()  # UserError if a process does that part now
+        if any(json_or_empty(path).get("finished") for path in job.partial.glob("part-*.json")):
+            raise UserError(
+                f"{job.partial} contains finished parts of another text or with other settings: repeat their command "
+                "with the parts that are left, or delete that directory"
+            )
         if job.shards.exists():
             note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
         (job.partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
@@ -123,11 +133,12 @@ def make_part(job: Job) -> Part:
 
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
-    documents = set()  # different ones, up to MANY_DOCUMENTS; of a large text file, the beginning is read
+    many = max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction))
+    documents = set()  # different ones; of a large text file, the beginning is read
     texts = (itertools.takewhile(lambda text: text.begins, found.texts(job.config)) for found in source.inputs())
     for text in itertools.chain.from_iterable(texts):
         documents.add(xxhash.xxh3_64_intdigest(text.data))
-        if len(documents) >= MANY_DOCUMENTS:
+        if len(documents) >= many:
             break
     if not documents:
         raise UserError(f"{source.description}: there is no text in it")
@@ -138,7 +149,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     fsync(job.partial / "tokenizer.json")
     job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it says that the rest is there
-        json.dump({"digest": job.digest, "by_content": len(documents) >= MANY_DOCUMENTS}, file)
+        json.dump({"digest": job.digest, "by_content": len(documents) >= many}, file)
     return tokenizer
 
 

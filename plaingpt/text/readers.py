@@ -21,6 +21,10 @@ SEPARATOR = END_OF_TEXT.encode()
 ROWS = 64  # of a table that are decoded at a time
 
 
+class NoColumn(UserError):
+    """A file that may be settings or a table of numbers: in a directory, it is skipped."""
+
+
 class Text(NamedTuple):
     """A document, or a piece of one, in valid UTF-8."""
 
@@ -92,7 +96,7 @@ def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
                 try:
                     found = json.loads(data)
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{where}, is not JSON: {one_line(error)}") from error
+                    raise NoColumn(f"{where}, is not JSON: {one_line(error)}") from error
                 for row in found if isinstance(found, list) else [found]:
                     yield Text(checked(_text_of(row, where, config.column), where, config.bad_files), raw.tell())
 
@@ -101,7 +105,7 @@ def _text_of(row: Any, where: str, column: str) -> bytes:
     """The column of a JSON object."""
     if not isinstance(row, dict) or column not in row:
         remedy = f"name the --column: {', '.join(row)[:300]}" if isinstance(row, dict) else "it has to be a JSON object"
-        raise UserError(f"{where}, has no {column!r}; {remedy}")
+        raise NoColumn(f"{where}, has no {column!r}; {remedy}")
     if not isinstance(row[column], str | None):
         raise UserError(f"{where}: {column!r} is not text; name the --column")
     return (row[column] or "").encode("utf-8", "surrogatepass")  # "\ud800" is JSON, but not text
@@ -115,16 +119,17 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
         lines = iter(lambda: stream.readline(limit).decode("utf-8", "surrogateescape"), "")
         rows = csv.reader(lines, delimiter="\t" if kind_of(file.path) == "tsv" else ",", strict=True)
         try:
-            names = next(rows, [])
+            names = next(filter(None, rows), [])
             check_column(file.path, names, column)
             index, last = names.index(column), rows.line_num
             for row in rows:
                 where, last = f"{file.path}, line {rows.line_num:,}", rows.line_num
-                if row and (len(row) <= index or any(row[len(names) :])):
+                if not row:
+                    continue
+                if len(row) <= index or any(row[len(names) :]):
                     problem = f"{counted(len(row), 'column')}, but the header has {len(names):,}"
                     raise UserError(f"{where} has {problem}: put quotes around the text")
-                text = row[index].encode("utf-8", "surrogateescape") if row else b""
-                yield Text(checked(text, where, config.bad_files), raw.tell())
+                yield Text(checked(row[index].encode("utf-8", "surrogateescape"), where, config.bad_files), raw.tell())
         except csv.Error as error:
             remedy = "quotes around a field have to be closed, and doubled inside it"
             raise UserError(f"{file.path}, line {last + 1:,} cannot be read: {one_line(error)}; {remedy}") from error
@@ -159,7 +164,8 @@ def check_column(where: str, names: Sequence[str], column: str) -> None:
     """UserError unless exactly one of `names` is `column`."""
     if list(names).count(column) != 1:
         problem = "more than one" if column in names else "no"
-        raise UserError(f"{where} has {problem} column {column!r}; name the --column: {', '.join(names)[:300]}")
+        remedy = "separate columns by commas" if len(names) == 1 and ";" in names[0] else "name the --column"
+        raise NoColumn(f"{where} has {problem} column {column!r}; {remedy}: {', '.join(names)[:300]}")
 
 
 class Shard(NamedTuple):

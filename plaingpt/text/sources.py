@@ -18,7 +18,7 @@ from typing import Any
 from plaingpt.console import UserError, closest, counted, one_line
 from plaingpt.files import new_file, sha256
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.readers import File, Shard, kind_of
+from plaingpt.text.readers import File, NoColumn, Shard, kind_of
 from plaingpt.text.streams import open_utf8
 from plaingpt.tokens import NAMED
 
@@ -89,6 +89,7 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
     if named:
         return _hub(named, config)
+    wanted = [*map(os.path.normpath, wanted)]
     files, summary = find_files(wanted, config)
     name = re.sub(r"[^\w-]+", "_", Path(wanted[0]).stem.partition(".")[0]).strip("_-") or "text"
     return Source(name, shlex.join(wanted), files, summary=summary)
@@ -98,7 +99,8 @@ def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...
     """The files that are read, each once, in the order of their paths, and a summary of these and of those left out."""
     named = {os.path.normpath(word) for word in words if os.path.isfile(word)}
     paths = {os.path.normpath(path) for word in words for path in _matches(word)}
-    paths = {os.stat(path)[1:3]: path for path in sorted(paths, reverse=True)}  # by inode and device: links once
+    # by inode and device: each file once, whatever links there are; some file systems give 0 for every inode
+    paths = {(os.stat(path)[1:3], os.stat(path).st_ino or path): path for path in sorted(paths, reverse=True)}
     files, read, skipped = [], collections.Counter(), collections.Counter()
     for path in sorted(paths.values(), key=lambda path: path.split(os.sep)):
         if kind := _not_documents(path, config, path in named):
@@ -165,8 +167,9 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
                 raise UserError(f"{path} is not text but a binary file: {remedy}")
         elif kind in ("json", "csv", "tsv"):  # often settings and tables, unlike JSON Lines and Parquet
             next(File.at(path).texts(dataclasses.replace(config, bad_files="replace")), None)
-    except UserError:
-        if is_named and config.bad_files != "skip":
+    except UserError as error:
+        maybe_text = kind != "text" and not isinstance(error, NoColumn)
+        if config.bad_files != "skip" and (is_named or maybe_text):
             raise
         other = f" or not {config.encoding}" if config.encoding else ""
         return f"binary{other}" if kind == "text" else f"{kind} damaged{other} or without {config.column!r}"

@@ -47,7 +47,8 @@ def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[
                 stream = io.BufferedReader(pyarrow.transcoding_input_stream(source, encoding, "utf-8"), PIECE)
             yield raw, stream
         except UnicodeError as error:
-            raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; name another --encoding") from error
+            remedy = "name another --encoding" if encoding == config.encoding else "its byte order mark says that it is"
+            raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; {remedy}") from error
         except OSError as error:
             if not codec or error.errno:  # the operating system's error, not a fault of the file
                 raise
