@@ -185,7 +185,7 @@ def fit(runs: list[dict]) -> None:
     loss, tokens, epochs = (np.array([run[name] for run in runs], float) for name in ("val_loss", "tokens", "epochs"))
     size = np.array([12 * run["n_layer"] * run["n_embd"] ** 2 / 1e6 for run in runs])
     text = tokens / np.maximum(epochs, 1e-3) / 1e6
-    worth = np.minimum(tokens / 1e6, text) + text * 15 * (1 - np.exp(-np.maximum(epochs - 1, 0) / 15))
+    worth = np.minimum(tokens / 1e6, text) + text * 5 * (1 - np.exp(-np.maximum(epochs - 1, 0) / 5))
 
     def residuals(a: float, b: float, r: float, p: float) -> np.ndarray:
         shape, predicted = (size ** (-a * p) + (r * worth**-b) ** p) ** (1 / p), np.empty_like(loss)

@@ -222,9 +222,9 @@ class Deadline:
     """Makes a run with --minutes end in time: corrects the number of steps once, at the end of the warmup.
 
     Until then, learning rates do not depend on it (from 40 steps on), so a run of the corrected recipe is the same from
-    its first step on. Evaluations correct it again if the run would miss its time by 2%. If two in a row find
-    no lower loss after a few epochs of a new run, the learning rate drops and decays within an eighth of the steps made
-    so far, and it ends.
+    its first step on. At evaluations, and four times after the last but one, they are corrected again if the run would
+    miss its time by 2%. If two evaluations in a row find no lower loss after a few epochs of a new run, the learning
+    rate drops and decays within an eighth of the steps made so far, and it ends.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float):
@@ -244,8 +244,9 @@ class Deadline:
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
             note("ending early: the validation loss no longer falls")
             return self.with_steps(config, state, steps, dist)
-        evaluating = step % config.eval_interval == 0 and step > self.warmup_end
-        if step not in (self.measured_from, self.warmup_end) and not evaluating:
+        often = 4 if config.max_iters - step < config.eval_interval else 1  # later, nothing could be corrected
+        due = step % max(1, config.eval_interval // often) == 0 and step > self.warmup_end
+        if step not in (self.measured_from, self.warmup_end) and not due:
             return config
         dist.synchronize()
         last_step, last_seconds, last_time = self.last_mark
