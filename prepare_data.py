@@ -96,8 +96,8 @@ def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: flo
     size = sum(figures["bytes"] for figures in meta["splits"].values())
     amount = f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
     note(f"{directory}: {amount} of text, vocabulary of {meta['vocab_size']:,}")
-    if meta["splits"]["val"]["bytes"] > 3 * val_fraction * size:
-        note("validation is larger than --val_fraction: entire documents go there, and one of them is large")
+    if (share := meta["splits"]["val"]["bytes"] / size) > 3 * val_fraction:
+        note(f"{share:.0%} of the text is in validation: documents differ in size, and entire ones go there")
     name = directory.name
     place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
     if tokenizer is None and meta["tokenizer"] == "gpt2" and size < 1e8 and meta["source"] not in NAMED:

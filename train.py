@@ -225,9 +225,9 @@ def start_run(
     out_dir, writes = Path(config.out_dir), not (config.eval_only or config.dry_run)
     if writes and dist.is_main:
         check_writable(out_dir)
-        holds_run(out_dir)  # UserError if it is no run's directory or in use, before time is spent
+        renamed = holds_run(out_dir) and not checkpoint  # UserError if it is in use, before time is spent
         source = Path(config.init_from)
-        if not checkpoint and existing(source) and source.resolve().is_relative_to(out_dir.resolve()):
+        if renamed and not config.is_new_model and source.resolve().is_relative_to(out_dir.resolve()):
             raise UserError(f"{source} is in {out_dir}, which a new run renames: choose another --out_dir")
     if config.minutes and not checkpoint and not config.eval_only:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
@@ -246,7 +246,7 @@ def start_run(
     if state.step < config.max_iters:
         config.check_schedule()
     elif state.evaluated_at == state.step:
-        remedy = "give more --max_iters or --minutes, or start a new run: --init_from=scratch"
+        remedy = "raise --max_iters or give --minutes, or start a new run: --init_from=scratch"
         note(f"the run is complete at step {state.step}: {remedy}")
     if config.dry_run:
         dry_run(config, dist, lambda n: train_step(run, 0, micro_steps=n), config.max_iters - state.step)

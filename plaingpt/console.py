@@ -67,7 +67,7 @@ def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
     if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
         return 2, text
     if "gloo/transport" in text or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
-        return 1, f"another process ended or does not answer; its error is the cause: {text}"
+        return 1, f"the connection to the other processes failed; if one ended, its error is the cause: {text}"
     if type(error).__name__ == "PanicException":  # a Rust library's, and not an Exception
         return 1, f"a library failed: {text}"
     return 1, ""

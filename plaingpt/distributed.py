@@ -180,7 +180,7 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
                 raise RuntimeError(f"no GPU {device.index}; torch finds {found}, and each process needs its own")
             _check_capability(device)
         elif device.type != "cpu" and (device.type != "mps" or world_size > 1):
-            raise RuntimeError("not supported")
+            raise RuntimeError("not supported" + (" with several processes" if device.type == "mps" else ""))
         torch.ones(1, device=device).add(1).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={name}: {one_line(error)}; use cpu, cuda, cuda:1 or mps") from error

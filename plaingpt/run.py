@@ -30,7 +30,8 @@ FIXED = {"dataset", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias",
 def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState, directory: Path) -> TrainConfig:
     """`config` with every setting that no flag gave taken from the checkpoint.
 
-    A flag that changes something is reported; one that contradicts the checkpoint raises UserError.
+    A flag that changes something is reported; one that contradicts the checkpoint raises UserError, as does a recipe if
+    `init_from` is `auto`: the run may be another one.
     """
     trained, where = state.settings, f"{directory}/training.json"
     hints = typing.get_type_hints(type(config), include_extras=True)
@@ -45,18 +46,19 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
         if getattr(config, name) == trained[name]:
             continue
         asked = f"{given[name]}: {name}={getattr(config, name)}"
-        if name not in flags and not (name in FIXED and config.init_from == "auto"):
+        if name not in flags and (name not in FIXED or config.init_from != "auto" or config.eval_only):
             hint = "" if name in FIXED else "; a flag overrides it"
             note(f"using the checkpoint's {name}={trained[name]}, not {asked}{hint}")
         elif name in FIXED and not (config.eval_only and name == "dataset"):
-            raise UserError(
-                f"{asked}, but the checkpoint was trained with {trained[name]}; "
-                "leave it out, or start a new run: --init_from=scratch, or another --out_dir"
-            )
+            remedy = "leave it out" if name in flags else "choose another --out_dir"
+            found = f"but the checkpoint was trained with {trained[name]}"
+            raise UserError(f"{asked}, {found}; {remedy}, or start a new run: --init_from=scratch")
         else:
             note(f"changed on resume: {name}={getattr(config, name)}, until now {trained[name]}")
     kept = (hints.keys() - flags - LOCAL) | {"init_from"}  # how the run began, for the record
     saved = {name: trained[name] for name in trained.keys() & kept}
+    if saved.get("init_from", "resume").partition(":")[0] == "resume":  # a checkpoint of an earlier version
+        saved["init_from"] = "scratch"
     # Derived settings are derived again, from what may have changed.
     saved |= dict.fromkeys(name for name in DERIVED if name in state.derived and name not in flags)
     config = dataclasses.replace(config, **saved)
@@ -94,7 +96,7 @@ def new_shape(config: TrainConfig, data: DataSet) -> GPTConfig:
 
 def check_shape(config: TrainConfig, given: dict[str, str], shape: GPTConfig, source: Path | str) -> None:
     """UserError if a setting in `given` contradicts the shape of an existing model; its context can be cropped."""
-    for name in given.keys() & {*MODEL_SETTINGS} - {"dropout"}:
+    for name in (name for name in MODEL_SETTINGS if name in given and name != "dropout"):
         asked, found = getattr(config, name), getattr(shape, name)
         if asked > found if name == "block_size" else asked != found:
             raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")

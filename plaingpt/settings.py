@@ -75,8 +75,6 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
             note(f"{source}: {name}: {retired[name]}")
         elif name in hints:
             values[name], given[name] = check_value(name, value, hints[name], source), source
-            if values[name] is None:  # the default
-                del given[name]
         else:
             raise UserError(_no_setting(name, source, hints))
     return cls(**values), given
@@ -114,7 +112,7 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
     """Run a recipe, the user's own code, with the names that nanoGPT gave it, and return what it assigns."""
     if not os.path.isfile(path):
         example = f", such as --out_dir={path}" if os.path.isdir(path) else ""
-        near = closest(os.path.basename(path), glob.glob("*.py", root_dir="config"))
+        near = closest(os.path.basename(path), glob.glob("*.py", root_dir="config")).replace("mean ", "mean config/")
         raise UserError(f"{path}: no such recipe file{near}; settings are written --name=value{example}")
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     modules = {name: sys.modules.get(name) for name in ("os", "sys", "time", "math", "torch", "numpy")}

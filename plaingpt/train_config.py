@@ -136,6 +136,8 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
     }
 
     def __post_init__(self):
+        if self.init_from.partition(":")[0] == "resume":
+            return  # None stays until the settings of the run are known
         rule = self.optimizer == "muon" and self.is_new_model
         peak = self.learning_rate or (muon_learning_rate(self.n_embd, self.max_iters) if rule else 6e-4)
         lowest = peak / 10 if self.lr_schedule == "cosine" else 0.0

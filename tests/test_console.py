@@ -57,7 +57,7 @@ def run(argument, **environment):
         (
             "lost",
             1,
-            "another process ended or does not answer; its error is the cause: "
+            "the connection to the other processes failed; if one ended, its error is the cause: "
             "[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection reset by peer",
         ),
         ("escapes", 2, r"\x1b[31mred\x07, \u202ereversed, café ☃\t🙂".replace(r"\t", "\t")),

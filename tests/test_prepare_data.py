@@ -269,7 +269,7 @@ def test_a_large_document_that_goes_to_validation_is_noted(prepare, folder, caps
     texts = (f"{i} " * 5000 for i in range(999))
     large = next(text for text in texts if split_of(xxhash.xxh3_64_intdigest(text.encode()), 0.05) == "val")
     prepare(folder({f"{i}.txt": f"document {i}" for i in range(220)} | {"large.txt": large}), "--tokenizer=byte")
-    assert "validation is larger than --val_fraction: entire documents go there" in capsys.readouterr().err
+    assert "of the text is in validation: documents differ in size, and entire ones go there" in capsys.readouterr().err
 
 
 def test_a_default_tokenizer_for_little_text_is_noted(prepare, folder, capsys):

@@ -162,7 +162,7 @@ def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
     [
         (b"id,content\n1,a", "has no column 'text'; name the --column: id, content"),
         (b"\nid,content\n1,a", "has no column 'text'; name the --column: id, content"),
-        (b"text;n\na;1", "has no column 'text'; separate columns by commas: text;n"),
+        (b"text;n\na;1", "has no column 'text'; the separator has to be a comma (in .tsv, a tab): text;n"),
         (b"text,text\na,b", "has more than one column 'text'"),
         (b"id,text\n1,a\n2\n", "line 3 has 1 column, but the header has 2"),
         (b"text\nHello, world\n", "line 2 has 2 columns, but the header has 1: put quotes around the text"),

@@ -290,7 +290,7 @@ def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
     assert refusal(tmp_path).endswith(f"settings are written --name=value, such as --out_dir={tmp_path}")
     assert refusal("config/nowhere.py") == "config/nowhere.py: no such recipe file; settings are written --name=value"
     assert refusal("config/quikstart.py").startswith(
-        "config/quikstart.py: no such recipe file; did you mean quickstart.py?"
+        "config/quikstart.py: no such recipe file; did you mean config/quickstart.py?"
     )
 
 

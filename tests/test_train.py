@@ -260,11 +260,14 @@ def test_a_resume_with_another_learning_rate_is_used_and_reported(tmp_path, trai
     assert [line["lr"] for line in records(tmp_path / "run") if "lr" in line][2:] == [5e-3, 5e-3]
 
 
-def test_none_on_resume_is_the_value_of_the_run(tmp_path, train, resume):
+def test_none_on_resume_is_derived_from_the_settings_of_the_run(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=2, learning_rate=None)
     before = load_state(tmp_path / "run" / "last")[0].settings["learning_rate"]
-    resume(tmp_path / "run", max_iters=3, learning_rate=None)
-    assert load_state(tmp_path / "run" / "last")[0].settings["learning_rate"] == before
+    resume(tmp_path / "run", max_iters=2, learning_rate=None, eval_only=True)
+    resume(tmp_path / "run", max_iters=3, learning_rate=None, lr_decay_iters=None, warmup_iters=None)
+    after = load_state(tmp_path / "run" / "last")[0].settings
+    assert abs(after["learning_rate"] / before - 1) < 0.2  # of three steps, not of two
+    assert (after["lr_decay_iters"], after["warmup_iters"]) == (3, 0)
 
 
 def test_a_resume_keeps_the_sequences_of_an_update(tmp_path, train, resume, short_run):
@@ -359,11 +362,15 @@ def test_eval_only_needs_no_training_split(tmp_path, train, tiny_run, data_dir):
     assert "the train split has 2 tokens" in train(tmp_path / "run", status=2, **given).err
 
 
-def test_a_run_does_not_start_from_a_model_in_the_directory_that_it_renames(tmp_path, train):
+def test_a_run_does_not_start_from_a_model_in_the_directory_that_it_renames(tmp_path, train, monkeypatch):
     train(tmp_path / "run", max_iters=1)
     ended = train(tmp_path / "run", init_from=tmp_path / "run" / "best", status=2)
     assert f"{tmp_path / 'run' / 'best'} is in {tmp_path / 'run'}, which a new run renames" in ended.err
     assert not (tmp_path / "run.1").exists()
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train("scratch", max_iters=1)  # named like the default of init_from
+    assert (tmp_path / "scratch.1").exists()
 
 
 def test_a_new_run_sets_the_old_one_aside(tmp_path, train):
@@ -780,9 +787,8 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     before = (tmp_path / "run" / "last" / "training.json").read_bytes()
     printed = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
     assert "max_iters=3, but the checkpoint in" in printed and "has 4 steps" in printed
-    assert (
-        "the run is complete at step 3: give more --max_iters or --minutes" in resume(tmp_path / "run", max_iters=3).err
-    )
+    printed = resume(tmp_path / "run", max_iters=3).err
+    assert "the run is complete at step 3: raise --max_iters or give --minutes" in printed
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
 
 

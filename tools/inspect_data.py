@@ -33,7 +33,8 @@ def main() -> None:
     if not config.data_sets:
         raise UserError("name a data set: python tools/inspect_data.py data/books")
     for name in config.data_sets:
-        inspect(Path(name) if Path(name).exists() else Path("data", name))  # a name, as train.py's --dataset
+        is_path = Path(name).exists() or Path(name).name != name
+        inspect(Path(name) if is_path else Path("data", name))  # a name, as train.py's --dataset
 
 
 def inspect(directory: Path) -> None:

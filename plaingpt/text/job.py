@@ -1,7 +1,7 @@
 """One data set in preparation: what all processes that work on it share, and how the last one completes it.
 
 data/.<name>.partial contains plan.json, the tokenizer, the progress of each part, and the shards. It survives a
-failure: the same command continues it; another command for the same name replaces it.
+failure: the same command continues it; another command for the same name replaces it, but not finished parts.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
 FORMAT = 7  # version of the .partial directory; work in another version starts over
-# From so many documents on, and from five expected in validation on, entire documents go there; else the tail of each
-MANY_DOCUMENTS = 200
+# From so many documents on, and if five of them can be expected in validation, entire ones go there; else tails
+MANY_DOCUMENTS, MOST_COUNTED = 200, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +92,15 @@ def prepare(job: Job, threads: int) -> dict | None:
                 return note(f"{job.directory} is already prepared")
             job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.partial / f"part-{job.part}.lock"))
-            if job.source.once:
-                until_done.callback(remove, job)  # also after a failure: it cannot be continued
             part = make_part(job)
             if part.finished:  # before; perhaps it was interrupted when it completed the data set
                 return finish(job, part)
-        encode_part(part, threads)
+        try:
+            encode_part(part, threads)
+        except BaseException:
+            if job.source.once:  # it cannot be continued
+                remove(job)
+            raise
         with job.lock(plan_lock, wait=True):
             return finish(job, part)
 
@@ -109,11 +112,10 @@ def make_part(job: Job) -> Part:
         for path in job.partial.glob("part-*.lock"):
             if int(path.stem[5:]) != job.part:
                 job.lock(path).lock.release()  # UserError if a process does that part now
-        if any(json_or_empty(path).get("finished") for path in job.partial.glob("part-*.json")):
-            raise UserError(
-                f"{job.partial} contains finished parts of another text or with other settings: repeat their command "
-                "with the parts that are left, or delete that directory"
-            )
+        finished = any(json_or_empty(path).get("finished") for path in job.partial.glob("part-*.json"))
+        if finished and job.shards.exists():
+            problem = f"{job.partial} contains finished work for another text or other settings"
+            raise UserError(f"{problem}: complete it with its own commands, or delete that directory")
         if job.shards.exists():
             note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
         (job.partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
@@ -133,7 +135,7 @@ def make_part(job: Job) -> Part:
 
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
-    many = max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction))
+    many = min(max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction)), MOST_COUNTED)
     documents = set()  # different ones; of a large text file, the beginning is read
     texts = (itertools.takewhile(lambda text: text.begins, found.texts(job.config)) for found in source.inputs())
     for text in itertools.chain.from_iterable(texts):

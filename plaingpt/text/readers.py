@@ -107,7 +107,7 @@ def _text_of(row: Any, where: str, column: str) -> bytes:
         remedy = f"name the --column: {', '.join(row)[:300]}" if isinstance(row, dict) else "it has to be a JSON object"
         raise NoColumn(f"{where}, has no {column!r}; {remedy}")
     if not isinstance(row[column], str | None):
-        raise UserError(f"{where}: {column!r} is not text; name the --column")
+        raise NoColumn(f"{where}: {column!r} is not text; name the --column")
     return (row[column] or "").encode("utf-8", "surrogatepass")  # "\ud800" is JSON, but not text
 
 
@@ -164,7 +164,8 @@ def check_column(where: str, names: Sequence[str], column: str) -> None:
     """UserError unless exactly one of `names` is `column`."""
     if list(names).count(column) != 1:
         problem = "more than one" if column in names else "no"
-        remedy = "separate columns by commas" if len(names) == 1 and ";" in names[0] else "name the --column"
+        one_name = len(names) == 1 and ";" in names[0]
+        remedy = "the separator has to be a comma (in .tsv, a tab)" if one_name else "name the --column"
         raise NoColumn(f"{where} has {problem} column {column!r}; {remedy}: {', '.join(names)[:300]}")
 
 

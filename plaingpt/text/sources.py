@@ -100,7 +100,7 @@ def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...
     named = {os.path.normpath(word) for word in words if os.path.isfile(word)}
     paths = {os.path.normpath(path) for word in words for path in _matches(word)}
     # by inode and device: each file once, whatever links there are; some file systems give 0 for every inode
-    paths = {(os.stat(path)[1:3], os.stat(path).st_ino or path): path for path in sorted(paths, reverse=True)}
+    paths = {(os.stat(path).st_dev, os.stat(path).st_ino or path): path for path in sorted(paths, reverse=True)}
     files, read, skipped = [], collections.Counter(), collections.Counter()
     for path in sorted(paths.values(), key=lambda path: path.split(os.sep)):
         if kind := _not_documents(path, config, path in named):
@@ -156,7 +156,8 @@ def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterat
 
 
 def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | None:
-    """Why a file is left out: it is binary, or JSON or CSV without the column. UserError if it is named."""
+    """Why a file is left out: it is binary, or JSON or CSV without the column. UserError if it is named, or if a file
+    with the column cannot be read."""
     kind = kind_of(path)
     try:
         if kind == "text":
