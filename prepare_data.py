@@ -101,7 +101,7 @@ def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: flo
     name = directory.name
     place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
     if tokenizer is None and meta["tokenizer"] == "gpt2" and size < 1e8 and meta["source"] not in NAMED:
-        note("these ids suit the finetuning of GPT-2; a new model for so little text is better with --tokenizer=bpe")
+        note("GPT-2's tokenizer suits finetuning GPT-2; to train a new model on so little text, use --tokenizer=bpe")
     tokens = [figures["tokens"] for figures in meta["splits"].values()]
     if min(tokens) < 2 or sum(tokens) < 64:
         note("this is too little text to train on")

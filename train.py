@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import errors
 
 from model import GPT
 from plaingpt.batches import EvalBatches, TrainBatches, derive_seed
-from plaingpt.budget import Deadline, choose_settings, extend_run, write_recipe
+from plaingpt.budget import Deadline, choose_settings, extend_run
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
@@ -28,7 +28,7 @@ from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
 from plaingpt.parallel import set_gradient_sync, wrap
 from plaingpt.plan import announce, check_memory, dry_run, median_seconds
-from plaingpt.run import check_default, finish_run, initial_model, new_shape, resumed_settings
+from plaingpt.run import check_default, finish_run, initial_model, new_shape, resumed_settings, write_recipe
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set

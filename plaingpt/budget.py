@@ -9,15 +9,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from plaingpt.checkpoint import load_model
-from plaingpt.console import UserError, note, one_line, out_of_memory
+from plaingpt.console import UserError, note, out_of_memory
 from plaingpt.distributed import Distributed
-from plaingpt.files import new_file
 from plaingpt.hub import model_directory, read_config
 from plaingpt.metrics import Stopwatch
-from plaingpt.run import LOCAL, MODEL_SETTINGS, check_shape
+from plaingpt.run import MODEL_SETTINGS, check_shape, write_recipe
 from plaingpt.run_state import RunState
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import TrainConfig, muon_learning_rate
@@ -28,8 +26,7 @@ TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS = 4  # after the one at the start
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # tokens of an evaluation, of all training tokens: 1% of the time
-CLOSE = 1.06  # of predicted losses; a model that seems a quarter slower than it is has one that is at most 6% higher
-FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
+CLOSE = 1.06  # ratio of predicted losses; if a model is timed 25% too slow, its predicted loss is at most 6% too high
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
 
 # Tokens per second of training that many seconds with these settings; UserError if the model does not fit in memory
@@ -100,8 +97,7 @@ def choose_settings(
             if not needs_memory(error):  # of which a larger model may have left too little
                 raise
     best = min(timed, key=lambda candidate: loss(candidate, timed[candidate]))
-    left = agreed_time_left(config.minutes, dist)
-    config = with_schedule(best, given, timed[best] * left * TRAINING_SHARE, data)
+    config = with_schedule(best, given, timed[best] * agreed_time_left(config.minutes, dist) * TRAINING_SHARE, data)
     tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())
     note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
     note(
@@ -248,7 +244,9 @@ class Deadline:
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
             note("ending early: the validation loss no longer falls")
             return self.with_steps(config, state, steps, dist)
-        often = 4 if config.max_iters - step < config.eval_interval else 1  # later, nothing could be corrected
+        often = (
+            4 if config.max_iters - step < config.eval_interval else 1
+        )  # a later change of speed could not be corrected
         due = step % max(1, config.eval_interval // often) == 0 and step > self.warmup_end
         if step not in (self.measured_from, self.warmup_end) and not due:
             return config
@@ -283,22 +281,3 @@ class Deadline:
         if dist.is_main and self.start == 0:
             write_recipe(config)
         return config
-
-
-def write_recipe(config: TrainConfig) -> None:
-    """out_dir/recipe.py: the settings that differ from the defaults."""
-    path = Path(config.out_dir) / "recipe.py"
-    init_from = "scratch" if config.init_from == "auto" else config.init_from
-    lines = [f"{FIRST_LINE}={config.minutes:g}; `python train.py` with this file trains with the same settings"]
-    lines += [f"out_dir = {config.out_dir!r}", f"init_from = {init_from!r}"]
-    for setting in dataclasses.fields(config):
-        value = getattr(config, setting.name)
-        if setting.name not in LOCAL | {"lr_decay_iters"} and value != setting.default:  # it is max_iters by default
-            lines.append(f"{setting.name} = {value!r}")
-    try:
-        if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
-            return note(f"{path} was not written by --minutes, so it is not replaced and the settings are not saved")
-        with new_file(path) as file:
-            file.write("\n".join(lines) + "\n")
-    except OSError as error:  # a full disk does not stop training
-        note(f"the settings are not saved: {one_line(error)}")

@@ -10,8 +10,9 @@ import torch
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
-from plaingpt.console import RunFailed, UserError, counted, note
+from plaingpt.console import RunFailed, UserError, counted, note, one_line
 from plaingpt.distributed import Distributed
+from plaingpt.files import new_file
 from plaingpt.hub import model_directory, read_config
 from plaingpt.plan import check_memory
 from plaingpt.run_state import RunState
@@ -20,6 +21,7 @@ from plaingpt.tokenizer import gpt2
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import DERIVED, TrainConfig
 
+FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 MODEL_SETTINGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 # These settings are never taken from a checkpoint: they belong to the machine or to the command.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "minutes"}
@@ -130,6 +132,25 @@ def initial_model(
             f"with --tokenizer={wanted}" + (", or choose another --out_dir" if checkpoint else " and another --name")
         )
     return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in MODEL_SETTINGS})
+
+
+def write_recipe(config: TrainConfig) -> None:
+    """out_dir/recipe.py: the settings that differ from the defaults."""
+    path = Path(config.out_dir) / "recipe.py"
+    init_from = "scratch" if config.init_from == "auto" else config.init_from
+    lines = [f"{FIRST_LINE}={config.minutes:g}; `python train.py` with this file trains with the same settings"]
+    lines += [f"out_dir = {config.out_dir!r}", f"init_from = {init_from!r}"]
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        if setting.name not in LOCAL | {"lr_decay_iters"} and value != setting.default:  # it is max_iters by default
+            lines.append(f"{setting.name} = {value!r}")
+    try:
+        if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
+            return note(f"{path} was not written by --minutes, so it is not replaced and the settings are not saved")
+        with new_file(path) as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as error:  # a full disk does not stop training
+        note(f"the settings are not saved: {one_line(error)}")
 
 
 def finish_run(config: TrainConfig, state: RunState, start: int, stopping: int, problem: str | None) -> int:

@@ -275,7 +275,7 @@ def test_a_large_document_that_goes_to_validation_is_noted(prepare, folder, caps
 def test_a_default_tokenizer_for_little_text_is_noted(prepare, folder, capsys):
     for flags, noted in ([], True), (["--tokenizer=gpt2"], False):
         prepare(folder({"a.txt": "and " * 1000}), *flags)
-        assert ("is better with --tokenizer=bpe" in capsys.readouterr().err) == noted
+        assert ("on so little text, use --tokenizer=bpe" in capsys.readouterr().err) == noted
 
 
 # failures

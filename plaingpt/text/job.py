@@ -27,7 +27,8 @@ from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
 FORMAT = 7  # version of the .partial directory; work in another version starts over
-# From so many documents on, and if five of them can be expected in validation, entire ones go there; else tails
+# With at least this many documents, and five or more in validation on average, entire documents go to validation; with
+# fewer, the tail of each. At most MOST_COUNTED are read to find out.
 MANY_DOCUMENTS, MOST_COUNTED = 200, 1000
 
 

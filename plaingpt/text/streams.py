@@ -47,7 +47,11 @@ def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[
                 stream = io.BufferedReader(pyarrow.transcoding_input_stream(source, encoding, "utf-8"), PIECE)
             yield raw, stream
         except UnicodeError as error:
-            remedy = "name another --encoding" if encoding == config.encoding else "its byte order mark says that it is"
+            remedy = (
+                "name another --encoding"
+                if encoding == config.encoding
+                else "its byte order mark says so: it is damaged"
+            )
             raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; {remedy}") from error
         except OSError as error:
             if not codec or error.errno:  # the operating system's error, not a fault of the file
