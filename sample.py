@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -22,7 +21,7 @@ import torch
 
 from plaingpt.batches import derive_seed
 from plaingpt.checkpoint import load_model
-from plaingpt.console import UserError, escaped, note, one_line, run_script
+from plaingpt.console import UserError, escaped, note, run_script
 from plaingpt.cpu import has_fp16_products
 from plaingpt.distributed import connect
 from plaingpt.files import existing
@@ -112,7 +111,6 @@ def write(samples: "Samples", last: bool) -> None:
         if samples.config.output == "jsonl":
             text = "".join(samples.text(i))  # generates the sample; the other figures are known after it
             record = {"prompt": start, "text": text, "tokens": samples.counts[i], "stop_reason": samples.reasons[i]}
-            record["seconds"] = round(samples.seconds[i], 3)
             print(json.dumps(record, ensure_ascii=False), flush=True)
             continue
         for piece in itertools.chain([start], samples.text(i)):
@@ -135,9 +133,8 @@ class Samples:
         generators = [torch.Generator().manual_seed(derive_seed(config.seed, first + i)) for i in range(len(prompts))]
         self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
         self.unread = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet
-        self.counts, self.seconds = [0] * len(prompts), [0.0] * len(prompts)
+        self.counts = [0] * len(prompts)
         self.reasons: list[str | None] = [None] * len(prompts)
-        self.started = time.perf_counter()
 
     def text(self, i: int) -> Iterator[str]:
         """Pieces of sample i, up to its end or the first stop string."""
@@ -163,7 +160,6 @@ class Samples:
                     self.reasons[i] = "length"
             if self.reasons[i]:
                 self.batch.end(i)
-                self.seconds[i] = time.perf_counter() - self.started
 
     def ends_with_stop(self, i: int) -> bool:
         """Whether the newest token completes a stop string. A token has at least one byte, so a few suffice."""
@@ -233,8 +229,6 @@ def read_text(path: str) -> str:
         return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def read_prompts(path: str) -> list[str]:

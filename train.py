@@ -9,7 +9,6 @@ import plaingpt.startup
 import dataclasses
 import functools
 import gc
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,28 +34,28 @@ from plaingpt.tokens import DataSet, open_data_set
 from plaingpt.train_config import DERIVED, TrainConfig
 
 
-@dataclass
 class Run:
-    """Everything that the training loop needs; `set_up` creates it."""
+    """Everything that the training loop needs, but for its state. All ranks."""
 
-    config: TrainConfig
-    dist: Distributed
-    data: DataSet
-    raw_model: GPT
-    model: nn.Module  # the same, replicated or sharded, and compiled
-    optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler
-    train_batches: TrainBatches
-    eval_batches: EvalBatches
-
-    def __post_init__(self):
+    def __init__(self, config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed):
+        self.config, self.data, self.raw_model, self.dist = config, data, raw_model, dist
+        sequences = config.gradient_accumulation_steps * config.batch_size
+        self.train_batches = TrainBatches(data.train, config.block_size, sequences, config.seed)
+        self.eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
+        # the same model, replicated or sharded, and compiled
+        self.model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
+        betas = (config.beta1, config.beta2)
+        self.optimizers = make_optimizers(
+            raw_model, config.optimizer, config.learning_rate, config.weight_decay, betas, config.momentum, dist.dtype
+        )
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
         self.parameters = list(self.model.parameters())
-        self.micro_step = functools.partial(forward_backward, self.model, self.dist, self.scaler)
+        self.micro_step = functools.partial(forward_backward, self.model, dist, self.scaler)
         self.update = functools.partial(
-            apply_gradients, self.parameters, self.optimizers, self.scaler, grad_clip=self.config.grad_clip
+            apply_gradients, self.parameters, self.optimizers, self.scaler, grad_clip=config.grad_clip
         )
         self.gradients = []  # if there are some, steps are CUDA graphs, which add to these tensors
-        if uses_graphs(self.config, self.dist, self.raw_model):
+        if uses_graphs(config, dist, raw_model):
             self.micro_step = Captured(self.micro_step)
             self.update = Captured(self.update, after=self.micro_step)
             self.gradients = [torch.zeros_like(p) for p in self.parameters]
@@ -121,7 +120,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     deadline = Deadline(config, state, steps_per_epoch=len(run.data.train) / config.tokens_per_step)
     if config.minutes and not start and dist.is_main:
         write_recipe(config)
-    stop, stopping, visited = StopSignal(), 0, None  # visited: where it last paused to evaluate or save
+    stop, stopping, paused_at = StopSignal(), 0, None  # the step of the last evaluation or save
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
@@ -130,8 +129,8 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
         due = step == config.max_iters or step % config.eval_interval == 0
         evaluating = due and step != state.evaluated_at
         keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
-        if (evaluating or keeping or stopping) and step != visited:
-            visited, val_loss = step, None
+        if (evaluating or keeping or stopping) and step != paused_at:
+            paused_at, val_loss = step, None
             dist.synchronize()
             watch.pause()
             gc.collect()
@@ -181,25 +180,11 @@ def derived_figures(run: Run, steps: int, steps_per_second: float) -> dict[str, 
     return found
 
 
-def set_up(config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed) -> Run:
-    """Create everything a run needs but its state: batches, optimizers and the wrapped model. All ranks."""
-    sequences = config.gradient_accumulation_steps * config.batch_size
-    train_batches = TrainBatches(data.train, config.block_size, sequences, config.seed)
-    eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
-    model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
-    betas = (config.beta1, config.beta2)
-    optimizers = make_optimizers(
-        raw_model, config.optimizer, config.learning_rate, config.weight_decay, betas, config.momentum, dist.dtype
-    )
-    scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    return Run(config, dist, data, raw_model, model, optimizers, scaler, train_batches, eval_batches)
-
-
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
     """Training speed with the settings of `config`, not compiled, measured for that many seconds. All ranks."""
     shape, config = new_shape(config, data), dataclasses.replace(config, compile=False)
     check_memory(config, dist, shape)
-    run = set_up(config, data, GPT(shape), 1, dist)
+    run = Run(config, data, GPT(shape), 1, dist)
     warmups = 2 if run.gradients else 1  # the first one allocates; the second one captures a graph
     per_step = median_seconds(dist, lambda: train_step(run, 0, micro_steps=1), warmups, limit=seconds)
     (rate,) = dist.sum(config.batch_size * config.block_size / per_step)
@@ -211,10 +196,11 @@ def start_run(
 ) -> int:
     """Open the data and the model, then train. All ranks. Returns the exit status.
 
-    checkpoint: the directory that the run is resumed from, if it is.
+    given: the file or flag of each setting that was given; on resume, only flags. checkpoint: the directory that the
+    run is resumed from, if it is.
     """
-    chosen = config.minutes and not checkpoint and "gradient_accumulation_steps" not in given  # by choose_settings
-    if not (config.eval_only or chosen):
+    choosing = config.minutes and not checkpoint and not config.eval_only
+    if not (config.eval_only or (choosing and "gradient_accumulation_steps" not in given)):
         dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
     if not dist.all_equal(state.step):
         raise UserError(f"{config.out_dir} differs between processes: it must be on a disk that all nodes share")
@@ -229,7 +215,7 @@ def start_run(
         source = Path(config.init_from)
         if renamed and not config.is_new_model and source.resolve().is_relative_to(out_dir.resolve()):
             raise UserError(f"{source} is in {out_dir}, which a new run renames: choose another --out_dir")
-    if config.minutes and not checkpoint and not config.eval_only:
+    if choosing:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
     sequences = config.eval_iters * config.batch_size
@@ -241,13 +227,13 @@ def start_run(
         batches = EvalBatches(data.val, config.block_size, config.batch_size, state.eval_sequences)
         note(describe_loss(evaluate(model, batches, dist), data))
         return 0
-    run = set_up(config, data, raw_model, state.eval_sequences, dist)
+    run = Run(config, data, raw_model, state.eval_sequences, dist)
     announce(config, dist, raw_model, len(data.train))
     if state.step < config.max_iters:
         config.check_schedule()
     elif state.evaluated_at == state.step:
-        remedy = "raise --max_iters or give --minutes, or start a new run: --init_from=scratch"
-        note(f"the run is complete at step {state.step}: {remedy}")
+        remedy = "to train longer: --init_from=resume with --minutes or a higher --max_iters; anew: --init_from=scratch"
+        note(f"the run is complete at step {state.step}; {remedy}")
     if config.dry_run:
         dry_run(config, dist, lambda n: train_step(run, 0, micro_steps=n), config.max_iters - state.step)
         return 0
@@ -270,7 +256,9 @@ def main() -> int:
     if how == "resume" or (config.init_from == "auto" and existing(directory)):
         state, checkpoint = load_state(directory)
         note(f"resuming {checkpoint} at step {state.step}")
-        if config.minutes and not config.eval_only:
+        if how == "auto":  # perhaps restarted after a failure: the run keeps its number of steps
+            config = dataclasses.replace(config, minutes=None)
+        elif config.minutes and not config.eval_only:
             config, given = extend_run(config, given, state)
         config = resumed_settings(config, given, state, checkpoint)
         given = {name: source for name, source in given.items() if source.startswith("--")}  # only flags count now

@@ -43,7 +43,7 @@ from plaingpt.parallel import wrap
 from plaingpt.run import MODEL_SETTINGS, new_shape
 from plaingpt.settings import load_settings
 from plaingpt.tokens import open_data_set
-from train import TrainConfig, set_up, train_step
+from train import Run, TrainConfig, train_step
 
 SMALL = GPTConfig(block_size=128, vocab_size=1000, n_layer=2, n_head=2, n_embd=128)
 
@@ -261,7 +261,7 @@ def random_tokens(folder: Path) -> Path:
 def updates(config: TrainConfig, model: GPT, dist: Distributed) -> Callable[[int], None]:
     """update(micro_steps), as train.py makes it."""
     with tempfile.TemporaryDirectory() as folder:
-        run = set_up(config, open_data_set(random_tokens(Path(folder) / "random")), model, 1, dist)
+        run = Run(config, open_data_set(random_tokens(Path(folder) / "random")), model, 1, dist)
     skipped = SkippedSteps(0, dist.device)
 
     def update(micro_steps: int) -> None:
@@ -316,7 +316,7 @@ def small_steps(bench: Bench) -> None:
     for name in ("graphs", "kernel by kernel"):
         torch.manual_seed(0)
         model = GPT(new_shape(config, data))
-        run = set_up(config, data, model, 1, bench.dist)
+        run = Run(config, data, model, 1, bench.dist)
         if run.gradients and name != "graphs":
             run.gradients, run.micro_step, run.update = [], run.micro_step.function, run.update.function
         for step in range(5):

@@ -31,7 +31,7 @@ from plaingpt.distributed import Distributed, connect
 from plaingpt.settings import PathName, Positive, PositiveInt, load_settings
 from plaingpt.tokenizer import gpt2
 from plaingpt.tokens import DataSet, Tokens
-from train import TrainConfig, set_up, train_step
+from train import Run, TrainConfig, train_step
 
 CONTESTANTS = ("nanogpt", "transformers-fp32", "transformers-bf16", "ours-adamw", "ours-muon")
 LIMITS = ("matmul-float32", "matmul-bfloat16")
@@ -73,7 +73,7 @@ def ours(work: Work, dist: Distributed, options: list[str]) -> Callable[[int], N
     )
     tokens = Tokens([np.memmap(work.tokens, np.uint16, "r")])
     model = GPT(GPTConfig(vocab_size=work.vocab_size, bias=False, **work.shape))
-    run = set_up(config, DataSet(tokens, tokens, gpt2(), ""), model, 1, dist)
+    run = Run(config, DataSet(tokens, tokens, gpt2(), ""), model, 1, dist)
     return lambda step: train_step(run, step)
 
 

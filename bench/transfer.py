@@ -30,7 +30,7 @@ from plaingpt.evaluate import evaluate
 from plaingpt.settings import PathName, Positive, PositiveInt, load_settings
 from plaingpt.tokens import open_data_set
 from plaingpt.train_config import muon_learning_rate
-from train import TrainConfig, set_up, train_step
+from train import Run, TrainConfig, train_step
 
 MEASURED = ("parameters", "tokens", "epochs", "seconds", "val_loss")
 
@@ -74,7 +74,7 @@ def train_once(config: TrainConfig) -> dict:
     torch.manual_seed(config.seed)
     shape = dict(block_size=config.block_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     model = GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, dropout=config.dropout, bias=False, **shape))
-    run, started = set_up(config, data, model, 512, dist), time.perf_counter()
+    run, started = Run(config, data, model, 512, dist), time.perf_counter()
     for step in range(config.max_iters):
         loss, _ = train_step(run, step)
     loss.item()

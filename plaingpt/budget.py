@@ -104,8 +104,8 @@ def choose_settings(
         f"lowest predicted loss in {config.minutes:g} min: {config.n_layer} x {config.n_embd}, block_size "
         f"{config.block_size}, learning_rate {config.learning_rate:g}, dropout {config.dropout:g}"
     )
-    follows = {"warmup_iters": "--minutes"}  # so a resume does not derive it from a corrected max_iters
-    return config, {name: source for name, source in given.items() if name not in STEPS} | follows
+    fixed = {"warmup_iters": "--minutes"}  # so a resume does not derive it from a corrected max_iters
+    return config, {name: source for name, source in given.items() if name not in STEPS} | fixed
 
 
 def time_model(
@@ -222,9 +222,9 @@ class Deadline:
     """Makes a run with --minutes end in time: corrects the number of steps once, at the end of the warmup.
 
     Until then, learning rates do not depend on it (from 40 steps on), so a run of the corrected recipe is the same from
-    its first step on. At evaluations, and about four times after the last but one, the number is corrected again if
-    the run would miss its time by 2%. If two evaluations in a row find no lower loss after a few epochs of a new run,
-    the learning rate drops and decays within an eighth of the steps made so far, and it ends.
+    its first step on. At evaluations, and four times as often once only the last one is left, the number is corrected
+    again if the run would miss its time by 2%. If two evaluations in a row find no lower loss after a few epochs of a
+    new run, the learning rate drops and decays within an eighth of the steps made so far, and it ends.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float):
@@ -244,9 +244,8 @@ class Deadline:
             self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
             note("ending early: the validation loss no longer falls")
             return self.with_steps(config, state, steps, dist)
-        often = (
-            4 if config.max_iters - step < config.eval_interval else 1
-        )  # a later change of speed could not be corrected
+        # After the last evaluation but one, nothing else would correct a change of speed.
+        often = 4 if config.max_iters - step < config.eval_interval else 1
         due = step % max(1, config.eval_interval // often) == 0 and step > self.warmup_end
         if step not in (self.measured_from, self.warmup_end) and not due:
             return config

@@ -145,7 +145,7 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
                 sums.result()  # a failed checksum explains more than the error that it caused
 
 
-def _check_shape(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:
+def _check_tensor_shapes(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:
     """Raise UserError if `config` does not describe a GPT-2 with these shapes, before any weight is read."""
     layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
     found = [shapes.get(WTE), shapes.get(WPE), layers]
@@ -191,7 +191,7 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
                     continue  # the causal mask in old files, and the tied head
                 name = f"transformer.{theirs.removeprefix('transformer.')}"
                 shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
-    _check_shape(directory, config, shapes)
+    _check_tensor_shapes(directory, config, shapes)
     config, weights = _cropped(directory, config, tokenizer), {}
     for file in files:
         with _opened(directory, file) as tensors:
@@ -239,7 +239,7 @@ def _from_nanogpt(path: Path, checkpoint: dict) -> tuple[GPTConfig, dict[str, Te
             "(50,257 ids, or 50,304 with padding) can be imported"
         )
     tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
-    _check_shape(path, config, {name: list(tensor.shape) for name, tensor in tensors.items()})
+    _check_tensor_shapes(path, config, {name: list(tensor.shape) for name, tensor in tensors.items()})
     note(f"{path}: only the weights are imported, and GELU is OpenAI's tanh form: the loss differs a little")
     config, tokenizer = dataclasses.replace(config, vocab_size=gpt2().vocab_size), gpt2()
     return config, {name: _in_memory(path, name, tensor, config) for name, tensor in tensors.items()}, tokenizer

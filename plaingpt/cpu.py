@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from model import GPT, CausalSelfAttention
 
 CHUNK = 512  # queries whose attention is computed at once
-CACHED_LOGITS = 1 << 22  # 16 MB of them fit into a CPU's cache
-FEW_LOGITS = 1 << 26
+LOGITS_AT_ONCE_CPU = 1 << 22  # 16 MB of them fit into a CPU's cache
+LOGITS_AT_ONCE_GPU = 1 << 26
 
 
 def speed_up(model: GPT) -> None:
@@ -90,7 +90,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        rows = max(1, (CACHED_LOGITS if logits.device.type == "cpu" else FEW_LOGITS) // logits.size(1))
+        rows = max(1, (LOGITS_AT_ONCE_CPU if logits.device.type == "cpu" else LOGITS_AT_ONCE_GPU) // logits.size(1))
         total = torch.zeros((), device=logits.device)
         for x, target in zip(logits.split(rows), targets.split(rows)):
             log_p = x.float().log_softmax(dim=1)

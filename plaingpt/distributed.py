@@ -8,7 +8,6 @@ import concurrent.futures
 import contextlib
 import gc
 import glob
-import logging
 import os
 import re
 import signal
@@ -24,8 +23,9 @@ from plaingpt.workarounds import rendezvous_store
 
 # Dense half-precision TFLOP/s of matrix products, from the makers' data sheets; the first name that matches counts
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362,
-    "L4": 121, "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
+    "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989,
+    "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165,
+    "RTX 3090": 71, "MI300X": 1307,
 }  # fmt: skip
 
 
@@ -141,10 +141,11 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
 
     timeout: seconds that a process waits for another before it fails.
     """
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}  # set by torchrun
+    # set by torchrun; other launchers may not set the last
+    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     try:
         rank, local_rank, world_size, local_world_size = (int(os.environ.get(n) or one) for n, one in names.items())
-        if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+        if not (0 <= rank < world_size and local_world_size > 0):
             raise ValueError("they contradict each other")
     except ValueError as error:
         found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
@@ -153,11 +154,8 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if chosen.type == "cpu" and world_size > 1:
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default
-            torch.set_num_threads(max(1, cores() // local_world_size))
-        # torch would warn on every rank that gloo's all-to-all, which Muon uses under FSDP, is an all-gather
-        logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
+    if chosen.type == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default
+        torch.set_num_threads(max(1, cores() // local_world_size))
     if world_size > 1:
         wait = timedelta(seconds=timeout)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"

@@ -92,8 +92,6 @@ def put_in_place(new: Path, final: Path) -> None:
 
 def existing(final: Path) -> Path | None:
     """`final`, or the directory that an interrupted `put_in_place` left instead of it, or None."""
-    if "\0" in str(final):
-        return None
     old = _sibling(Path(os.path.realpath(final)), "old")
     # `final` again: a save may finish between the first two checks. os.path.isdir accepts names of any length.
     return next((path for path in (final, old, final) if os.path.isdir(path)), None)

@@ -15,12 +15,12 @@ class Captured:
     function: takes tensors, of which only the values may differ between calls, and numbers. It returns a tensor, which
     the next call overwrites. Everything else that it reads or changes on the device must keep its address.
 
-    after: one whose memory it shares; the two never run at the same time.
+    after: another `Captured`, which never runs at the same time: both use one memory pool.
     """
 
     def __init__(self, function: Callable[..., Tensor], after: "Captured | None" = None):
         self.function, self.after = function, after
-        self.graphs, self.pool = {}, None  # graphs: None for a combination that was called once
+        self.graphs, self.pool = {}, None  # graphs: None after the first call, which is not captured
 
     def __call__(self, *arguments: Tensor | float) -> Tensor:
         key = tuple(value.shape if isinstance(value, Tensor) else value for value in arguments)

@@ -58,12 +58,11 @@ def read_config(directory: Path) -> GPTConfig:
     return checked_config(path, GPTConfig(**sizes))
 
 
-def checked_config(source: str | Path, config: GPTConfig) -> GPTConfig:
-    c = config
+def checked_config(source: str | Path, c: GPTConfig) -> GPTConfig:
     sizes = (c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd)
     if not all(type(n) is int and n > 0 for n in sizes) or c.n_embd % c.n_head or type(c.bias) is not bool:
         raise UserError(f"{source}: its configuration does not describe a GPT-2")
-    return config
+    return c
 
 
 def download(name: str) -> Path:

@@ -20,7 +20,7 @@ class Metrics:
     def __init__(self, out_dir: Path, active: bool, resumed_from: int | None = None):
         """Start a record, or continue it from that step. No line is ever removed: see `read_metrics`.
 
-        A new run renames a record that is there, of a run that was stopped before its first save, for example.
+        A new run renames an existing record, such as that of a run that stopped before its first save.
         """
         self.active, self.path, self.wandb = active, out_dir / "metrics.jsonl", None
         self.resumed_from = resumed_from  # goes into the next record

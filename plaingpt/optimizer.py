@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update; if the tensor `found_inf`, an attribute set before, is 1, parameters and state do not change."""
+        """Update. If `found_inf` is 1, a tensor that `apply_gradients` sets, parameters and state do not change."""
         skipped = getattr(self, "found_inf", torch.zeros((), device=self.param_groups[0]["params"][0].device)).bool()
         for group in self.param_groups:
             stacks = {}

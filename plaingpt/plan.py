@@ -92,7 +92,7 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
 def median_seconds(
     dist: Distributed, step: Callable[[], object], warmups: int, limit: float, most: float = math.inf
 ) -> float:
-    """Median time of a step, over `limit` seconds or `most` steps; the `warmups` before them compile. All ranks."""
+    """Median time of a step, over `limit` seconds or `most` steps, after untimed `warmups`. All ranks."""
     for _ in range(warmups):
         step()
     times, enough = [], False

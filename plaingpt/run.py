@@ -10,7 +10,7 @@ import torch
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
-from plaingpt.console import RunFailed, UserError, counted, note, one_line
+from plaingpt.console import RunFailed, UserError, counted, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
 from plaingpt.files import new_file
 from plaingpt.hub import model_directory, read_config
@@ -163,6 +163,8 @@ def finish_run(config: TrainConfig, state: RunState, start: int, stopping: int, 
         remedy = f"saved; to continue: {resume}" if state.step > start else "nothing new to save"
         note(f"stopped by {signal.Signals(stopping).name} after step {state.step}, {remedy}")
         return 128 + stopping
+    if not is_rank_0():
+        return 0  # only rank 0 knows `best`
     if state.best_val_loss is None:
         raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
     if state.step < config.max_iters:

@@ -1,11 +1,10 @@
 """Saving a run and resuming it.
 
 The directory of a run holds checkpoints: `last`, from which it resumes; `best`, the model with the lowest validation
-loss; and, where asked for, `step-001000` and so on. `last` and the numbered ones are model directories with the
-optimizer state (optimizer.safetensors) and the state of the run (training.json) beside the model.
+loss, which evaluation.json records; and, where asked for, `step-001000` and so on. `last` and the numbered ones are
+model directories with the optimizer state (optimizer.safetensors) and the state of the run (training.json).
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -24,7 +23,7 @@ from model import GPT
 from plaingpt.checkpoint import read_tensors, write_model
 from plaingpt.console import UserError, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
-from plaingpt.files import check_sums, existing, new_directory, read_json, rename_aside
+from plaingpt.files import check_sums, existing, json_or_empty, new_directory, read_json, rename_aside
 from plaingpt.parallel import fill, gather
 from plaingpt.settings import NonNegative, NonNegativeInt, check_value
 from plaingpt.tokenizer import Tokenizer
@@ -85,14 +84,6 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
         raise UserError(f"{error}; {remedy} (--init_from=resume:NAME)") from error
     if not existing(directory.parent / "best"):
         state.forget_best()
-        return state, found
-    # If the run goes back to an earlier step, `best` may be from a later one: only a better model replaces it.
-    for other in directory.parent.glob("*/training.json"):
-        with contextlib.suppress(UserError):
-            later = _read_state(other.parent)
-            comparable = (later.data, later.eval_sequences) == (state.data, state.eval_sequences)
-            if later.step > state.step and comparable and is_below(later.best_val_loss, state.best_val_loss):
-                state.best_val_loss, state.best_step = later.best_val_loss, later.best_step
     return state, found
 
 
@@ -106,6 +97,12 @@ def _read_state(directory: Path) -> RunState:
     content = earlier | {"eval_sequences": None} | content  # earlier versions did not save these fields
     if missing := hints.keys() - content.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
+    best = existing(directory.parent / "best")
+    if best and (best / "evaluation.json").exists():  # what counts: `best` may be from a step that was undone
+        found = json_or_empty(best / "evaluation.json")
+        comparable = all(found.get(name) == content[name] for name in ("data", "eval_sequences"))
+        content["best_val_loss"] = found.get("val_loss") if comparable else None
+        content["best_step"] = found.get("step") if comparable else 0
     return RunState(**{name: check_value(name, content[name], hint, path) for name, hint in hints.items()})
 
 
@@ -121,8 +118,6 @@ class Saver:
         self.out_dir, self.state, self.model, self.optimizers = out_dir, state, model, optimizers
         self.tokenizer, self.dist = tokenizer, dist
         self._problem: str | None = None
-        self._best: tuple[float, int] = (math.inf, 0)  # loss and step of the model that is being saved as `best`
-        self._best_saved = False
         # One OpenMP thread: a second team beside the training thread's would outnumber the cores, and libgomp would
         # then put every thread to sleep between parallel regions, which halves the speed of training.
         self._threads = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
@@ -134,25 +129,20 @@ class Saver:
         self.wait()
         weights = gather(self.model.weights(), self.dist)
         moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
-        if is_best := is_below(val_loss, self.state.best_val_loss):
-            self._best = val_loss, self.state.step
         if is_below(val_loss, self.state.lowest_val_loss):
             self.state.lowest_val_loss, self.state.evaluations_since_lowest = val_loss, 0
         elif val_loss is not None:
             self.state.evaluations_since_lowest += 1
         if self.dist.is_main:
             state = dataclasses.replace(self.state)
-            self._job = self._threads.submit(self._write, weights, moments, state, is_best, keep)
+            self._job = self._threads.submit(self._write, weights, moments, state, val_loss, keep)
 
     def wait(self) -> str | None:
-        """Return when nothing is being written: the problem of the last save, or None. All ranks."""
+        """Wait until nothing is being written. Returns the problem of the last save, or None. All ranks."""
         self.dist.wait(self._job)
-        if self.dist.max(self._best_saved)[0]:
-            self.state.best_val_loss, self.state.best_step = self._best
-            self._best_saved = False
         return self._problem
 
-    def _write(self, weights: dict, moments: dict, state: RunState, is_best: bool, keep: bool) -> None:
+    def _write(self, weights: dict, moments: dict, state: RunState, val_loss: float | None, keep: bool) -> None:
         self._problem = None
         if bad := next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None):
             return self._failed(f"step {state.step} is not saved: {bad} has values that are not finite numbers")
@@ -169,20 +159,22 @@ class Saver:
 
         def best_files(new: Path) -> None:
             model_files(new)
+            evaluation = dict(step=state.step, val_loss=val_loss, data=state.data, eval_sequences=state.eval_sequences)
+            (new / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
             if state.best_val_loss is None and (best := self.out_dir / "best").is_dir():  # an incomparable one
                 note(f"{best} is now {rename_aside(best)}: its loss does not compare with those from here on")
 
-        if is_best and self._replace("best", best_files, state.step):
-            self._best_saved = True
-            state.best_val_loss, state.best_step = self._best
+        if is_below(val_loss, state.best_val_loss) and self._replace("best", best_files, state.step):
+            for known in (state, self.state):  # training reads its own after `wait`; only main knows `best`
+                known.best_val_loss, known.best_step = val_loss, state.step
         self._replace("last", all_files, state.step)
         if keep:
             self._replace(f"step-{state.step:06d}", all_files, state.step)
 
-    def _replace(self, name: str, fill: Callable[[Path], None], step: int) -> bool:
+    def _replace(self, name: str, write: Callable[[Path], None], step: int) -> bool:
         try:
             with new_directory(self.out_dir / name) as new:
-                fill(new)
+                write(new)
             return True
         except Exception as error:  # a full disk, no permission, a quota: training has to hear of it, whatever it is
             self._failed(f"step {step} could not be saved in {self.out_dir / name}: {one_line(error)}")

@@ -294,6 +294,15 @@ def test_a_finished_run_goes_on_for_a_time(tmp_path, data_dir, train):
     assert "changed on resume: max_iters=" in ended.err
 
 
+def test_a_run_that_is_restarted_keeps_its_number_of_steps(tmp_path, data_dir):
+    """As torchrun or Slurm do with the same command, after a failure or at its end."""
+    run_for(data_dir, tmp_path / "run", 0.03, **SMALL, init_from="auto")
+    before = load_state(tmp_path / "run" / "last")[0]
+    ended = run_for(data_dir, tmp_path / "run", 0.03, **SMALL, init_from="auto")
+    assert f"the run is complete at step {before.step}; to train longer: --init_from=resume" in ended.err
+    assert load_state(tmp_path / "run" / "last")[0] == before
+
+
 def test_a_run_that_continues_a_short_one_on_cuda_is_compiled():
     state = RunState(step=5, settings=dataclasses.asdict(TrainConfig(compile=False)))
     for derived, compiled in ([], False), (["compile"], True):

@@ -377,7 +377,7 @@ def test_a_damaged_model_file_is_a_user_error(saved, name, damage):
         load_model(saved)
 
 
-@pytest.mark.parametrize("name", ["nowhere/at/all", "n" * 300, "n" * 300 + ".pt", "a\0b"])
+@pytest.mark.parametrize("name", ["nowhere/at/all", "n" * 300, "n" * 300 + ".pt"])
 def test_a_name_of_nothing_is_a_user_error(tmp_path, name):
     with pytest.raises(UserError) as caught:
         load_model(tmp_path / name)

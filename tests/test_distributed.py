@@ -95,6 +95,13 @@ def test_variables_of_torchrun_that_make_no_sense_are_a_user_error(monkeypatch, 
         connect("cpu")
 
 
+def test_launchers_need_not_say_how_many_processes_are_on_a_node(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunFailed, match="could not connect at MASTER_ADDR=None MASTER_PORT=None"):
+        connect("cpu")
+
+
 def test_processes_without_an_address_are_reported_in_one_line(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunFailed, match="could not connect at MASTER_ADDR=None MASTER_PORT=None"):

@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 from plaingpt.distributed import Distributed, connect
 from plaingpt.graphs import Captured
 from plaingpt.tokens import DataSet, Tokens
-from train import TrainConfig, forward_backward, set_up, train_step, uses_graphs
+from train import Run, TrainConfig, forward_backward, train_step, uses_graphs
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHAPE = dict(block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -68,7 +68,7 @@ def trained(device: str, captured: bool, dtype: str = "float32", **settings) -> 
     dist = connect(device, config.dtype)
     tokens = Tokens([np.random.default_rng(0).integers(0, 65, 1000).astype(np.uint16)])
     model = GPT(GPTConfig(vocab_size=65, bias=False, dropout=config.dropout, **SHAPE))
-    run = set_up(config, DataSet(tokens, tokens, None, ""), model, 1, dist)
+    run = Run(config, DataSet(tokens, tokens, None, ""), model, 1, dist)
     first = run.parameters[0].detach().clone()
     for step in range(5):
         train_step(run, step)

@@ -9,11 +9,10 @@ from conftest import ROOT, child_environment, run_main
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
-from plaingpt.batches import TrainBatches
 from plaingpt.distributed import connect
-from plaingpt.optimizer import SkippedSteps, make_optimizers
+from plaingpt.optimizer import SkippedSteps
 from plaingpt.parallel import wrap
-from plaingpt.tokens import Tokens
+from plaingpt.tokens import DataSet, Tokens
 from train import Run, TrainConfig, train_step
 
 SHAPE = dict(block_size=16, n_layer=3, n_head=2, n_embd=16)
@@ -90,12 +89,8 @@ def test_an_update_never_waits_for_the_device(dtype):
     dist = connect("cpu", dtype)
     config = TrainConfig(**SHAPE, batch_size=2, gradient_accumulation_steps=2, dropout=0.1, max_iters=10)
     model = GPT(GPTConfig(vocab_size=65, dropout=0.1, **SHAPE))
-    wrapped = wrap(model, dist)
-    optimizers = make_optimizers(model, "muon", 1e-2, 0.1, (0.9, 0.95), dtype=dist.dtype)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    tokens = torch.randint(65, (1000,)).numpy().astype("uint16")
-    batches, skipped = TrainBatches(Tokens([tokens]), 16, 4, seed=0), SkippedSteps(0, dist.device)
-    run = Run(config, dist, None, model, wrapped, optimizers, scaler, batches, None)
+    tokens = Tokens([torch.randint(65, (1000,)).numpy().astype("uint16")])
+    run, skipped = Run(config, DataSet(tokens, tokens, None, ""), model, 1, dist), SkippedSteps(0, dist.device)
     with NoWaiting():
         with pytest.raises(AssertionError, match="waits for the device"):
             torch.ones(1).item()

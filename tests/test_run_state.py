@@ -324,20 +324,47 @@ assert threads(before + 1) == before + 1, f"{{threads()}} threads, {{before}} be
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=child_environment(), check=True)
 
 
+def saved(out_dir: Path, losses: list[float], **state) -> RunState:
+    """The state after evaluations with these losses, one a step, each with a save."""
+    state = RunState(**state)
+    saver = Saver(out_dir, state, *trained(), of_kind("char"), HERE)
+    for loss in losses:
+        state.step += 1
+        saver.save(loss, keep=True)
+        assert saver.wait() is None
+    return state
+
+
 def test_a_return_to_an_earlier_checkpoint_does_not_forget_the_best_model(tmp_path):
-    before = dict(best_val_loss=3.0, best_step=1, evaluations_since_lowest=2)
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=1, **before)
-    (tmp_path / "last").rename(tmp_path / "step-000001")
-    others = dict(best_val_loss=1.0, best_step=3, eval_sequences=7)
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=3, **others)
-    (tmp_path / "last").rename(tmp_path / "step-000003")
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=2, best_val_loss=2.0, best_step=2)
-    (tmp_path / "best").mkdir()
+    saved(tmp_path, [3.0, 2.0, 2.5])
+    assert load_state(tmp_path / "last")[0].evaluations_since_lowest == 1
     state, _ = load_state(tmp_path / "step-000001")
-    assert (state.best_val_loss, state.best_step, state.evaluations_since_lowest) == (2.0, 2, 2)
-    assert load_state(tmp_path / "step-000003")[0].best_val_loss == 1.0  # of other sequences: it does not compare
-    (tmp_path / "best").rmdir()  # as when only `last` is copied to another folder
+    assert (state.best_val_loss, state.best_step, state.lowest_val_loss) == (2.0, 2, 3.0)
+    edit_json(tmp_path / "step-000001" / "training.json", eval_sequences=7)  # losses of other sequences do not compare
     assert load_state(tmp_path / "step-000001")[0].best_val_loss is None
+    shutil.rmtree(tmp_path / "best")  # as when only `last` is copied to another folder
+    assert load_state(tmp_path / "last")[0].best_val_loss is None
+
+
+def test_a_best_of_a_run_that_was_killed_before_last_was_saved_counts(tmp_path):
+    saved(tmp_path, [3.0, 2.0])
+    shutil.rmtree(tmp_path / "last")
+    (tmp_path / "step-000001").rename(tmp_path / "last")
+    state, _ = load_state(tmp_path / "last")
+    assert (state.step, state.best_val_loss, state.best_step) == (1, 2.0, 2)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"val_loss": 1}'])
+def test_a_best_whose_loss_cannot_be_read_is_not_replaced_but_renamed(tmp_path, content):
+    state = saved(tmp_path, [3.0])
+    (tmp_path / "best" / "evaluation.json").write_bytes(content)
+    state, _ = load_state(tmp_path / "last")
+    assert state.best_val_loss is None
+    state.step = 2
+    saver = Saver(tmp_path, state, *trained(), of_kind("char"), HERE)
+    saver.save(2.9)
+    assert saver.wait() is None and (tmp_path / "best.1").is_dir()
+    assert load_state(tmp_path / "last")[0].best_val_loss == 2.9
 
 
 def test_a_checkpoint_of_the_previous_version_loads(tmp_path):

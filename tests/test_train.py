@@ -18,14 +18,12 @@ from safetensors.torch import load_file
 from test_distributed import TORCHRUN
 
 from model import GPT, GPTConfig
-from plaingpt.batches import TrainBatches
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
 from plaingpt.metrics import read_metrics
-from plaingpt.optimizer import make_optimizers
 from plaingpt.run_state import RunState, load_state
-from plaingpt.tokens import Tokens, open_data_set
+from plaingpt.tokens import DataSet, Tokens, open_data_set
 from train import Run, TrainConfig, start_run, train_step
 
 TIMES = {"seconds", "tokens_per_second", "mfu", "resumed_from"}
@@ -58,7 +56,7 @@ def test_a_run_leaves_its_files(tiny_run):
     assert sorted(path.name for path in tiny_run.iterdir()) == ["best", "last", "loss.png", "metrics.jsonl"]
     model_files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     model_files |= {"tokenizer_config.json", "SHA256SUMS"}
-    assert {path.name for path in (tiny_run / "best").iterdir()} == model_files
+    assert {path.name for path in (tiny_run / "best").iterdir()} == model_files | {"evaluation.json"}
     last = {path.name for path in (tiny_run / "last").iterdir()}
     assert last == model_files | {"optimizer.safetensors", "training.json"}
 
@@ -481,14 +479,13 @@ def test_each_process_reads_its_own_sequences_alone():
     config = TrainConfig(block_size=8, batch_size=2, gradient_accumulation_steps=4, optimizer="adamw")
     seen = []
     for rank in range(2):
-        dist = Distributed(torch.device("cpu"), torch.float32, rank, world_size=2)
         tokens, model = Seen([np.arange(1000, dtype=np.uint16) % 65]), GPT(GPTConfig(8, 65, 1, 1, 4, bias=False))
-        batches, optimizers = TrainBatches(tokens, 8, 8, seed=1), make_optimizers(model, "adamw", 1e-3, 0.0, (0.9, 0.9))
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        train_step(Run(config, dist, None, model, model, optimizers, scaler, batches, None), 0)
+        run = Run(config, DataSet(tokens, tokens, None, ""), model, 1, Distributed(torch.device("cpu"), torch.float32))
+        run.dist = Distributed(torch.device("cpu"), torch.float32, rank, world_size=2)
+        train_step(run, 0)
         seen.append(tokens.starts)
     assert [len(starts) for starts in seen] == [4, 4]
-    assert sorted(seen[0] + seen[1]) == sorted((batches.starts(0) % len(tokens)).tolist())
+    assert sorted(seen[0] + seen[1]) == sorted((run.train_batches.starts(0) % len(tokens)).tolist())
 
 
 def test_a_run_of_nothing_but_nans_ends_with_status_1_and_is_not_saved(tmp_path, train):
@@ -788,7 +785,7 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     printed = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
     assert "max_iters=3, but the checkpoint in" in printed and "has 4 steps" in printed
     printed = resume(tmp_path / "run", max_iters=3).err
-    assert "the run is complete at step 3: raise --max_iters or give --minutes" in printed
+    assert "the run is complete at step 3; to train longer: --init_from=resume with --minutes or a higher" in printed
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
 
 
@@ -817,6 +814,7 @@ def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=1)
     changes = {"lowest_val_loss": 0.0, "best_val_loss": 0.0, "evaluations_since_lowest": 2}
     edit_json(tmp_path / "run" / "last" / "training.json", **changes)
+    edit_json(tmp_path / "run" / "best" / "evaluation.json", val_loss=0.0)
     ended = resume(tmp_path / "run", max_iters=9, patience=3)
     reason = "3 evaluations without improvement; to go on: --init_from=resume --out_dir="
     assert f"ended early, after step 3: {reason}" in ended.err
