@@ -348,7 +348,8 @@ def test_a_return_to_an_earlier_checkpoint_does_not_forget_the_best_model(tmp_pa
 
 def test_a_best_of_a_run_that_was_killed_before_last_was_saved_counts(tmp_path):
     saved(tmp_path, [3.0, 2.0])
-    shutil.rmtree(tmp_path / "last")
+    for name in ("last", "step-000002"):
+        shutil.rmtree(tmp_path / name)
     (tmp_path / "step-000001").rename(tmp_path / "last")
     state, _ = load_state(tmp_path / "last")
     assert (state.step, state.best_val_loss, state.best_step) == (1, 2.0, 2)
