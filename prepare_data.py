@@ -23,7 +23,10 @@ from plaingpt.tokenizer import resolve_tokenizer
 from plaingpt.tokens import NAMED
 
 OWN = re.compile(r"(train|val)(_\d+)?\.bin|meta\.json|tokenizer(_config)?\.json|SHA256SUMS|\.DS_Store")
-RECIPES = {"python": "quickstart", "shakespeare_char": "train_shakespeare_cpu"}  # recipes that set `dataset`
+NEXT = {  # recipes that set `dataset`
+    "python": "quickstart.py", "shakespeare_char": "train_shakespeare_cpu.py",
+    "shakespeare": "finetune_shakespeare.py --init_from=gpt2",
+}  # fmt: skip
 
 
 def main() -> None:
@@ -31,7 +34,7 @@ def main() -> None:
     source = find_source(config, json_lines="column" in given)
     directory = directory_of(source.name if config.name is None else config.name, config.data_dir)
     part, parts = part_of(config.part)
-    if parts > 1 and source.once:
+    if parts > 1 and source.stdin:
         raise UserError("standard input cannot be split into parts: save it to a file first")
     if parts > 1 and config.dedup:
         raise UserError("--dedup needs all documents in one process: leave out --part")
@@ -50,7 +53,7 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
     except KeyboardInterrupt:
-        note("stopped" if source.once else "stopped; the same command continues from here")
+        note("stopped" if source.stdin else "stopped; the same command continues from here")
         raise
     if meta:
         report(directory, meta, config.tokenizer, config.val_fraction)
@@ -69,7 +72,7 @@ def check_replaced(directory: Path, source: Source, name: str | None) -> None:
     found = json_or_empty(directory / "meta.json")
     if not {"format_version", "splits"} <= found.keys():
         raise UserError(f"{directory} exists and is not a plainGPT data set; choose another --name")
-    if name is None and (found.get("source") != source.description or source.once):
+    if name is None and (found.get("source") != source.description or source.stdin):
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
     if others := [path.name for path in directory.glob("*") if not OWN.fullmatch(path.name)]:
@@ -87,7 +90,7 @@ def part_of(given: str) -> tuple[int, int]:
 
 
 def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: float) -> None:
-    """Print the last lines."""
+    """Print what was prepared, and the command that trains on it."""
     for split, figures in meta["splits"].items():
         tokens, documents = counted(figures["tokens"], "token"), counted(figures["documents"], "document")
         files = f" in {len(figures['files'])} files" if len(figures["files"]) > 1 else ""
@@ -105,8 +108,8 @@ def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: flo
     tokens = [figures["tokens"] for figures in meta["splits"].values()]
     if min(tokens) < 2 or sum(tokens) < 64:
         note("this is too little text to train on")
-    elif name in RECIPES and not place:
-        note(f"next: python train.py config/{RECIPES[name]}.py")
+    elif name in NEXT and not place:
+        note(f"next: python train.py config/{NEXT[name]}")
     else:
         is_model = tokenizer and os.path.isfile(os.path.join(tokenizer, "config.json"))
         finetune = f" --init_from={shlex.quote(tokenizer)}" if is_model else ""

@@ -17,38 +17,26 @@ import runpy
 import sys
 import types
 import typing
-from collections.abc import Iterable
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 from plaingpt.console import UserError, closest, note, one_line
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """Bounds of a number, both inclusive; `above` is exclusive."""
+class Range(NamedTuple):
+    """Which numbers a setting accepts: in words, and as a test, which infinity and NaN have to fail."""
 
-    min: float = -math.inf
-    max: float = math.inf
-    above: float = -math.inf
-
-    def __contains__(self, value: float) -> bool:
-        return self.min <= value <= self.max and value > self.above and math.isfinite(value)
-
-    def described(self, value: Any) -> str:
-        """The bounds in words; a very high upper bound only if `value` exceeds it."""
-        too_high = isinstance(value, int | float) and value > self.max
-        upper = self.max if too_high or self.max < 2**62 else math.inf
-        bounds = [("at least", self.min), ("more than", self.above), ("at most", upper)]
-        return " and ".join(f"{word} {bound}" for word, bound in bounds if math.isfinite(bound))
+    words: str
+    accepts: Callable[[float], bool]
 
 
-PositiveInt = Annotated[int, Range(min=1, max=2**63 - 1)]
-Size = Annotated[int, Range(min=1, max=2**20)]
-NonNegativeInt = Annotated[int, Range(min=0, max=2**63 - 1)]
-Positive = Annotated[float, Range(above=0, max=1e30)]
-NonNegative = Annotated[float, Range(min=0, max=1e30)]
-Fraction = Annotated[float, Range(min=0, max=1)]
-BelowOne = Annotated[float, Range(min=0, max=0.999999)]
+PositiveInt = Annotated[int, Range("at least 1", lambda n: 1 <= n < 2**63)]
+Size = Annotated[int, Range("from 1 to 1,048,576", lambda n: 1 <= n <= 2**20)]
+NonNegativeInt = Annotated[int, Range("at least 0", lambda n: 0 <= n < 2**63)]
+Positive = Annotated[float, Range("more than 0", lambda x: 0 < x <= 1e30)]
+NonNegative = Annotated[float, Range("at least 0", lambda x: 0 <= x <= 1e30)]
+Fraction = Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
+BelowOne = Annotated[float, Range("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999)]
 PathName = Annotated[str, os.path.expanduser]  # ~ is the home directory, as in a shell
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
@@ -64,7 +52,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     if {"-h", "--help"} & {*argv}:
         _show_help(cls, positional, hints)
     retired, values, given = getattr(cls, "RETIRED", {}), {}, {}
-    files, flags = _split(argv, hints | dict.fromkeys(retired, bool))  # as switches: a recipe after one is no value
+    files, flags = _split(argv, hints | dict.fromkeys(retired, bool))  # a word after a retired flag is not its value
     if hint := hints.pop(positional, None):
         values[positional], files = [check_value(positional, file, hint, file) for file in files], []
     # A generator: each recipe runs when the assignments of those before it are in `values`.
@@ -122,7 +110,8 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
     except (Exception, SystemExit) as error:
         raise UserError(f"{path}: the recipe does not run: {type(error).__name__}: {one_line(error)}") from error
     skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    return {name: value for name, value in names.items() if name[0] != "_" and not isinstance(value, skipped)}
+    kept = {name: value for name, value in names.items() if name[0] != "_" and not isinstance(value, skipped)}
+    return {name: value.item() if hasattr(value, "item") else value for name, value in kept.items()}  # NumPy's numbers
 
 
 def _leaves(hint: Any) -> list[Any]:
@@ -151,15 +140,15 @@ def _parse(text: str, hint: Any) -> Any:
 
 def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     """`value` as the type that `hint` asks for. Raises UserError if it has another type or is out of range."""
-    allowed, setting = _leaves(hint), source if source == f"--{name}" else f"{source}: {name}"
+    allowed, setting = _leaves(hint), f"{source}: {name}" if source not in ("", f"--{name}") else source or name
     if type(value) is int and float in allowed:
         value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is float and int in allowed and value.is_integer():
         value = int(value)  # people write 1e5 for 100000
     ranges = [leaf for leaf in allowed if isinstance(leaf, Range)]
     fits = type(value) in allowed or (type(value) is str and value in allowed)
-    if not fits or (value is not None and any(value not in bounds for bounds in ranges)):
-        wanted = _kinds(hint) + "".join(f" ({bounds.described(value)})" for bounds in ranges)
+    if not fits or (value is not None and not all(numbers.accepts(value) for numbers in ranges)):
+        wanted = _kinds(hint) + "".join(f" ({numbers.words})" for numbers in ranges)
         raise UserError(f"{setting} must be {wanted}, not {value!r:.100}")
     if value is None or os.path.expanduser not in allowed:
         return value

@@ -360,7 +360,7 @@ def test_threads_make_what_one_makes(tmp_path, mixed, small):
 
 def test_long_documents_wait_in_bounded_memory(tmp_path, monkeypatch):
     waiting = [0]
-    read, write_batch = pipeline.read, pipeline.Part.write
+    read, write_batch = pipeline.batches, pipeline.Part.write
 
     def counted(part):
         for batch in read(part):
@@ -371,7 +371,7 @@ def test_long_documents_wait_in_bounded_memory(tmp_path, monkeypatch):
         waiting.append(waiting[-1] - batch.size)
         write_batch(part, batch, ids)
 
-    monkeypatch.setattr(pipeline, "read", counted)
+    monkeypatch.setattr(pipeline, "batches", counted)
     monkeypatch.setattr(pipeline.Part, "write", written)
     prepare(write(tmp_path / "long.jsonl", ["long " * 800_000] * 12), tmp_path)
     assert 16 << 20 < max(waiting) < 21 << 20

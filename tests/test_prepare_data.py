@@ -5,22 +5,24 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
-from conftest import run_main
+from conftest import child_environment, run_main
 
 import prepare_data
 from plaingpt.console import UserError
-from plaingpt.text import streams
+from plaingpt.text import sources, streams
 from plaingpt.text.streams import split_of
 from plaingpt.tokenizer import END_OF_TEXT, KINDS
 from plaingpt.tokens import open_data_set
-from prepare_data import RECIPES
+from prepare_data import NEXT
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = (
@@ -92,7 +94,9 @@ def test_one_document_is_split_where_nanogpt_splits_it(prepare, folder, n):
     assert split_texts(directory, "val") == [text[int(n * 0.9) :]]
 
 
-def test_shakespeare_char_is_split_at_nine_tenths():
+def test_shakespeare_char_is_split_at_nine_tenths(monkeypatch, tmp_path):
+    (tmp_path / "input.txt").touch()
+    monkeypatch.setattr(sources, "download", lambda url, path, digest: tmp_path / "input.txt")
     source = prepare_data.find_source(prepare_data.PrepareConfig(sources=["shakespeare_char"]))
     assert (source.val_fraction, source.tokenizer) == (0.1, "char")
 
@@ -239,11 +243,12 @@ def test_the_source_gives_the_name_and_data_dir_the_place(prepare, folder, monke
     assert capsys.readouterr().err.endswith(f"next: {command}\n")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", NEXT)
 def test_a_set_that_has_a_recipe_of_its_own_is_trained_by_it(prepare, folder, capsys, name):
     prepare(folder({"a.txt": "text " * 100}), "--tokenizer=byte", name=name)
-    assert capsys.readouterr().err.endswith(f"\nnext: python train.py config/{RECIPES[name]}.py\n")
-    assert f'\ndataset = "{name}"\n' in (ROOT / "config" / f"{RECIPES[name]}.py").read_text("utf-8")
+    assert capsys.readouterr().err.endswith(f"\nnext: python train.py config/{NEXT[name]}\n")
+    recipe, *_ = NEXT[name].split()
+    assert f'\ndataset = "{name}"\n' in (ROOT / "config" / recipe).read_text("utf-8")
 
 
 def test_a_new_preparation_replaces_the_old_one_wholly(prepare, folder):
@@ -447,3 +452,18 @@ def test_a_tokenizer_without_a_model_is_not_to_be_finetuned(tmp_path, tiny_run):
     assert ended.status == 0 and f" --init_from={tiny_run}/best " in ended.err.splitlines()[-1], ended.err
     ended = run_main("prepare_data", *flags, "--name=two", f"--tokenizer={tmp_path}/one")
     assert ended.status == 0 and "next: python train.py" in ended.err and "--init_from" not in ended.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process")
+def test_nothing_is_left_if_standard_input_is_interrupted(tmp_path):
+    command = [sys.executable, "prepare_data.py", "-", "--name=x", "--tokenizer=byte", f"--data_dir={tmp_path}"]
+    pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, env=child_environment(), **pipes) as process:
+        process.stdin.write("text")
+        process.stdin.flush()
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob(".x.partial/*stdin.txt*")) and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130 and process.stderr.read() == "stopped\n"
+    assert not list(tmp_path.iterdir())

@@ -38,7 +38,7 @@ def read(*wanted, **options) -> list[str]:
 
 def batches(*wanted, by_content: bool = True) -> list[pipeline.Batch]:
     inputs, config = source(*wanted).inputs(), PrepareConfig(val_fraction=0.05)
-    return list(pipeline.read(pipeline.Part(Path(), Path(), 1, inputs, config, gpt2(), by_content)))
+    return list(pipeline.batches(pipeline.Part(Path(), Path(), 1, inputs, config, gpt2(), by_content)))
 
 
 @contextlib.contextmanager

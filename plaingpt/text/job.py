@@ -56,7 +56,7 @@ class Job:
     @functools.cached_property
     def digest(self) -> str:
         """A hash of the source and the settings, the same on every machine."""
-        source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
+        source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.stdin else None
         own = dict(sources=[], name=None, part="", threads=None, data_dir="")  # they change nothing, or are in `source`
         config = dataclasses.replace(self.config, tokenizer=self.kind, **own)
         result = FORMAT, source, config, self.parts
@@ -86,9 +86,8 @@ def prepare(job: Job, threads: int) -> dict | None:
     plan_lock = job.partial.with_suffix(".lock")
     with contextlib.ExitStack() as until_done:
         with job.lock(plan_lock, wait=job.parts > 1):  # the parts start together, and one makes the plan
-            interrupted_at_end = job.has_plan() and not job.shards.exists()  # before `remove`
-            if job.is_done() and (job.parts > 1 or interrupted_at_end):
-                if job.has_plan() or not job.shards.exists():  # not the work of another command
+            if job.parts > 1 and job.is_done():
+                if job.has_plan() or not job.shards.exists():  # else `partial` is the work of another command
                     remove(job)
                 return note(f"{job.directory} is already prepared")
             job.partial.mkdir(exist_ok=True)
@@ -99,7 +98,7 @@ def prepare(job: Job, threads: int) -> dict | None:
         try:
             encode_part(part, threads)
         except BaseException:
-            if job.source.once:  # it cannot be continued
+            if job.source.stdin:  # it cannot be continued
                 remove(job)
             raise
         with job.lock(plan_lock, wait=True):
@@ -107,7 +106,7 @@ def prepare(job: Job, threads: int) -> dict | None:
 
 
 def make_part(job: Job) -> Part:
-    """What this part has to do. Unfinished work for another result is removed."""
+    """Continue this part, or begin it. Unfinished work for another result is removed."""
     is_same = job.has_plan() and job.shards.exists()
     if not is_same:
         for path in job.partial.glob("part-*.lock"):
@@ -126,7 +125,7 @@ def make_part(job: Job) -> Part:
     try:
         source = job.source.fetched(job.partial)
         tokenizer = Tokenizer.load(job.partial) if is_same else make_plan(job, source)
-    except UserError:
+    except BaseException:
         if job.parts == 1 and not is_same:  # nothing has been encoded
             remove(job)
         raise
@@ -137,7 +136,7 @@ def make_part(job: Job) -> Part:
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
     many = min(max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction)), MOST_COUNTED)
-    documents = set()  # different ones; of a large text file, the beginning is read
+    documents = set()  # hashes of different ones; of a large text file, that of its first piece
     texts = (itertools.takewhile(lambda text: text.begins, found.texts(job.config)) for found in source.inputs())
     for text in itertools.chain.from_iterable(texts):
         documents.add(xxhash.xxh3_64_intdigest(text.data))

@@ -27,7 +27,7 @@ from plaingpt.text.streams import character_boundary, note_once, split_of
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
 
-SAVE_TOKENS = 1 << 25  # ids between two saves of the progress, about a second's work
+SAVE_TOKENS = 1 << 25  # ids between two saves of the progress: about a second's work of gigatoken
 
 
 @dataclass
@@ -132,7 +132,7 @@ def encode_part(part: Part, threads: int) -> None:
 
     with bar, ThreadPoolExecutor(threads) as pool:  # gigatoken releases the GIL
         try:
-            for batch in read(part):
+            for batch in batches(part):
                 encoding.append((batch, pool.submit(encode, batch, part, encoder)))
                 while sum(batch.size for batch, _ in encoding) > 16 * threads * streams.PIECE:
                     write_oldest()
@@ -143,15 +143,16 @@ def encode_part(part: Part, threads: int) -> None:
     part.seal()
 
 
-def read(part: Part) -> Iterator[Batch]:
+def batches(part: Part) -> Iterator[Batch]:
     """Batches of the texts after `part.position`. With dedup, earlier texts are read again for their hashes."""
-    written, before, batch = part.position, 0, Batch()  # part.position moves as batches are written
+    resumed_at, bytes_before, batch = part.position, 0, Batch()  # part.position moves as batches are written
     seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
     for i, source in enumerate(part.inputs):
-        texts = source.texts(part.config) if part.config.dedup or i >= written[0] else ()
+        texts = source.texts(part.config) if part.config.dedup or i >= resumed_at[0] else ()
         for n, text in enumerate(texts, 1):
             if text.begins:
-                digest, splits_so_far = xxhash.xxh3_64_intdigest(text.data), set()  # splits that have a part of it
+                digest, splits_so_far = xxhash.xxh3_64_intdigest(text.data), set()  # splits that have a piece of it
+                # A large file is read twice: where its tail begins follows from its size in UTF-8.
                 document = [text] if text.ends or part.by_content else source.texts(part.config)
                 size = sum(len(piece.data) for piece in document)
                 train_bytes_left = int(size * (1 - part.config.val_fraction))
@@ -164,16 +165,16 @@ def read(part: Part) -> Iterator[Batch]:
             else:
                 by_split = divided(text.data, train_bytes_left)
                 train_bytes_left -= len(text.data)
-            if (i, n) > written:
+            if (i, n) > resumed_at:
                 if batch.size and (not text.begins or batch.size >= streams.PIECE):
                     yield batch
                     batch = Batch()
                 batch.continued |= by_split.keys() & splits_so_far
-                batch.position, batch.done, batch.size = (i, n), before + text.done, batch.size + len(text.data)
+                batch.position, batch.done, batch.size = (i, n), bytes_before + text.done, batch.size + len(text.data)
                 for name, data in by_split.items():
                     batch.splits[name].append(data)
             splits_so_far |= by_split.keys()
-        before += source.size
+        bytes_before += source.size
     if batch.size:
         yield batch
 

@@ -22,7 +22,7 @@ ROWS = 64  # of a table that are decoded at a time
 
 
 class NoColumn(UserError):
-    """A file that may be settings or a table of numbers: in a directory, it is skipped."""
+    """This JSON or CSV may be settings or a table of numbers: in a directory, such files are skipped."""
 
 
 class Text(NamedTuple):

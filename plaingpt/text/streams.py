@@ -47,11 +47,8 @@ def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[
                 stream = io.BufferedReader(pyarrow.transcoding_input_stream(source, encoding, "utf-8"), PIECE)
             yield raw, stream
         except UnicodeError as error:
-            remedy = (
-                "name another --encoding"
-                if encoding == config.encoding
-                else "its byte order mark says so: it is damaged"
-            )
+            damaged = "its byte order mark says so: it is damaged"
+            remedy = "name another --encoding" if encoding == config.encoding else damaged
             raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; {remedy}") from error
         except OSError as error:
             if not codec or error.errno:  # the operating system's error, not a fault of the file
@@ -77,7 +74,7 @@ def checked(text: bytes, where: str, bad_files: str, position: int = 0) -> bytes
 
 
 def note_once(message: str, about: object) -> None:
-    """Some text is read more than once: to count documents, to train a tokenizer, to encode."""
+    """Print a note once: text is read again to count documents, to train a tokenizer and to encode."""
     if about not in _noted:
         _noted.add(about)
         note(message)
