@@ -1,7 +1,7 @@
 """Model directories in Hugging Face's GPT-2 format, and import of GPT-2 and nanoGPT weights.
 
 A model is a directory with config.json, model.safetensors and the tokenizer's files. Directories are not trusted:
-nothing is unpickled except nanoGPT's ckpt.pt (with weights_only), and no path or link is followed out of a directory.
+nothing is unpickled except nanoGPT's ckpt.pt (with weights_only).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, note, one_line
-from plaingpt.files import check_sums, inside
+from plaingpt.files import check_sums, file_of
 from plaingpt.hub import CONFIG_NAMES, CONVERT, TOKENIZER_FILES, checked_config, model_directory, read_config
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.workarounds import SkipNormalInit
@@ -207,7 +207,7 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
 
 @contextlib.contextmanager
 def _opened(directory: Path, name: str) -> Iterator[safetensors.safe_open]:
-    path = inside(directory, name)
+    path = file_of(directory, name)
     try:
         with safetensors.safe_open(path, "pt") as tensors:
             yield tensors

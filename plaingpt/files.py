@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, checksums, and safe access to files of unknown origin."""
+"""Files and directories that are complete or absent, and their checksums."""
 
 import contextlib
 import errno
@@ -179,10 +179,10 @@ def check_sums(directory: Path) -> None:
     if not sums.is_file():
         return  # a directory that another tool made
     try:
-        lines = [line.partition("  ") for line in inside(directory, SUMS).read_text().splitlines()]
+        lines = [line.partition("  ") for line in file_of(directory, SUMS).read_text().splitlines()]
         if unlisted := {path.name for path in directory.glob("*.safetensors")} - {name for _, _, name in lines}:
             raise ValueError(f"{SUMS} lacks {unlisted.pop()}")
-        changed = [name for digest, _, name in lines if sha256(inside(directory, name)) != digest]
+        changed = [name for digest, _, name in lines if sha256(file_of(directory, name)) != digest]
     except (OSError, ValueError) as error:
         raise UserError(f"{directory} is damaged: {one_line(error)}") from error
     if changed:
@@ -192,21 +192,12 @@ def check_sums(directory: Path) -> None:
         )
 
 
-def inside(directory: Path, name: str) -> Path:
-    """The regular file `name` of `directory`; UserError if it is missing or leads out of the directory.
-
-    Directories may come from anyone: neither a name in one of their files nor a link makes us read elsewhere, and a
-    named pipe does not block us. The links of the hub's cache, from snapshots/ to blobs/, are followed.
-    """
-    path, home = directory / name, directory.resolve()
-    home = home.parents[1] if home.parent.name == "snapshots" else home
-    try:
-        if Path(name).name != name or not path.resolve().is_relative_to(home):
-            raise UserError(f"{path} leads out of {directory}: it is not followed; put the file itself there")
-        if not path.is_file():
-            raise UserError(f"{path} is missing or damaged: {'not a file' if path.exists() else 'no such file'}")
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, a circle of links, an impossible name
-        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
+def file_of(directory: Path, name: str) -> Path:
+    """The path of a file in `directory`; UserError if it is missing or, like a named pipe, no regular file."""
+    path = directory / name
+    if not os.path.isfile(path):
+        problem = "not a file" if os.path.exists(path) else "no such file"
+        raise UserError(f"{path} is missing or damaged: {problem}")
     return path
 
 
@@ -216,7 +207,7 @@ def read_json(directory: Path, name: str) -> dict:
     def refuse(number: str):
         raise ValueError(f"{number} is not a number")
 
-    path = inside(directory, name)
+    path = file_of(directory, name)
     try:
         found = json.loads(path.read_bytes(), parse_constant=refuse)
         if not isinstance(found, dict):

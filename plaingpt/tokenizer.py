@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plaingpt.console import UserError, one_line
-from plaingpt.files import inside, read_json
+from plaingpt.files import file_of, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 # A new kind is made in `make_tokenizer`. Texts are cut between words before they are encoded, and decoding has to give
@@ -113,7 +113,7 @@ class Tokenizer:
                 return cls(_from_vocab_and_merges(directory))
             best = f"; did you mean {directory / 'best'}?" if (directory / "best").is_dir() else ""
             raise UserError(f"{directory} has no tokenizer.json{best}")
-        path = inside(directory, "tokenizer.json")
+        path = file_of(directory, "tokenizer.json")
         with _errors_of_library(f"{path} is damaged"):
             backend = tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
@@ -133,7 +133,7 @@ def _errors_of_library(message: str) -> Iterator[None]:
 
 
 def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:
-    vocab, merges = inside(directory, "vocab.json"), inside(directory, "merges.txt")
+    vocab, merges = file_of(directory, "vocab.json"), file_of(directory, "merges.txt")
     config = "tokenizer_config.json"
     prefix = (directory / config).exists() and read_json(directory, config).get("add_prefix_space") is True
     with _errors_of_library(f"{vocab} or merges.txt is damaged"):
