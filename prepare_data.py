@@ -23,10 +23,11 @@ from plaingpt.tokenizer import resolve_tokenizer
 from plaingpt.tokens import NAMED
 
 OWN = re.compile(r"(train|val)(_\d+)?\.bin|meta\.json|tokenizer(_config)?\.json|SHA256SUMS|\.DS_Store")
-NEXT = {  # recipes that set `dataset`
-    "python": "quickstart.py", "shakespeare_char": "train_shakespeare_cpu.py",
-    "shakespeare": "finetune_shakespeare.py --init_from=gpt2",
-}  # fmt: skip
+NEXT = {  # (name, tokenizer): a recipe that sets `dataset`
+    ("python", "bpe"): "quickstart.py",
+    ("shakespeare_char", "char"): "train_shakespeare_cpu.py",
+    ("shakespeare", "gpt2"): "finetune_shakespeare.py --init_from=gpt2",
+}
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     source = find_source(config, json_lines="column" in given)
     directory = directory_of(source.name if config.name is None else config.name, config.data_dir)
     part, parts = part_of(config.part)
-    if parts > 1 and source.stdin:
+    if parts > 1 and source.once:
         raise UserError("standard input cannot be split into parts: save it to a file first")
     if parts > 1 and config.dedup:
         raise UserError("--dedup needs all documents in one process: leave out --part")
@@ -53,7 +54,7 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
     except KeyboardInterrupt:
-        note("stopped" if source.stdin else "stopped; the same command continues from here")
+        note("stopped" if source.once else "stopped; the same command continues from here")
         raise
     if meta:
         report(directory, meta, config.tokenizer, config.val_fraction)
@@ -72,7 +73,7 @@ def check_replaced(directory: Path, source: Source, name: str | None) -> None:
     found = json_or_empty(directory / "meta.json")
     if not {"format_version", "splits"} <= found.keys():
         raise UserError(f"{directory} exists and is not a plainGPT data set; choose another --name")
-    if name is None and (found.get("source") != source.description or source.stdin):
+    if name is None and (found.get("source") != source.description or source.once):
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
     if others := [path.name for path in directory.glob("*") if not OWN.fullmatch(path.name)]:
@@ -108,8 +109,8 @@ def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: flo
     tokens = [figures["tokens"] for figures in meta["splits"].values()]
     if min(tokens) < 2 or sum(tokens) < 64:
         note("this is too little text to train on")
-    elif name in NEXT and not place:
-        note(f"next: python train.py config/{NEXT[name]}")
+    elif (name, meta["tokenizer"]) in NEXT and not place:
+        note(f"next: python train.py config/{NEXT[name, meta['tokenizer']]}")
     else:
         is_model = tokenizer and os.path.isfile(os.path.join(tokenizer, "config.json"))
         finetune = f" --init_from={shlex.quote(tokenizer)}" if is_model else ""

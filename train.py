@@ -256,7 +256,8 @@ def main() -> int:
     if how == "resume" or (config.init_from == "auto" and existing(directory)):
         state, checkpoint = load_state(directory)
         note(f"resuming {checkpoint} at step {state.step}")
-        if how == "auto":  # perhaps restarted after a failure: the run keeps its number of steps
+        if how == "auto" and config.minutes:  # perhaps restarted after a failure
+            note("--minutes is ignored: the run keeps its number of steps")
             config = dataclasses.replace(config, minutes=None)
         elif config.minutes and not config.eval_only:
             config, given = extend_run(config, given, state)

@@ -38,7 +38,7 @@ class BenchConfig:
     """checkout of nanoGPT"""
     rounds: PositiveInt = 3
     """runs of each command"""
-    steps: Annotated[int, Range("at least 6", lambda n: n >= 6)] | None = None
+    steps: Annotated[int, Range("at least 6", lambda n: 6 <= n < 2**63)] | None = None
     """training steps, a multiple of 3 (default: 900, 24 and 12)"""
 
 

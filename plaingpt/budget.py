@@ -177,7 +177,8 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     chosen = {
         "learning_rate": rate if config.is_new_model else float(f"{rate / 3:.2g}"),
         "momentum": 0.85 if steps < 500 else 0.95,
-        "dropout": 0.2 if tokens > 12 * len(data.train) else config.dropout,
+        # In narrow models and shorter runs, dropout costs more than the overfitting that it prevents.
+        "dropout": 0.2 if tokens > 40 * len(data.train) and config.n_embd >= 384 else config.dropout,
         "min_lr": None,  # is derived
     }
     intervals = {
@@ -222,7 +223,7 @@ class Deadline:
     """Makes a run with --minutes end in time: corrects the number of steps once, at the end of the warmup.
 
     Until then, learning rates do not depend on it (from 40 steps on), so a run of the corrected recipe is the same from
-    its first step on. At evaluations, and four times as often once only the last one is left, the number is corrected
+    its first step on. At evaluations, and four times as often before the last one, the number is corrected
     again if the run would miss its time by 2%. If two evaluations in a row find no lower loss after a few epochs of a
     new run, the learning rate drops and decays within an eighth of the steps made so far, and it ends.
     """

@@ -6,6 +6,7 @@ dist = connect()  # alone, or in every process that torchrun started
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import gc
 import glob
 import os
@@ -161,7 +162,10 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = rendezvous_store(wait)
         torch_dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
-    return Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size, local_world_size)
+    dist = Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size, local_world_size)
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        dist = dataclasses.replace(dist, local_world_size=dist.max(local_rank)[0] + 1)
+    return dist
 
 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:

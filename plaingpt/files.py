@@ -196,7 +196,7 @@ def file_of(directory: Path, name: str) -> Path:
     """The path of a file in `directory`; UserError if it is missing or, like a named pipe, no regular file."""
     path = directory / name
     if not os.path.isfile(path):
-        problem = "not a file" if os.path.exists(path) else "no such file"
+        problem = "not a file" if os.path.lexists(path) else "no such file"
         raise UserError(f"{path} is missing or damaged: {problem}")
     return path
 

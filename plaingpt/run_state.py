@@ -41,7 +41,7 @@ class RunState:
     skipped: NonNegativeInt = 0
     """steps whose gradients were not finite"""
     best_val_loss: float | None = None
-    """of the model in `best`, if there is one"""
+    """of the model in `best`, if there is one; during a run, only the main process keeps it up to date"""
     best_step: NonNegativeInt = 0
     lowest_val_loss: float | None = None
     """up to this step; `best` may have a lower one, from steps that were undone"""
@@ -82,8 +82,13 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
         if not others:
             raise
         raise UserError(f"{error}; {remedy} (--init_from=resume:NAME)") from error
-    if not existing(directory.parent / "best"):
-        state.forget_best()
+    best = existing(directory.parent / "best")
+    known = json_or_empty(best / "evaluation.json") if best else {}
+    comparable = all(known.get(name) == getattr(state, name) for name in ("data", "eval_sequences"))
+    if comparable and type(known.get("val_loss")) is float and type(known.get("step")) is int:
+        state.best_val_loss, state.best_step = known["val_loss"], known["step"]  # `best` may be from an undone step
+    elif not best or directory.name != "last" or (best / "evaluation.json").exists():
+        state.forget_best()  # otherwise an earlier version saved it, and training.json has its loss
     return state, found
 
 
@@ -97,12 +102,6 @@ def _read_state(directory: Path) -> RunState:
     content = earlier | {"eval_sequences": None} | content  # earlier versions did not save these fields
     if missing := hints.keys() - content.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
-    best = existing(directory.parent / "best")
-    if best and (best / "evaluation.json").exists():  # what counts: `best` may be from a step that was undone
-        found = json_or_empty(best / "evaluation.json")
-        comparable = all(found.get(name) == content[name] for name in ("data", "eval_sequences"))
-        content["best_val_loss"] = found.get("val_loss") if comparable else None
-        content["best_step"] = found.get("step") if comparable else 0
     return RunState(**{name: check_value(name, content[name], hint, path) for name, hint in hints.items()})
 
 

@@ -33,7 +33,7 @@ class Range(NamedTuple):
 PositiveInt = Annotated[int, Range("at least 1", lambda n: 1 <= n < 2**63)]
 Size = Annotated[int, Range("from 1 to 1,048,576", lambda n: 1 <= n <= 2**20)]
 NonNegativeInt = Annotated[int, Range("at least 0", lambda n: 0 <= n < 2**63)]
-Positive = Annotated[float, Range("more than 0", lambda x: 0 < x <= 1e30)]
+Positive = Annotated[float, Range("above 0", lambda x: 0 < x <= 1e30)]
 NonNegative = Annotated[float, Range("at least 0", lambda x: 0 <= x <= 1e30)]
 Fraction = Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
 BelowOne = Annotated[float, Range("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999)]
@@ -111,7 +111,8 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
         raise UserError(f"{path}: the recipe does not run: {type(error).__name__}: {one_line(error)}") from error
     skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     kept = {name: value for name, value in names.items() if name[0] != "_" and not isinstance(value, skipped)}
-    return {name: value.item() if hasattr(value, "item") else value for name, value in kept.items()}  # NumPy's numbers
+    is_number = {name: getattr(value, "shape", None) == () for name, value in kept.items()}  # NumPy's or torch's
+    return {name: value.item() if is_number[name] else value for name, value in kept.items()}
 
 
 def _leaves(hint: Any) -> list[Any]:
@@ -140,7 +141,8 @@ def _parse(text: str, hint: Any) -> Any:
 
 def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     """`value` as the type that `hint` asks for. Raises UserError if it has another type or is out of range."""
-    allowed, setting = _leaves(hint), f"{source}: {name}" if source not in ("", f"--{name}") else source or name
+    allowed, source = _leaves(hint), source or name
+    setting = source if source in (name, f"--{name}") else f"{source}: {name}"
     if type(value) is int and float in allowed:
         value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is float and int in allowed and value.is_integer():

@@ -29,7 +29,7 @@ class RunSettings:
     """directory of the prepared data sets"""
     init_from: PathName = "scratch"
     """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); gpt2 or another model"""
-    minutes: Annotated[float, Range("more than 0 and at most 1,000,000", lambda x: 0 < x <= 1e6)] | None = None
+    minutes: Annotated[float, Range("above 0, at most 1,000,000", lambda x: 0 < x <= 1e6)] | None = None
     """minutes for the entire command: sets the number of steps and, unless given, model, batch and learning rate"""
     max_iters: PositiveInt = 600000
     """number of training steps"""
@@ -39,7 +39,7 @@ class RunSettings:
     """micro-steps per training step over all processes, so that adding GPUs does not change the recipe"""
     eval_interval: PositiveInt = 2000
     """steps between evaluations; each, except at step 0, is followed by a checkpoint"""
-    eval_iters: Annotated[int, Range("at least 0", lambda n: 0 <= n <= 2**31)] = 200
+    eval_iters: Annotated[int, Range("from 0 to 2**31", lambda n: 0 <= n <= 2**31)] = 200
     """batches per evaluation, the same ones each time (0: the entire validation split)"""
     patience: NonNegativeInt = 0
     """stop after this many evaluations without improvement (0: never)"""

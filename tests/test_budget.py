@@ -100,6 +100,15 @@ def test_what_is_given_stays(data):
     assert chosen(data, 1, dict(n_head=6)).n_embd % 6 == 0
 
 
+def test_only_wide_models_in_very_long_runs_get_dropout():
+    text = SimpleNamespace(train=range(10**6), val=range(10**5))
+    found = [chosen(text, 10, dict(n_embd=width), speed) for width in (128, 512) for speed in (1e11, 1e13)]
+    assert [config.dropout for config in found] == [0, 0, 0, 0.2]
+    epochs = [config.max_iters * config.tokens_per_step / 1e6 for config in found]
+    assert epochs[1] > 100 and epochs[2] < 40 < epochs[3]
+    assert chosen(text, 10, dict(n_embd=512, dropout=0.1), 1e13).dropout == 0.1
+
+
 def test_a_model_for_which_memory_is_short_is_not_chosen(data):
     def tokens_per_second(config, seconds):
         if config.n_layer > 2:

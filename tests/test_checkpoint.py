@@ -409,9 +409,6 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
         load_model(tmp_path)
 
 
-# a directory of unknown origin
-
-
 def test_links_are_followed(saved, tmp_path_factory):
     """As in the cache of the hub, or where the weights are on another disk."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")

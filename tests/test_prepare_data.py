@@ -18,7 +18,7 @@ from conftest import child_environment, run_main
 
 import prepare_data
 from plaingpt.console import UserError
-from plaingpt.text import sources, streams
+from plaingpt.text import streams
 from plaingpt.text.streams import split_of
 from plaingpt.tokenizer import END_OF_TEXT, KINDS
 from plaingpt.tokens import open_data_set
@@ -94,9 +94,7 @@ def test_one_document_is_split_where_nanogpt_splits_it(prepare, folder, n):
     assert split_texts(directory, "val") == [text[int(n * 0.9) :]]
 
 
-def test_shakespeare_char_is_split_at_nine_tenths(monkeypatch, tmp_path):
-    (tmp_path / "input.txt").touch()
-    monkeypatch.setattr(sources, "download", lambda url, path, digest: tmp_path / "input.txt")
+def test_shakespeare_char_is_split_at_nine_tenths():
     source = prepare_data.find_source(prepare_data.PrepareConfig(sources=["shakespeare_char"]))
     assert (source.val_fraction, source.tokenizer) == (0.1, "char")
 
@@ -243,11 +241,13 @@ def test_the_source_gives_the_name_and_data_dir_the_place(prepare, folder, monke
     assert capsys.readouterr().err.endswith(f"next: {command}\n")
 
 
-@pytest.mark.parametrize("name", NEXT)
-def test_a_set_that_has_a_recipe_of_its_own_is_trained_by_it(prepare, folder, capsys, name):
-    prepare(folder({"a.txt": "text " * 100}), "--tokenizer=byte", name=name)
-    assert capsys.readouterr().err.endswith(f"\nnext: python train.py config/{NEXT[name]}\n")
-    recipe, *_ = NEXT[name].split()
+@pytest.mark.parametrize(("name", "tokenizer"), NEXT)
+def test_a_set_that_has_a_recipe_of_its_own_is_trained_by_it(prepare, folder, capsys, name, tokenizer):
+    text = folder({"a.txt": "text " * 100})
+    prepare(text, f"--tokenizer={tokenizer}", name=name)
+    command = NEXT[name, tokenizer]
+    assert capsys.readouterr().err.endswith(f"\nnext: python train.py config/{command}\n")
+    recipe, *_ = command.split()
     assert f'\ndataset = "{name}"\n' in (ROOT / "config" / recipe).read_text("utf-8")
 
 

@@ -163,16 +163,6 @@ def test_a_folder_with_a_numbered_checkpoint_alone_is_set_aside(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.1"]
 
 
-def test_the_loss_of_a_best_that_was_replaced_is_forgotten(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=6000, best_val_loss=2.7)
-    for name in ("step-005000", "best"):
-        shutil.copytree(tmp_path / "last", tmp_path / name)
-    edit_json(tmp_path / "step-005000" / "training.json", step=5000, best_val_loss=2.5)
-    (tmp_path / "best" / "training.json").unlink()
-    assert load_state(tmp_path / "last")[0].best_val_loss == 2.7
-    assert load_state(tmp_path / "step-005000")[0].best_val_loss == 2.5
-
-
 def test_a_folder_where_a_run_goes_on_or_that_is_a_checkpoint_is_refused(tmp_path):
     save_checkpoint(tmp_path / "run" / "last", *trained(), of_kind("char"))
     lock = claim(tmp_path / "run")
@@ -355,17 +345,28 @@ def test_a_best_of_a_run_that_was_killed_before_last_was_saved_counts(tmp_path):
     assert (state.step, state.best_val_loss, state.best_step) == (1, 2.0, 2)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"val_loss": 1}'])
-def test_a_best_whose_loss_cannot_be_read_is_not_replaced_but_renamed(tmp_path, content):
-    state = saved(tmp_path, [3.0])
-    (tmp_path / "best" / "evaluation.json").write_bytes(content)
+@pytest.mark.parametrize("changes", [None, {"val_loss": "x"}, {"step": None}, {"eval_sequences": 5}, {"data": "other"}])
+def test_a_best_whose_loss_is_not_known_is_not_replaced_but_renamed(tmp_path, changes):
+    saved(tmp_path, [3.0])
+    path = tmp_path / "best" / "evaluation.json"
+    if changes:
+        edit_json(path, **changes)
+    else:
+        path.write_bytes(b"")
     state, _ = load_state(tmp_path / "last")
-    assert state.best_val_loss is None
+    assert (state.best_val_loss, state.evaluated_at) == (None, None)  # so a finished run is evaluated again
     state.step = 2
     saver = Saver(tmp_path, state, *trained(), of_kind("char"), HERE)
     saver.save(2.9)
     assert saver.wait() is None and (tmp_path / "best.1").is_dir()
     assert load_state(tmp_path / "last")[0].best_val_loss == 2.9
+
+
+def test_of_the_previous_version_only_last_knows_the_loss_of_best(tmp_path):
+    saved(tmp_path, [3.0, 2.0])
+    (tmp_path / "best" / "evaluation.json").unlink()
+    assert load_state(tmp_path / "last")[0].best_val_loss == 2.0
+    assert load_state(tmp_path / "step-000001")[0].best_val_loss is None
 
 
 def test_a_checkpoint_of_the_previous_version_loads(tmp_path):

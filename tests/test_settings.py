@@ -32,7 +32,7 @@ class Cake:
     """kilograms"""
     glaze_share: Fraction = 0.25
     """of the surface"""
-    flour: Annotated[float, Range("more than 0 and at most 2", lambda x: 0 < x <= 2)] | None = None
+    flour: Annotated[float, Range("above 0, at most 2", lambda x: 0 < x <= 2)] | None = None
     """kilograms"""
     icing: Literal["plain", "lemon"] = "plain"
     """its taste"""
@@ -218,14 +218,14 @@ def test_a_tilde_is_the_home_directory_in_a_path_and_a_tilde_in_a_text(recipe, m
         ("--layers=True", "--layers must be int (at least 1), not 'True'"),
         ("--layers=None", "--layers must be int (at least 1), not 'None'"),
         ("--candles=-1", "--candles must be int (at least 0), not -1"),
-        ("--sugar=0", "--sugar must be float (more than 0), not 0.0"),
-        ("--sugar=-1e-9", "--sugar must be float (more than 0), not -1e-09"),
-        ("--sugar=inf", "--sugar must be float (more than 0), not inf"),
-        ("--sugar=nan", "--sugar must be float (more than 0), not nan"),
-        ("--sugar=much", "--sugar must be float (more than 0), not 'much'"),
+        ("--sugar=0", "--sugar must be float (above 0), not 0.0"),
+        ("--sugar=-1e-9", "--sugar must be float (above 0), not -1e-09"),
+        ("--sugar=inf", "--sugar must be float (above 0), not inf"),
+        ("--sugar=nan", "--sugar must be float (above 0), not nan"),
+        ("--sugar=much", "--sugar must be float (above 0), not 'much'"),
         ("--glaze_share=1.01", "--glaze_share must be float (from 0 to 1), not 1.01"),
         ("--glaze_share=nan", "--glaze_share must be float (from 0 to 1), not nan"),
-        ("--flour=2.1", "--flour must be float (more than 0 and at most 2), not 2.1"),
+        ("--flour=2.1", "--flour must be float (above 0, at most 2), not 2.1"),
         ("--icing=rum", "--icing must be plain|lemon, not 'rum'"),
         ("--sliced=yes", "--sliced must be True|False, not 'yes'"),
         ("--sliced=None", "--sliced must be True|False, not 'None'"),

@@ -306,8 +306,8 @@ def test_a_resume_on_other_data_is_reported(tmp_path, train, resume, data_dir):
 
 def test_the_best_loss_on_other_data_is_forgotten(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=6)
-    changes = {"data": "another", "best_val_loss": 0.01, "evaluations_since_lowest": 1}
-    edit_json(tmp_path / "run" / "last" / "training.json", **changes)
+    edit_json(tmp_path / "run" / "last" / "training.json", data="another", evaluations_since_lowest=1)
+    edit_json(tmp_path / "run" / "best" / "evaluation.json", data="another", val_loss=0.01)
     resume(tmp_path / "run", max_iters=7)
     assert load_state(tmp_path / "run" / "last")[0].best_step == 7
 

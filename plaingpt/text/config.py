@@ -20,7 +20,7 @@ class PrepareConfig:
     """gpt2, char, byte, bpe (trained on your text), or a model directory (default for files: gpt2)"""
     vocab_size: Size = 2048
     """ids of a bpe tokenizer, including end of text"""
-    val_fraction: Annotated[float, Range("more than 0 and at most 0.5", lambda x: 0 < x <= 0.5)] | None = None
+    val_fraction: Annotated[float, Range("above 0, at most 0.5", lambda x: 0 < x <= 0.5)] | None = None
     """fraction of the text held out for validation (default: 0.05 for files, 0.01 for hf:; named sources differ)"""
     dedup: bool = False
     """drop exact copies of documents, except text files over 1 MB; takes about 100 bytes of memory per document"""

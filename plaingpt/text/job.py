@@ -56,7 +56,7 @@ class Job:
     @functools.cached_property
     def digest(self) -> str:
         """A hash of the source and the settings, the same on every machine."""
-        source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.stdin else None
+        source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
         own = dict(sources=[], name=None, part="", threads=None, data_dir="")  # they change nothing, or are in `source`
         config = dataclasses.replace(self.config, tokenizer=self.kind, **own)
         result = FORMAT, source, config, self.parts
@@ -98,7 +98,7 @@ def prepare(job: Job, threads: int) -> dict | None:
         try:
             encode_part(part, threads)
         except BaseException:
-            if job.source.stdin:  # it cannot be continued
+            if job.source.once:  # it cannot be continued
                 remove(job)
             raise
         with job.lock(plan_lock, wait=True):

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -24,8 +24,6 @@ from plaingpt.tokens import NAMED
 
 HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
 CACHE = Path(__file__).parents[2] / "data" / ".downloads"
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 HUB = {  # repository, share for validation, and what is pinned
     "tinystories": ("roneneldan/TinyStories", 0.01, {}),
     # the revision that has Parquet files instead of a script
@@ -45,17 +43,12 @@ class Source:
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
     bad_files: str | None = None  # instead of the setting
-    stdin: str = ""  # the file that standard input is copied to, as it cannot be read again
+    fetch: Callable[[Path], Path] | None = None  # returns the only file, after downloading or copying it
+    once: bool = False  # it cannot be read again later
     summary: str = ""  # of the files read and skipped
 
     def fetched(self, directory: Path) -> "Source":
-        """Copy standard input into `directory`, if it is the source."""
-        if not self.stdin:
-            return self
-        path = directory / self.stdin
-        with new_file(path, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-        return dataclasses.replace(self, files=(File.at(str(path)),))
+        return dataclasses.replace(self, files=(File.at(str(self.fetch(directory))),)) if self.fetch else self
 
     def inputs(self) -> list[File | Shard]:
         """What is read one after another, in an order that depends on the source alone."""
@@ -87,13 +80,13 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         others = "files, directories and globs of text, or hf:owner/name"
         raise UserError(f"name a source: one of {', '.join(NAMED)}, or {others}")
     if named == "-":
-        return Source("stdin", "standard input", stdin="stdin.jsonl" if json_lines else "stdin.txt")
+        path = "stdin.jsonl" if json_lines else "stdin.txt"
+        return Source("stdin", "standard input", fetch=lambda directory: _standard_input(directory / path), once=True)
     if named == "python":
         return Source("python", "python", _python_files(), tokenizer="bpe", bad_files="skip")
     if named in ("shakespeare", "shakespeare_char"):
-        kind, path = "char" if named == "shakespeare_char" else "gpt2", CACHE / "tinyshakespeare.txt"
-        files = (File.at(str(download(SHAKESPEARE, path, SHAKESPEARE_SHA256))),)
-        return Source(named, named, files, tokenizer=kind, val_fraction=0.1)
+        kind = "char" if named == "shakespeare_char" else "gpt2"
+        return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
     if named:
         return _hub(named, config)
     wanted = [*map(os.path.normpath, wanted)]
@@ -237,3 +230,15 @@ def _python_files() -> tuple[File, ...]:
     found = walk(sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "test", "tests", "idle_test"})
     files = [path for path in found if path.endswith(".py")]
     return tuple(File.at(path) for path in sorted(files, key=lambda path: path.split(os.sep)))
+
+
+def _standard_input(path: Path) -> Path:
+    with new_file(path, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+    return path
+
+
+def _shakespeare(_: Path) -> Path:
+    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    digest = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    return download(url, CACHE / "tinyshakespeare.txt", digest)
