@@ -308,6 +308,7 @@ def test_a_run_that_is_restarted_keeps_its_number_of_steps(tmp_path, data_dir):
     run_for(data_dir, tmp_path / "run", 0.03, **SMALL, init_from="auto")
     before = load_state(tmp_path / "run" / "last")[0]
     ended = run_for(data_dir, tmp_path / "run", 0.03, **SMALL, init_from="auto")
+    assert "--minutes is ignored: the run keeps its number of steps" in ended.err
     assert f"the run is complete at step {before.step}; to train longer: --init_from=resume" in ended.err
     assert load_state(tmp_path / "run" / "last")[0] == before
 
