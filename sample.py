@@ -218,10 +218,11 @@ def which_model(config: SampleConfig) -> str | Path:
     if config.init_from not in (None, "resume"):
         return config.init_from
     out_dir = Path(config.out_dir)
-    files = any((out_dir / name).is_file() for name in ("config.json", "ckpt.pt"))  # of a model; of nanoGPT
-    if not files and not any(existing(out_dir / name) for name in ("best", "last")):
-        raise UserError(f"{out_dir} has no model; train one first, or name its directory: --out_dir=…")
-    return out_dir
+    if (out_dir / "config.json").is_file() or any(existing(out_dir / name) for name in ("best", "last")):
+        return out_dir
+    if (nanogpt := out_dir / "ckpt.pt").is_file():
+        return nanogpt
+    raise UserError(f"{out_dir} has no model; train one first, or name its directory: --out_dir=…")
 
 
 def read_text(path: str) -> str:

@@ -198,11 +198,12 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
             for name in (name for name, place in places.items() if place[0] == file):
                 tensor = tensors.get_tensor(places[name][1])
                 weights[name] = _in_memory(directory, name, tensor.mT if name.endswith(TRANSPOSED) else tensor, config)
-    if not config.bias:
-        biases = {name: weights.pop(name) for name in list(weights) if name.endswith("bias")}
-        if changed := next((name for name in biases if biases[name].any()), None):  # `save_model` wrote zeros
-            raise UserError(f"{directory}: the model has no biases, but {changed} is not zero")
-    return config, weights
+    if config.bias:
+        return config, weights
+    biases = [name for name in weights if name.endswith("bias")]
+    if any(weights[name].any() for name in biases):  # `save_model` wrote zeros; another tool has trained them
+        return dataclasses.replace(config, bias=True), weights
+    return config, {name: tensor for name, tensor in weights.items() if name not in biases}
 
 
 @contextlib.contextmanager

@@ -145,6 +145,9 @@ class Saver:
         self._problem = None
         if bad := next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None):
             return self._failed(f"step {state.step} is not saved: {bad} has values that are not finite numbers")
+        if val_loss is not None and not math.isfinite(val_loss) and existing(self.out_dir / "last"):
+            problem = f"its validation loss is {val_loss}; try a lower --learning_rate"
+            return self._failed(f"step {state.step} is not saved: {problem}")
 
         def model_files(new: Path) -> None:
             write_model(new, self.model.config, weights, self.tokenizer)

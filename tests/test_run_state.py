@@ -224,6 +224,19 @@ def test_values_that_are_not_finite_never_reach_a_checkpoint(tmp_path, capsys):
     assert load_state(tmp_path / "last")[0].step == 2
 
 
+def test_a_model_whose_loss_is_not_finite_replaces_no_checkpoint(tmp_path):
+    """The weights of a run that has diverged can be finite."""
+    model, optimizers = trained()
+    state = RunState(step=1)
+    saver = Saver(tmp_path, state, model, optimizers, of_kind("char"), HERE)
+    saver.save(val_loss=3.0)
+    state.step = 2
+    saver.save(val_loss=float("nan"), keep=True)
+    assert saver.wait() == "step 2 is not saved: its validation loss is nan; try a lower --learning_rate"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last"]
+    assert load_state(tmp_path / "last")[0].step == 1
+
+
 def test_a_disk_that_is_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path):
     """A limit to the size of files ends the writing of each file at each of its pages."""
     resource = pytest.importorskip("resource")

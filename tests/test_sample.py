@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, child_environment, flags, made_text, run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoint import make_model
+from test_checkpoint import make_model, nanogpt_checkpoint
 
 import sample as script
 from plaingpt.checkpoint import load_model, save_model
@@ -278,10 +278,10 @@ def test_interactive_makes_as_many_samples_at_once_as_allowed(learned, monkeypat
     assert sizes == [(0, 2), (2, 1), (3, 2), (5, 1)] and ended.out.count("the sea") == 3
 
 
-def test_the_directory_of_a_run_of_nanogpt_is_recognized(tmp_path):
-    (tmp_path / "ckpt.pt").touch()
-    ended = run_main("sample", f"--out_dir={tmp_path}")
-    assert ended.status == 2 and f"the directory of a nanoGPT run: use {tmp_path / 'ckpt.pt'}" in ended.err
+def test_the_checkpoint_in_a_directory_of_nanogpt_is_sampled(tmp_path):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    ended = run_main("sample", f"--out_dir={tmp_path}", "--max_new_tokens=2", "--num_samples=1", "--device=cpu")
+    assert ended.status == 0 and ended.out.strip(), ended.err
 
 
 def test_a_model_of_text_without_line_breaks_begins_without_one(tmp_path):

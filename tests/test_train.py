@@ -567,7 +567,8 @@ def test_a_return_to_an_earlier_checkpoint_loses_no_record_and_blames_no_loss(tm
     ended = resume(tmp_path / "run", init_from="resume:step-000002", max_iters=4, learning_rate=1e-6, lr_decay_iters=4)
     assert metrics.read_bytes().startswith(before)
     assert [record["step"] for record in records(tmp_path / "run") if "val_loss" in record] == [0, 2, 4]
-    assert "at step 8, saved in" in ended.err and "overfit" not in ended.err
+    assert "at step 8, saved in" in ended.err and "best, before the run went back to an earlier step" in ended.err
+    assert "overfit" not in ended.err
     assert load_state(tmp_path / "run" / "last")[0].evaluations_since_lowest == 0
 
 
