@@ -44,8 +44,8 @@ def main() -> None:
         raise UserError(f"--{min(unused)} is for Hugging Face data sets (hf:owner/name)")
     if "vocab_size" in given and kind != "bpe":
         raise UserError(f"--vocab_size is for --tokenizer=bpe, and this is {kind}")
-    val_fraction, bad_files = config.val_fraction or source.val_fraction, source.bad_files or config.bad_files
-    config = dataclasses.replace(config, val_fraction=val_fraction, bad_files=bad_files)
+    bad_files = config.bad_files or source.bad_files
+    config = dataclasses.replace(config, val_fraction=config.val_fraction or source.val_fraction, bad_files=bad_files)
     job = Job(directory, source, config, kind, tokenizer, part, parts)
     if parts == 1 or not job.is_done():
         check_replaced(directory, source, config.name)
@@ -101,7 +101,8 @@ def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: flo
     amount = f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
     note(f"{directory}: {amount} of text, vocabulary of {meta['vocab_size']:,}")
     if (share := meta["splits"]["val"]["bytes"] / size) > 3 * val_fraction:
-        note(f"{share:.0%} of the text is in validation: documents differ in size, and entire ones go there")
+        reason = "documents are few, short or of different sizes"
+        note(f"{share:.2%} of the text is in validation instead of {val_fraction:.2%}: {reason}")
     name = directory.name
     place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
     if tokenizer is None and meta["tokenizer"] == "gpt2" and size < 1e8 and meta["source"] not in NAMED:

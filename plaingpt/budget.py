@@ -102,7 +102,8 @@ def choose_settings(
     note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
     note(
         f"lowest predicted loss in {config.minutes:g} min: {config.n_layer} x {config.n_embd}, block_size "
-        f"{config.block_size}, learning_rate {config.learning_rate:g}, dropout {config.dropout:g}"
+        f"{config.block_size}, learning_rate {config.learning_rate:g}, weight_decay {config.weight_decay:g}, "
+        f"dropout {config.dropout:g}"
     )
     fixed = {"warmup_iters": "--minutes"}  # so a resume does not derive it from a corrected max_iters
     return config, {name: source for name, source in given.items() if name not in STEPS} | fixed
@@ -173,9 +174,13 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
             "time, or a smaller --batch_size or --gradient_accumulation_steps"
         )
     rate = muon_learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
+    # Weights are an average of the updates of the last 1 / (learning_rate * weight_decay) steps. About an epoch of
+    # them, or fewer in a shorter run, beats the usual decay of 0.1 (Wang and Aitchison 2024; docs/scaling.md).
+    averaged = max(50, steps / (1 + tokens / len(data.train)))
     sequences = int(EVALUATION_SHARE * tokens / config.block_size)
     chosen = {
         "learning_rate": rate if config.is_new_model else float(f"{rate / 3:.2g}"),
+        "weight_decay": float(f"{1 / (rate * averaged):.2g}") if config.is_new_model else config.weight_decay,
         "momentum": 0.85 if steps < 500 else 0.95,
         # In narrow models and shorter runs, dropout costs more than the overfitting that it prevents.
         "dropout": 0.2 if tokens > 40 * len(data.train) and config.n_embd >= 384 else config.dropout,

@@ -86,7 +86,7 @@ class OptimizationSettings:
     min_lr: NonNegative | None = None
     """final learning rate (None: 0 for linear, learning_rate / 10 for cosine)"""
     weight_decay: NonNegative = 0.1
-    """weight decay of matrices and embeddings"""
+    """weight decay of matrices and embeddings; --minutes chooses it for a new model"""
     momentum: BelowOne = 0.95
     """Muon's momentum; 0.85 is better for runs of a few hundred steps"""
     beta1: BelowOne = 0.9

@@ -18,7 +18,7 @@ from plaingpt.console import UserError
 from plaingpt.distributed import Distributed, connect
 from plaingpt.run import resumed_settings
 from plaingpt.run_state import RunState, load_state
-from plaingpt.train_config import TrainConfig
+from plaingpt.train_config import TrainConfig, muon_learning_rate
 
 DIST = connect("cpu", "float32")
 
@@ -233,6 +233,18 @@ def test_context_and_batch_follow_from_the_speed_of_the_model_that_is_chosen(dat
         assert config.block_size == given.get("block_size", context) and config.tokens_per_step == 32 * context
 
 
+@pytest.mark.parametrize("given", [{}, {"learning_rate": 0.02}, {"optimizer": "adamw"}])
+@pytest.mark.parametrize("text_tokens", [10**4, 10**6, 10**9])
+def test_weights_average_over_an_epoch_or_a_shorter_run(data, given, text_tokens):
+    data.train = range(text_tokens)
+    config = chosen(data, 3, given)
+    steps_per_epoch = text_tokens / config.tokens_per_step
+    rate = muon_learning_rate(config.n_embd, config.max_iters) / (4 if "optimizer" in given else 1)
+    averaged = 1 / (rate * config.weight_decay)
+    assert averaged == pytest.approx(max(50, 1 / (1 / config.max_iters + 1 / steps_per_epoch)), rel=0.06)
+    assert chosen(data, 3, given | {"weight_decay": 0.05}).weight_decay == 0.05
+
+
 @pytest.mark.parametrize("slower", [0.3, 1.0, 1.7])
 @pytest.mark.parametrize("changes", [math.inf, 200, 500])
 @pytest.mark.parametrize("first_evaluation", [4, 20])
@@ -328,7 +340,7 @@ def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_
     state = load_state(tmp_path / "run" / "last")[0]
     settings = state.settings
     assert settings["max_iters"] == state.step < 1e9 and settings["warmup_iters"] < 1e6
-    assert settings["beta2"] == 0.9 and settings["n_embd"] == 16
+    assert settings["beta2"] == 0.9 and settings["n_embd"] == 16 and settings["weight_decay"] == 0.1
 
 
 @pytest.mark.parametrize("changed", [dict(n_layer=5), dict(block_size=64)])

@@ -52,7 +52,8 @@ def mixed(tmp_path) -> Path:
     (folder / "lines.json.gz").write_bytes(gzip.compress(write(folder / "x", DOCUMENTS[110:150]).read_bytes()))
     (folder / "x").write_text("text without a suffix, the last one")
     (folder / "rows.csv").write_text("id,text\n" + "".join(f'{i},"{d}"\n' for i, d in enumerate(DOCUMENTS[150:200])))
-    pq.write_table(pa.table({"text": DOCUMENTS[200:] + DOCUMENTS[:9]}), folder / "rows.parquet", row_group_size=20)
+    copies = DOCUMENTS[60:69]  # of the first rows of lines.jsonl
+    pq.write_table(pa.table({"text": DOCUMENTS[200:] + copies}), folder / "rows.parquet", row_group_size=20)
     return folder
 
 
@@ -170,6 +171,9 @@ def test_a_finished_part_is_not_removed_by_another_command(tmp_path, mixed, smal
 def test_validation_of_a_small_share_is_never_empty_by_chance(tmp_path, text):
     prepare(text, tmp_path, "--val_fraction=0.01")  # two documents on average, and perhaps none
     assert len(documents(tmp_path, "val")) > 200  # the tail of each
+    source = write(tmp_path / "more.jsonl", [f"{i} " + "text " * 20 for i in range(2000)])
+    prepare(source, tmp_path, "--val_fraction=0.0005")  # one document on average
+    assert len(documents(tmp_path, "val")) == 2000
 
 
 def test_other_settings_or_another_text_begin_anew(tmp_path, text, small):
@@ -427,7 +431,7 @@ def test_a_file_that_changes_while_it_is_read_is_no_mixture_of_both(tmp_path, te
     os.waitpid(forked(work), 0)
     assert (tmp_path / "refused").exists() and not (tmp_path / "set").exists()
     assert "unfinished work for another text" in prepare(text, tmp_path).err
-    assert len(documents(tmp_path, "train") + documents(tmp_path, "val")) == 200  # the tail of each
+    assert sorted(documents(tmp_path, "train") + documents(tmp_path, "val")) == sorted(DOCUMENTS[:100])
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b", "1/2/3", "-1/2"])
@@ -469,6 +473,17 @@ def test_copies_are_left_out_wherever_they_are(tmp_path, small, n):
         assert meta[0]["splits"][split] == meta[1]["splits"][split] != meta[2]["splits"][split]
     if n == 260:  # with copies too, none is in both splits
         assert not set(documents(tmp_path / "all", "train")) & set(documents(tmp_path / "all", "val"))
+
+
+def test_a_large_file_is_not_taken_for_a_copy_and_counts_as_one_document(tmp_path, small):
+    folder, text = tmp_path / "files", " ".join(DOCUMENTS[:20])  # in many pieces and batches
+    folder.mkdir()
+    (folder / "a.txt").write_text(text)
+    (folder / "b.txt").write_text(text + " " + DOCUMENTS[20])
+    prepare(folder, tmp_path, "--dedup")
+    splits = json.loads((tmp_path / "set" / "meta.json").read_text())["splits"]
+    assert sum(figures["bytes"] for figures in splits.values()) == sum(path.stat().st_size for path in folder.iterdir())
+    assert {split: figures["documents"] for split, figures in splits.items()} == {"train": 2, "val": 2}
 
 
 def test_the_split_is_the_same_in_another_form_order_and_size_of_the_source(tmp_path, small):

@@ -213,6 +213,15 @@ def test_a_bpe_is_trained_on_the_text_to_the_size_asked_for(prepare, folder):
     assert len(open_data_set(directory).train) < len(source.joinpath("a.txt").read_text()) / 1.5
 
 
+def test_of_python_bad_files_are_skipped_unless_asked_otherwise(prepare, folder, monkeypatch):
+    library = folder({"good.py": "text " * 100})
+    (library / "latin.py").write_bytes(b"gr\xf6\xdfe")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(library))
+    assert split_texts(prepare("python", "--tokenizer=byte"), "train") == ["text " * 95]
+    with pytest.raises(UserError, match=r"latin\.py is not UTF-8 text"):
+        prepare("python", "--tokenizer=byte", "--bad_files=stop")
+
+
 def test_a_link_to_another_place_stays_one(prepare, folder, tmp_path):
     prepare(folder({"a.txt": "old " * 100}), name="elsewhere").rename(tmp_path / "far")
     (tmp_path / "data" / "set").symlink_to(tmp_path / "far")
@@ -274,7 +283,16 @@ def test_a_large_document_that_goes_to_validation_is_noted(prepare, folder, caps
     texts = (f"{i} " * 5000 for i in range(999))
     large = next(text for text in texts if split_of(xxhash.xxh3_64_intdigest(text.encode()), 0.05) == "val")
     prepare(folder({f"{i}.txt": f"document {i}" for i in range(220)} | {"large.txt": large}), "--tokenizer=byte")
-    assert "of the text is in validation: documents differ in size, and entire ones go there" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "of the text is in validation instead of 5.00%: documents are few, short or of different sizes" in printed
+
+
+def test_short_documents_are_not_cut(prepare, folder):
+    """The ends of a few names would be single letters."""
+    names = ["".join(letters) for letters in itertools.product("aeiou", "bdgk", "anou", "r")]
+    data = prepare(folder({"names.jsonl": "".join(json.dumps({"text": name}) + "\n" for name in names)}))
+    found = {split: split_texts(data, split) for split in ("train", "val")}
+    assert sorted(found["train"] + found["val"]) == sorted(names) and 0 < len(found["val"]) < 20
 
 
 def test_a_default_tokenizer_for_little_text_is_noted(prepare, folder, capsys):

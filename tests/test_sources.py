@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from plaingpt.console import UserError
+from plaingpt.console import RunFailed, UserError
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.sources import Source, download, find_source
 
@@ -36,6 +36,22 @@ def documents(*wanted, **options) -> list[str]:
 
 
 # files, folders and globs
+
+
+def test_a_file_that_is_changed_to_the_same_size_while_it_is_read_is_refused(here):
+    texts = source("a.txt").files[0].texts(PrepareConfig())
+    next(texts)
+    (here / "a.txt").write_text("text of A.txt")
+    os.utime(here / "a.txt", (1, 1))  # two writes within a tick of the clock have the same time
+    with pytest.raises(RunFailed, match=r"a\.txt was changed while it was read"):
+        next(texts)
+
+
+def test_two_dots_after_a_link_lead_above_its_target(here):
+    (here / "mine").mkdir()
+    (here / "mine" / "link").symlink_to(here / "b" / "deep")
+    (here / "mine" / "1.md").write_text("text of another file")
+    assert documents("mine/link/../1.md") == ["b/1.md"]
 
 
 def test_a_file_is_one_document(here):

@@ -26,9 +26,9 @@ class PrepareConfig:
     """drop exact copies of documents, except text files over 1 MB; takes about 100 bytes of memory per document"""
     split_documents: bool = False
     """split text files into documents at <|endoftext|>"""
-    bad_files: Literal["stop", "skip", "replace"] = "stop"
+    bad_files: Literal["stop", "skip", "replace"] | None = None
     """invalid UTF-8: stop; skip the document (of a text file over 1 MB: the bad megabyte; of a JSON array: all of it);
-    or write U+FFFD"""
+    or replace the invalid bytes by U+FFFD (default: stop; skip for python)"""
     encoding: str | None = None
     """encoding of text files, such as latin-1 (default: by byte order mark, else UTF-8)"""
     column: str = "text"

@@ -42,7 +42,7 @@ class Source:
     dataset: Any = None
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
-    bad_files: str | None = None  # instead of the setting
+    bad_files: str = "stop"
     fetch: Callable[[Path], Path] | None = None  # returns the only file, after downloading or copying it
     once: bool = False  # it cannot be read again later
     summary: str = ""  # of the files read and skipped
@@ -89,7 +89,7 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
     if named:
         return _hub(named, config)
-    wanted = [*map(os.path.normpath, wanted)]
+    wanted = [str(Path(word)) for word in wanted]  # unlike normpath, keeps `..`, which may follow a link
     files, summary = find_files(wanted, config)
     name = re.sub(r"[^\w-]+", "_", Path(wanted[0]).stem.partition(".")[0]).strip("_-") or "text"
     return Source(name, shlex.join(wanted), files, summary=summary)
@@ -97,8 +97,8 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
 
 def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...], str]:
     """The files that are read, each once, in the order of their paths, and a summary of these and of those left out."""
-    named = {os.path.normpath(word) for word in words if os.path.isfile(word)}
-    paths = {os.path.normpath(path) for word in words for path in _matches(word)}
+    named = {word for word in words if os.path.isfile(word)}
+    paths = {str(Path(path)) for word in words for path in _matches(word)}
     # by inode and device: each file once, whatever links there are; some file systems give 0 for every inode
     paths = {(os.stat(path).st_dev, os.stat(path).st_ino or path): path for path in sorted(paths, reverse=True)}
     files, read, skipped = [], collections.Counter(), collections.Counter()

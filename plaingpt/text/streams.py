@@ -56,7 +56,7 @@ def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[
             raise UserError(f"{path} cannot be decompressed: {one_line(error)}") from error
 
 
-def checked(text: bytes, where: str, bad_files: str, position: int = 0) -> bytes:
+def checked(text: bytes, where: str, bad_files: str | None, position: int = 0) -> bytes:
     """`text`, at `position` of a file, if it is UTF-8; else by --bad_files: an error, nothing and a note, or U+FFFD."""
     try:
         if not text.isascii():
@@ -66,11 +66,11 @@ def checked(text: bytes, where: str, bad_files: str, position: int = 0) -> bytes
         problem = f"{where} is not UTF-8 text (byte 0x{text[error.start]:02x} at {position + error.start:,})"
     if bad_files == "replace":
         return text.decode(errors="replace").encode()
-    if bad_files == "stop":
-        remedy = "use --bad_files=skip to drop it, --bad_files=replace to write U+FFFD instead, or name the --encoding"
-        raise UserError(f"{problem}; {remedy}")
-    note_once(f"skipped: {problem}", (where, position))
-    return b""
+    if bad_files == "skip":
+        note_once(f"skipped: {problem}", (where, position))
+        return b""
+    remedy = "use --bad_files=skip to drop it, --bad_files=replace to write U+FFFD instead, or name the --encoding"
+    raise UserError(f"{problem}; {remedy}")
 
 
 def note_once(message: str, about: object) -> None:
