@@ -60,7 +60,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     parsed = ((f"--{name}", name, _parse(text, hints.get(name))) for name, text in flags)
     for source, name, value in itertools.chain(recipes, parsed):
         if name in retired:
-            note(f"{source}: {name}: {retired[name]}")
+            note(f"{name}: {retired[name]}")
         elif name in hints:
             values[name], given[name] = check_value(name, value, hints[name], source), source
         else:

@@ -103,6 +103,9 @@ def test_a_learning_rate_that_is_probably_a_mistake_is_reported_in_one_line(tmp_
     (line,) = warnings(max_iters=10, warmup_iters=10)
     assert line.startswith("warmup_iters=10 is not below max_iters=10: the learning rate never reaches 0.01")
     assert warnings(max_iters=10, warmup_iters=9, min_lr=1e-2) == []
+    rises = "min_lr=0.02 is above learning_rate=0.01: the learning rate will rise"
+    assert warnings(max_iters=10, min_lr=2e-2) == [rises]
+    assert warnings(max_iters=10, min_lr=2e-2, decay_lr=False) == []
 
 
 def test_max_iters_is_exact_and_the_last_update_is_evaluated_and_saved(tmp_path, train):
