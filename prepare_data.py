@@ -20,14 +20,8 @@ from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job, prepare
 from plaingpt.text.sources import Source, find_source
 from plaingpt.tokenizer import resolve_tokenizer
-from plaingpt.tokens import NAMED
 
 OWN = re.compile(r"(train|val)(_\d+)?\.bin|meta\.json|tokenizer(_config)?\.json|SHA256SUMS|\.DS_Store")
-NEXT = {  # (name, tokenizer): a recipe that sets `dataset`
-    ("python", "bpe"): "quickstart.py",
-    ("shakespeare_char", "char"): "train_shakespeare_cpu.py",
-    ("shakespeare", "gpt2"): "finetune_shakespeare.py --init_from=gpt2",
-}
 
 
 def main() -> None:
@@ -40,7 +34,7 @@ def main() -> None:
     if parts > 1 and config.dedup:
         raise UserError("--dedup needs all documents in one process: leave out --part")
     kind, tokenizer = resolve_tokenizer(config.tokenizer or source.tokenizer)
-    if source.dataset is None and (unused := {"config", "split", "revision", "streaming"} & given.keys()):
+    if source.dataset is None and (unused := {"config", "split", "revision"} & given.keys()):
         raise UserError(f"--{min(unused)} is for Hugging Face data sets (hf:owner/name)")
     if "vocab_size" in given and kind != "bpe":
         raise UserError(f"--vocab_size is for --tokenizer=bpe, and this is {kind}")
@@ -105,13 +99,11 @@ def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: flo
         note(f"{share:.2%} of the text is in validation instead of {val_fraction:.2%}: {reason}")
     name = directory.name
     place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
-    if tokenizer is None and meta["tokenizer"] == "gpt2" and size < 1e8 and meta["source"] not in NAMED:
+    if tokenizer is None and meta["tokenizer"] == "gpt2" and size < 1e8:
         note("GPT-2's tokenizer suits finetuning GPT-2; to train a new model on so little text, use --tokenizer=bpe")
     tokens = [figures["tokens"] for figures in meta["splits"].values()]
     if min(tokens) < 2 or sum(tokens) < 64:
         note("this is too little text to train on")
-    elif (name, meta["tokenizer"]) in NEXT and not place:
-        note(f"next: python train.py config/{NEXT[name, meta['tokenizer']]}")
     else:
         is_model = tokenizer and os.path.isfile(os.path.join(tokenizer, "config.json"))
         finetune = f" --init_from={shlex.quote(tokenizer)}" if is_model else ""

@@ -90,8 +90,8 @@ def main() -> None:
         interact(decoder, tokenizer, config)
     else:
         starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
-        prompts = [encode_prompt(start, tokenizer) for start in starts for _ in range(config.num_samples)]
-        write_all(decoder, tokenizer, config, prompts)
+        prompts = [encode_prompt(start, tokenizer) for start in starts]
+        write_all(decoder, tokenizer, config, [prompt for prompt in prompts for _ in range(config.num_samples)])
 
 
 def write_all(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from plaingpt.console import UserError, note, one_line
+from plaingpt.console import UserError, counted, note, one_line
 from plaingpt.files import check_sums, file_of
 from plaingpt.hub import CONFIG_NAMES, CONVERT, TOKENIZER_FILES, checked_config, model_directory, read_config
 from plaingpt.tokenizer import Tokenizer, gpt2
@@ -115,7 +115,7 @@ def _read_unchanged(path_or_name: str | Path, check: bool) -> tuple[GPTConfig, d
             if _identity(directory) == before:
                 return loaded
         except UserError:
-            if _identity(directory) == before:
+            if before and _identity(directory) == before:
                 raise
     raise UserError(f"{path_or_name} is replaced faster than it can be read; try again later")
 
@@ -161,7 +161,7 @@ def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPT
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         raise UserError(f"{source}: {problem}; remove the added tokens, or resize the embedding in transformers")
     if rows := config.vocab_size - tokenizer.vocab_size:
-        note(f"{source}: {rows} rows of the embedding belong to no token and are dropped")
+        note(f"{source}: {counted(rows, 'row')} of the embedding belong to no token and are dropped")
     return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
 
 
@@ -179,7 +179,7 @@ def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Te
 
 
 def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> tuple[GPTConfig, dict[str, Tensor]]:
-    shards = sorted(path.name for path in directory.glob("model-*-of-*.safetensors"))
+    shards = sorted(path.name for path in directory.glob("model-[0-9]*-of-[0-9]*.safetensors"))
     files = shards if shards and not (directory / "model.safetensors").exists() else ["model.safetensors"]
     if files == shards and len(shards) != (wanted := int(re.search(r"of-(\d+)", shards[0])[1])):
         raise UserError(f"{directory} has {len(shards)} of the {wanted} files of the weights")

@@ -32,8 +32,7 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
     per_token = c.n_layer * c.n_embd * (4 if config.recompute else 17) + c.padded_vocab_size
     needed = 12 * parameters / shard_count(dist, config.sharding) + config.batch_size * c.block_size * per_token
-    free = free_memory(dist)
-    if free is None or config.eval_only:
+    if config.eval_only or (free := free_memory(dist)) is None:
         return
     free = -dist.max(-int(free))[0]  # the least of all ranks, so that they agree
     if needed > free:

@@ -171,7 +171,7 @@ def finish_run(config: TrainConfig, state: RunState, start: int, stopping: int, 
         reason = f"{counted(state.evaluations_since_lowest, 'evaluation')} without improvement"
         note(f"ended early, after step {state.step}: {reason}; to go on: {resume} --patience=0")
     risen = state.evaluations_since_lowest > 1 and state.best_step < state.step  # one evaluation may be noise
-    since = ", and has risen since: the model may be overfitting" if risen else ""
+    since = ", and has not fallen since: the model may be overfitting" if risen else ""
     if state.best_step > state.step:
         since = ", before the run went back to an earlier step"
     note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{since}")

@@ -231,6 +231,15 @@ def test_weights_in_a_pickle_are_refused_and_can_be_converted(tmp_path):
     assert torch.allclose(logits(model), their_logits(theirs), atol=1e-5)
 
 
+def test_a_model_that_is_replaced_before_it_is_read_is_read_again(tmp_path, monkeypatch):
+    saved, tokenizer = tmp_path / "last", of_kind("byte")
+    with new_directory(saved) as new:
+        save_model(new, make_model(tokenizer), tokenizer)
+    removed = [tmp_path / ".last.old"]  # by the save that put `last` in its place
+    monkeypatch.setattr("plaingpt.checkpoint.model_directory", lambda _: removed.pop() if removed else saved)
+    assert load_model(saved)[1].same_as(tokenizer) and not removed
+
+
 def test_a_model_loaded_while_a_run_saves_is_one_of_those_saved(tmp_path):
     """The n-th save writes n everywhere; a loaded model must not consist of two."""
     tokenizer, stop = of_kind("char"), threading.Event()

@@ -365,6 +365,14 @@ def test_what_cannot_be_a_page_is_refused_in_one_line(tmp_path, tiny_run, monkey
     ):
         ended = run_main("tools.page", model, f"--out={out}")
         assert (ended.status, ended.out) == (2, "") and reason in ended.err.splitlines()[-1], ended.err
+    model, tokenizer = load_model(tiny_run / "best")
+    with torch.no_grad():
+        model.transformer.wte.weight *= 1e30
+    overflows = tmp_path / "overflows"
+    overflows.mkdir()
+    save_model(overflows, model, tokenizer)
+    ended = run_main("tools.page", overflows, f"--out={tmp_path / 'page.html'}")
+    assert ended.status == 2 and "the logits of this model are not finite numbers" in ended.err
     monkeypatch.setattr("tools.page.MOST_MILLIONS", 0.001)
     ended = run_main("tools.page", tiny_run / "best", f"--out={tmp_path / 'page.html'}")
     assert ended.status == 2 and "browsers do not open larger pages" in ended.err

@@ -152,8 +152,7 @@ def test_an_earlier_data_set_stays_complete_until_the_new_one_is(tmp_path, text,
 
 
 def test_work_on_other_shards_of_a_data_set_is_not_continued(tmp_path):
-    """Streamed, a Hugging Face data set has other shards than on disk."""
-    source, configs = Source("set", "hf:me/set"), [PrepareConfig(streaming=streaming) for streaming in (True, False)]
+    source, configs = Source("set", "hf:me/set"), [PrepareConfig(split=split) for split in ("train", "train[:9]")]
     digests = {Job(tmp_path, source, config, "gpt2", None, 1, 1).digest for config in configs}
     assert len(digests) == 2
 
@@ -535,6 +534,9 @@ def test_who_stops_it_hears_whether_the_same_command_goes_on(tmp_path, text, sma
     assert (tmp_path / "done").exists()
 
 
-def test_standard_input_must_not_be_empty(tmp_path):
+def test_standard_input_must_be_text(tmp_path):
+    binary = "some text\0" * 100
     assert "there is no text in it" in prepare("-", tmp_path, status=2).err
+    assert "standard input is not text but a binary file" in prepare("-", tmp_path, status=2, stdin=binary).err
+    assert "there is no text in it" in prepare("-", tmp_path, "--bad_files=skip", status=2, stdin=binary).err
     assert contents(tmp_path) == {}

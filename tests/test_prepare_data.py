@@ -22,7 +22,6 @@ from plaingpt.text import streams
 from plaingpt.text.streams import split_of
 from plaingpt.tokenizer import END_OF_TEXT, KINDS
 from plaingpt.tokens import open_data_set
-from prepare_data import NEXT
 
 ROOT = Path(__file__).parent.parent
 LANGUAGES = (
@@ -250,16 +249,6 @@ def test_the_source_gives_the_name_and_data_dir_the_place(prepare, folder, monke
     assert capsys.readouterr().err.endswith(f"next: {command}\n")
 
 
-@pytest.mark.parametrize(("name", "tokenizer"), NEXT)
-def test_a_set_that_has_a_recipe_of_its_own_is_trained_by_it(prepare, folder, capsys, name, tokenizer):
-    text = folder({"a.txt": "text " * 100})
-    prepare(text, f"--tokenizer={tokenizer}", name=name)
-    command = NEXT[name, tokenizer]
-    assert capsys.readouterr().err.endswith(f"\nnext: python train.py config/{command}\n")
-    recipe, *_ = command.split()
-    assert f'\ndataset = "{name}"\n' in (ROOT / "config" / recipe).read_text("utf-8")
-
-
 def test_a_new_preparation_replaces_the_old_one_wholly(prepare, folder):
     directory = prepare(folder({"a.txt": "a" * 100}), "--tokenizer=byte")
     open_data_set(directory)  # leaves its stamps in it
@@ -480,7 +469,7 @@ def test_nothing_is_left_if_standard_input_is_interrupted(tmp_path):
         process.stdin.write("text")
         process.stdin.flush()
         end = time.monotonic() + 60
-        while not list(tmp_path.glob(".x.partial/*stdin.txt*")) and time.monotonic() < end:
+        while not list(tmp_path.glob(".x.partial/*standard input*")) and time.monotonic() < end:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130 and process.stderr.read() == "stopped\n"

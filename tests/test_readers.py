@@ -489,13 +489,13 @@ def repository(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_a_data_set_is_read_streamed_or_from_a_copy(repository, streaming):
-    found = source(f"hf:{repository}", streaming=streaming)
-    assert found.name == "stories"
-    assert read(f"hf:{repository}", streaming=streaming) == [text for i in range(3) for text in WHOLE[i::3]]
-    assert len(found.inputs()) >= (3 if streaming else 1)
-    assert read(f"hf:{repository}", streaming=streaming, split="validation") == ["for validation"]
+@pytest.mark.parametrize(("split", "shards"), [("train", 3), ("train[:100%]", 1)])
+def test_a_data_set_is_streamed_and_a_part_of_a_split_read_from_a_copy(repository, split, shards):
+    found = source(f"hf:{repository}", split=split)
+    assert found.name == "stories" and len(found.inputs()) == shards
+    assert read(f"hf:{repository}", split=split) == [text for i in range(3) for text in WHOLE[i::3]]
+    assert len(read(f"hf:{repository}", split="train[:10%]")) == round(len(WHOLE) / 10)
+    assert read(f"hf:{repository}", split=split.replace("train", "validation")) == ["for validation"]
 
 
 def test_what_a_data_set_does_not_have_is_refused(repository):
@@ -505,9 +505,6 @@ def test_what_a_data_set_does_not_have_is_refused(repository):
         read(f"hf:{repository}", column="content")
     with pytest.raises(UserError, match="cannot be opened"):
         read(f"hf:{repository}", config="french")
-    with pytest.raises(UserError, match=r"--split=train\[:10%\]: a part of a split requires --streaming=False"):
-        read(f"hf:{repository}", split="train[:10%]")
-    assert len(read(f"hf:{repository}", split="train[:10%]", streaming=False)) == round(len(WHOLE) / 10)
 
 
 def test_another_state_of_a_folder_is_another_source(repository):

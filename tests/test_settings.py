@@ -236,6 +236,10 @@ def test_an_impossible_flag_is_refused_with_setting_bounds_and_value(flag, messa
     assert refusal(flag) == message
 
 
+def test_an_integer_that_python_does_not_print_is_refused(recipe):
+    assert refusal(recipe("layers = 10**5000")).endswith("layers must be int (at least 1), not inf")
+
+
 def test_a_bare_switch_is_true_and_takes_nothing_that_follows():
     assert load("--sliced").sliced is load("--sliced", "--layers=2").sliced is load("--warm").warm is True
     assert load("--sliced", "False").sliced is False

@@ -17,6 +17,7 @@ from conftest import ROOT, TINY, child_environment, edit_json, run_main
 from safetensors.torch import load_file
 from test_distributed import TORCHRUN
 
+import train as train_script
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError
@@ -772,6 +773,20 @@ def test_a_run_whose_worker_is_killed_ends_as_an_undisturbed_one(tmp_path, tiny_
 # keeping more, ending early
 
 
+def test_a_checkpoint_that_is_replaced_while_a_resume_starts_is_refused(tmp_path, train, resume, monkeypatch):
+    train(tmp_path / "run", max_iters=3)
+
+    def connect(*arguments):
+        monkeypatch.undo()
+        resume(tmp_path / "run", max_iters=4)  # an earlier run goes on and ends
+        return train_script.connect(*arguments)
+
+    monkeypatch.setattr(train_script, "connect", connect)
+    printed = resume(tmp_path / "run", max_iters=6, status=2).err
+    assert "last was replaced meanwhile, by a run that has ended: run the command again" in printed
+    assert load_state(tmp_path / "run" / "last")[0].step == 4
+
+
 def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, resume, tiny_run):
     train(tmp_path / "run", keep_every=2)
     kept = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
@@ -785,6 +800,9 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     assert load_state(tmp_path / "run" / "last")[0].step == 3
     printed = resume(tmp_path / "run", status=2, init_from="resume:step-9").err
     assert "no checkpoint there; available: last, step-000002, step-000004, step-000006" in printed
+    for elsewhere in ("../run/last", tiny_run / "last"):
+        printed = resume(tmp_path / "run", status=2, init_from=f"resume:{elsewhere}").err
+        assert "is not a checkpoint of --out_dir" in printed
     before = (tmp_path / "run" / "last" / "training.json").read_bytes()
     printed = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
     assert "max_iters=3, but the checkpoint in" in printed and "has 4 steps" in printed
@@ -803,7 +821,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
     assert len(losses) == best + 1 + 3 < 30
     assert f"ended early, after step {len(losses)}: 3 evaluations without improvement" in ended.err
     lowest = f"lowest val_loss {min(losses):.4f} at step {best + 1}"
-    assert f"{lowest}, saved in {tmp_path}/run/best, and has risen" in ended.err
+    assert f"{lowest}, saved in {tmp_path}/run/best, and has not fallen since" in ended.err
     assert load_state(tmp_path / "run" / "last")[0].step == len(losses)
     train(tmp_path / "parts", patience=3, **GETS_WORSE | {"max_iters": best + 2})
     resume(tmp_path / "parts", max_iters=30)

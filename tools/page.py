@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -138,13 +139,15 @@ def write_page(path: Path, name: str, model: GPT, tokenizer: Tokenizer, bits: in
         tensors[key.replace("weight", "scale")] = scale
     begin, generator = [tokenizer.end_of_text], torch.Generator().manual_seed(1337)
     ids = begin + list(model.generate(begin, min(model.config.block_size, 256) - 1, 0.8, 200, generator=generator))
-    run = run_of(name)
+    run, difference = run_of(name), logit_difference(model, matrices, ids)
+    if not math.isfinite(difference):
+        raise UserError(f"{name}: the logits of this model are not finite numbers")
     header = {
         "name": (run or Path(os.path.abspath(name))).name,
         "config": asdict(model.config),
         "parameters": model.num_parameters(),
         "bits": bits,
-        "difference": logit_difference(model, matrices, ids),
+        "difference": difference,
         "start": start or tokenizer.decode(ids[1:13]).strip("\ufffd"),
         "tokenizer": encoding,
         "run": run_data(name, model),
@@ -161,7 +164,7 @@ def write_page(path: Path, name: str, model: GPT, tokenizer: Tokenizer, bits: in
             block = base64.b64encode(data[first : first + BLOCK]).decode()
             file.write(f'<script type="text/plain" class="data">{block}</script>\n')
         file.write(after)
-    return header["difference"]
+    return difference
 
 
 def with_hashes(template: str) -> str:

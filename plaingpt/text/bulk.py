@@ -1,17 +1,16 @@
 """Bulk encoding: the ids of `Tokenizer.encode`, as arrays, at some 100 MB/s per core.
 
-GPT-2's tokenizer and our own BPE use gigatoken (about 20 times tiktoken's speed on one core); characters use a lookup
-table; bytes are their own ids. All others, and machines without a gigatoken wheel, use the tokenizer itself.
+GPT-2's tokenizer, our own BPE and bytes use gigatoken (20 times tiktoken's speed on one core); characters use a lookup
+table. All others, and machines without a gigatoken wheel, use the tokenizer itself.
 """
 
 import contextlib
 import itertools
 import json
-import os
 import re
 import secrets
 import threading
-from pathlib import Path
+import time
 
 import numpy as np
 
@@ -26,9 +25,9 @@ RECENT = {
     b"\xea": re.compile(rb"\xea\x9f[\x8b-\xb1]"),
     b"\xf0": re.compile(rb"\xf0(?:[^\x9d\x9f-\xae]|\x9d[\x8b\xbc-\xbf]|\xab\x9c|\xac\xba|\xae[\xaf-\xbf])"),
 }
-# gigatoken caches every word it has seen. When the process is larger than MEMORY plus MEMORY_EACH a thread, an encoder
-# that has encoded REMEMBERED bytes since its start is replaced by a new one, which costs a quarter of a second.
-MEMORY, MEMORY_EACH, REMEMBERED = 400_000_000, 150_000_000, 1 << 26
+# gigatoken caches every word it has seen: some 50 MB for each second of work. After RENEWED seconds, a thread replaces
+# its encoder by a new one, which takes a tenth of a second.
+RENEWED = 4.0
 
 
 class BulkEncoder:
@@ -42,19 +41,17 @@ class BulkEncoder:
         self._delimiter = secrets.token_hex(8).encode()
         ours = as_ours(json.loads(tokenizer.to_json()))
         model = ours["model"] if ours else {"type": None}
-        self._is_bytes = model["type"] == "BPE" and not model["merges"]
         if model["type"] == "WordLevel":
             characters = {ord(c): i for c, i in model["vocab"].items() if len(c) == 1}
             self._table = np.full(0x110000, -1, np.int32)
             self._table[list(characters)] = list(characters.values())
-        elif model["type"] == "BPE" and model["merges"]:
+        elif model["type"] == "BPE":
             with contextlib.suppress(ImportError):  # no wheel for this machine
                 import gigatoken
 
                 self._gigatoken = gigatoken
                 self._json = json.dumps(ours).replace(f'"{END_OF_TEXT}"', f'"{self._delimiter.decode()}"')
         self._of_thread = threading.local()  # a shared encoder serves one thread at a time
-        self._threads = set()
 
     def encode(self, documents: list[bytes]) -> np.ndarray:
         """Ids of documents in valid UTF-8, one after another, end of text before each."""
@@ -62,8 +59,6 @@ class BulkEncoder:
             runs = itertools.groupby(documents, has_recent_letter)
             encoded = [self._by_tokenizer([*run]) if slow else self._by_gigatoken([*run]) for slow, run in runs]
             return encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
-        if self._is_bytes:
-            return self._joined([np.frombuffer(document, np.uint8) for document in documents])
         if self._table is not None:
             return self._joined([self._look_up(document.decode()) for document in documents])
         return self._by_tokenizer(documents)
@@ -85,25 +80,14 @@ class BulkEncoder:
         joined = self._delimiter.join([b"", *documents])
         mine = self._of_thread
         if not hasattr(mine, "encoder"):
-            mine.encoder, mine.encoded_bytes = self._gigatoken.Tokenizer.from_json(self._json), 0
-            self._threads.add(threading.get_ident())
+            mine.encoder, mine.end = self._gigatoken.Tokenizer.from_json(self._json), time.thread_time() + RENEWED
         # one row without padding is the only result that needs no slow import of another library
         source = self._gigatoken.BytesSource([joined])
         [ids], _ = mine.encoder.encode_batch_padded(source, pad_id=0, parallel=False)
-        mine.encoded_bytes += len(joined)
-        allowed = MEMORY + MEMORY_EACH * len(self._threads)
-        if mine.encoded_bytes > REMEMBERED and _resident_bytes(otherwise=mine.encoded_bytes) > allowed:
+        if time.thread_time() > mine.end:
             del mine.encoder
         return ids
 
 
 def has_recent_letter(document: bytes) -> bool:
     return not document.isascii() and any(byte in document and rare.search(document) for byte, rare in RECENT.items())
-
-
-def _resident_bytes(otherwise: int) -> int:
-    """Memory of this process, or `otherwise` where the system has no /proc."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return otherwise

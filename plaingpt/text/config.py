@@ -37,11 +37,9 @@ class PrepareConfig:
     config: str | None = None
     """configuration of a Hugging Face data set, such as sample-10BT"""
     split: str = "train"
-    """split of a Hugging Face data set to read"""
+    """split of a Hugging Face data set to read, or a part of it, such as train[:10%]"""
     revision: str | None = None
     """revision of a Hugging Face data set (default: the newest)"""
-    streaming: bool = True
-    """read a Hugging Face data set while it downloads; False: download it to Hugging Face's cache first"""
     shard_tokens: PositiveInt = 1 << 28
     """maximum number of ids per file; a larger split is written to several files"""
     part: str = "1/1"

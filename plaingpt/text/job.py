@@ -125,7 +125,7 @@ def make_part(job: Job) -> Part:
             if path.suffix != ".lock":
                 delete(path)
     try:
-        source = job.source.fetched(job.partial)
+        source = job.source.fetched(job.partial, job.config)
         tokenizer = Tokenizer.load(job.partial) if is_same else make_plan(job, source)
     except BaseException:
         if job.parts == 1 and not is_same:  # nothing has been encoded

@@ -11,18 +11,20 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
 from plaingpt.console import UserError, closest, counted, one_line
-from plaingpt.files import new_file, sha256
+from plaingpt.files import SUMS, new_file, sha256
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.readers import File, NoColumn, Shard, kind_of
 from plaingpt.text.streams import open_utf8
 from plaingpt.tokens import NAMED
 
 HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CACHE = Path(__file__).parents[2] / "data" / ".downloads"
 HUB = {  # repository, share for validation, and what is pinned
     "tinystories": ("roneneldan/TinyStories", 0.01, {}),
@@ -43,12 +45,18 @@ class Source:
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
     bad_files: str = "stop"
-    fetch: Callable[[Path], Path] | None = None  # returns the only file, after downloading or copying it
-    once: bool = False  # it cannot be read again later
+    once: str = ""  # it is standard input, which cannot be read again later: the name of its copy
     summary: str = ""  # of the files read and skipped
 
-    def fetched(self, directory: Path) -> "Source":
-        return dataclasses.replace(self, files=(File.at(str(self.fetch(directory))),)) if self.fetch else self
+    def fetched(self, directory: Path, config: PrepareConfig) -> "Source":
+        """The source itself, or a copy of standard input in `directory`."""
+        if not self.once:
+            return self
+        path = directory / self.once
+        with new_file(path, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+        left_out = _not_documents(str(path), config, is_named=True)
+        return dataclasses.replace(self, files=() if left_out else (File.at(str(path)),))
 
     def inputs(self) -> list[File | Shard]:
         """What is read one after another, in an order that depends on the source alone."""
@@ -80,13 +88,13 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         others = "files, directories and globs of text, or hf:owner/name"
         raise UserError(f"name a source: one of {', '.join(NAMED)}, or {others}")
     if named == "-":
-        path = "stdin.jsonl" if json_lines else "stdin.txt"
-        return Source("stdin", "standard input", fetch=lambda directory: _standard_input(directory / path), once=True)
+        return Source("stdin", "standard input", once="standard input" + (".jsonl" if json_lines else ""))
     if named == "python":
         return Source("python", "python", _python_files(), tokenizer="bpe", bad_files="skip")
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
-        return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
+        file = File.at(str(download(SHAKESPEARE, CACHE / "tinyshakespeare.txt", SHAKESPEARE_SHA256)))
+        return Source(named, named, (file,), tokenizer=kind, val_fraction=0.1)
     if named:
         return _hub(named, config)
     wanted = [str(Path(word)) for word in wanted]  # unlike normpath, keeps `..`, which may follow a link
@@ -101,21 +109,19 @@ def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...
     paths = {str(Path(path)) for word in words for path in _matches(word)}
     # by inode and device: each file once, whatever links there are; some file systems give 0 for every inode
     paths = {(os.stat(path).st_dev, os.stat(path).st_ino or path): path for path in sorted(paths, reverse=True)}
-    files, read, skipped = [], collections.Counter(), collections.Counter()
-    for path in sorted(paths.values(), key=lambda path: path.split(os.sep)):
-        if kind := _not_documents(path, config, path in named):
-            skipped[kind] += 1
-        else:
-            files.append(File.at(path))
-            read[kind_of(path)] += 1
+    paths = sorted(paths.values(), key=lambda path: path.split(os.sep))
+    reasons = {path: _not_documents(path, config, path in named) for path in paths}
+    skipped = [reason for reason in reasons.values() if reason]
+    files = tuple(File.at(path) for path, reason in reasons.items() if not reason)
 
-    def listed(counts: collections.Counter) -> str:
-        return ", ".join(f"{n:,} {kind}" for kind, n in counts.most_common())
+    def listed(kinds: Iterable[str]) -> str:
+        return ", ".join(f"{n:,} {kind}" for kind, n in collections.Counter(kinds).most_common())
 
-    left_out = f"{skipped.total():,} skipped: {listed(skipped)}" if skipped else ""
+    left_out = f"{len(skipped):,} skipped: {listed(skipped)}" if skipped else "no files there"
     if not files:
-        raise UserError(f"{' '.join(words)}: {left_out or 'no files there'}")
-    return tuple(files), f"reading {counted(len(files), 'file')}: {listed(read)}" + (left_out and f"; {left_out}")
+        raise UserError(f"{' '.join(words)}: {left_out}")
+    read = f"reading {counted(len(files), 'file')}: {listed(kind_of(file.path) for file in files)}"
+    return files, f"{read}; {left_out}" if skipped else read
 
 
 def _matches(word: str) -> Iterable[str]:
@@ -150,7 +156,7 @@ def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterat
         real = os.path.realpath(folder)
         folders[:] = [n for n in sorted(folders) if not (real in entered or n.startswith(".") or n in left_out)]
         if real not in entered:
-            paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
+            paths = (os.path.join(folder, name) for name in names if not name.startswith(".") and name != SUMS)
             yield from filter(os.path.isfile, paths)  # no pipe, device or broken link
         entered.add(real)
 
@@ -179,8 +185,6 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
 
 def _hub(named: str, config: PrepareConfig) -> Source:
     """A data set of the Hugging Face hub, or a local directory of that form."""
-    if config.streaming and "[" in config.split:
-        raise UserError(f"--split={config.split}: a part of a split requires --streaming=False")
     import datasets
     import huggingface_hub
 
@@ -193,7 +197,8 @@ def _hub(named: str, config: PrepareConfig) -> Source:
             revision = hashlib.sha256(repr(files).encode()).hexdigest()[:40]
         elif not re.fullmatch("[0-9a-f]{40}", revision or ""):  # every process and machine reads the same revision
             revision = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
-        options = {"split": config.split, "revision": None if local else revision, "streaming": config.streaming}
+        options = {"split": config.split, "revision": None if local else revision}
+        options["streaming"] = "[" not in config.split  # a part of a split, such as train[:10%], is downloaded first
         dataset = datasets.load_dataset(repository, configuration, **options)
         if config.column in (dataset.column_names or ()):
             dataset = dataset.select_columns([config.column])
@@ -230,15 +235,3 @@ def _python_files() -> tuple[File, ...]:
     found = walk(sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "test", "tests", "idle_test"})
     files = [path for path in found if path.endswith(".py")]
     return tuple(File.at(path) for path in sorted(files, key=lambda path: path.split(os.sep)))
-
-
-def _standard_input(path: Path) -> Path:
-    with new_file(path, "wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-    return path
-
-
-def _shakespeare(_: Path) -> Path:
-    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-    digest = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    return download(url, CACHE / "tinyshakespeare.txt", digest)
