@@ -25,9 +25,9 @@ RECENT = {
     b"\xea": re.compile(rb"\xea\x9f[\x8b-\xb1]"),
     b"\xf0": re.compile(rb"\xf0(?:[^\x9d\x9f-\xae]|\x9d[\x8b\xbc-\xbf]|\xab\x9c|\xac\xba|\xae[\xaf-\xbf])"),
 }
-# gigatoken caches every word it has seen: some 50 MB for each second of work. After RENEWED seconds, a thread replaces
-# its encoder by a new one, which takes a tenth of a second.
-RENEWED = 4.0
+# gigatoken caches every word it has seen, up to 200 MB in a second of work. After RENEWED seconds, a thread replaces its
+# encoder by a new one, which takes a tenth of a second.
+RENEWED = 2.0
 
 
 class BulkEncoder:
