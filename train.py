@@ -21,7 +21,7 @@ from plaingpt.budget import Deadline, choose_settings, extend_run
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
-from plaingpt.files import check_writable, existing, holds_run, read_json, set_aside
+from plaingpt.files import check_writable, existing, holds_run, json_or_empty, set_aside
 from plaingpt.graphs import Captured, graphs_work
 from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
@@ -212,7 +212,7 @@ def start_run(
     if writes and dist.is_main:
         check_writable(out_dir)
         renamed = holds_run(out_dir) and not checkpoint  # UserError if it is in use, before time is spent
-        if checkpoint and read_json(checkpoint, "training.json").get("step") != state.step:
+        if checkpoint and json_or_empty(checkpoint / "training.json").get("step") != state.step:
             raise UserError(f"{checkpoint} was replaced meanwhile, by a run that has ended: run the command again")
         source = Path(config.init_from)
         if renamed and not config.is_new_model and source.resolve().is_relative_to(out_dir.resolve()):
@@ -256,7 +256,8 @@ def main() -> int:
     directory = Path(config.out_dir) / (name or "last")
     state, checkpoint = RunState(), None
     if how == "resume" and directory.parent != Path(config.out_dir):
-        raise UserError(f"--init_from={config.init_from} is not a checkpoint of --out_dir={config.out_dir}")
+        problem = f"--init_from={config.init_from} is not a checkpoint of out_dir={config.out_dir}"
+        raise UserError(f"{problem}; name one of that directory, as in resume:step-001000")
     if how == "resume" or (config.init_from == "auto" and existing(directory)):
         state, checkpoint = load_state(directory)
         note(f"resuming {checkpoint} at step {state.step}")

@@ -174,8 +174,8 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
             "time, or a smaller --batch_size or --gradient_accumulation_steps"
         )
     rate = muon_learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
-    # At this rate, weights are an average of the updates of the last 1 / (rate * weight_decay) steps. About an epoch of
-    # them, or fewer in a shorter run, beats the usual decay of 0.1 (Wang and Aitchison 2024; docs/scaling.md).
+    # With this rate, weights are an average of the updates of the last 1 / (rate * weight_decay) steps. About an epoch
+    # of them, or fewer in a shorter run, beats the usual decay of 0.1 (Wang and Aitchison 2024; docs/scaling.md).
     averaged = max(50, steps / (1 + tokens / len(data.train)))
     sequences = int(EVALUATION_SHARE * tokens / config.block_size)
     chosen = {

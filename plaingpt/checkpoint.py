@@ -161,7 +161,7 @@ def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPT
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         raise UserError(f"{source}: {problem}; remove the added tokens, or resize the embedding in transformers")
     if rows := config.vocab_size - tokenizer.vocab_size:
-        note(f"{source}: {counted(rows, 'row')} of the embedding belong to no token and are dropped")
+        note(f"{source}: dropped {counted(rows, 'row')} of the embedding, which no token uses")
     return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
 
 

@@ -190,5 +190,5 @@ def curves(out_dirs: list[Path]):
     axes.set(xlabel="steps", ylabel="bits per byte" if bits else "loss (nats per token)")
     axes.set_ylim(min(late) - margin, max(late) + margin)
     axes.grid(alpha=0.3)
-    axes.legend(handles=axes.lines)  # named here, as those of _runs would be left out
+    axes.legend(handles=axes.lines)  # otherwise labels that begin with _ are left out
     return figure

@@ -29,11 +29,11 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     Counts this process's weights, gradients and momentum, and the activations that are stored in any case: a run that
     fits must not be refused.
     """
+    if config.eval_only or (free := free_memory(dist)) is None:
+        return
     parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
     per_token = c.n_layer * c.n_embd * (4 if config.recompute else 17) + c.padded_vocab_size
     needed = 12 * parameters / shard_count(dist, config.sharding) + config.batch_size * c.block_size * per_token
-    if config.eval_only or (free := free_memory(dist)) is None:
-        return
     free = -dist.max(-int(free))[0]  # the least of all ranks, so that they agree
     if needed > free:
         more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""

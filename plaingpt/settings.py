@@ -60,7 +60,7 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     parsed = ((f"--{name}", name, _parse(text, hints.get(name))) for name, text in flags)
     for source, name, value in itertools.chain(recipes, parsed):
         if name in retired:
-            note(f"{name}: {retired[name]}")
+            note((source if source == f"--{name}" else f"{source}: {name}") + f": {retired[name]}")
         elif name in hints:
             values[name], given[name] = check_value(name, value, hints[name], source), source
         else:
@@ -143,7 +143,7 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     """`value` as the type that `hint` asks for. Raises UserError if it has another type or is out of range."""
     allowed, source = _leaves(hint), source or name
     setting = source if source in (name, f"--{name}") else f"{source}: {name}"
-    if type(value) is int and (float in allowed or abs(value) > 1e300):  # Python prints no integer of 5,000 digits
+    if type(value) is int and float in allowed:
         value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is float and int in allowed and value.is_integer():
         value = int(value)  # people write 1e5 for 100000

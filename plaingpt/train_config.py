@@ -183,5 +183,6 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
                 f"warmup_iters={self.warmup_iters} is not below max_iters={self.max_iters}: the learning rate never "
                 f"reaches {self.learning_rate:g}; give a lower --warmup_iters"
             )
-        if self.decay_lr and self.min_lr > self.learning_rate:
-            note(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: the learning rate will rise")
+        elif self.decay_lr and self.min_lr > self.learning_rate:
+            problem = f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}"
+            note(f"{problem}: the learning rate will rise after the warmup; give a lower --min_lr")

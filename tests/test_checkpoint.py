@@ -136,7 +136,7 @@ def test_each_size_of_gpt2_comes_in_and_goes_out_bit_for_bit(tmp_path, layers, h
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert after.keys() == before.keys() - {"lm_head.weight"}
     assert all(torch.equal(after[name], before[name]) for name in after)
-    shard.unlink()
+    shard.rename(shard.with_name("model-copy-of-it.safetensors"))
     with pytest.raises(UserError, match=r"in has \d of the \d+ files of the weights|in has \d\d of the"):
         load_model(tmp_path / "in")
 
@@ -196,7 +196,7 @@ def test_rows_of_the_embedding_without_a_token_are_dropped(tmp_path, capsys):
     tokenizer.save(tmp_path)
     model, _ = load_model(tmp_path)
     assert model.config.vocab_size == tokenizer.vocab_size == 257
-    assert "43 rows of the embedding belong to no token and are dropped" in capsys.readouterr().err
+    assert "dropped 43 rows of the embedding, which no token uses" in capsys.readouterr().err
     idx = torch.randint(257, (2, 24))
     with torch.no_grad():
         assert torch.allclose(model(idx)[0], theirs.eval()(idx).logits[..., :257], atol=1e-5)

@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import run_main
@@ -176,6 +177,15 @@ def test_numbers_too_large_to_draw_are_left_out(tmp_path):
 def test_a_name_with_dollar_signs_is_not_mathematics(tmp_path):
     write_run(tmp_path / r"a$\frac{$")
     assert draw([tmp_path / r"a$\frac{$", tmp_path / r"a$\frac{$"], tmp_path / "picture.png")
+
+
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("_a", "b"):
+        write_run(Path(name))
+    (axes,) = curves([Path("_a"), Path("b")]).axes
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(texts) == len(axes.lines) and texts[0].startswith("_a: ")
 
 
 def test_the_script_compares_runs(tmp_path, monkeypatch):

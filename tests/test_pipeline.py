@@ -537,6 +537,6 @@ def test_who_stops_it_hears_whether_the_same_command_goes_on(tmp_path, text, sma
 def test_standard_input_must_be_text(tmp_path):
     binary = "some text\0" * 100
     assert "there is no text in it" in prepare("-", tmp_path, status=2).err
-    assert "standard input is not text but a binary file" in prepare("-", tmp_path, status=2, stdin=binary).err
-    assert "there is no text in it" in prepare("-", tmp_path, "--bad_files=skip", status=2, stdin=binary).err
+    refused = "prepare_data.py: standard input is not text but binary: convert it to text, or name its --encoding\n"
+    assert prepare("-", tmp_path, status=2, stdin=binary).err == refused
     assert contents(tmp_path) == {}

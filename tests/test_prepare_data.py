@@ -469,7 +469,7 @@ def test_nothing_is_left_if_standard_input_is_interrupted(tmp_path):
         process.stdin.write("text")
         process.stdin.flush()
         end = time.monotonic() + 60
-        while not list(tmp_path.glob(".x.partial/*standard input*")) and time.monotonic() < end:
+        while not list(tmp_path.glob(".x.partial/*stdin.txt*")) and time.monotonic() < end:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130 and process.stderr.read() == "stopped\n"

@@ -139,7 +139,7 @@ def test_a_flag_with_one_dash_is_refused():
 
 def test_a_retired_flag_gives_a_note_only(capsys):
     assert load("--lard", "1", "--layers=2") == Cake(layers=2)
-    assert capsys.readouterr() == ("", "lard: not needed, butter is used\n")
+    assert capsys.readouterr() == ("", "--lard: not needed, butter is used\n")
 
 
 def test_a_retired_switch_needs_no_value(capsys):
@@ -155,7 +155,7 @@ def test_an_empty_path_is_refused():
 def test_a_retired_name_in_a_file_gives_a_note_only(recipe, capsys):
     path = recipe("lard = 1\nlayers = 2")
     assert load(path) == Cake(layers=2)
-    assert capsys.readouterr() == ("", "lard: not needed, butter is used\n")
+    assert capsys.readouterr() == ("", f"{path}: lard: not needed, butter is used\n")
 
 
 # values
@@ -234,10 +234,6 @@ def test_a_tilde_is_the_home_directory_in_a_path_and_a_tilde_in_a_text(recipe, m
 )
 def test_an_impossible_flag_is_refused_with_setting_bounds_and_value(flag, message):
     assert refusal(flag) == message
-
-
-def test_an_integer_that_python_does_not_print_is_refused(recipe):
-    assert refusal(recipe("layers = 10**5000")).endswith("layers must be int (at least 1), not inf")
 
 
 def test_a_bare_switch_is_true_and_takes_nothing_that_follows():

@@ -78,6 +78,7 @@ def test_a_glob_is_the_files_that_match(here):
     (here / "b/node_modules").mkdir()
     (here / "b/node_modules/code.txt").write_text("text of somebody's code")
     (here / "b/SHA256SUMS").write_text("of a data set or a model\n")
+    assert documents("b") == documents("b/**") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
     assert documents("b/**/*.txt") == ["b/2.txt", "b/deep/3.txt"]
 
 

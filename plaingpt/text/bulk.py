@@ -1,7 +1,7 @@
 """Bulk encoding: the ids of `Tokenizer.encode`, as arrays, at some 100 MB/s per core.
 
-GPT-2's tokenizer, our own BPE and bytes use gigatoken (20 times tiktoken's speed on one core); characters use a lookup
-table. All others, and machines without a gigatoken wheel, use the tokenizer itself.
+GPT-2's tokenizer and our own BPE use gigatoken (about 20 times tiktoken's speed on one core); characters use a lookup
+table; bytes are their own ids. All others, and machines without a gigatoken wheel, use the tokenizer itself.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ RECENT = {
     b"\xea": re.compile(rb"\xea\x9f[\x8b-\xb1]"),
     b"\xf0": re.compile(rb"\xf0(?:[^\x9d\x9f-\xae]|\x9d[\x8b\xbc-\xbf]|\xab\x9c|\xac\xba|\xae[\xaf-\xbf])"),
 }
-# gigatoken caches every word it has seen, up to 200 MB in a second of work. After RENEWED seconds, a thread replaces its
-# encoder by a new one, which takes a tenth of a second.
+# gigatoken caches every word it has seen, up to 150 MB in a second of work. After RENEWED seconds, a thread replaces
+# its encoder by a new one, which takes a tenth of a second.
 RENEWED = 2.0
 
 
@@ -41,11 +41,12 @@ class BulkEncoder:
         self._delimiter = secrets.token_hex(8).encode()
         ours = as_ours(json.loads(tokenizer.to_json()))
         model = ours["model"] if ours else {"type": None}
+        self._is_bytes = model["type"] == "BPE" and not model["merges"]
         if model["type"] == "WordLevel":
             characters = {ord(c): i for c, i in model["vocab"].items() if len(c) == 1}
             self._table = np.full(0x110000, -1, np.int32)
             self._table[list(characters)] = list(characters.values())
-        elif model["type"] == "BPE":
+        elif model["type"] == "BPE" and model["merges"]:
             with contextlib.suppress(ImportError):  # no wheel for this machine
                 import gigatoken
 
@@ -59,6 +60,8 @@ class BulkEncoder:
             runs = itertools.groupby(documents, has_recent_letter)
             encoded = [self._by_tokenizer([*run]) if slow else self._by_gigatoken([*run]) for slow, run in runs]
             return encoded[0] if len(encoded) == 1 else np.concatenate(encoded)
+        if self._is_bytes:
+            return self._joined([np.frombuffer(document, np.uint8) for document in documents])
         if self._table is not None:
             return self._joined([self._look_up(document.decode()) for document in documents])
         return self._by_tokenizer(documents)

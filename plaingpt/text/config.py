@@ -37,7 +37,7 @@ class PrepareConfig:
     config: str | None = None
     """configuration of a Hugging Face data set, such as sample-10BT"""
     split: str = "train"
-    """split of a Hugging Face data set to read, or a part of it, such as train[:10%]"""
+    """split of a Hugging Face data set to read; for a part of it, such as train[:10%], all of it is downloaded first"""
     revision: str | None = None
     """revision of a Hugging Face data set (default: the newest)"""
     shard_tokens: PositiveInt = 1 << 28

@@ -122,8 +122,10 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
             names = next(filter(None, rows), [])
             check_column(file.path, names, column)
             index, last = names.index(column), rows.line_num
-            for row in filter(None, rows):
+            for row in rows:
                 where, last = f"{file.path}, line {rows.line_num:,}", rows.line_num
+                if not row:
+                    continue
                 if len(row) <= index or any(row[len(names) :]):
                     problem = f"{counted(len(row), 'column')}, but the header has {len(names):,}"
                     raise UserError(f"{where} has {problem}: put quotes around the text")

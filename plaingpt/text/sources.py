@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -23,8 +23,6 @@ from plaingpt.text.streams import open_utf8
 from plaingpt.tokens import NAMED
 
 HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CACHE = Path(__file__).parents[2] / "data" / ".downloads"
 HUB = {  # repository, share for validation, and what is pinned
     "tinystories": ("roneneldan/TinyStories", 0.01, {}),
@@ -45,18 +43,17 @@ class Source:
     tokenizer: str = "gpt2"
     val_fraction: float = 0.05
     bad_files: str = "stop"
-    once: str = ""  # it is standard input, which cannot be read again later: the name of its copy
+    fetch: Callable[[Path], Path] | None = None  # returns the only file, after downloading or copying it
+    once: bool = False  # it cannot be read again later
     summary: str = ""  # of the files read and skipped
 
     def fetched(self, directory: Path, config: PrepareConfig) -> "Source":
-        """The source itself, or a copy of standard input in `directory`."""
-        if not self.once:
+        if not self.fetch:
             return self
-        path = directory / self.once
-        with new_file(path, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-        left_out = _not_documents(str(path), config, is_named=True)
-        return dataclasses.replace(self, files=() if left_out else (File.at(str(path)),))
+        path = str(self.fetch(directory))
+        if self.once and is_binary(path, config):
+            raise UserError(f"{self.description} is not text but binary: convert it to text, or name its --encoding")
+        return dataclasses.replace(self, files=(File.at(path),))
 
     def inputs(self) -> list[File | Shard]:
         """What is read one after another, in an order that depends on the source alone."""
@@ -88,13 +85,13 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         others = "files, directories and globs of text, or hf:owner/name"
         raise UserError(f"name a source: one of {', '.join(NAMED)}, or {others}")
     if named == "-":
-        return Source("stdin", "standard input", once="standard input" + (".jsonl" if json_lines else ""))
+        path = "stdin.jsonl" if json_lines else "stdin.txt"
+        return Source("stdin", "standard input", fetch=lambda directory: _standard_input(directory / path), once=True)
     if named == "python":
         return Source("python", "python", _python_files(), tokenizer="bpe", bad_files="skip")
     if named in ("shakespeare", "shakespeare_char"):
         kind = "char" if named == "shakespeare_char" else "gpt2"
-        file = File.at(str(download(SHAKESPEARE, CACHE / "tinyshakespeare.txt", SHAKESPEARE_SHA256)))
-        return Source(named, named, (file,), tokenizer=kind, val_fraction=0.1)
+        return Source(named, named, fetch=_shakespeare, tokenizer=kind, val_fraction=0.1)
     if named:
         return _hub(named, config)
     wanted = [str(Path(word)) for word in wanted]  # unlike normpath, keeps `..`, which may follow a link
@@ -156,7 +153,7 @@ def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterat
         real = os.path.realpath(folder)
         folders[:] = [n for n in sorted(folders) if not (real in entered or n.startswith(".") or n in left_out)]
         if real not in entered:
-            paths = (os.path.join(folder, name) for name in names if not name.startswith(".") and name != SUMS)
+            paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
             yield from filter(os.path.isfile, paths)  # no pipe, device or broken link
         entered.add(real)
 
@@ -165,13 +162,12 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
     """Why a file in a directory is left out, or None. UserError for a file that is named on the command line, or that
     has the column but cannot be read."""
     kind = kind_of(path)
+    if os.path.basename(path) == SUMS and not is_named:
+        return "checksums"  # of a data set or a model
     try:
-        if kind == "text":
-            with open_utf8(path, config) as (_, stream):
-                head = stream.read(HEAD)
-            if b"\0" in head or head.startswith((b"%PDF-", b"{\\rtf")):
-                remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
-                raise UserError(f"{path} is not text but a binary file: {remedy}")
+        if kind == "text" and is_binary(path, config):
+            remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
+            raise UserError(f"{path} is not text but a binary file: {remedy}")
         elif kind in ("json", "csv", "tsv"):  # often settings and tables, unlike JSON Lines and Parquet
             next(File.at(path).texts(dataclasses.replace(config, bad_files="replace")), None)
     except UserError as error:
@@ -181,6 +177,12 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
         other = f" or not {config.encoding}" if config.encoding else ""
         return f"binary{other}" if kind == "text" else f"{kind} damaged{other} or without {config.column!r}"
     return None
+
+
+def is_binary(path: str, config: PrepareConfig) -> bool:
+    with open_utf8(path, config) as (_, stream):
+        head = stream.read(HEAD)
+    return b"\0" in head or head.startswith((b"%PDF-", b"{\\rtf"))
 
 
 def _hub(named: str, config: PrepareConfig) -> Source:
@@ -198,7 +200,7 @@ def _hub(named: str, config: PrepareConfig) -> Source:
         elif not re.fullmatch("[0-9a-f]{40}", revision or ""):  # every process and machine reads the same revision
             revision = huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
         options = {"split": config.split, "revision": None if local else revision}
-        options["streaming"] = "[" not in config.split  # a part of a split, such as train[:10%], is downloaded first
+        options["streaming"] = "[" not in config.split  # what train[:10%] stands for is not known before the download
         dataset = datasets.load_dataset(repository, configuration, **options)
         if config.column in (dataset.column_names or ()):
             dataset = dataset.select_columns([config.column])
@@ -235,3 +237,15 @@ def _python_files() -> tuple[File, ...]:
     found = walk(sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "test", "tests", "idle_test"})
     files = [path for path in found if path.endswith(".py")]
     return tuple(File.at(path) for path in sorted(files, key=lambda path: path.split(os.sep)))
+
+
+def _standard_input(path: Path) -> Path:
+    with new_file(path, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+    return path
+
+
+def _shakespeare(_: Path) -> Path:
+    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    digest = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    return download(url, CACHE / "tinyshakespeare.txt", digest)
