@@ -771,9 +771,6 @@ def test_a_run_whose_worker_is_killed_ends_as_an_undisturbed_one(tmp_path, tiny_
     assert same_run(tmp_path / "run", both)
 
 
-# keeping more, ending early
-
-
 def test_a_checkpoint_that_is_replaced_while_a_resume_starts_is_refused(tmp_path, train, resume, monkeypatch):
     train(tmp_path / "run", max_iters=3)
 
@@ -786,6 +783,9 @@ def test_a_checkpoint_that_is_replaced_while_a_resume_starts_is_refused(tmp_path
     printed = resume(tmp_path / "run", max_iters=6, status=2).err
     assert "last was replaced meanwhile, by a run that has ended: run the command again" in printed
     assert load_state(tmp_path / "run" / "last")[0].step == 4
+
+
+# keeping more, ending early
 
 
 def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, resume, tiny_run):

@@ -37,7 +37,7 @@ class PrepareConfig:
     config: str | None = None
     """configuration of a Hugging Face data set, such as sample-10BT"""
     split: str = "train"
-    """split of a Hugging Face data set to read; for a part of it, such as train[:10%], all of it is downloaded first"""
+    """split of a Hugging Face data set to read; a part, such as train[:10%], is read after all of it is downloaded"""
     revision: str | None = None
     """revision of a Hugging Face data set (default: the newest)"""
     shard_tokens: PositiveInt = 1 << 28
