@@ -26,7 +26,7 @@ from plaingpt.graphs import Captured, graphs_work
 from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
 from plaingpt.parallel import set_gradient_sync, wrap
-from plaingpt.plan import announce, check_memory, dry_run, median_seconds
+from plaingpt.plan import announce, check_memory, dry_run, step_seconds
 from plaingpt.run import check_default, finish_run, initial_model, new_shape, resumed_settings, write_recipe
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
@@ -186,9 +186,9 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
     check_memory(config, dist, shape)
     run = Run(config, data, GPT(shape), 1, dist)
     warmups = 2 if run.gradients else 1  # the first one allocates; the second one captures a graph
-    per_step = median_seconds(dist, lambda: train_step(run, 0, micro_steps=1), warmups, limit=seconds)
-    (rate,) = dist.sum(config.batch_size * config.block_size / per_step)
-    return rate
+    per_step = step_seconds(config, dist, lambda n: train_step(run, 0, micro_steps=n), warmups, limit=seconds)
+    (mean,) = dist.sum(per_step / dist.world_size)
+    return config.tokens_per_step / mean
 
 
 def start_run(
@@ -214,9 +214,10 @@ def start_run(
         renamed = holds_run(out_dir) and not checkpoint  # UserError if it is in use, before time is spent
         if checkpoint and json_or_empty(checkpoint / "training.json").get("step") != state.step:
             raise UserError(f"{checkpoint} was replaced meanwhile, by a run that has ended: run the command again")
-        source = Path(config.init_from)
-        if renamed and not config.is_new_model and source.resolve().is_relative_to(out_dir.resolve()):
-            raise UserError(f"{source} is in {out_dir}, which a new run renames: choose another --out_dir")
+        sources = [Path(config.data_dir) / config.dataset] + [Path(config.init_from)] * (not config.is_new_model)
+        inside = [path for path in sources if path.resolve().is_relative_to(out_dir.resolve())]
+        if renamed and inside:
+            raise UserError(f"{inside[0]} is in {out_dir}, which a new run renames: choose another --out_dir")
     if choosing:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError, note, out_of_memory
 from plaingpt.distributed import Distributed
-from plaingpt.hub import model_directory, read_config
 from plaingpt.metrics import Stopwatch
-from plaingpt.run import MODEL_SETTINGS, check_shape, write_recipe
+from plaingpt.run import MODEL_SETTINGS, check_shape, check_tokenizer, write_recipe
 from plaingpt.run_state import RunState
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import TrainConfig, muon_learning_rate
@@ -23,7 +22,7 @@ from plaingpt.train_config import TrainConfig, muon_learning_rate
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
 SEQUENCES_PER_STEP = 32
 TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
-EVALUATIONS = 4  # after the one at the start
+EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of few epochs, and in longer ones
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # tokens of an evaluation, of all training tokens: 1% of the time
 CLOSE = 1.06  # ratio of predicted losses; if a model is timed 25% too slow, its predicted loss is at most 6% too high
@@ -58,19 +57,35 @@ def choose_settings(
     if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
         config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
     seconds = agreed_time_left(config.minutes, dist)
-    period, tokens = min(0.5, seconds / 100), 3e6  # tokens: a guess; later, those of the previous model
-    timed: dict[TrainConfig, float] = {}  # tokens per second
+    timed = time_candidates(config, given, seconds, data, dist, measure)
+    best = min(timed, key=lambda c: predicted_loss(c, timed[c] * seconds * TRAINING_SHARE, len(data.train)))
+    config = with_schedule(best, given, timed[best] * agreed_time_left(config.minutes, dist) * TRAINING_SHARE, data)
+    tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())
+    note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
+    shown = ("block_size", "learning_rate", "weight_decay", "dropout")
+    chosen = ", ".join(f"{name} {getattr(config, name):g}" for name in shown)
+    note(f"lowest predicted loss in {config.minutes:g} min: {config.n_layer} x {config.n_embd}, {chosen}")
+    fixed = {"warmup_iters": "--minutes"}  # so a resume does not derive it from a corrected max_iters
+    return config, {name: source for name, source in given.items() if name not in STEPS} | fixed
+
+
+def time_candidates(
+    config: TrainConfig, given: dict[str, str], seconds: float, data: DataSet, dist: Distributed, measure: Measure
+) -> dict[TrainConfig, float]:
+    """Models with their batches and their tokens per second, until larger ones are worse or time is short."""
+    period, timed = min(0.5, seconds / 100), {}
+    tokens = 3e6  # a guess; later, those of the previous model
 
     def late() -> bool:
         return agreed_time_left(config.minutes, dist) < 0.75 * seconds
 
-    def loss(candidate: TrainConfig, rate: float) -> float:
-        return predicted_loss(candidate, rate * seconds * TRAINING_SHARE, len(data.train))
+    def loss(candidate: TrainConfig) -> float:
+        return predicted_loss(candidate, timed[candidate] * seconds * TRAINING_SHARE, len(data.train))
 
-    def is_close(candidate: TrainConfig, rate: float) -> bool:
-        return all(loss(candidate, rate) < CLOSE * loss(*other) for other in timed.items())
+    def is_close(candidate: TrainConfig) -> bool:
+        return all(loss(candidate) < CLOSE * loss(other) for other in timed)
 
-    for candidate in candidates(config, given):
+    for candidate in candidates(config, given, data):
         if timed and block_parameters(candidate) > 12 * len(data.train):
             break  # it would memorize the text
         try:
@@ -78,35 +93,23 @@ def choose_settings(
                 wanted = with_batch(candidate, given, tokens, data, dist)
                 rate, fitting = time_model(wanted, given, period, measure)
                 tokens = rate * seconds * TRAINING_SHARE
-                enough = late() or not is_close(fitting, rate)
-                if enough or with_batch(candidate, given, tokens, data, dist) == wanted:
+                if late() or with_batch(candidate, given, tokens, data, dist) == wanted:
                     break
         except Exception as error:
             if not timed or not needs_memory(error):
                 raise
             break  # larger models need more memory still
         timed[fitting] = rate
-        if enough:
+        if late() or not is_close(fitting):
             break
-    close = [candidate for candidate, rate in timed.items() if is_close(candidate, rate)]
-    for candidate in close if len(close) > 1 else []:
+    for candidate in [*filter(is_close, timed)]:
         try:
             if not late():  # in a slow second, a model looked slower than it is
                 timed[candidate] = max(timed[candidate], measure(candidate, period))
         except Exception as error:
             if not needs_memory(error):  # of which a larger model may have left too little
                 raise
-    best = min(timed, key=lambda candidate: loss(candidate, timed[candidate]))
-    config = with_schedule(best, given, timed[best] * agreed_time_left(config.minutes, dist) * TRAINING_SHARE, data)
-    tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())
-    note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
-    note(
-        f"lowest predicted loss in {config.minutes:g} min: {config.n_layer} x {config.n_embd}, block_size "
-        f"{config.block_size}, learning_rate {config.learning_rate:g}, weight_decay {config.weight_decay:g}, "
-        f"dropout {config.dropout:g}"
-    )
-    fixed = {"warmup_iters": "--minutes"}  # so a resume does not derive it from a corrected max_iters
-    return config, {name: source for name, source in given.items() if name not in STEPS} | fixed
+    return timed
 
 
 def time_model(
@@ -128,13 +131,13 @@ def needs_memory(error: Exception) -> bool:
     return isinstance(error, UserError) or out_of_memory(error)
 
 
-def candidates(config: TrainConfig, given: dict[str, str]) -> Iterator[TrainConfig]:
+def candidates(config: TrainConfig, given: dict[str, str], data: DataSet) -> Iterator[TrainConfig]:
     """Models of one layer per 80 channels, at least two, and heads of about 64; or the shape of a trained model."""
     if not config.is_new_model:
-        model = config.init_from
-        shape = load_model(model)[0].config if model.endswith(".pt") else read_config(model_directory(model))
-        check_shape(config, given, shape, model)
-        found = {name: getattr(shape, name) for name in MODEL_SETTINGS if name not in given and name != "dropout"}
+        model, tokenizer = load_model(config.init_from)
+        check_shape(config, given, model.config, config.init_from)
+        check_tokenizer(config, data, tokenizer, config.init_from)
+        found = {name: getattr(model.config, name) for name in MODEL_SETTINGS if name not in {*given, "dropout"}}
         yield dataclasses.replace(config, **found)
         return
     widths = [config.n_embd] if "n_embd" in given else WIDTHS
@@ -157,8 +160,7 @@ def with_batch(
     block = max(64, 2 ** round(math.log2(64 * (tokens / 1e6) ** 0.4)))
     chosen_freely = config.is_new_model and "block_size" not in given
     block_size = max(1, min(block, 1024, longest)) if chosen_freely else config.block_size
-    kept = "gradient_accumulation_steps" in given
-    micro_steps = config.gradient_accumulation_steps if kept else dist.world_size
+    micro_steps = config.gradient_accumulation_steps if "gradient_accumulation_steps" in given else dist.world_size
     sequences = max(1, SEQUENCES_PER_STEP * block // block_size // micro_steps)  # of a micro-step
     chosen = {"batch_size": sequences, "gradient_accumulation_steps": micro_steps}
     chosen = {name: value for name, value in chosen.items() if name not in given}
@@ -177,7 +179,9 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     # With this rate, weights are an average of the updates of the last 1 / (rate * weight_decay) steps. About an epoch
     # of them, or fewer in a shorter run, beats the usual decay of 0.1 (Wang and Aitchison 2024; docs/scaling.md).
     averaged = max(50, steps / (1 + tokens / len(data.train)))
-    sequences = int(EVALUATION_SHARE * tokens / config.block_size)
+    evaluations = MORE_EVALUATIONS if tokens > FEW_EPOCHS * len(data.train) else EVALUATIONS
+    evaluations = max(evaluations, math.ceil(config.minutes / 15))  # each saves: a kill loses at most 15 minutes
+    sequences = int(EVALUATION_SHARE * min(1, MORE_EVALUATIONS / evaluations) * tokens / config.block_size)
     chosen = {
         "learning_rate": rate if config.is_new_model else float(f"{rate / 3:.2g}"),
         "weight_decay": float(f"{1 / (rate * averaged):.2g}") if config.is_new_model else config.weight_decay,
@@ -188,8 +192,8 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     }
     intervals = {
         "eval_iters": 0 if sequences * config.block_size > len(data.val) else max(1, sequences // config.batch_size),
-        "log_interval": max(1, steps // 50),
-        "eval_interval": math.ceil(steps / EVALUATIONS / (3 if tokens > FEW_EPOCHS * len(data.train) else 1)),
+        "log_interval": max(1, steps // max(50, math.ceil(config.minutes))),
+        "eval_interval": math.ceil(steps / evaluations),
     }
     kept = {name for name in given if name not in intervals or given[name].startswith("--")}
     chosen = {name: value for name, value in (chosen | intervals).items() if name not in kept}
@@ -235,46 +239,53 @@ class Deadline:
 
     def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float):
         self.start, steps = state.step, config.max_iters - state.step
-        self.warmup_end, self.measured_from = state.step + max(2, steps // 20), state.step + max(1, steps // 40)
-        self.last_mark = state.step, state.seconds, time.monotonic()
-        self.evaluation_seconds = 0.0  # with its save
-        self.few_steps, self.ending = FEW_EPOCHS * steps_per_epoch, False
+        self.measured_from = state.step + max(1, steps // 40)  # the steps before it include compilation
+        self.warmup_end = state.step + max(2, steps // 20)
+        self.few_steps = max(FEW_EPOCHS * steps_per_epoch, self.warmup_end)
+        self.last = state.step, state.seconds, time.monotonic()  # what the last measurement found
+        self.evaluation_seconds, self.ending = 0.0, False  # of one evaluation, with its save
 
     def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:
         """The settings from here on. All ranks, before each step."""
         step = state.step
         if not config.minutes or self.ending or step >= config.max_iters:
             return config
-        rises = state.evaluations_since_lowest >= 2 and state.evaluated_at > max(self.few_steps, self.warmup_end)
-        if rises and not self.start:
-            self.ending, steps = True, min(step + math.ceil(step / 8), config.max_iters)
+        if not self.start and state.evaluations_since_lowest >= 2 and state.evaluated_at > self.few_steps:
+            self.ending = True
             note("ending early: the validation loss no longer falls")
-            return self.with_steps(config, state, steps, dist)
+            return self.with_steps(config, state, min(step + math.ceil(step / 8), config.max_iters), dist)
         # After the last evaluation but one, nothing else would correct a change of speed.
         often = 4 if config.max_iters - step < config.eval_interval else 1
-        due = step % max(1, config.eval_interval // often) == 0 and step > self.warmup_end
-        if step not in (self.measured_from, self.warmup_end) and not due:
+        due = step > self.warmup_end and step % max(1, config.eval_interval // often) == 0
+        if step == self.last[0] or not (due or step in (self.measured_from, self.warmup_end)):
             return config
+        per_step = self.seconds_per_step(config, state, dist, watch)
+        if step == self.measured_from:
+            return config
+        steps = step + max(1, int(self.seconds_for_steps(config, step) / per_step))
+        misses_time = abs(steps - config.max_iters) * per_step > 0.02 * 60 * config.minutes
+        correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)
+        return self.with_steps(config, state, steps, dist) if correct else config
+
+    def seconds_per_step(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> float:
+        """Since the last measurement, with a step's share of the evaluations, of which one is timed if it can be."""
         dist.synchronize()
-        last_step, last_seconds, last_time = self.last_mark
-        self.last_mark = step, watch.seconds, time.monotonic()
-        trained, passed = self.last_mark[1] - last_seconds, self.last_mark[2] - last_time
+        (last_step, last_seconds, last_time), self.last = self.last, (state.step, watch.seconds, time.monotonic())
+        trained, passed = self.last[1] - last_seconds, self.last[2] - last_time
         # The first evaluation is slow on a GPU, or was made before a resume.
         first = last_step == self.start and (self.start or dist.device.type == "cuda")
         if state.evaluated_at == last_step and not first:
             self.evaluation_seconds = passed - trained
-        if step in (last_step, self.measured_from):  # the steps before measured_from include compilation
-            return config
-        per_step = trained / (step - last_step) + self.evaluation_seconds / config.eval_interval
-        share = 1 if self.evaluation_seconds else TRAINING_SHARE  # 1: per_step already includes the evaluations
-        # per_step counts one evaluation per eval_interval steps. But the next one is nearer than that, the interval
-        # before the last step is half as long on average, and the last step is evaluated too.
+        return trained / (state.step - last_step) + self.evaluation_seconds / config.eval_interval
+
+    def seconds_for_steps(self, config: TrainConfig, step: int) -> float:
+        """What is left of the time, without the evaluations that `seconds_per_step` does not include."""
+        if not self.evaluation_seconds:
+            return TRAINING_SHARE * time_left(config.minutes)
+        # It includes one per eval_interval steps. But the next one is nearer than that, the interval before the last
+        # step is half as long on average, and the last step is evaluated too.
         to_next = -step % config.eval_interval / config.eval_interval
-        left = share * time_left(config.minutes) - (1.5 - to_next) * self.evaluation_seconds
-        steps = step + max(1, int(left / per_step))
-        misses_time = abs(steps - config.max_iters) * per_step > 0.02 * 60 * config.minutes
-        correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)
-        return self.with_steps(config, state, steps, dist) if correct else config
+        return time_left(config.minutes) - (1.5 - to_next) * self.evaluation_seconds
 
     def with_steps(self, config: TrainConfig, state: RunState, steps: int, dist: Distributed) -> TrainConfig:
         """`config` with another number of steps, also in the state and, unless the run was resumed, in the recipe."""

@@ -78,14 +78,25 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
 
     step: runs a training step with that many micro-steps per process.
     """
-    micro_steps = dist.per_process(config.gradient_accumulation_steps)
-    one, two = (median_seconds(dist, functools.partial(step, n), warmups=1, limit=10, most=3) for n in (1, 2))
-    seconds = one + (micro_steps - 1) * max(two - one, 0.0)
+    seconds = step_seconds(config, dist, step, warmups=1, limit=10, most=3)
     if not dist.is_main:
         return
     note(_measured_memory(dist))
     speed, run = f"{config.tokens_per_step / seconds:,.0f} tokens/s", tqdm.format_interval(seconds * steps_left)
     note(f"measured: {seconds:.3g} s per step, {speed}; {run} for {counted(steps_left, 'step')}")
+
+
+def step_seconds(
+    config: TrainConfig, dist: Distributed, step: Callable[[int], object], warmups: int, limit: float, **most: int
+) -> float:
+    """Time of a training step, from that of one micro-step and of two: updating the weights counts once. All ranks.
+
+    step: as for `dry_run`. The rest is as for `median_seconds`.
+    """
+    one = median_seconds(dist, functools.partial(step, 1), warmups, limit, **most)
+    further = dist.per_process(config.gradient_accumulation_steps) - 1
+    two = median_seconds(dist, functools.partial(step, 2), 0, limit, **most) if further else one
+    return one + further * max(two - one, 0.0)
 
 
 def median_seconds(

@@ -17,7 +17,7 @@ from plaingpt.hub import model_directory, read_config
 from plaingpt.plan import check_memory
 from plaingpt.run_state import RunState
 from plaingpt.settings import check_value
-from plaingpt.tokenizer import gpt2
+from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import DERIVED, TrainConfig
 
@@ -104,6 +104,17 @@ def check_shape(config: TrainConfig, given: dict[str, str], shape: GPTConfig, so
             raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")
 
 
+def check_tokenizer(config: TrainConfig, data: DataSet, tokenizer: Tokenizer, source: Path | str) -> None:
+    """UserError if the data set was not prepared with the tokenizer of the model in `source`."""
+    if not tokenizer.same_as(data.tokenizer):
+        wanted = "gpt2" if tokenizer.same_as(gpt2()) else shlex.quote(str(model_directory(source)))
+        raise UserError(
+            f"the data set {config.dataset} was prepared with another tokenizer than {source}; prepare its text again "
+            f"with --tokenizer={wanted}"
+            + (" and another --name" if source == config.init_from else ", or choose another --out_dir")
+        )
+
+
 def initial_model(
     config: TrainConfig, given: dict[str, str], data: DataSet, checkpoint: Path | None, dist: Distributed
 ) -> tuple[GPT, TrainConfig]:
@@ -125,12 +136,7 @@ def initial_model(
         check_memory(config, dist, dataclasses.replace(shape, block_size=block_size or shape.block_size))
     model, tokenizer = load_model(source, block_size, config.dropout, check=not checkpoint)  # checked with the state
     check_shape(config, given, model.config, source)
-    if not tokenizer.same_as(data.tokenizer):
-        wanted = "gpt2" if tokenizer.same_as(gpt2()) else shlex.quote(str(model_directory(source)))
-        raise UserError(
-            f"the data set {config.dataset} was prepared with another tokenizer than {source}; prepare its text again "
-            f"with --tokenizer={wanted}" + (", or choose another --out_dir" if checkpoint else " and another --name")
-        )
+    check_tokenizer(config, data, tokenizer, source)
     return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in MODEL_SETTINGS})
 
 
@@ -138,7 +144,7 @@ def write_recipe(config: TrainConfig) -> None:
     """out_dir/recipe.py: the settings that differ from the defaults."""
     path = Path(config.out_dir) / "recipe.py"
     init_from = "scratch" if config.init_from == "auto" else config.init_from
-    lines = [f"{FIRST_LINE}={config.minutes:g}; `python train.py` with this file trains with the same settings"]
+    lines = [f"{FIRST_LINE}={config.minutes:g}; a copy of this file elsewhere is a recipe for the same training"]
     lines += [f"out_dir = {config.out_dir!r}", f"init_from = {init_from!r}"]
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)

@@ -73,6 +73,8 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
     others = [path.parent.name for path in directory.parent.glob("[!.]*/training.json") if path.parent != found]
     remedy = f"available: {', '.join(sorted(others))}" if others else "name the directory of a run with --out_dir"
     if found is None:
+        if (nanogpt := directory.parent / "ckpt.pt").exists():
+            remedy = f"to train on from nanoGPT's weights: --init_from={nanogpt} and another --out_dir"
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
     try:
         if is_rank_0():  # one process is enough: if it exits, torchrun ends the others

@@ -15,6 +15,7 @@ import math
 import os
 import runpy
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -93,7 +94,8 @@ def _split(argv: list[str], hints: dict[str, Any]) -> tuple[list[str], list[tupl
 
 
 def _no_setting(name: str, source: str, names: Iterable[str]) -> str:
-    return f"{source}: there is no setting {name}{closest(name, names) or '; --help lists them'}"
+    own = "" if source.startswith("--") else f" (for a variable of your own, write _{name})"
+    return f"{source}: there is no setting {name}{closest(name, names) or '; --help lists them'}{own}"
 
 
 def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +110,9 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
     try:  # as builtins, so that only the recipe's own assignments are among its names
         names = runpy.run_path(path, {"__builtins__": vars(builtins) | modules | defaults | values})
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: the recipe does not run: {type(error).__name__}: {one_line(error)}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        line = "".join(f", line {frame.lineno}" for frame in frames if frame.filename == path)
+        raise UserError(f"{path}{line}: the recipe does not run: {type(error).__name__}: {one_line(error)}") from error
     skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     kept = {name: value for name, value in names.items() if name[0] != "_" and not isinstance(value, skipped)}
     is_number = {name: getattr(value, "shape", None) == () for name, value in kept.items()}  # NumPy's or torch's

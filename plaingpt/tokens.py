@@ -163,9 +163,10 @@ def _check_ids(path: Path | str, ids: np.ndarray, vocab_size: int) -> np.ndarray
 def _open_foreign(directory: Path, check_all: bool) -> DataSet:
     """GPT-2 tokens that another program prepared: nanoGPT's train.bin and val.bin, or shards of llm.c."""
     if (directory / "meta.pkl").exists():
+        text = str(directory / "input.txt") if (directory / "input.txt").is_file() else "FILES"
         raise UserError(
             f"{directory}/meta.pkl is a pickle, which can run code: it is not read; prepare the text again: "
-            f"python prepare_data.py FILES --tokenizer=char --name={shlex.quote(directory.name)}"
+            + shlex.join(["python", "prepare_data.py", text, "--tokenizer=char", f"--name={directory.name}-new"])
         )
     if any(directory.glob("tokenizer*.json")):  # a model, or ours: as GPT-2's, its ids would mean something else
         raise UserError(f"{directory} is a model, or a data set that has lost its meta.json: prepare the text again")
@@ -200,4 +201,6 @@ def _open_foreign_ids(path: Path) -> np.ndarray:
         raise UserError(f"{path} ends in zeros: its preparation was interrupted; prepare the text again")
     if len(ids) >= 16 and not ids[1:SAMPLE:2].any():  # in wider integers every second one would be 0
         raise UserError(f"{path} has integers of 4 or 8 bytes: convert it to uint16, or prepare the text again")
+    if len(ids) >= 1000 and ids[:SAMPLE].max() < 256:  # GPT-2's first ids are single bytes
+        raise UserError(f"{path} has no id above 255, so these are not GPT-2's tokens: prepare the text again")
     return ids

@@ -109,6 +109,20 @@ def test_only_wide_models_in_very_long_runs_get_dropout():
     assert chosen(text, 10, dict(n_embd=512, dropout=0.1), 1e13).dropout == 0.1
 
 
+@pytest.mark.parametrize("text_tokens", [10**6, 10**9])
+def test_long_runs_save_every_quarter_of_an_hour_and_print_a_line_every_minute(data, text_tokens):
+    data.train = range(text_tokens)
+    for minutes in (3, 30, 600):
+        config = chosen(data, minutes, dict(n_embd=64))
+        steps_per_minute = config.max_iters / minutes
+        intervals = (12 if text_tokens == 10**6 else 4) if minutes < 100 else 40
+        assert math.ceil(config.max_iters / intervals) == config.eval_interval <= 15.1 * steps_per_minute
+        assert config.log_interval <= steps_per_minute
+        evaluated = config.eval_iters * config.batch_size * config.block_size
+        if config.eval_iters:  # otherwise the entire split, which has fewer tokens
+            assert evaluated <= 0.03 * min(1, 12 / intervals) * config.max_iters * config.tokens_per_step
+
+
 def test_a_model_for_which_memory_is_short_is_not_chosen(data):
     def tokens_per_second(config, seconds):
         if config.n_layer > 2:
@@ -330,6 +344,12 @@ def test_a_run_that_continues_a_short_one_on_cuda_is_compiled():
     for derived, compiled in ([], False), (["compile"], True):
         state.derived = derived
         assert resumed_settings(TrainConfig(minutes=600), {}, state, Path("last")).compiles_on("cuda") == compiled
+
+
+def test_a_model_with_another_tokenizer_is_refused_before_it_is_timed(tmp_path, data_dir, tiny_run):
+    given = dict(out_dir=tmp_path / "run", data_dir=data_dir, dataset="other", device="cpu", minutes=1)
+    ended = run_main("train", *flags(init_from=tiny_run / "best", **given))
+    assert ended.status == 2 and "prepared with another tokenizer" in ended.err and "tokens/s" not in ended.err
 
 
 def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_run):

@@ -1,11 +1,13 @@
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model import GPTConfig
+from plaingpt import plan
 from plaingpt.console import UserError
 from plaingpt.cpu import keep_freed_memory
 from plaingpt.distributed import Distributed
@@ -40,6 +42,19 @@ def test_memory_that_this_process_has_freed_counts_as_free():
     assert resident() > used - 300e6  # it is kept, as a timed model's is
     free_memory(CPU)
     assert resident() < used - 300e6
+
+
+def test_updating_the_weights_counts_once_per_step_however_many_micro_steps_there_are(monkeypatch):
+    now = [0.0]
+
+    def step(micro_steps: int) -> None:
+        now[0] += 5 + 0.25 * micro_steps
+
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for micro_steps in (1, 2, 64):
+        config = TrainConfig(gradient_accumulation_steps=micro_steps)
+        seconds = plan.step_seconds(config, CPU, step, warmups=1, limit=10)
+        assert seconds == pytest.approx(5 + 0.25 * micro_steps)
 
 
 def test_a_dry_run_refuses_before_it_makes_the_model(tmp_path, train):

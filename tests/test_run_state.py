@@ -106,6 +106,11 @@ def test_a_truncated_optimizer_file_is_a_user_error(tmp_path):
 def test_no_checkpoint_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no checkpoint there"):
         load_state(tmp_path / "last")
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(
+        UserError, match=f"from nanoGPT's weights: --init_from={tmp_path / 'ckpt.pt'} and another --out_dir"
+    ):
+        load_state(tmp_path / "last")
 
 
 def test_what_an_interrupted_save_left_is_used(tmp_path):

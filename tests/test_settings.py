@@ -124,13 +124,17 @@ def test_an_abbreviated_flag_is_refused():
 
 def test_a_misspelled_name_in_a_file_is_refused_with_the_file_and_the_nearest_name(recipe):
     path = recipe("glazeshare = 0.1")
-    assert refusal(path) == f"{path}: there is no setting glazeshare; did you mean glaze_share?"
+    assert refusal(path) == f"{path}: there is no setting glazeshare; did you mean glaze_share? {own('glazeshare')}"
+
+
+def own(name: str) -> str:
+    return f"(for a variable of your own, write _{name})"
 
 
 def test_a_name_similar_to_none_is_refused_with_a_hint_to_help(recipe):
     assert refusal("--qqq=1") == "--qqq: there is no setting qqq; --help lists them"
     path = recipe("qqq = 1")
-    assert refusal(path) == f"{path}: there is no setting qqq; --help lists them"
+    assert refusal(path) == f"{path}: there is no setting qqq; --help lists them {own('qqq')}"
 
 
 def test_a_flag_with_one_dash_is_refused():
@@ -295,11 +299,16 @@ def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "error"), [("layers = 1 / 0", "ZeroDivisionError"), ("layers = ", "SyntaxError"), ("a = b", "NameError")]
+    ("text", "line", "error"),
+    [
+        ("layers = 1 / 0", ", line 1", "ZeroDivisionError"),
+        ("layers = ", "", "SyntaxError"),  # its own message ends with the line
+        ("_a = 1\n\n_c = b", ", line 3", "NameError"),
+    ],
 )
-def test_a_recipe_that_does_not_run_is_refused_with_its_error(recipe, text, error):
+def test_a_recipe_that_does_not_run_is_refused_with_its_error(recipe, text, line, error):
     path = recipe(text)
-    assert refusal(path).startswith(f"{path}: the recipe does not run: {error}: ")
+    assert refusal(path).startswith(f"{path}{line}: the recipe does not run: {error}: ")
 
 
 def test_a_recipe_in_nanogpts_style_loads(recipe):

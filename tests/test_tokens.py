@@ -5,10 +5,12 @@ import json
 import os
 import pickle
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_main
 
 import plaingpt.tokens
 from plaingpt.console import UserError
@@ -294,8 +296,17 @@ def test_a_pickle_is_refused_unread_with_the_command_that_replaces_it(nanogpt, t
             return os.mkdir, (str(tmp_path / "harm"),)
 
     (nanogpt / "meta.pkl").write_bytes(pickle.dumps(Harm()))
-    assert refusal(nanogpt).endswith("python prepare_data.py FILES --tokenizer=char --name=old")
+    assert refusal(nanogpt).endswith("python prepare_data.py FILES --tokenizer=char --name=old-new")
     assert not (tmp_path / "harm").exists()
+    (nanogpt / "input.txt").write_text("a road and the sea " * 20)
+    command = shlex.split(refusal(nanogpt).partition("again: python ")[2])
+    assert run_main(command[0].removesuffix(".py"), *command[1:], f"--data_dir={nanogpt.parent}").status == 0
+    open_data_set(nanogpt.parent / "old-new")
+
+
+def test_characters_are_not_taken_for_gpt2s_tokens(nanogpt):
+    (np.arange(1000) % 65).astype("<u2").tofile(nanogpt / "train.bin")
+    assert "train.bin has no id above 255, so these are not GPT-2's tokens" in refusal(nanogpt)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin"])

@@ -365,7 +365,7 @@ def test_eval_only_needs_no_training_split(tmp_path, train, tiny_run, data_dir):
     assert "the train split has 2 tokens" in train(tmp_path / "run", status=2, **given).err
 
 
-def test_a_run_does_not_start_from_a_model_in_the_directory_that_it_renames(tmp_path, train, monkeypatch):
+def test_a_run_does_not_read_what_is_in_the_directory_that_it_renames(tmp_path, train, data_dir, monkeypatch):
     train(tmp_path / "run", max_iters=1)
     ended = train(tmp_path / "run", init_from=tmp_path / "run" / "best", status=2)
     assert f"{tmp_path / 'run' / 'best'} is in {tmp_path / 'run'}, which a new run renames" in ended.err
@@ -373,6 +373,9 @@ def test_a_run_does_not_start_from_a_model_in_the_directory_that_it_renames(tmp_
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         train("scratch", max_iters=1)  # named like the default of init_from
+    shutil.copytree(data_dir, tmp_path / "run" / "data")
+    ended = train(tmp_path / "run", data_dir=tmp_path / "run" / "data", status=2)
+    assert f"{tmp_path / 'run' / 'data' / 'tiny'} is in {tmp_path / 'run'}, which a new run renames" in ended.err
     assert (tmp_path / "scratch.1").exists()
 
 
