@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import glob
+import math
 import os
 import re
 import signal
@@ -59,9 +60,10 @@ class Distributed:
     def per_process(self, micro_steps: int) -> int:
         """How many of a step's micro-steps each process computes; UserError if they cannot be divided equally."""
         if micro_steps % self.world_size:
+            example = math.ceil(micro_steps / self.world_size) * self.world_size
             raise UserError(
                 f"gradient_accumulation_steps={micro_steps} must be a multiple of the number of processes, "
-                f"{self.world_size}: it counts the micro-steps of all processes"
+                f"{self.world_size}: it counts the micro-steps of all of them; give {example} and a smaller batch_size"
             )
         return micro_steps // self.world_size
 

@@ -195,6 +195,7 @@ def test_micro_steps_that_cannot_be_divided_are_refused_before_anything_is_moved
     flags = [*tiny_flags(tmp_path / "run", init_from="scratch", gradient_accumulation_steps=3), "--minutes=0.1"]
     ended = subprocess.run([*TORCHRUN, ROOT / "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert "gradient_accumulation_steps=3 must be a multiple of the number of processes, 2" in ended.stderr
+    assert "; give 4 and a smaller batch_size\n" in ended.stderr
     assert os.listdir(tmp_path) == ["run"] and "val_loss" not in ended.stderr
 
 
