@@ -21,13 +21,21 @@ from plaingpt.budget import Deadline, choose_settings, extend_run
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
-from plaingpt.files import check_writable, existing, holds_run, json_or_empty, set_aside
+from plaingpt.files import existing, set_aside
 from plaingpt.graphs import Captured, graphs_work
 from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
 from plaingpt.parallel import set_gradient_sync, wrap
 from plaingpt.plan import announce, check_memory, dry_run, step_seconds
-from plaingpt.run import check_default, finish_run, initial_model, new_shape, resumed_settings, write_recipe
+from plaingpt.run import (
+    check_default,
+    check_out_dir,
+    finish_run,
+    initial_model,
+    new_shape,
+    resumed_settings,
+    write_recipe,
+)
 from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set
@@ -208,16 +216,8 @@ def start_run(
     if checkpoint and state.data != data.digest:
         note(f"the data set {config.dataset} is not the one that {checkpoint} was trained on")
         state.forget_best()
-    out_dir, writes = Path(config.out_dir), not (config.eval_only or config.dry_run)
-    if writes and dist.is_main:
-        check_writable(out_dir)
-        renamed = holds_run(out_dir) and not checkpoint  # UserError if it is in use, before time is spent
-        if checkpoint and json_or_empty(checkpoint / "training.json").get("step") != state.step:
-            raise UserError(f"{checkpoint} was replaced meanwhile, by a run that has ended: run the command again")
-        sources = [Path(config.data_dir) / config.dataset] + [Path(config.init_from)] * (not config.is_new_model)
-        inside = [path for path in sources if path.resolve().is_relative_to(out_dir.resolve())]
-        if renamed and inside:
-            raise UserError(f"{inside[0]} is in {out_dir}, which a new run renames: choose another --out_dir")
+    if dist.is_main and not (config.eval_only or config.dry_run):
+        check_out_dir(config, checkpoint, state)
     if choosing:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
@@ -244,11 +244,11 @@ def start_run(
     if checkpoint:
         load_optimizers(checkpoint, state.scaler, raw_model, run.optimizers, run.scaler)
     elif dist.is_main:
-        set_aside(out_dir)
+        set_aside(Path(config.out_dir))
     derived = state.derived if checkpoint else DERIVED
     state.derived = [name for name in derived if name not in given]
     state.settings, state.data = dataclasses.asdict(config), data.digest
-    return train(run, state, out_dir)
+    return train(run, state, Path(config.out_dir))
 
 
 def main() -> int:

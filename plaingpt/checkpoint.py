@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from plaingpt.console import UserError, counted, note, one_line
+from plaingpt.console import UserError, counted, errors_of_library, note, one_line
 from plaingpt.files import check_sums, file_of
 from plaingpt.hub import CONFIG_NAMES, CONVERT, TOKENIZER_FILES, checked_config, model_directory, read_config
 from plaingpt.tokenizer import Tokenizer, gpt2
@@ -209,13 +209,8 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
 @contextlib.contextmanager
 def _opened(directory: Path, name: str) -> Iterator[safetensors.safe_open]:
     path = file_of(directory, name)
-    try:
-        with safetensors.safe_open(path, "pt") as tensors:
-            yield tensors
-    except UserError:
-        raise
-    except Exception as error:  # SafetensorError, OSError, and what torch raises for an impossible shape
-        raise UserError(f"{path} is missing or damaged: {one_line(error)}") from error
+    with errors_of_library(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as tensors:
+        yield tensors
 
 
 def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(Exception):
@@ -128,6 +128,17 @@ def one_line(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:199]} … {text[-98:]}"  # the reason is often at the end
+
+
+@contextlib.contextmanager
+def errors_of_library(message: str) -> Iterator[None]:
+    """Turn whatever a library raises into a UserError. Rust's panics are BaseExceptions."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{message}: {one_line(error)}") from error
 
 
 def counted(n: int, thing: str) -> str:

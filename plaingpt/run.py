@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
 from plaingpt.console import RunFailed, UserError, counted, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
-from plaingpt.files import new_file
+from plaingpt.files import check_writable, holds_run, json_or_empty, new_file
 from plaingpt.hub import model_directory, read_config
 from plaingpt.plan import check_memory
 from plaingpt.run_state import RunState
@@ -48,7 +48,8 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
         if getattr(config, name) == trained[name]:
             continue
         asked = f"{given[name]}: {name}={getattr(config, name)}"
-        if name not in flags and (name not in FIXED or config.init_from != "auto" or config.eval_only):
+        another_run = name in FIXED and config.init_from == "auto" and not config.eval_only  # perhaps
+        if name not in flags and not another_run:
             hint = "" if name in FIXED else "; a flag overrides it"
             note(f"using the checkpoint's {name}={trained[name]}, not {asked}{hint}")
         elif name in FIXED and not (config.eval_only and name == "dataset"):
@@ -89,6 +90,19 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
             f"without a recipe {problem}, which needs a CUDA GPU: add --minutes=10, which chooses settings for that "
             "time, or name a recipe from config/"
         )
+
+
+def check_out_dir(config: TrainConfig, checkpoint: Path | None, state: RunState) -> None:
+    """UserError if the run cannot be written to `out_dir`, before time is spent."""
+    out_dir = Path(config.out_dir)
+    check_writable(out_dir)
+    renamed = holds_run(out_dir) and not checkpoint  # UserError if it is in use
+    if checkpoint and json_or_empty(checkpoint / "training.json").get("step") != state.step:
+        raise UserError(f"{checkpoint} was replaced meanwhile, by a run that has ended: run the command again")
+    sources = [Path(config.data_dir) / config.dataset] + [Path(config.init_from)] * (not config.is_new_model)
+    inside = [path for path in sources if path.resolve().is_relative_to(out_dir.resolve())]
+    if renamed and inside:
+        raise UserError(f"{inside[0]} is in {out_dir}, which a new run renames: choose another --out_dir")
 
 
 def new_shape(config: TrainConfig, data: DataSet) -> GPTConfig:

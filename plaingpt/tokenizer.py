@@ -4,7 +4,6 @@ Four kinds can be made: GPT-2's own, from the merges beside this file; character
 byte-level BPE trained on the user's text. Any other tokenizer.json that comes with a model works too.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -17,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from plaingpt.console import UserError, one_line
+from plaingpt.console import UserError, errors_of_library
 from plaingpt.files import file_of, read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -40,7 +39,7 @@ class Tokenizer:
         """Ids of `text`. The text `<|endoftext|>` is ordinary text unless `special`."""
         self._backend.encode_special_tokens = not special
         try:
-            with _errors_of_library("the tokenizer cannot encode this text"):
+            with errors_of_library("the tokenizer cannot encode this text"):
                 return self._backend.encode(text, add_special_tokens=False).ids
         except UserError as error:
             vocabulary = self._backend.get_vocab()
@@ -54,11 +53,11 @@ class Tokenizer:
         if self._bulk_encode:
             return self._bulk_encode(texts)
         self._backend.encode_special_tokens = True
-        with _errors_of_library("the tokenizer cannot encode a document"):
+        with errors_of_library("the tokenizer cannot encode a document"):
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        with _errors_of_library("the tokenizer cannot decode these ids"):
+        with errors_of_library("the tokenizer cannot decode these ids"):
             return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -67,7 +66,7 @@ class Tokenizer:
         pending = []  # ids without text so far
         for token in ids:
             pending.append(int(token))
-            with _errors_of_library("the tokenizer cannot decode these ids"):
+            with errors_of_library("the tokenizer cannot decode these ids"):
                 piece = stream.step(self._backend, pending[-1])
             if piece:
                 pending.clear()
@@ -114,29 +113,18 @@ class Tokenizer:
             best = f"; did you mean {directory / 'best'}?" if (directory / "best").is_dir() else ""
             raise UserError(f"{directory} has no tokenizer.json{best}")
         path = file_of(directory, "tokenizer.json")
-        with _errors_of_library(f"{path} is damaged"):
+        with errors_of_library(f"{path} is damaged"):
             backend = tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
             backend.no_padding()
             return cls(backend)
 
 
-@contextlib.contextmanager
-def _errors_of_library(message: str) -> Iterator[None]:
-    """Turn whatever `tokenizers` raises into a UserError. Its panics are BaseExceptions."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise UserError(f"{message}: {one_line(error)}") from error
-
-
 def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:
     vocab, merges = file_of(directory, "vocab.json"), file_of(directory, "merges.txt")
     config = "tokenizer_config.json"
     prefix = (directory / config).exists() and read_json(directory, config).get("add_prefix_space") is True
-    with _errors_of_library(f"{vocab} or merges.txt is damaged"):
+    with errors_of_library(f"{vocab} or merges.txt is damaged"):
         model = models.BPE.from_file(str(vocab), str(merges))
         return _byte_level(model, prefix, model.token_to_id(END_OF_TEXT) is not None)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from plaingpt.console import UserError, closest, counted, one_line
+from plaingpt.console import UserError, closest, counted, errors_of_library, one_line
 from plaingpt.files import SUMS, new_file, sha256
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.readers import File, NoColumn, Shard, kind_of
@@ -192,7 +192,7 @@ def _hub(named: str, config: PrepareConfig) -> Source:
 
     repository, val_fraction, pinned = HUB.get(named) or (named.removeprefix("hf:").rstrip("/"), 0.01, {})
     configuration, revision = (getattr(config, key) or pinned.get(key) for key in ("config", "revision"))
-    try:
+    with errors_of_library(f"hf:{repository} cannot be opened"):  # no such repository or split, no network, scripts, …
         local = Path(repository).is_dir()
         if local:  # its state stands for a revision in the description, so changed files are not taken for the same
             files = sorted(File.at(path) for path in walk(repository))
@@ -204,8 +204,6 @@ def _hub(named: str, config: PrepareConfig) -> Source:
         dataset = datasets.load_dataset(repository, configuration, **options)
         if config.column in (dataset.column_names or ()):
             dataset = dataset.select_columns([config.column])
-    except Exception as error:  # of any library below: no such repository, split or configuration, no network, scripts
-        raise UserError(f"hf:{repository} cannot be opened: {one_line(error)}") from error
     flags = {"config": configuration, "split": config.split, "revision": revision}
     words = [f"hf:{repository}", *(f"--{key}={value}" for key, value in flags.items() if value)]
     name = named if named in HUB else Path(repository).name
