@@ -195,8 +195,8 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
             if not terminal:  # where `input` would print its prompt among the samples
                 print("> ", end="", file=sys.stderr, flush=True)
             line = input("> " if terminal else "")
-            if line.startswith("/"):
-                name, text = [*re.split("[ =]", line[1:], maxsplit=1), ""][:2]
+            if command := re.fullmatch(r"/(\w+)(?:[ =](.*))?", line):
+                name, text = command[1], command[2] or ""
                 if name not in INTERACTIVE:
                     raise UserError(f"/{name} cannot be changed here; these settings can: {', '.join(INTERACTIVE)}")
                 changed, _ = load_settings(SampleConfig, [f"--{name}={text.strip()}"])

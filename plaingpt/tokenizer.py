@@ -101,7 +101,7 @@ class Tokenizer:
         (directory / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8", newline="\n")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.end_of_text is not None:
-            config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+            config |= dict.fromkeys(("bos_token", "eos_token"), self._backend.id_to_token(self.end_of_text))
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -117,7 +117,12 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
             backend.no_padding()
-            return cls(backend)
+            tokenizer = cls(backend)
+        if tokenizer.end_of_text is None and (directory / "tokenizer_config.json").is_file():
+            token = read_json(directory, "tokenizer_config.json").get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            tokenizer.end_of_text = backend.token_to_id(token) if isinstance(token, str) else None
+        return tokenizer
 
 
 def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:

@@ -16,6 +16,9 @@ from conftest import ROOT, child_environment
 from safetensors.torch import load_file
 from test_checkpoint import of_kind, transformers_model
 
+from plaingpt.checkpoint import load_model
+from plaingpt.console import UserError
+
 LOAD = """
 import sys, torch
 from plaingpt.checkpoint import load_model
@@ -160,6 +163,12 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(tmp_path, hub, tiny_run):
     assert cached == first
     assert missing.endswith("the hub does not answer, and the model is not in the cache; you can name a directory")
     assert len(hub.asked) == asked
+
+
+def test_a_file_of_a_model_is_refused_with_its_directory(tiny_run):
+    path = tiny_run / "best" / "model.safetensors"
+    with pytest.raises(UserError, match=f"{path} is a file: name its directory, {path.parent}$"):
+        load_model(path)
 
 
 def test_a_model_on_the_hub_has_the_tokenizer_that_is_there_with_it(tmp_path, hub):

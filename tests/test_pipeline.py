@@ -167,6 +167,26 @@ def test_a_finished_part_is_not_removed_by_another_command(tmp_path, mixed, smal
     assert len(documents(tmp_path, "train")) > 200
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("bad_files", ["skip", "replace"])
+def test_work_that_invalid_text_stopped_continues_with_another_choice(tmp_path, small, parts, bad_files):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "0.txt").write_text("")
+    for i in range(300):
+        (folder / f"{i + 1:04}.txt").write_text(f"document {i} " + "words and words " * 20)
+    (folder / "0300.txt").write_bytes(b"caf\xe9 end of words and words")
+    part = [f"--part={i}/{parts}" for i in range(1, parts + 1)]
+    failed = part[300 % parts]  # the part of file 0300
+    for given in part:
+        prepare(folder, tmp_path / "stopped", given, status=2 if given == failed else 0)
+    ended = prepare(folder, tmp_path / "stopped", failed, f"--bad_files={bad_files}")
+    assert "continuing after" in ended.err
+    for given in part:
+        prepare(folder, tmp_path / "undisturbed", given, f"--bad_files={bad_files}")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
+
+
 def test_validation_of_a_small_share_is_never_empty_by_chance(tmp_path, text):
     prepare(text, tmp_path, "--val_fraction=0.01")  # two documents on average, and perhaps none
     assert len(documents(tmp_path, "val")) > 200  # the tail of each

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import xxhash
 from conftest import child_environment, run_main
 
@@ -81,7 +82,8 @@ def test_every_tokenizer_gives_the_text_back(prepare, folder, kind):
     source = folder({"a.txt": LANGUAGES, "b.txt": LANGUAGES[::-1]})
     directory = prepare(source, *tokenizer_flags(kind))
     train, val = split_texts(directory, "train"), split_texts(directory, "val")
-    assert [a + b for a, b in zip(train, val, strict=True)] == [LANGUAGES, LANGUAGES[::-1]]
+    texts = [text.replace("\r\n", "\n") for text in (LANGUAGES, LANGUAGES[::-1])]
+    assert [a + b for a, b in zip(train, val, strict=True)] == texts and "\r" in texts[1]
 
 
 @pytest.mark.parametrize("n", [10, 997, 1000, 1003])
@@ -296,6 +298,19 @@ def test_a_default_tokenizer_for_little_text_is_noted(prepare, folder, capsys):
 def test_a_flag_for_the_hub_is_refused_for_files(prepare, folder):
     with pytest.raises(UserError, match=r"--revision is for Hugging Face data sets \(hf:owner/name\)"):
         prepare(folder({"a.txt": "text"}), "--revision=main")
+
+
+@pytest.mark.parametrize("text", ["the road the sea", "the unknown sea"])
+def test_text_that_a_models_tokenizer_loses_is_noted(prepare, folder, tmp_path, capsys, text):
+    words = {word: i for i, word in enumerate(["?", "the", "road", "sea", " ", "</s>"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    (tmp_path / "model").mkdir()
+    backend.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    prepare(folder({"a.txt": f"{text} " * 20}), f"--tokenizer={tmp_path / 'model'}")
+    assert ("does not give back all of the text" in capsys.readouterr().err) == ("unknown" in text)
 
 
 def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, folder, capsys):

@@ -123,6 +123,16 @@ def test_a_json_file_that_is_no_documents_is_refused_when_it_is_named_and_left_o
             read(tmp_path / name)
 
 
+def test_json_lines_and_parquet_that_are_no_documents_stop_a_folder_unless_they_are_skipped(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for name, content in (("metrics.jsonl", b'{"step": 1}\n'), ("b.parquet", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            read(tmp_path)
+        assert read(tmp_path, bad_files="skip") == ["text"]
+        (tmp_path / name).unlink()
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.json"])
 def test_a_table_in_another_encoding_stops_a_folder_and_is_not_left_out(tmp_path, name):
     data = "text\ncafé\n" if name == "a.csv" else json.dumps([{"text": "café"}], ensure_ascii=False)
@@ -402,7 +412,7 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path, encoding, suffix):
         data = f'text\n"{SAMPLE}"\n'
     (tmp_path / f"a.{suffix}").write_bytes(data.encode(encoding))
     for bad_files in ("stop", "skip", "replace"):
-        assert read(tmp_path, bad_files=bad_files) == [SAMPLE]
+        assert read(tmp_path, bad_files=bad_files) == [SAMPLE.replace("\r\n", "\n") if suffix == "txt" else SAMPLE]
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16-le", "utf-16-be", "koi8-r"])
@@ -516,6 +526,12 @@ def test_another_state_of_a_folder_is_another_source(repository):
     assert described() == before
     write_parquet(next(repository.glob("data/train-00001*")), ["other texts"] * len(WHOLE[1::3]))
     assert described() != before
+
+
+def test_a_data_set_of_text_files_is_refused_because_its_documents_would_be_lines(tmp_path):
+    (tmp_path / "train.txt").write_text("a road\n\nthe sea\n")
+    with pytest.raises(UserError, match=r"consists of text files: download it \(hf download\) and name its directory"):
+        read(f"hf:{tmp_path}")
 
 
 def test_a_data_set_that_breaks_off_is_a_failure_to_be_tried_again(repository):

@@ -257,6 +257,13 @@ def test_a_setting_can_be_changed_in_interactive_mode(learned):
     assert "/dtype cannot be changed here; these settings can: temperature, " in ended.err
 
 
+def test_a_prompt_may_begin_with_a_slash(tiny_run):
+    arguments = [f"--out_dir={tiny_run}", "--max_new_tokens=2", "--device=cpu", "--interactive"]
+    ended = run_main("sample", *arguments, stdin="/ a\n//a b\n/a/b\n/n b\n")
+    assert ended.err.count("the tokenizer does not know ") == 3  # of this model: they were taken for prompts
+    assert ended.status == 0 and "/n cannot be changed here" in ended.err
+
+
 def test_interactive_gives_as_many_samples_as_asked_for(learned):
     arguments = [f"--out_dir={learned}", "--max_new_tokens=20", "--device=cpu", "--temperature=2", "--num_samples=2"]
     expected = run_main("sample", *arguments, "--start=the sea").out

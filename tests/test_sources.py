@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from plaingpt.console import RunFailed, UserError
+from plaingpt.text import streams
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.sources import Source, download, find_source
 
@@ -137,9 +138,13 @@ def test_a_misspelled_named_source_is_refused_with_the_nearest_one(here):
 
 def test_an_empty_folder_is_refused(here):
     (here / "empty").mkdir()
-    for word in ("empty", os.devnull):  # also beside other sources
-        with pytest.raises(UserError, match=f"^{word}: no files there; a pipe is read with -"):
+    (here / "link").symlink_to("nowhere")
+    for word in ("empty", "link", os.devnull):  # also beside other sources
+        pipe = "; a pipe is read with -, from standard input" if word == os.devnull else ""
+        with pytest.raises(UserError, match=f"^{word}: no files there{pipe}$"):
             source("a.txt", word)
+    with pytest.raises(UserError, match=r"owner/name: no such file, directory or source; did you mean hf:owner/name\?"):
+        source("owner/name")
 
 
 def test_no_source_at_all_is_refused_with_the_named_ones():
@@ -150,9 +155,18 @@ def test_no_source_at_all_is_refused_with_the_named_ones():
 # text
 
 
-def test_text_is_read_as_it_is_but_for_a_byte_order_mark(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9\n\xef\xbb\xbf")
-    assert documents(tmp_path / "a.txt") == ["one\r\ntwo é\n\ufeff"]
+def test_text_is_read_as_it_is_but_for_a_byte_order_mark_and_line_ends_of_windows(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r \xc3\xa9\n\xef\xbb\xbf")
+    assert documents(tmp_path / "a.txt") == ["one\ntwo\r é\n\ufeff"]
+
+
+@pytest.mark.parametrize("text", ["ACGT" * 15 + "\r\n", "a road \r\n\r\nthe sea", "\r\n", "\r\r\n"])
+@pytest.mark.parametrize("piece", [5, 7, 64, 100])
+def test_line_ends_of_windows_become_single_wherever_a_file_is_cut(tmp_path, monkeypatch, text, piece):
+    monkeypatch.setattr(streams, "PIECE", piece)
+    for length in (0, 1, 2, 3):
+        (tmp_path / "a.txt").write_bytes(b"A" * length + text.encode() * 50)
+        assert "".join(documents(tmp_path / "a.txt")) == "A" * length + (text * 50).replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import tokenizers
 from conftest import child_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models
 
 from plaingpt.console import UserError
 from plaingpt.tokenizer import KINDS, Tokenizer, gpt2, make_tokenizer, resolve_tokenizer
@@ -90,6 +91,19 @@ def test_end_of_text_written_in_a_text_is_ordinary_text(tokenizer):
     text = TEXTS["end_of_text"]
     assert tokenizer.end_of_text not in tokenizer.encode(text)
     assert tokenizer.end_of_text not in tokenizer.encode_documents([text])[0]
+
+
+@pytest.mark.parametrize("token", ["</s>", {"content": "</s>", "lstrip": False}, None, "<none>"])
+def test_a_model_may_name_another_token_that_ends_a_text(tmp_path, token):
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}))
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.end_of_text == (2 if token in ("</s>", {"content": "</s>", "lstrip": False}) else None)
+    if loaded.end_of_text:
+        loaded.save(tmp_path)  # as in a checkpoint of a finetuned model
+        assert Tokenizer.load(tmp_path).end_of_text == 2
 
 
 def test_special_makes_end_of_text_its_id_for_that_call_only(tokenizer):

@@ -27,7 +27,7 @@ from plaingpt.text.streams import split_of
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
-FORMAT = 7  # version of the .partial directory; work in another version starts over
+FORMAT = 8  # version of the .partial directory; work in another version starts over
 # With at least this many documents, and five or more in validation on average, entire documents go to validation; with
 # fewer, the tail of each. But tails shorter than SHORT bytes say little: then three documents in validation are enough.
 # At most MOST_COUNTED documents are read to find out.
@@ -60,6 +60,7 @@ class Job:
         """A hash of the source and the settings, the same on every machine."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
         own = dict(sources=[], name=None, part="", threads=None, data_dir="")  # they change nothing, or are in `source`
+        own |= dict(bad_files=None)  # after bytes that stopped the preparation, it continues with another choice
         config = dataclasses.replace(self.config, tokenizer=self.kind, **own)
         result = FORMAT, source, config, self.parts
         return hashlib.sha256(repr(result).encode("utf-8", "surrogateescape")).hexdigest()
@@ -152,6 +153,10 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     if source.summary:
         note(source.summary)
     tokenizer = job.tokenizer or make_tokenizer(job.kind, source.texts(job.config), job.config.vocab_size)
+    if job.tokenizer:
+        text = next(source.texts(job.config))[:1000]
+        if tokenizer.decode(tokenizer.encode(text)).strip() != text.strip():
+            note("the tokenizer does not give back all of the text that it encodes: bits per byte will be too low")
     tokenizer.save(job.partial)
     fsync(job.partial / "tokenizer.json")
     job.shards.mkdir()

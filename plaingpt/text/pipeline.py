@@ -148,8 +148,10 @@ def batches(part: Part) -> Iterator[Batch]:
     resumed_at, bytes_before, batch = part.position, 0, Batch()  # part.position moves as batches are written
     seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
     for i, source in enumerate(part.inputs):
-        texts = source.texts(part.config) if part.config.dedup or i >= resumed_at[0] else ()
+        texts = source.read(part.config) if part.config.dedup or i >= resumed_at[0] else ()
         for n, text in enumerate(texts, 1):
+            if not text.data:
+                continue
             if text.begins:
                 digest, splits_so_far = xxhash.xxh3_64_intdigest(text.data), set()  # splits that have a piece of it
                 # A large file is read twice: where its tail begins follows from its size in UTF-8.

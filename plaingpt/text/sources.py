@@ -127,8 +127,10 @@ def _matches(word: str) -> Iterable[str]:
     if files := [*filter(os.path.isfile, found), *itertools.chain(*map(walk, filter(os.path.isdir, found)))]:
         return files
     if found:
-        raise UserError(f"{word}: no files there; a pipe is read with -, from standard input")
-    raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED)}")
+        pipe = os.path.exists(word) and not os.path.isdir(word)
+        raise UserError(f"{word}: no files there" + ("; a pipe is read with -, from standard input" if pipe else ""))
+    hub = f"; did you mean hf:{word}?" if re.fullmatch(r"[\w.-]+/[\w.-]+", word) else ""
+    raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED) or hub}")
 
 
 def _glob(pattern: str) -> Iterable[str]:
@@ -168,7 +170,8 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
         if kind == "text" and is_binary(path, config):
             remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
             raise UserError(f"{path} is not text but a binary file: {remedy}")
-        elif kind in ("json", "csv", "tsv"):  # often settings and tables, unlike JSON Lines and Parquet
+        # JSON and tables are often something else, such as settings; JSON Lines and Parquet seldom
+        elif kind in ("json", "csv", "tsv") or (kind != "text" and config.bad_files == "skip"):
             next(File.at(path).texts(dataclasses.replace(config, bad_files="replace")), None)
     except UserError as error:
         maybe_text = kind != "text" and not isinstance(error, NoColumn)
@@ -202,6 +205,8 @@ def _hub(named: str, config: PrepareConfig) -> Source:
         options = {"split": config.split, "revision": None if local else revision}
         options["streaming"] = "[" not in config.split  # what train[:10%] stands for is not known before the download
         dataset = datasets.load_dataset(repository, configuration, **options)
+        if dataset.info.builder_name == "text":  # `datasets` makes a document of every line
+            raise UserError("it consists of text files: download it (hf download) and name its directory")
         if config.column in (dataset.column_names or ()):
             dataset = dataset.select_columns([config.column])
     flags = {"config": configuration, "split": config.split, "revision": revision}

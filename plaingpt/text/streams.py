@@ -17,7 +17,7 @@ MAX_RECORD = 1 << 26  # bytes of a line or a field: a few kilobytes of compresse
 # characters that are not white space. Python's white space includes that of the tokenizers; the surrogates stand for
 # the bytes of an incomplete character.
 _INK = r"[^\s\udc80-\udcff]"
-SAFE_BOUNDARY = re.compile(f"(?<={_INK})(?= {_INK})|(?<={_INK}\n)(?={_INK})")
+SAFE_BOUNDARY = re.compile(f"(?<={_INK})(?= {_INK})|(?:(?<={_INK}\n)|(?<={_INK}\r\n))(?={_INK})")
 BOMS = {  # UTF-32's first: it begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -91,7 +91,8 @@ def last_boundary(data: bytes) -> int:
         window = data[start:].decode("utf-8", "surrogateescape")
         if boundaries := list(SAFE_BOUNDARY.finditer(window)):
             return start + len(window[: boundaries[-1].start()].encode("utf-8", "surrogateescape"))
-    return character_boundary(data, len(data) - 1) or len(data)
+    last = len(data) - (2 if data.endswith(b"\r\n") else 1)
+    return character_boundary(data, last) or len(data)
 
 
 def character_boundary(data: bytes, index: int) -> int:
