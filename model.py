@@ -179,19 +179,16 @@ class GPT(nn.Module):
         """Yield new token ids until `max_new_tokens` or `end_of_text`, which is not yielded.
 
         temperature: 0 takes the likeliest id. top_k: draw from the k likeliest ids; 0: from all. A text longer than
-        block_size continues from its last half. plaingpt/generate.py does the same faster, and for many texts.
+        block_size continues from its last half. Reads the text anew for each id; plaingpt/generate.py does not.
         """
         assert prompt, "the prompt needs at least one token"
-        text, caches, position = list(prompt), [], self.config.block_size
+        text, start = list(prompt), max(0, len(prompt) - self.config.block_size)
         for _ in range(max_new_tokens):
-            if position == self.config.block_size:  # at the start, or when the window is full: read it again
-                unread = text[-max(1, position // 2) :] if caches else text[-position:]
-                caches, position = [KVCache() for _ in self.transformer.h], 0
-            idx = torch.tensor([unread], device=self.padding.device)
-            positions = torch.arange(position, position + len(unread), device=idx.device)
-            logits = self.logits(self.hidden(idx, positions, caches)[0, -1])[: self.config.vocab_size]
+            if len(text) - start > self.config.block_size:
+                start = len(text) - max(1, self.config.block_size // 2)
+            idx = torch.tensor([text[start:]], device=self.padding.device)
+            logits = self.logits(self.hidden(idx)[0, -1])[: self.config.vocab_size]
             logits = logits.float().cpu().nan_to_num()  # weights that overflow must not end a run
-            position += len(unread)
             if top_k:
                 logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
             if temperature > 1e-6:  # float32 cannot divide by much less
@@ -203,7 +200,6 @@ class GPT(nn.Module):
                 return
             yield token
             text.append(token)
-            unread = [token]
 
     def num_parameters(self) -> int:
         """Parameters of the model as saved: without the padding of the vocabulary."""
@@ -217,16 +213,3 @@ class GPT(nn.Module):
         """
         c = self.config
         return 6 * (self.num_parameters() - c.block_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
-
-
-class KVCache:
-    """The key/value cache of one block: attention that remembers the keys and values of earlier positions."""
-
-    def __init__(self):
-        self.k = self.v = None
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.k is not None:
-            k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
-        self.k, self.v = k, v
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)

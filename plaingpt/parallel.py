@@ -91,13 +91,12 @@ def _compile(model: nn.Module, dist: Distributed, sharded: bool) -> None:
 
 @functools.cache
 def _compiled_class(kind: type, method: str) -> type:
-    """A subclass whose `method` is compiled, except for calls that pass an attention function: while sampling, shapes
-    change with each token."""
+    """A subclass whose `method` is compiled, except in inference mode: while sampling, shapes change each time."""
     plain = getattr(kind, method)
     compiled = torch.compile(plain)
 
-    def choose(self, x: Tensor, *rest):
-        return (plain if any(callable(value) for value in rest) else compiled)(self, x, *rest)
+    def choose(*arguments):
+        return (plain if torch.is_inference_mode_enabled() else compiled)(*arguments)
 
     return type(kind.__name__, (kind,), {method: choose})
 
