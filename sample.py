@@ -195,7 +195,7 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
             if not terminal:  # where `input` would print its prompt among the samples
                 print("> ", end="", file=sys.stderr, flush=True)
             line = input("> " if terminal else "")
-            if command := re.fullmatch(r"/(\w+)(?:[ =](.*))?", line):
+            if command := re.fullmatch(r"/([a-zA-Z][^ =/]*)(?:[ =](.*))?", line):  # and not `// comment` or a path
                 name, text = command[1], command[2] or ""
                 if name not in INTERACTIVE:
                     raise UserError(f"/{name} cannot be changed here; these settings can: {', '.join(INTERACTIVE)}")

@@ -138,6 +138,7 @@ def candidates(config: TrainConfig, given: dict[str, str], data: DataSet) -> Ite
         check_shape(config, given, model.config, config.init_from)
         check_tokenizer(config, data, tokenizer, config.init_from)
         found = {name: getattr(model.config, name) for name in MODEL_SETTINGS if name not in {*given, "dropout"}}
+        del model  # timing needs the memory
         yield dataclasses.replace(config, **found)
         return
     widths = [config.n_embd] if "n_embd" in given else WIDTHS

@@ -34,8 +34,8 @@ CONVERT = (
 def model_directory(path_or_name: str | Path) -> Path:
     """The directory of a model: the one of that name; in a run's directory, `best` or else `last`; or the cached copy
     of a model on the hub."""
-    if os.path.isfile(path_or_name):
-        raise UserError(f"{path_or_name} is a file: name its directory, {os.path.dirname(path_or_name) or '.'}")
+    if os.path.isfile(path_or_name) and (Path(path_or_name).parent / "config.json").exists():
+        raise UserError(f"{path_or_name} is a file: name its directory, {Path(path_or_name).parent}")
     found = existing(Path(path_or_name))
     if found and not (found / "config.json").exists():
         if inner := existing(found / "best") or existing(found / "last"):

@@ -89,14 +89,17 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
 def step_seconds(
     config: TrainConfig, dist: Distributed, step: Callable[[int], object], warmups: int, limit: float, **most: int
 ) -> float:
-    """Time of a training step, from that of one micro-step and of two: updating the weights counts once. All ranks.
+    """Time of a training step, from that of one micro-step and of a few: updating the weights counts once. All ranks.
 
     step: as for `dry_run`. The rest is as for `median_seconds`.
     """
     one = median_seconds(dist, functools.partial(step, 1), warmups, limit, **most)
-    further = dist.per_process(config.gradient_accumulation_steps) - 1
-    two = median_seconds(dist, functools.partial(step, 2), 0, limit, **most) if further else one
-    return one + further * max(two - one, 0.0)
+    all_of_them = dist.per_process(config.gradient_accumulation_steps)
+    few = min(4, all_of_them)
+    if few == 1:
+        return one
+    per_micro_step = (median_seconds(dist, functools.partial(step, few), 0, limit, **most) - one) / (few - 1)
+    return one + (all_of_them - 1) * max(per_micro_step, 0.0)
 
 
 def median_seconds(

@@ -1,6 +1,7 @@
 """How a run starts, with which settings and which model, and what it says at its end."""
 
 import dataclasses
+import os
 import shlex
 import signal
 import typing
@@ -100,7 +101,8 @@ def check_out_dir(config: TrainConfig, checkpoint: Path | None, state: RunState)
     if checkpoint and json_or_empty(checkpoint / "training.json").get("step") != state.step:
         raise UserError(f"{checkpoint} was replaced meanwhile, by a run that has ended: run the command again")
     sources = [Path(config.data_dir) / config.dataset] + [Path(config.init_from)] * (not config.is_new_model)
-    inside = [path for path in sources if path.resolve().is_relative_to(out_dir.resolve())]
+    places = [(path, place) for path in sources for place in (os.path.abspath, os.path.realpath)]
+    inside = [path for path, place in places if Path(place(path)).is_relative_to(place(out_dir))]
     if renamed and inside:
         raise UserError(f"{inside[0]} is in {out_dir}, which a new run renames: choose another --out_dir")
 

@@ -110,8 +110,8 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
     try:  # as builtins, so that only the recipe's own assignments are among its names
         names = runpy.run_path(path, {"__builtins__": vars(builtins) | modules | defaults | values})
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = "".join(f", line {frame.lineno}" for frame in frames if frame.filename == path)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = f", line {lines[-1]}" if lines else ""
         raise UserError(f"{path}{line}: the recipe does not run: {type(error).__name__}: {one_line(error)}") from error
     skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     kept = {name: value for name, value in names.items() if name[0] != "_" and not isinstance(value, skipped)}

@@ -121,7 +121,8 @@ class Tokenizer:
         if tokenizer.end_of_text is None and (directory / "tokenizer_config.json").is_file():
             token = read_json(directory, "tokenizer_config.json").get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
-            tokenizer.end_of_text = backend.token_to_id(token) if isinstance(token, str) else None
+            special = {added.content: i for i, added in backend.get_added_tokens_decoder().items() if added.special}
+            tokenizer.end_of_text = special.get(token) if isinstance(token, str) else None
         return tokenizer
 
 
@@ -229,7 +230,7 @@ def resolve_tokenizer(wanted: str) -> tuple[str, Tokenizer | None]:
     if tokenizer.same_as(gpt2()) and as_ours(json.loads(tokenizer.to_json())):
         return "gpt2", None
     if tokenizer.end_of_text is None:
-        raise UserError(f"--tokenizer={wanted}: it has no {END_OF_TEXT}, which separates documents")
+        raise UserError(f"--tokenizer={wanted}: no {END_OF_TEXT} or special eos_token separates documents")
     return f"a model's, {hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}", tokenizer
 
 

@@ -165,10 +165,14 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(tmp_path, hub, tiny_run):
     assert len(hub.asked) == asked
 
 
-def test_a_file_of_a_model_is_refused_with_its_directory(tiny_run):
+def test_a_file_of_a_model_is_refused_with_its_directory(tmp_path, tiny_run, monkeypatch):
     path = tiny_run / "best" / "model.safetensors"
     with pytest.raises(UserError, match=f"{path} is a file: name its directory, {path.parent}$"):
         load_model(path)
+    (tmp_path / "gpt2").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tiny_run / "best"))
+    assert load_model("gpt2")  # the model on the hub, not the file
 
 
 def test_a_model_on_the_hub_has_the_tokenizer_that_is_there_with_it(tmp_path, hub):

@@ -153,7 +153,7 @@ def test_an_earlier_data_set_stays_complete_until_the_new_one_is(tmp_path, text,
 
 def test_work_on_other_shards_of_a_data_set_is_not_continued(tmp_path):
     source, configs = Source("set", "hf:me/set"), [PrepareConfig(split=split) for split in ("train", "train[:9]")]
-    digests = {Job(tmp_path, source, config, "gpt2", None, 1, 1).digest for config in configs}
+    digests = {Job(tmp_path, source, config, "gpt2", None, 1, 1).digests[0] for config in configs}
     assert len(digests) == 2
 
 
@@ -167,24 +167,49 @@ def test_a_finished_part_is_not_removed_by_another_command(tmp_path, mixed, smal
     assert len(documents(tmp_path, "train")) > 200
 
 
+@pytest.fixture
+def invalid(tmp_path) -> Path:
+    """A folder with 300 files, of which one has lines and invalid bytes in the middle."""
+    folder = tmp_path / "invalid"
+    folder.mkdir()
+    for i in range(300):
+        (folder / f"{i:04}.txt").write_text(f"document {i} " + "words and words " * 20)
+    lines = write(tmp_path / "lines", DOCUMENTS).read_bytes().splitlines(keepends=True)
+    lines[50:200:50] = [b'{"text": "caf\xe9"}\n'] * 3
+    (folder / "0201.jsonl").write_bytes(b"".join(lines))
+    return folder
+
+
+def token_files(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.endswith(".bin")}
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("bad_files", ["skip", "replace"])
-def test_work_that_invalid_text_stopped_continues_with_another_choice(tmp_path, small, parts, bad_files):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    (folder / "0.txt").write_text("")
-    for i in range(300):
-        (folder / f"{i + 1:04}.txt").write_text(f"document {i} " + "words and words " * 20)
-    (folder / "0300.txt").write_bytes(b"caf\xe9 end of words and words")
+def test_work_that_invalid_text_stopped_continues_with_another_choice(tmp_path, invalid, small, parts, bad_files):
     part = [f"--part={i}/{parts}" for i in range(1, parts + 1)]
-    failed = part[300 % parts]  # the part of file 0300
+    failed = part[201 % parts]  # the part of 0201.jsonl
     for given in part:
-        prepare(folder, tmp_path / "stopped", given, status=2 if given == failed else 0)
-    ended = prepare(folder, tmp_path / "stopped", failed, f"--bad_files={bad_files}")
+        prepare(invalid, tmp_path / "stopped", given, status=2 if given == failed else 0)
+    ended = prepare(invalid, tmp_path / "stopped", failed, f"--bad_files={bad_files}")
     assert "continuing after" in ended.err
     for given in part:
-        prepare(folder, tmp_path / "undisturbed", given, f"--bad_files={bad_files}")
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "undisturbed")
+        prepare(invalid, tmp_path / "undisturbed", given, f"--bad_files={bad_files}")
+    assert token_files(tmp_path / "stopped") == token_files(tmp_path / "undisturbed")
+    if parts == 3:
+        assert "is already prepared" in prepare(invalid, tmp_path / "stopped", failed).err
+
+
+@pytest.mark.parametrize(("first", "second"), [("skip", "replace"), ("replace", "skip")])
+@pytest.mark.parametrize("after_stop", [True, False])
+def test_work_with_one_choice_is_not_continued_with_another(tmp_path, invalid, small, first, second, after_stop):
+    changed = tmp_path / "changed"
+    if after_stop:
+        prepare(invalid, changed, status=2)
+    assert killed(lambda: prepare(invalid, changed, f"--bad_files={first}"), changed, 45 if after_stop else 150)
+    prepare(invalid, changed, f"--bad_files={second}")
+    prepare(invalid, tmp_path / "undisturbed", f"--bad_files={second}")
+    assert token_files(changed) == token_files(tmp_path / "undisturbed")
 
 
 def test_validation_of_a_small_share_is_never_empty_by_chance(tmp_path, text):

@@ -306,6 +306,7 @@ def test_text_that_a_models_tokenizer_loses_is_noted(prepare, folder, tmp_path, 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
+    backend.add_special_tokens(["</s>"])
     (tmp_path / "model").mkdir()
     backend.save(str(tmp_path / "model" / "tokenizer.json"))
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')

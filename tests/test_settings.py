@@ -304,6 +304,7 @@ def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
         ("layers = 1 / 0", ", line 1", "ZeroDivisionError"),
         ("layers = ", "", "SyntaxError"),  # its own message ends with the line
         ("_a = 1\n\n_c = b", ", line 3", "NameError"),
+        ("def f():\n    return 1 / 0\n\nlayers = f()", ", line 2", "ZeroDivisionError"),
     ],
 )
 def test_a_recipe_that_does_not_run_is_refused_with_its_error(recipe, text, line, error):

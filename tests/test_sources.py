@@ -169,6 +169,12 @@ def test_line_ends_of_windows_become_single_wherever_a_file_is_cut(tmp_path, mon
         assert "".join(documents(tmp_path / "a.txt")) == "A" * length + (text * 50).replace("\r\n", "\n")
 
 
+def test_a_line_end_of_windows_is_a_place_where_a_text_may_be_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "PIECE", 100)
+    (tmp_path / "a.txt").write_bytes(b"ACGTACGTACGT\r\n" * 50)
+    assert all(piece.endswith("T\n") for piece in documents(tmp_path / "a.txt"))
+
+
 @pytest.mark.parametrize(
     ("data", "where"),
     [

@@ -374,8 +374,11 @@ def test_a_run_does_not_read_what_is_in_the_directory_that_it_renames(tmp_path, 
     for _ in range(2):
         train("scratch", max_iters=1)  # named like the default of init_from
     shutil.copytree(data_dir, tmp_path / "run" / "data")
-    ended = train(tmp_path / "run", data_dir=tmp_path / "run" / "data", status=2)
-    assert f"{tmp_path / 'run' / 'data' / 'tiny'} is in {tmp_path / 'run'}, which a new run renames" in ended.err
+    (tmp_path / "run" / "out").symlink_to(data_dir)
+    (tmp_path / "in").symlink_to(tmp_path / "run" / "data")
+    for place in ("run/data", "run/out", "in"):
+        ended = train(tmp_path / "run", data_dir=tmp_path / place, status=2)
+        assert f"{tmp_path / place / 'tiny'} is in {tmp_path / 'run'}, which a new run renames" in ended.err
     assert (tmp_path / "scratch.1").exists()
 
 

@@ -56,20 +56,21 @@ class Job:
         return self.partial / "shards"
 
     @functools.cached_property
-    def digest(self) -> str:
-        """A hash of the source and the settings, the same on every machine."""
+    def digests(self) -> list[str]:
+        """A hash of the source and the settings, the same on every machine; and the one with --bad_files=stop, because
+        what invalid text has stopped may go on with another choice."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
         own = dict(sources=[], name=None, part="", threads=None, data_dir="")  # they change nothing, or are in `source`
-        own |= dict(bad_files=None)  # after bytes that stopped the preparation, it continues with another choice
         config = dataclasses.replace(self.config, tokenizer=self.kind, **own)
-        result = FORMAT, source, config, self.parts
-        return hashlib.sha256(repr(result).encode("utf-8", "surrogateescape")).hexdigest()
+        configs = config, dataclasses.replace(config, bad_files="stop")
+        results = [repr((FORMAT, source, config, self.parts)).encode("utf-8", "surrogateescape") for config in configs]
+        return [hashlib.sha256(result).hexdigest() for result in results]
 
     def is_done(self) -> bool:
-        return json_or_empty(self.directory / "meta.json").get("plan") == self.digest
+        return json_or_empty(self.directory / "meta.json").get("plan") in self.digests
 
     def has_plan(self) -> bool:
-        return json_or_empty(self.partial / "plan.json").get("digest") == self.digest
+        return json_or_empty(self.partial / "plan.json").get("digest") in self.digests
 
     def progress(self, part: int) -> Path:
         return self.partial / f"part-{part}.json"
@@ -154,14 +155,14 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
         note(source.summary)
     tokenizer = job.tokenizer or make_tokenizer(job.kind, source.texts(job.config), job.config.vocab_size)
     if job.tokenizer:
-        text = next(source.texts(job.config))[:1000]
-        if tokenizer.decode(tokenizer.encode(text)).strip() != text.strip():
+        texts = [text[:10_000] for text in itertools.islice(source.texts(job.config), 20)]
+        if any(tokenizer.decode(tokenizer.encode(text)).strip() != text.strip() for text in texts):
             note("the tokenizer does not give back all of the text that it encodes: bits per byte will be too low")
     tokenizer.save(job.partial)
     fsync(job.partial / "tokenizer.json")
     job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it says that the rest is there
-        json.dump({"digest": job.digest, "by_content": by_content}, file)
+        json.dump({"digest": job.digests[0], "by_content": by_content}, file)
     return tokenizer
 
 
@@ -197,7 +198,7 @@ def finish(job: Job, part: Part) -> dict | None:
         "dtype": part.dtype.name,
         "end_of_text": tokenizer.end_of_text,
         "source": job.source.description,
-        "plan": job.digest,
+        "plan": json_or_empty(job.partial / "plan.json")["digest"],
         "splits": splits,
     }
     (shards / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")

@@ -58,6 +58,8 @@ class Part:
 
     def __post_init__(self):
         found = json_or_empty(self.progress)
+        if found.get("bad_files") not in ("stop", self.config.bad_files):
+            found = {}  # a text may have had another number
         self.dtype, self.open_files, self.unsaved = id_dtype(self.tokenizer.vocab_size - 1), {}, 0
         self.finished = found.get("finished", False)
         self.position = tuple(found.get("position", (0, 0)))
@@ -99,7 +101,8 @@ class Part:
             shard.flush()
             os.fsync(shard.fileno())
         with new_file(self.progress) as file:
-            json.dump({"position": self.position, "splits": self.splits, "finished": self.finished}, file)
+            found = {"position": self.position, "splits": self.splits, "finished": self.finished}
+            json.dump(found | {"bad_files": self.config.bad_files}, file)
         self.unsaved = 0
 
     def seal(self) -> None:
@@ -148,10 +151,8 @@ def batches(part: Part) -> Iterator[Batch]:
     resumed_at, bytes_before, batch = part.position, 0, Batch()  # part.position moves as batches are written
     seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
     for i, source in enumerate(part.inputs):
-        texts = source.read(part.config) if part.config.dedup or i >= resumed_at[0] else ()
+        texts = source.texts(part.config) if part.config.dedup or i >= resumed_at[0] else ()
         for n, text in enumerate(texts, 1):
-            if not text.data:
-                continue
             if text.begins:
                 digest, splits_so_far = xxhash.xxh3_64_intdigest(text.data), set()  # splits that have a piece of it
                 # A large file is read twice: where its tail begins follows from its size in UTF-8.

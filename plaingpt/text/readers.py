@@ -45,13 +45,8 @@ class File(NamedTuple):
         return cls(path, status.st_size, status.st_mtime_ns)
 
     def texts(self, config: PrepareConfig) -> Iterator[Text]:
-        """The texts that are not empty."""
-        return (text for text in self.read(config) if text.data)
-
-    def read(self, config: PrepareConfig) -> Iterator[Text]:
-        """All texts, with empty ones, such as those that --bad_files skips: their numbers never change."""
         read = READERS.get(kind_of(self.path)) or (split_text if config.split_documents else text_pieces)
-        yield from read(self, config)
+        yield from (text for text in read(self, config) if text.data)
         if File.at(self.path) != self:
             raise RunFailed(f"{self.path} was changed while it was read; run again to read it from the start")
 
@@ -65,9 +60,10 @@ def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
             ends = len(data) < streams.PIECE
             cut = len(data) if ends else last_boundary(data)
             piece, rest = data[:cut], data[cut:]
-            text = checked(piece, file.path, config.bad_files, position).replace(b"\r\n", b"\n")
-            yield Text(text, raw.tell(), begins, ends)
-            begins, position = begins and not text, position + cut
+            if text := checked(piece, file.path, config.bad_files, position):
+                yield Text(text.replace(b"\r\n", b"\n"), raw.tell(), begins, ends)
+                begins = False
+            position += cut
 
 
 def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
@@ -80,7 +76,7 @@ def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
             for document in documents if block else [*documents, rest]:
                 where = f"{file.path}, the document at byte {position:,}"
                 text = checked(document, where, config.bad_files, position).replace(b"\r\n", b"\n")
-                yield Text(text.strip(b"\n"), raw.tell())
+                yield Text(text.strip(b"\r\n"), raw.tell())
                 position += len(document) + len(SEPARATOR)
             if len(rest) > streams.MAX_RECORD:
                 raise too_long(f"{file.path}, the document at byte {position:,}")
@@ -162,7 +158,7 @@ def _column_texts(column: Any, where: str, done: int, config: PrepareConfig) -> 
     if not re.match("(dictionary<values=)?(large_)?(string|binary|null)", str(column.type)):
         raise UserError(f"{where}: column {config.column!r} is {column.type}, not text; name the --column")
     for text in column.cast("large_binary").to_pylist():  # no copy
-        yield Text(checked(text or b"", where, config.bad_files), done)
+        yield Text(text and checked(text, where, config.bad_files), done)
 
 
 def check_column(where: str, names: Sequence[str], column: str) -> None:
@@ -184,15 +180,12 @@ class Shard(NamedTuple):
     size = 1  # its bytes are not known: the progress bar counts shards
 
     def texts(self, config: PrepareConfig) -> Iterator[Text]:
-        return (text for text in self.read(config) if text.data)
-
-    def read(self, config: PrepareConfig) -> Iterator[Text]:
         where = f"{self.name}, shard {self.number}"
         try:
             shard = self.dataset.shard(num_shards=self.shards, index=self.number)
             for table in shard.with_format("arrow").iter(batch_size=256):
                 check_column(self.name, table.column_names, config.column)
-                yield from _column_texts(table.column(config.column), where, 0, config)
+                yield from (t for t in _column_texts(table.column(config.column), where, 0, config) if t.data)
         except UserError:
             raise
         except Exception as error:  # of any library below: network, server, file format

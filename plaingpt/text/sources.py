@@ -206,7 +206,8 @@ def _hub(named: str, config: PrepareConfig) -> Source:
         options["streaming"] = "[" not in config.split  # what train[:10%] stands for is not known before the download
         dataset = datasets.load_dataset(repository, configuration, **options)
         if dataset.info.builder_name == "text":  # `datasets` makes a document of every line
-            raise UserError("it consists of text files: download it (hf download) and name its directory")
+            remedy = "name their directory itself, after hf download if need be"
+            raise UserError(f"hf:{repository} consists of text files: {remedy}")
         if config.column in (dataset.column_names or ()):
             dataset = dataset.select_columns([config.column])
     flags = {"config": configuration, "split": config.split, "revision": revision}
