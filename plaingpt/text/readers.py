@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from plaingpt.console import RunFailed, UserError, counted, one_line
 from plaingpt.text import streams
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.streams import checked, last_boundary, open_utf8, too_long
+from plaingpt.text.streams import checked, last_boundary, open_utf8, too_long, with_unix_lines
 from plaingpt.tokenizer import END_OF_TEXT
 
 SEPARATOR = END_OF_TEXT.encode()
@@ -52,7 +52,7 @@ class File(NamedTuple):
 
 
 def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
-    """One document. As in prompts, a line ends in \\n, also where the file has \\r\\n."""
+    """One document."""
     with open_utf8(file.path, config) as (raw, stream):
         rest, position, begins, ends = b"", 0, True, False
         while not ends:
@@ -61,7 +61,7 @@ def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
             cut = len(data) if ends else last_boundary(data)
             piece, rest = data[:cut], data[cut:]
             if text := checked(piece, file.path, config.bad_files, position):
-                yield Text(text.replace(b"\r\n", b"\n"), raw.tell(), begins, ends)
+                yield Text(with_unix_lines(text), raw.tell(), begins, ends)
                 begins = False
             position += cut
 
@@ -75,8 +75,8 @@ def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
             *documents, rest = (rest + block).split(SEPARATOR)
             for document in documents if block else [*documents, rest]:
                 where = f"{file.path}, the document at byte {position:,}"
-                text = checked(document, where, config.bad_files, position).replace(b"\r\n", b"\n")
-                yield Text(text.strip(b"\r\n"), raw.tell())
+                text = checked(document, where, config.bad_files, position).strip(b"\r\n")
+                yield Text(with_unix_lines(text), raw.tell())
                 position += len(document) + len(SEPARATOR)
             if len(rest) > streams.MAX_RECORD:
                 raise too_long(f"{file.path}, the document at byte {position:,}")

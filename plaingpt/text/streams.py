@@ -86,13 +86,19 @@ def too_long(where: str) -> UserError:
 
 def last_boundary(data: bytes) -> int:
     """The last place where a cut changes no token; without any (no spaces, for example), before the last character."""
-    for window_size in (1 << 10, len(data)):  # one is usually near
-        start = max(0, len(data) - window_size)
-        window = data[start:].decode("utf-8", "surrogateescape")
+    end = max(data.rfind(b" "), data.rfind(b"\n")) + 8  # there is none after it; 8: with the next character
+    for window_size in (1 << 10, end):  # one is usually near
+        start = max(0, end - window_size)
+        window = data[start:end].decode("utf-8", "surrogateescape")
         if boundaries := list(SAFE_BOUNDARY.finditer(window)):
             return start + len(window[: boundaries[-1].start()].encode("utf-8", "surrogateescape"))
     last = len(data) - (2 if data.endswith(b"\r\n") else 1)
     return character_boundary(data, last) or len(data)
+
+
+def with_unix_lines(text: bytes) -> bytes:
+    """`text` with line breaks of Unix, as prompts have them. To look for one byte first takes a tenth of the time."""
+    return text.replace(b"\r\n", b"\n") if b"\r" in text else text
 
 
 def character_boundary(data: bytes, index: int) -> int:
