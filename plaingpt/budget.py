@@ -73,8 +73,7 @@ def time_candidates(
     config: TrainConfig, given: dict[str, str], seconds: float, data: DataSet, dist: Distributed, measure: Measure
 ) -> dict[TrainConfig, float]:
     """Models with their batches and their tokens per second, until larger ones are worse or time is short."""
-    period, timed = min(0.5, seconds / 100), {}
-    tokens = 3e6  # a guess; later, those of the previous model
+    period, timed, tokens = min(0.5, seconds / 100), {}, 3e6  # tokens: a guess; then, those of the previous model
 
     def late() -> bool:
         return agreed_time_left(config.minutes, dist) < 0.75 * seconds
