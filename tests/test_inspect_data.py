@@ -57,7 +57,7 @@ def test_a_wrong_id_anywhere_in_a_data_set_without_meta_json_is_refused_with_its
     monkeypatch.setattr(tokens, "HASHED", 1000)
     monkeypatch.setattr(tokens, "SAMPLE", 100)
     for split, last in ("train", 60_000), ("val", 1):
-        np.array([1] * 1000 + [last], np.uint16).tofile(tmp_path / f"{split}.bin")
+        np.array([300] * 1000 + [last], np.uint16).tofile(tmp_path / f"{split}.bin")
     result = run_main("tools.inspect_data", tmp_path)
     assert result.status == 2 and "train.bin has the id 60000" in result.err and "are correct" not in result.err
 
