@@ -242,7 +242,7 @@ class Deadline:
         self.measured_from = state.step + max(1, steps // 40)  # the steps before it include compilation
         self.warmup_end = state.step + max(2, steps // 20)
         self.few_steps = max(FEW_EPOCHS * steps_per_epoch, self.warmup_end)
-        self.last = state.step, state.seconds, time.monotonic()  # what the last measurement found
+        self.last = state.step, state.seconds, time.monotonic()  # when speed was last measured
         self.evaluation_seconds, self.ending = 0.0, False  # of one evaluation, with its save
 
     def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:

@@ -87,19 +87,24 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
 
 
 def step_seconds(
-    config: TrainConfig, dist: Distributed, step: Callable[[int], object], warmups: int, limit: float, **most: int
+    config: TrainConfig,
+    dist: Distributed,
+    step: Callable[[int], object],
+    warmups: int,
+    limit: float,
+    most: float = math.inf,
 ) -> float:
     """Time of a training step, from that of one micro-step and of a few: updating the weights counts once. All ranks.
 
     step: as for `dry_run`. The rest is as for `median_seconds`.
     """
-    one = median_seconds(dist, functools.partial(step, 1), warmups, limit, **most)
-    all_of_them = dist.per_process(config.gradient_accumulation_steps)
-    few = min(4, all_of_them)
+    one = median_seconds(dist, functools.partial(step, 1), warmups, limit, most)
+    micro_steps = dist.per_process(config.gradient_accumulation_steps)
+    few = min(4, micro_steps)
     if few == 1:
         return one
-    per_micro_step = (median_seconds(dist, functools.partial(step, few), 0, limit, **most) - one) / (few - 1)
-    return one + (all_of_them - 1) * max(per_micro_step, 0.0)
+    per_micro_step = (median_seconds(dist, functools.partial(step, few), 0, limit, most) - one) / (few - 1)
+    return one + (micro_steps - 1) * max(per_micro_step, 0.0)
 
 
 def median_seconds(

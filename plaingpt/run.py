@@ -49,8 +49,8 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
         if getattr(config, name) == trained[name]:
             continue
         asked = f"{given[name]}: {name}={getattr(config, name)}"
-        another_run = name in FIXED and config.init_from == "auto" and not config.eval_only  # perhaps
-        if name not in flags and not another_run:
+        may_be_another_run = name in FIXED and config.init_from == "auto" and not config.eval_only
+        if name not in flags and not may_be_another_run:
             hint = "" if name in FIXED else "; a flag overrides it"
             note(f"using the checkpoint's {name}={trained[name]}, not {asked}{hint}")
         elif name in FIXED and not (config.eval_only and name == "dataset"):

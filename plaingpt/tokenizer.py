@@ -230,7 +230,9 @@ def resolve_tokenizer(wanted: str) -> tuple[str, Tokenizer | None]:
     if tokenizer.same_as(gpt2()) and as_ours(json.loads(tokenizer.to_json())):
         return "gpt2", None
     if tokenizer.end_of_text is None:
-        raise UserError(f"--tokenizer={wanted}: no {END_OF_TEXT} or special eos_token separates documents")
+        raise UserError(
+            f"--tokenizer={wanted}: it has no {END_OF_TEXT} and no special eos_token to put between documents"
+        )
     return f"a model's, {hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}", tokenizer
 
 

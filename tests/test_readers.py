@@ -530,7 +530,7 @@ def test_another_state_of_a_folder_is_another_source(repository):
 
 def test_a_data_set_of_text_files_is_refused_because_its_documents_would_be_lines(tmp_path):
     (tmp_path / "train.txt").write_text("a road\n\nthe sea\n")
-    with pytest.raises(UserError, match=rf"^hf:{tmp_path} consists of text files: name their directory itself"):
+    with pytest.raises(UserError, match=rf"^hf:{tmp_path} consists of text files: name their directory, without hf:"):
         read(f"hf:{tmp_path}")
 
 

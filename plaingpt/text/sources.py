@@ -206,7 +206,7 @@ def _hub(named: str, config: PrepareConfig) -> Source:
         options["streaming"] = "[" not in config.split  # what train[:10%] stands for is not known before the download
         dataset = datasets.load_dataset(repository, configuration, **options)
         if dataset.info.builder_name == "text":  # `datasets` makes a document of every line
-            remedy = "name their directory itself, after hf download if need be"
+            remedy = "name their directory, without hf: (`hf download` fetches it from the hub)"
             raise UserError(f"hf:{repository} consists of text files: {remedy}")
         if config.column in (dataset.column_names or ()):
             dataset = dataset.select_columns([config.column])

@@ -86,7 +86,7 @@ def too_long(where: str) -> UserError:
 
 def last_boundary(data: bytes) -> int:
     """The last place where a cut changes no token; without any (no spaces, for example), before the last character."""
-    end = max(data.rfind(b" "), data.rfind(b"\n")) + 8  # there is none after it; 8: with the next character
+    end = max(data.rfind(b" "), data.rfind(b"\n")) + 8  # the last candidate, with the character after it
     for window_size in (1 << 10, end):  # one is usually near
         start = max(0, end - window_size)
         window = data[start:end].decode("utf-8", "surrogateescape")
@@ -97,7 +97,7 @@ def last_boundary(data: bytes) -> int:
 
 
 def with_unix_lines(text: bytes) -> bytes:
-    """`text` with line breaks of Unix, as prompts have them. To look for one byte first takes a tenth of the time."""
+    """`text` with line breaks of Unix, as prompts have them. Looking for one byte first is nine times as fast."""
     return text.replace(b"\r\n", b"\n") if b"\r" in text else text
 
 
