@@ -1,6 +1,7 @@
 """--minutes: what it chooses, that the run ends in time, and that its recipe repeats it."""
 
 import dataclasses
+import gc
 import math
 import runpy
 import shutil
@@ -12,12 +13,14 @@ import pytest
 import torch
 from conftest import edit_json, flags, run_main
 
+from model import GPT
 from plaingpt import budget
 from plaingpt.budget import Deadline, block_parameters, choose_settings, extend_run, write_recipe
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed, connect
 from plaingpt.run import resumed_settings
 from plaingpt.run_state import RunState, load_state
+from plaingpt.tokens import open_data_set
 from plaingpt.train_config import TrainConfig, muon_learning_rate
 
 DIST = connect("cpu", "float32")
@@ -349,6 +352,17 @@ def test_a_model_with_another_tokenizer_is_refused_before_it_is_timed(tmp_path, 
     given = dict(out_dir=tmp_path / "run", data_dir=data_dir, dataset="other", device="cpu", minutes=1)
     ended = run_main("train", *flags(init_from=tiny_run / "best", **given))
     assert ended.status == 2 and "prepared with another tokenizer" in ended.err and "tokens/s" not in ended.err
+
+
+def test_a_model_that_is_timed_is_in_memory_once(tmp_path, data_dir, tiny_run):
+    def models() -> int:
+        return sum(type(thing) is GPT for thing in gc.get_objects())
+
+    found, before = [], models()
+    config = TrainConfig(minutes=1, dataset="tiny", init_from=str(tiny_run / "best"))
+    data = open_data_set(data_dir / "tiny")
+    choose_settings(config, {}, data, DIST, lambda *_: found.append(models()) or 1e6)
+    assert found and max(found) <= before
 
 
 def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_run):

@@ -40,7 +40,7 @@ def test_a_run_compiles_one_block_once_without_graph_breaks(tmp_path, tiny_flags
     ended = run_main("train", *flags, "--gradient_accumulation_steps=2", "--init_from=resume:step-000003")
     assert ended.status == 0, ended.err
     assert not compiler["graph_break"]
-    assert compiler["stats"]["unique_graphs"] <= 2 * 4  # in each of the two runs
+    assert compiler["stats"]["unique_graphs"] <= 6  # 7 if sampling were compiled, too
 
 
 @needs_compiler

@@ -310,7 +310,7 @@ def test_text_that_a_models_tokenizer_loses_is_noted(prepare, folder, tmp_path, 
     (tmp_path / "model").mkdir()
     backend.save(str(tmp_path / "model" / "tokenizer.json"))
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    prepare(folder({"a.txt": f"{text} " * 20}), f"--tokenizer={tmp_path / 'model'}")
+    prepare(folder({"a.txt": "the sea " * 20, "b.txt": f"{text} " * 20}), f"--tokenizer={tmp_path / 'model'}")
     assert ("does not give back all of the text" in capsys.readouterr().err) == ("unknown" in text)
 
 
