@@ -1,6 +1,6 @@
 """Tokens per second and seconds to open of pages made by tools/page.py, in headless Chromium from file://.
 
-python bench/page.py docs/model.html PATH/model.html
+python bench/page.py out-quickstart/model.html PATH/model.html
 """
 
 import shutil

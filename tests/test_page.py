@@ -6,19 +6,18 @@ pip install playwright; apt-get install chromium
 import base64
 import json
 import math
-import random
 import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run_main
+from conftest import run_main
 from test_checkpoint import TEXT, make_model, of_kind
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, model_with, save_model
 from plaingpt.generate import Sampling, filtered
 from plaingpt.tokenizer import make_tokenizer
-from tools.page import quantize, run_data, run_of, write_page
+from tools.page import quantize, write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -30,7 +29,7 @@ SCRIPTS = [
     "", " ", "\n", "  two  spaces \t\r\n end ", "don't we'll I'VE it's'd 'twas", "x=1;y2=22/3.14", "naïve Äpfel ﬁ Ǆ",
     "Ελληνικά кириллица עברית العربية हिन्दी ไทย 한국어 日本語 汉字 ქართული አማርኛ", "१२३ ٣٤ Ⅷ ½ ²",
     "🙂👩‍👩‍👧‍👦🏳️‍🌈🇩🇪 e\u0301 \u200d\u200b", "a\u0085b\ufeffc\u00a0d\u3000e\u180ef\u2028g\x1ch\x00i",
-    "\u088f\u0c5c\ua7ce\U00010940\U00011de0 letters of the newest Unicode", "<|endoftext|> and <|endoftext|>",
+    "<|endoftext|> and <|endoftext|>",
 ]  # fmt: skip
 
 
@@ -117,18 +116,14 @@ def test_logits_are_torchs_at_every_position(opened, kind, bias, shape, bits):
             parameter += torch.randn_like(parameter) * 0.15
         model.transformer.wte.weight[tokenizer.vocab_size :] = 0
     page = opened(model, tokenizer, bits=bits, start="a")
-    first, generator = [tokenizer.end_of_text or 0], torch.Generator().manual_seed(1337)
-    ids = first + list(model.generate(first, block_size - 1, 0.8, 200, generator=generator))
-    stated = page.evaluate("model.difference")
-    assert stated < (0.01 if bits == 16 else 1)
-    assert (all_logits(page, ids) - in_torch(model, ids)).abs().max() <= stated + 1e-4
+    ids = torch.randint(tokenizer.vocab_size, (block_size,), generator=torch.Generator().manual_seed(2)).tolist()
+    assert (all_logits(page, ids) - in_torch(model, ids)).abs().max() <= (0.01 if bits == 16 else 1)
     weights = model.weights()
     for name, weight in weights.items():
         if weight.dim() == 2:
             scale, integers = quantize(weight, bits)
             weights[name] = scale[:, None] * integers
     rounded = model_with(model.config, weights)
-    ids = torch.randint(tokenizer.vocab_size, (block_size,), generator=torch.Generator().manual_seed(2)).tolist()
     assert (all_logits(page, ids) - in_torch(rounded, ids)).abs().max() <= 1e-4
     # The cache is used again for another text with the same beginning, and after a walk back
     other = [*ids[: block_size // 2], 0][:block_size]
@@ -140,8 +135,7 @@ def test_ids_and_greedy_text_are_torchs(opened, kind):
     tokenizer = of_kind(kind)
     model = make_model(tokenizer)
     page = opened(model, tokenizer)
-    any_character = [*range(0xD800), *range(0xE000, 0x110000)]
-    texts = [*SCRIPTS, TEXT, "".join(map(chr, random.Random(0).choices(any_character, k=5000)))]
+    texts = [*SCRIPTS, TEXT]
     if kind == "char":
         texts = ["", TEXT, TEXT[::-1], "".join(c for c in tokenizer.vocabulary() if len(c) == 1)]
     for text in texts:
@@ -282,23 +276,8 @@ def test_the_views_show_the_models_own_numbers(opened, tiny_run):
     sync_api.expect(page.locator("#steps > li")).to_have_count(model.config.n_layer + 4)
     page.click("#walk-text .chip >> nth=4")
     sync_api.expect(page.locator("#steps")).to_contain_text("Position 4 is")
-    show(page, "run")
-    for fact in (f"parameters{model.num_parameters():,}", "val_bpb", "datasettiny", "learning_rate0.01"):
-        sync_api.expect(page.locator("#facts")).to_contain_text(fact)
-    assert page.locator("#curves path.training, #curves path.validation").count() == 2
+    assert f"{model.num_parameters():,} parameters" in page.inner_text("#about")
     assert str(tiny_run.parent) not in page.content()
-
-
-def test_the_figures_are_those_of_the_step_of_the_model(tmp_path, tiny_run):
-    run = shutil.copytree(tiny_run, tmp_path / "run")
-    model, _ = load_model(run / "best")
-    state = json.loads((run / "last" / "training.json").read_text())
-    (run / "last" / "training.json").write_text(json.dumps(state | {"step": 9, "best_step": 4}))
-    lines = [json.dumps({"step": step, "val_loss": step / 10}) for step in (2, 4, 6, 9)]
-    (run / "metrics.jsonl").write_text("\n".join(lines))
-    for name, step in {"best": 4, "last": 9, "": 4}.items():
-        facts = run_data(str(run / name), model)["facts"]
-        assert (facts["step"], facts["val_loss"]) == (step, step / 10)
 
 
 HOSTILE = "<script>document.title='run'</script><!--<img src=x onerror=alert(1)>${alert(1)}`{{script}}</style>"
@@ -311,10 +290,6 @@ def test_nothing_in_a_model_becomes_markup_or_script(opened, tmp_path):
     out_dir.mkdir(parents=True)
     model = make_model(tokenizer)
     save_model(out_dir, model, tokenizer)
-    settings = {"dataset": HOSTILE, "data_dir": "data", HOSTILE: HOSTILE, "dropout": HOSTILE}
-    training = {"step": 1, "seconds": 1.0, "settings": settings}
-    (out_dir / "training.json").write_text(json.dumps(training))
-    (out_dir.parent / "metrics.jsonl").write_text('{"step": 1, "train_loss": 3.0}\n{"step": 1, "val_loss": 3.1}\n')
     path = tmp_path / "page.html"
     write_page(path, str(out_dir), model, tokenizer, start=HOSTILE)
     assert "onerror" not in path.read_text()
@@ -322,12 +297,15 @@ def test_nothing_in_a_model_becomes_markup_or_script(opened, tmp_path):
     page.check("#as-tokens")
     page.click("#go")
     sync_api.expect(page.locator("#status")).to_contain_text("a second")
-    for view in ("tables", "walk", "run", "write"):
+    for view in ("tables", "walk", "write"):
         show(page, view)
     page.click("#score")
     sync_api.expect(page.locator("#status")).to_contain_text("bits per byte")
-    assert HOSTILE in page.text_content("#facts") and page.inner_text("#name").startswith("<img")
-    assert page.title().startswith("<img") and page.locator("img").count() == 0
+    assert (
+        page.inner_text("#name").startswith("<img")
+        and page.title().startswith("<img")
+        and page.locator("img").count() == 0
+    )
     assert page.locator("script").count() == 2  # the worker's and the page's
     assert page.text_content("#text").endswith(HOSTILE)
     refused = """url => new Promise(done => {
@@ -342,7 +320,7 @@ def test_nothing_in_a_model_becomes_markup_or_script(opened, tmp_path):
 def test_every_view_fits_its_screen(opened, tiny_run, size, dark, tmp_path):
     model, tokenizer = load_model(tiny_run / "best")
     page = opened(model, tokenizer, name=str(tiny_run / "best"), size=size, dark=dark, start="tree")
-    for view in ("write", "tables", "walk", "run"):
+    for view in ("write", "tables", "walk"):
         show(page, view)
         page.reload()
         page.evaluate("ready")
@@ -365,35 +343,22 @@ def test_what_cannot_be_a_page_is_refused_in_one_line(tmp_path, tiny_run, monkey
     ):
         ended = run_main("tools.page", model, f"--out={out}")
         assert (ended.status, ended.out) == (2, "") and reason in ended.err.splitlines()[-1], ended.err
-    model, tokenizer = load_model(tiny_run / "best")
-    with torch.no_grad():
-        model.transformer.wte.weight *= 1e30
-    overflows = tmp_path / "overflows"
-    overflows.mkdir()
-    save_model(overflows, model, tokenizer)
-    ended = run_main("tools.page", overflows, f"--out={tmp_path / 'page.html'}")
-    assert ended.status == 2 and "the logits of this model are not finite numbers" in ended.err
     monkeypatch.setattr("tools.page.MOST_MILLIONS", 0.001)
     ended = run_main("tools.page", tiny_run / "best", f"--out={tmp_path / 'page.html'}")
     assert ended.status == 2 and "browsers do not open larger pages" in ended.err
     assert not list(tmp_path.glob("*.html*"))
 
 
-def test_the_command_says_size_and_tolerance(tmp_path, tiny_run, opened):
-    ended = run_main("tools.page", tiny_run / "best", f"--out={tmp_path / 'page.html'}", "--start=sea")
-    assert ended.status == 0 and "a page of about" in ended.err and "of torch's" in ended.err
-    assert opened(path=tmp_path / "page.html").input_value("#prompt") == "sea"
-
-
-def test_the_run_of_a_model_is_found_from_its_directory_and_from_the_runs(tiny_run, tmp_path, monkeypatch):
-    assert run_of(str(tiny_run)) == run_of(str(tiny_run / "best")) == tiny_run.resolve()
-    monkeypatch.chdir(tiny_run)
-    assert run_of("gpt2") is None and run_of(str(tmp_path)) is None
-
-
-def test_the_page_in_docs_opens(opened):
-    path = ROOT / "docs" / "model.html"
-    assert path.stat().st_size < 3e6
-    page = opened(path=path)
+def test_a_model_whose_logits_overflow_opens(opened, tiny_run):
+    model, tokenizer = load_model(tiny_run / "best")
+    with torch.no_grad():
+        model.transformer.wte.weight *= 1e30
+    page = opened(model, tokenizer)
     page.click("#go")
-    sync_api.expect(page.locator("#status")).to_contain_text("a second", timeout=60000)
+    sync_api.expect(page.locator("#status")).to_contain_text("a second")
+
+
+def test_the_command_says_the_size(tmp_path, tiny_run, opened):
+    ended = run_main("tools.page", tiny_run / "best", f"--out={tmp_path / 'page.html'}", "--start=sea")
+    assert ended.status == 0 and "a page of about" in ended.err and "open it in a browser" in ended.err
+    assert opened(path=tmp_path / "page.html").input_value("#prompt") == "sea"
