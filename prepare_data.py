@@ -101,13 +101,9 @@ def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: flo
     place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
     if tokenizer is None and meta["tokenizer"] == "gpt2" and size < 1e8:
         note("GPT-2's tokenizer suits finetuning GPT-2; to train a new model on so little text, use --tokenizer=bpe")
-    tokens = [figures["tokens"] for figures in meta["splits"].values()]
-    if min(tokens) < 2 or sum(tokens) < 64:
-        note("this is too little text to train on")
-    else:
-        is_model = tokenizer and os.path.isfile(os.path.join(tokenizer, "config.json"))
-        finetune = f" --init_from={shlex.quote(tokenizer)}" if is_model else ""
-        note(f"next: python train.py --dataset={name}{place}{finetune} --out_dir=out-{name} --minutes=10")
+    is_model = tokenizer and os.path.isfile(os.path.join(tokenizer, "config.json"))
+    finetune = f" --init_from={shlex.quote(tokenizer)}" if is_model else ""
+    note(f"next: python train.py --dataset={name}{place}{finetune} --out_dir=out-{name} --minutes=10")
 
 
 if __name__ == "__main__":

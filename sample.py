@@ -5,7 +5,6 @@ python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
 
 import plaingpt.startup
 
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -132,8 +131,7 @@ class Samples:
         sampling = Sampling(**{name: getattr(config, name) for name in SAMPLING})
         generators = [torch.Generator().manual_seed(derive_seed(config.seed, first + i)) for i in range(len(prompts))]
         self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
-        self.unread = [collections.deque() for _ in prompts]  # tokens that nobody has asked for yet
-        self.counts = [0] * len(prompts)
+        self.counts = [0] * len(prompts)  # new tokens
         self.reasons: list[str | None] = [None] * len(prompts)
 
     def text(self, i: int) -> Iterator[str]:
@@ -141,18 +139,19 @@ class Samples:
         return before_stop(self.tokenizer.decode_stream(self.tokens(i)), self.stops)
 
     def tokens(self, i: int) -> Iterator[int]:
-        while self.unread[i] or self.reasons[i] is None:
-            if self.unread[i]:
-                yield self.unread[i].popleft()
-            else:
+        given, read = len(self.prompts[i]), 0
+        while read < self.counts[i] or self.reasons[i] is None:
+            if read == self.counts[i]:
                 self.step()
+            else:
+                yield self.batch.texts[i][given + read]
+                read += 1
 
     def step(self) -> None:
         for i, token in self.batch.step():
             if token == self.tokenizer.end_of_text:
                 self.reasons[i] = "end_of_text"
             else:
-                self.unread[i].append(token)
                 self.counts[i] += 1
                 if self.ends_with_stop(i):
                     self.reasons[i] = "stop"

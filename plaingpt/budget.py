@@ -10,11 +10,10 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError, note, out_of_memory
 from plaingpt.distributed import Distributed
 from plaingpt.metrics import Stopwatch
-from plaingpt.run import MODEL_SETTINGS, check_shape, check_tokenizer, write_recipe
+from plaingpt.run import initial_model, write_recipe
 from plaingpt.run_state import RunState
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import TrainConfig, muon_learning_rate
@@ -84,7 +83,7 @@ def time_candidates(
     def is_close(candidate: TrainConfig) -> bool:
         return all(loss(candidate) < CLOSE * loss(other) for other in timed)
 
-    for candidate in candidates(config, given, data):
+    for candidate in candidates(config, given, data, dist):
         if timed and block_parameters(candidate) > 12 * len(data.train):
             break  # it would memorize the text
         try:
@@ -130,15 +129,12 @@ def needs_memory(error: Exception) -> bool:
     return isinstance(error, UserError) or out_of_memory(error)
 
 
-def candidates(config: TrainConfig, given: dict[str, str], data: DataSet) -> Iterator[TrainConfig]:
+def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: Distributed) -> Iterator[TrainConfig]:
     """Models of one layer per 80 channels, at least two, and heads of about 64; or the shape of a trained model."""
     if not config.is_new_model:
-        model, tokenizer = load_model(config.init_from)
-        check_shape(config, given, model.config, config.init_from)
-        check_tokenizer(config, data, tokenizer, config.init_from)
-        found = {name: getattr(model.config, name) for name in MODEL_SETTINGS if name not in {*given, "dropout"}}
+        model, found = initial_model(dataclasses.replace(config, batch_size=1), given, data, None, dist)
         del model  # timing needs the memory
-        yield dataclasses.replace(config, **found)
+        yield dataclasses.replace(found, batch_size=config.batch_size)
         return
     widths = [config.n_embd] if "n_embd" in given else WIDTHS
     if "n_head" in given:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,29 +21,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from plaingpt.console import UserError, counted, errors_of_library, note, one_line
-from plaingpt.files import check_sums, file_of
-from plaingpt.hub import CONFIG_NAMES, CONVERT, TOKENIZER_FILES, checked_config, model_directory, read_config
+from plaingpt.console import UserError, counted, errors_of_library, note
+from plaingpt.files import check_sums
+from plaingpt.hub import CONFIG_NAMES, TOKENIZER_FILES, checked_config, model_directory, read_config
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.workarounds import SkipNormalInit
 
-READ_TIMEOUT = 30  # seconds of trying to read a directory that a run replaces again and again
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
 # Hugging Face's GPT-2 stores these matrices as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+CONVERT = (
+    "pytorch_model.bin is a pickle, which can run code when it is read: if you trust it, load model and tokenizer with "
+    "transformers' from_pretrained and write both with save_pretrained"
+)
 NANOGPT_ROWS = (50257, 50304)  # GPT-2's ids, alone or padded to a multiple of 64
 
 
-def save_model(directory: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Write a complete Hugging Face model into `directory`. Weights keep their precision; missing biases become 0."""
-    write_model(directory, model.config, model.weights(), tokenizer)
+def save_model(directory: Path, model: GPT, tokenizer: Tokenizer, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a complete Hugging Face model into `directory`. Weights keep their precision; missing biases become 0.
 
-
-def write_model(directory: Path, config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    tensors = {
-        name: (weight.T if name.endswith(TRANSPOSED) else weight).contiguous().cpu()
-        for name, weight in with_biases(weights).items()
-    }
+    weights: a copy of the model's own, which training changes meanwhile.
+    """
+    config, tensors = model.config, with_biases(model.weights() if weights is None else weights)
+    tensors = {name: (t.T if name.endswith(TRANSPOSED) else t).contiguous().cpu() for name, t in tensors.items()}
     safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(directory)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
@@ -73,21 +72,22 @@ def load_model(
     The model is in fp32 on the CPU, in evaluation mode. Loading maps the files, and copies the weights one by one.
     `model.config.vocab_size` is the tokenizer's: embedding rows that belong to no token are dropped. A smaller
     `block_size` crops the positions. With `check`, files are compared with their checksums, if there are any.
-    A run may replace the directory while it is read; the result is always one complete save.
+    A run may replace the directory while it is read: then it is read once more.
     """
     if str(path_or_name).endswith(".pt"):
         config, weights, tokenizer = _read_nanogpt(Path(path_or_name))
     else:
-        config, weights, tokenizer = _read_unchanged(path_or_name, check)
-    if block_size is not None and block_size != config.block_size:
-        if block_size > config.block_size:
-            raise UserError(f"block_size={block_size}: {path_or_name} has only {config.block_size} positions")
-        weights[WPE] = weights[WPE][:block_size].clone()
-    config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=dropout)
-    try:
+        try:
+            config, weights, tokenizer = _read_directory(model_directory(path_or_name), check)
+        except UserError:  # a run may have replaced it meanwhile; if not, the second attempt fails like the first
+            config, weights, tokenizer = _read_directory(model_directory(path_or_name), check)
+    with errors_of_library(f"{path_or_name}: the weights do not fit the configuration"):
+        if block_size is not None and block_size != config.block_size:
+            if block_size > config.block_size:
+                raise UserError(f"block_size={block_size}: {path_or_name} has only {config.block_size} positions")
+            weights[WPE] = weights[WPE][:block_size].clone()
+        config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=dropout)
         return model_with(config, weights).eval(), tokenizer
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{path_or_name}: the weights do not fit the configuration: {one_line(error)}") from error
 
 
 def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
@@ -104,36 +104,13 @@ def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     return model
 
 
-def _read_unchanged(path_or_name: str | Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
-    """Read a model directory, again if it was replaced meanwhile, so that all files belong to the same save."""
-    deadline = time.monotonic() + READ_TIMEOUT
-    while time.monotonic() < deadline:
-        directory = model_directory(path_or_name)
-        before = _identity(directory)
-        try:
-            loaded = _read_directory(directory, check)
-            if _identity(directory) == before:
-                return loaded
-        except UserError:
-            if before and _identity(directory) == before:
-                raise
-    raise UserError(f"{path_or_name} is replaced faster than it can be read; try again later")
-
-
-def _identity(directory: Path) -> tuple[int, int] | None:
-    """What differs between two saves; the time, because an inode number can be used again."""
-    with contextlib.suppress(OSError):
-        status = os.stat(directory)
-        return status.st_ino, status.st_mtime_ns
-
-
 def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
-    if not any(directory.glob("*.safetensors*")) and (pickles := sorted(directory.glob("pytorch_model*.bin"))):
-        raise UserError(f"{directory} has its weights in {pickles[0].name}: {CONVERT}")
     with ThreadPoolExecutor(1) as thread:  # checksums in a thread while reading: each takes half a second for 124M
         sums = thread.submit(check_sums, directory) if check else None
         try:
             config = read_config(directory)
+            if not any(directory.glob("*.safetensors")):
+                raise UserError(f"{directory} has no weights in safetensors; {CONVERT}")
             if config.vocab_size != 50257 or any(os.path.lexists(directory / name) for name in TOKENIZER_FILES):
                 tokenizer = Tokenizer.load(directory)
             else:
@@ -143,16 +120,6 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
         finally:
             if sums:
                 sums.result()  # a failed checksum explains more than the error that it caused
-
-
-def _check_tensor_shapes(source: str | Path, config: GPTConfig, shapes: dict[str, list[int]]) -> None:
-    """Raise UserError if `config` does not describe a GPT-2 with these shapes, before any weight is read."""
-    layers = len({name.split(".")[2] for name in shapes if name.startswith("transformer.h.")})
-    found = [shapes.get(WTE), shapes.get(WPE), layers]
-    wanted = [[config.vocab_size, config.n_embd], [config.block_size, config.n_embd], config.n_layer]
-    if found != wanted:
-        problem = f"wte, wpe and layers are {found} instead of {wanted}"
-        raise UserError(f"{source}: the weights do not fit the configuration: {problem}")
 
 
 def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
@@ -168,9 +135,11 @@ def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPT
 def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     """A copy of the parameter in fp32; `wte` gets its padding here, so that it is copied only once.
 
-    Raises UserError if it contains numbers that are not finite.
+    Raises UserError if it has too few rows, or numbers that are not finite.
     """
     rows, padded = (config.vocab_size, config.padded_vocab_size) if name == WTE else (len(tensor), len(tensor))
+    if len(tensor) < rows:
+        raise UserError(f"{source}: the embedding has {len(tensor)} rows, but config.json or the tokenizer {rows}")
     copy = torch.zeros(padded, *tensor.shape[1:])
     copy[:rows] = tensor[:rows]
     if not tensor.is_floating_point() or not copy.isfinite().all():
@@ -183,20 +152,13 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
     files = shards if shards and not (directory / "model.safetensors").exists() else ["model.safetensors"]
     if files == shards and len(shards) != (wanted := int(re.search(r"of-(\d+)", shards[0])[1])):
         raise UserError(f"{directory} has {len(shards)} of the {wanted} files of the weights")
-    shapes, places = {}, {}
+    config, weights = _cropped(directory, config, tokenizer), {}
     for file in files:
-        with _opened(directory, file) as tensors:
+        with open_tensors(directory / file) as tensors:
             for theirs in tensors.keys():  # noqa: SIM118 (not a dictionary)
                 if theirs.endswith((".attn.bias", ".attn.masked_bias")) or theirs == "lm_head.weight":
                     continue  # the causal mask in old files, and the tied head
-                name = f"transformer.{theirs.removeprefix('transformer.')}"
-                shapes[name], places[name] = list(tensors.get_slice(theirs).get_shape()), (file, theirs)
-    _check_tensor_shapes(directory, config, shapes)
-    config, weights = _cropped(directory, config, tokenizer), {}
-    for file in files:
-        with _opened(directory, file) as tensors:
-            for name in (name for name, place in places.items() if place[0] == file):
-                tensor = tensors.get_tensor(places[name][1])
+                name, tensor = f"transformer.{theirs.removeprefix('transformer.')}", tensors.get_tensor(theirs)
                 weights[name] = _in_memory(directory, name, tensor.mT if name.endswith(TRANSPOSED) else tensor, config)
     if config.bias:
         return config, weights
@@ -207,8 +169,8 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
 
 
 @contextlib.contextmanager
-def _opened(directory: Path, name: str) -> Iterator[safetensors.safe_open]:
-    path = file_of(directory, name)
+def open_tensors(path: Path) -> Iterator[safetensors.safe_open]:
+    """A safetensors file, of which tensors are read one at a time. UserError if it is missing or damaged."""
     with errors_of_library(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as tensors:
         yield tensors
 
@@ -221,7 +183,7 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
         return _from_nanogpt(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except UserError:
         raise
-    except Exception as error:  # a damaged file, or one that wants to run code, fails in many ways
+    except Exception as error:  # torch's messages advise to read it unsafely
         problem = f"not a nanoGPT checkpoint that can be read safely: {type(error).__name__}"
         raise UserError(f"{path} is {problem}") from error
 
@@ -235,14 +197,6 @@ def _from_nanogpt(path: Path, checkpoint: dict) -> tuple[GPTConfig, dict[str, Te
             "(50,257 ids, or 50,304 with padding) can be imported"
         )
     tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
-    _check_tensor_shapes(path, config, {name: list(tensor.shape) for name, tensor in tensors.items()})
     note(f"{path}: only the weights are imported, and GELU is OpenAI's tanh form: the loss differs a little")
     config, tokenizer = dataclasses.replace(config, vocab_size=gpt2().vocab_size), gpt2()
     return config, {name: _in_memory(path, name, tensor, config) for name, tensor in tensors.items()}, tokenizer
-
-
-def read_tensors(directory: Path, name: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a safetensors file, read one at a time. UserError if it is missing or damaged."""
-    with _opened(directory, name) as file:
-        for key in file.keys():  # noqa: SIM118 (not a dictionary)
-            yield key, file.get_tensor(key)

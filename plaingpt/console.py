@@ -5,7 +5,6 @@ import difflib
 import errno
 import gc
 import json
-import math
 import os
 import re
 import signal
@@ -138,18 +137,11 @@ def errors_of_library(message: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"{message}: {one_line(error)}") from error
 
 
 def counted(n: int, thing: str) -> str:
     """A number with its noun: 1 document, 2,000 documents."""
     return f"{n:,} {thing}{'' if n == 1 else 's'}"
-
-
-def millions(number: int) -> str:
-    return f"{number:,}" if number < 1e5 else f"{number / 1e6:,.{2 if number < 1e7 else 0}f}M"
-
-
-def perplexity(loss: float) -> str:
-    value = math.exp(min(loss, 700))  # more would overflow a float
-    return f"{value:.2f}" if value < 1e6 else f"{value:.1e}"

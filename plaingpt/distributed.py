@@ -146,13 +146,9 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
     """
     # set by torchrun; other launchers may not set the last
     names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    try:
-        rank, local_rank, world_size, local_world_size = (int(os.environ.get(n) or one) for n, one in names.items())
-        if not (0 <= rank < world_size and local_world_size > 0):
-            raise ValueError("they contradict each other")
-    except ValueError as error:
-        found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
-        raise UserError(f"{found} in the environment: {error}; start several processes with torchrun") from error
+    rank, local_rank, world_size, local_world_size = (int(os.environ.get(n) or one) for n, one in names.items())
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment: start processes with torchrun")
     chosen = _choose_device(device, local_rank, world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

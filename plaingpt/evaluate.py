@@ -8,7 +8,6 @@ from torch import nn
 from model import GPT, IGNORED
 from plaingpt.batches import EvalBatches
 from plaingpt.checkpoint import model_with
-from plaingpt.console import perplexity
 from plaingpt.distributed import Distributed, StopSignal
 from plaingpt.parallel import gather, is_sharded
 from plaingpt.tokens import DataSet, Tokens
@@ -44,7 +43,7 @@ def bits_per_byte(loss: float, tokens: Tokens) -> float | None:
 
 def describe_loss(loss: float, data: DataSet) -> str:
     bpb = bits_per_byte(loss, data.val)
-    return f"val_loss {loss:.4f}, perplexity {perplexity(loss)}" + (f", {bpb:.4f} bits per byte" if bpb else "")
+    return f"val_loss {loss:.4f}" + (f", {bpb:.4f} bits per byte" if bpb else "")
 
 
 def sample_text(model: GPT, data: DataSet, length: int, dist: Distributed, seed: int) -> str:

@@ -15,7 +15,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from plaingpt.console import UserError, note, one_line
+from plaingpt.console import UserError, errors_of_library, note, one_line
 
 SUMS = "SHA256SUMS"  # in the format of `sha256sum -c`
 UNCHECKED = (".bin", ".md", ".png")  # token files, whose checksums are in meta.json, and what people edit
@@ -50,7 +50,7 @@ def new_file(path: Path, mode: str = "w") -> Iterator[IO]:
 def new_directory(final: Path) -> Iterator[Path]:
     """Create a directory to fill with files; it replaces `final` when the block ends without an error.
 
-    Until then, and if anything fails, `final` stays as it was.
+    Until then, and if anything fails, `existing(final)` stays as it was.
     """
     final = final.resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -80,12 +80,7 @@ def put_in_place(new: Path, final: Path) -> None:
     if final.exists():
         delete(old)
         final.rename(old)
-    try:
-        new.rename(final)
-    except OSError:  # on Windows, a virus scanner may have a file open
-        if old.exists():
-            old.rename(final)
-        raise
+    new.rename(final)
     fsync(final.parent)
     delete(old)
 
@@ -101,13 +96,9 @@ def check_writable(directory: Path) -> None:
     """UserError if `directory`, which need not exist yet, cannot be written to. Call it before work is spent."""
     nearest = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
     try:
-        str(directory).encode()  # safetensors takes names in UTF-8 only
-        with contextlib.suppress(FileNotFoundError):
-            directory.lstat()  # fails for impossible names
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", error)  # without the name of the temporary directory
-        raise UserError(f"{directory} cannot be written to: {reason}; choose another one") from error
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written to: {error.strerror}; choose another one") from error
 
 
 def claim(out_dir: Path) -> FileLock:
@@ -178,52 +169,28 @@ def check_sums(directory: Path) -> None:
     sums = directory / SUMS
     if not sums.is_file():
         return  # a directory that another tool made
-    try:
-        lines = [line.partition("  ") for line in file_of(directory, SUMS).read_text().splitlines()]
-        if unlisted := {path.name for path in directory.glob("*.safetensors")} - {name for _, _, name in lines}:
-            raise ValueError(f"{SUMS} lacks {unlisted.pop()}")
-        changed = [name for digest, _, name in lines if sha256(file_of(directory, name)) != digest]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} is damaged: {one_line(error)}") from error
-    if changed:
-        raise UserError(
-            f"{directory / changed[0]} is damaged: it differs from its checksum; "
-            f"if you changed it on purpose, delete {sums}"
-        )
+    with errors_of_library(f"{directory} is damaged"):
+        for line in sums.read_text().splitlines():
+            digest, _, name = line.partition("  ")
+            if sha256(path := directory / name) != digest:
+                problem = f"{path} is damaged: it differs from its checksum"
+                raise UserError(f"{problem}; if you changed it on purpose, delete {sums}")
 
 
-def file_of(directory: Path, name: str) -> Path:
-    """The path of a file in `directory`; UserError if it is missing or, like a named pipe, no regular file."""
-    path = directory / name
-    if not os.path.isfile(path):
-        problem = "not a file" if os.path.lexists(path) else "no such file"
-        raise UserError(f"{path} is missing or damaged: {problem}")
-    return path
-
-
-def read_json(directory: Path, name: str) -> dict:
-    """The JSON object in a file of `directory`; UserError if it is missing, damaged, or contains NaN or infinity."""
-
-    def refuse(number: str):
-        raise ValueError(f"{number} is not a number")
-
-    path = file_of(directory, name)
-    try:
-        found = json.loads(path.read_bytes(), parse_constant=refuse)
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; UserError if it is missing or damaged."""
+    with errors_of_library(f"{path} is missing or damaged"):
+        found = json.loads(path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError("not an object")
         return found
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def json_or_empty(path: Path) -> dict:
     """The object in a file of ours; {} if it is missing, or was left empty or cut by a loss of power."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with contextlib.suppress(UserError):
+        return read_json(path)
+    return {}
 
 
 def sha256(path: Path) -> str:

@@ -4,7 +4,6 @@ python train.py RECIPE --dry_run=True
 """
 
 import functools
-import math
 import statistics
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
-from plaingpt.console import UserError, counted, millions, note
+from plaingpt.console import UserError, counted, note
 from plaingpt.cpu import return_freed_memory
 from plaingpt.distributed import Distributed
 from plaingpt.parallel import shard_count
@@ -67,7 +66,7 @@ def announce(config: TrainConfig, dist: Distributed, model: GPT, epoch_tokens: i
     precision = str(dist.dtype).removeprefix("torch.")
     epochs = config.max_iters * config.tokens_per_step / epoch_tokens
     note(
-        f"{millions(model.num_parameters())} parameters, {dist.world_size} x {dist.device.type} in {precision}; "
+        f"{model.num_parameters() / 1e6:,.2f}M parameters, {dist.world_size} x {dist.device.type} in {precision}; "
         f"{counted(config.max_iters, 'step')} of {counted(config.tokens_per_step, 'token')}, "
         f"{epochs:{',.1f' if epochs >= 0.1 else '.2g'}} epochs of {epoch_tokens:,} tokens"
     )
@@ -78,7 +77,7 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
 
     step: runs a training step with that many micro-steps per process.
     """
-    seconds = step_seconds(config, dist, step, warmups=1, limit=10, most=3)
+    seconds = step_seconds(config, dist, step, warmups=2, limit=1)
     if not dist.is_main:
         return
     note(_measured_memory(dist))
@@ -87,30 +86,23 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
 
 
 def step_seconds(
-    config: TrainConfig,
-    dist: Distributed,
-    step: Callable[[int], object],
-    warmups: int,
-    limit: float,
-    most: float = math.inf,
+    config: TrainConfig, dist: Distributed, step: Callable[[int], object], warmups: int, limit: float
 ) -> float:
     """Time of a training step, from that of one micro-step and of a few: updating the weights counts once. All ranks.
 
     step: as for `dry_run`. The rest is as for `median_seconds`.
     """
-    one = median_seconds(dist, functools.partial(step, 1), warmups, limit, most)
+    one = median_seconds(dist, functools.partial(step, 1), warmups, limit)
     micro_steps = dist.per_process(config.gradient_accumulation_steps)
     few = min(4, micro_steps)
     if few == 1:
         return one
-    per_micro_step = (median_seconds(dist, functools.partial(step, few), 0, limit, most) - one) / (few - 1)
+    per_micro_step = (median_seconds(dist, functools.partial(step, few), 0, limit) - one) / (few - 1)
     return one + (micro_steps - 1) * max(per_micro_step, 0.0)
 
 
-def median_seconds(
-    dist: Distributed, step: Callable[[], object], warmups: int, limit: float, most: float = math.inf
-) -> float:
-    """Median time of a step, over `limit` seconds or `most` steps, after untimed `warmups`. All ranks."""
+def median_seconds(dist: Distributed, step: Callable[[], object], warmups: int, limit: float) -> float:
+    """Median time of a step, over `limit` seconds, after untimed `warmups`. All ranks."""
     for _ in range(warmups):
         step()
     times, enough = [], False
@@ -120,7 +112,7 @@ def median_seconds(
         step()
         dist.synchronize()
         times.append(time.perf_counter() - started)
-        (enough,) = dist.max(len(times) >= most or sum(times) > limit)
+        (enough,) = dist.max(sum(times) > limit)
     return statistics.median(times)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shlex
 import signal
-import typing
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from plaingpt.files import check_writable, holds_run, json_or_empty, new_file
 from plaingpt.hub import model_directory, read_config
 from plaingpt.plan import check_memory
 from plaingpt.run_state import RunState
-from plaingpt.settings import check_value
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import DERIVED, TrainConfig
@@ -36,12 +34,7 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
     A flag that changes something is reported; one that contradicts the checkpoint raises UserError, as does a recipe if
     `init_from` is `auto`: the run may be another one.
     """
-    trained, where = state.settings, f"{directory}/training.json"
-    hints = typing.get_type_hints(type(config), include_extras=True)
-    for name in hints.keys() & trained.keys():
-        check_value(name, trained[name], hints[name], where)
-    if missing := {"gradient_accumulation_steps", "batch_size"} - trained.keys():
-        raise UserError(f"{where}: settings lack {', '.join(sorted(missing))}")
+    trained = state.settings
     if state.eval_sequences is None and "eval_iters" in trained:  # a checkpoint of an earlier version
         state.eval_sequences = trained["eval_iters"] * trained["batch_size"]
     flags = {name for name in given if given[name].startswith("--")}
@@ -59,7 +52,7 @@ def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState
             raise UserError(f"{asked}, {found}; {remedy}, or start a new run: --init_from=scratch")
         else:
             note(f"changed on resume: {name}={getattr(config, name)}, until now {trained[name]}")
-    kept = (hints.keys() - flags - LOCAL) | {"init_from"}  # how the run began, for the record
+    kept = (vars(config).keys() - flags - LOCAL) | {"init_from"}  # how the run began, for the record
     saved = {name: trained[name] for name in trained.keys() & kept}
     if saved.get("init_from", "resume").partition(":")[0] == "resume":  # a checkpoint of an earlier version
         saved["init_from"] = "scratch"
@@ -112,14 +105,6 @@ def new_shape(config: TrainConfig, data: DataSet) -> GPTConfig:
     return GPTConfig(vocab_size=data.tokenizer.vocab_size, **{name: getattr(config, name) for name in MODEL_SETTINGS})
 
 
-def check_shape(config: TrainConfig, given: dict[str, str], shape: GPTConfig, source: Path | str) -> None:
-    """UserError if a setting in `given` contradicts the shape of an existing model; its context can be cropped."""
-    for name in (name for name in MODEL_SETTINGS if name in given and name != "dropout"):
-        asked, found = getattr(config, name), getattr(shape, name)
-        if asked > found if name == "block_size" else asked != found:
-            raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")
-
-
 def check_tokenizer(config: TrainConfig, data: DataSet, tokenizer: Tokenizer, source: Path | str) -> None:
     """UserError if the data set was not prepared with the tokenizer of the model in `source`."""
     if not tokenizer.same_as(data.tokenizer):
@@ -151,7 +136,10 @@ def initial_model(
         shape = read_config(model_directory(source))
         check_memory(config, dist, dataclasses.replace(shape, block_size=block_size or shape.block_size))
     model, tokenizer = load_model(source, block_size, config.dropout, check=not checkpoint)  # checked with the state
-    check_shape(config, given, model.config, source)
+    for name in MODEL_SETTINGS:
+        asked, found = getattr(config, name), getattr(model.config, name)
+        if name in given and asked != found:
+            raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")
     check_tokenizer(config, data, tokenizer, source)
     return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in MODEL_SETTINGS})
 

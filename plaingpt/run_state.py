@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import shutil
-import typing
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT
-from plaingpt.checkpoint import read_tensors, write_model
-from plaingpt.console import UserError, is_rank_0, note, one_line
+from plaingpt.checkpoint import open_tensors, save_model
+from plaingpt.console import UserError, errors_of_library, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
 from plaingpt.files import check_sums, existing, json_or_empty, new_directory, read_json, rename_aside
 from plaingpt.parallel import fill, gather
-from plaingpt.settings import NonNegative, NonNegativeInt, check_value
 from plaingpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -35,20 +33,20 @@ FORMAT_VERSION = 1
 class RunState:
     """What a run needs to continue, besides weights and optimizer state: the content of training.json."""
 
-    step: NonNegativeInt = 0
-    seconds: NonNegative = 0.0
+    step: int = 0
+    seconds: float = 0.0
     """of training, without evaluations and saves"""
-    skipped: NonNegativeInt = 0
+    skipped: int = 0
     """steps whose gradients were not finite"""
     best_val_loss: float | None = None
     """of the model in `best`, if there is one; during a run, only the main process keeps it up to date"""
-    best_step: NonNegativeInt = 0
+    best_step: int = 0
     lowest_val_loss: float | None = None
     """up to this step; `best` may have a lower one, from steps that were undone"""
-    evaluations_since_lowest: NonNegativeInt = 0
-    evaluated_at: NonNegativeInt | None = None
+    evaluations_since_lowest: int = 0
+    evaluated_at: int | None = None
     """the step of the last evaluation"""
-    eval_sequences: NonNegativeInt | None = None
+    eval_sequences: int | None = None
     """sequences of an evaluation: if batch_size changes on resume, losses must stay comparable"""
     settings: dict = field(default_factory=dict)
     derived: list = field(default_factory=list)
@@ -95,16 +93,14 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
 
 
 def _read_state(directory: Path) -> RunState:
-    path, content = directory / "training.json", read_json(directory, "training.json")
+    content = read_json(path := directory / "training.json")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: format version {content.get('format_version')}; this program reads {FORMAT_VERSION}")
-    hints = typing.get_type_hints(RunState, include_extras=True)
     earlier = {"evaluated_at": content.get("step"), "lowest_val_loss": content.get("best_val_loss")}
     earlier |= {"evaluations_since_lowest": content.get("evaluations_since_best", 0), "best_step": 0}
     content = earlier | {"eval_sequences": None} | content  # earlier versions did not save these fields
-    if missing := hints.keys() - content.keys():
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
-    return RunState(**{name: check_value(name, content[name], hint, path) for name, hint in hints.items()})
+    with errors_of_library(f"{path} is damaged"):
+        return RunState(**{setting.name: content[setting.name] for setting in dataclasses.fields(RunState)})
 
 
 class Saver:
@@ -152,7 +148,7 @@ class Saver:
             return self._failed(f"step {state.step} is not saved: {problem}")
 
         def model_files(new: Path) -> None:
-            write_model(new, self.model.config, weights, self.tokenizer)
+            save_model(new, self.model, self.tokenizer, weights)
 
         def all_files(new: Path) -> None:
             model_files(new)
@@ -201,15 +197,11 @@ def load_optimizers(
     path = directory / "optimizer.safetensors"
     get_optimizer_state_dict(model, optimizers)  # creates the state of optimizers that have made no step
     wanted = _optimizer_tensors(model, optimizers)
-    for name, values in read_tensors(directory, path.name):
-        tensor = wanted.pop(name, None)
-        if tensor is None or (values.shape, values.dtype) != (tensor.shape, tensor.dtype):
+    with open_tensors(path) as saved:
+        if {*saved.keys()} != wanted.keys():
             raise UserError(f"{path} does not fit the model and the optimizer")
-        if not values.isfinite().all():
-            raise UserError(f"{path} has values that are not finite numbers")
-        fill(tensor, values)
-    if wanted:
-        raise UserError(f"{path} does not fit the model and the optimizer")
+        for name, tensor in wanted.items():
+            fill(tensor, saved.get_tensor(name))
     if saved_scaler and scaler.is_enabled():
         scaler.load_state_dict(saved_scaler)
 

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plaingpt.console import UserError, errors_of_library
-from plaingpt.files import file_of, read_json
+from plaingpt.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 # A new kind is made in `make_tokenizer`. Texts are cut between words before they are encoded, and decoding has to give
@@ -112,14 +112,14 @@ class Tokenizer:
                 return cls(_from_vocab_and_merges(directory))
             best = f"; did you mean {directory / 'best'}?" if (directory / "best").is_dir() else ""
             raise UserError(f"{directory} has no tokenizer.json{best}")
-        path = file_of(directory, "tokenizer.json")
+        path = directory / "tokenizer.json"
         with errors_of_library(f"{path} is damaged"):
             backend = tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
             backend.no_padding()
             tokenizer = cls(backend)
         if tokenizer.end_of_text is None and (directory / "tokenizer_config.json").is_file():
-            token = read_json(directory, "tokenizer_config.json").get("eos_token")
+            token = read_json(directory / "tokenizer_config.json").get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
             special = {added.content: i for i, added in backend.get_added_tokens_decoder().items() if added.special}
             tokenizer.end_of_text = special.get(token) if isinstance(token, str) else None
@@ -127,9 +127,8 @@ class Tokenizer:
 
 
 def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:
-    vocab, merges = file_of(directory, "vocab.json"), file_of(directory, "merges.txt")
-    config = "tokenizer_config.json"
-    prefix = (directory / config).exists() and read_json(directory, config).get("add_prefix_space") is True
+    vocab, merges, config = (directory / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json"))
+    prefix = config.exists() and read_json(config).get("add_prefix_space") is True
     with errors_of_library(f"{vocab} or merges.txt is damaged"):
         model = models.BPE.from_file(str(vocab), str(merges))
         return _byte_level(model, prefix, model.token_to_id(END_OF_TEXT) is not None)
@@ -147,10 +146,6 @@ def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Toke
             characters.update(text)
         return tokenizer_from_vocab("WordLevel", {c: i for i, c in enumerate(sorted(characters))}, [])
     assert kind == "bpe", kind
-    if vocab_size < 257:
-        raise UserError(
-            f"--vocab_size={vocab_size}: a byte-level BPE has 256 bytes and {END_OF_TEXT}: at least 257 ids"
-        )
     return Tokenizer(_byte_level(_trained_bpe(documents, vocab_size - 1)))  # end of text is the last id, as in GPT-2
 
 
@@ -199,10 +194,7 @@ def as_ours(description: dict) -> dict | None:
     ids = {*vocab.values(), *(token["id"] for token in added)}
     if sorted(ids) != list(range(len(ids))):
         return None
-    if model["type"] == "WordLevel":
-        if any(len(token) > 1 and token != END_OF_TEXT for token in vocab):
-            return None
-    else:
+    if model["type"] == "BPE":
         ranked = [token for token in sorted(vocab, key=vocab.get) if token != END_OF_TEXT]
         symbols = byte_symbols()
         if ranked[256:] != list(dict.fromkeys(map("".join, merges))) or {*ranked[:256]} != {*symbols.values()}:

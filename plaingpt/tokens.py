@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plaingpt.console import UserError, note
+from plaingpt.console import UserError, errors_of_library, note
 from plaingpt.files import check_sums, existing, read_json
 from plaingpt.tokenizer import Tokenizer, gpt2
 
@@ -110,8 +110,8 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     if not (found / "meta.json").exists():
         return _open_foreign(found, check_all)
     check_sums(found)
-    meta, tokenizer = read_json(found, "meta.json"), Tokenizer.load(found)
-    try:
+    meta, tokenizer = read_json(found / "meta.json"), Tokenizer.load(found)
+    with errors_of_library(f"{found}/meta.json is damaged; prepare the data again"):
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(f"{found}/meta.json: format version {meta['format_version']}, expected {FORMAT_VERSION}")
         vocab_size, dtype = int(meta["vocab_size"]), {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
@@ -121,9 +121,6 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
             for split in SPLITS
             for file in meta["splits"][split]["files"]
         ]
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        problem = f"{found}/meta.json is damaged ({type(error).__name__}: {error})"
-        raise UserError(f"{problem}; prepare the data again") from error
     if vocab_size not in (tokenizer.vocab_size, len(tokenizer.vocabulary())):  # these two differ if ids have gaps
         raise UserError(f"{found}: tokenizer.json has {tokenizer.vocab_size} ids, but meta.json says {vocab_size}")
     ids = {path: _open_ids(path, np.dtype(dtype), tokens) for _, path, tokens, _ in files}

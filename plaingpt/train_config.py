@@ -132,7 +132,6 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
     RETIRED: ClassVar = {
         "backend": "ignored: the device determines it (nccl on CUDA, gloo elsewhere)",
         "always_save_checkpoint": "ignored: out_dir/last is always saved, and out_dir/best at each improvement",
-        "local_rank": "ignored; start processes with torchrun instead of python -m torch.distributed.launch",
     }
 
     def __post_init__(self):

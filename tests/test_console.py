@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plaingpt.console import counted, escaped, note, perplexity, run_script
+from plaingpt.console import counted, escaped, note, run_script
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -123,5 +123,4 @@ def test_only_rank_0_speaks_and_an_empty_rank_is_none(capsys, monkeypatch, rank,
 
 
 def test_numbers_are_short():
-    assert [perplexity(loss) for loss in (0.0, 3.38, 191.299, 1e9)] == ["1.00", "29.37", "1.2e+83", "1.0e+304"]
     assert [counted(n, "file") for n in (1, 2000)] == ["1 file", "2,000 files"]

@@ -28,12 +28,10 @@ def test_it_prints_figures_and_documents_and_changes_nothing(made):
     for split in ("train", "val"):
         figures = meta["splits"][split]
         assert (
-            f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes: "
-            f"{figures['bytes'] / figures['tokens']:.2f} bytes per token"
+            f"{split}: {figures['documents']:,} documents, {figures['tokens']:,} tokens, {figures['bytes']:,} bytes\n"
         ) in result.err
-    assert "of 50,257 ids of the vocabulary occur" in result.err and "checksums and ids are correct" in result.err
-    assert "document 1, 4 tokens: 'Document 0: ' (ends here)" in result.err
-    assert "shortest, 4 tokens: 'Document " in result.err and "longest, " in result.err
+    assert "checksums and ids are correct" in result.err
+    assert "document 1, 4 tokens: 'Document 0: '\n" in result.err
     assert {path.name: path.read_bytes() for path in made.iterdir()} == before
 
 

@@ -465,7 +465,7 @@ def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, mixed, s
 def test_a_file_that_changes_while_it_is_read_is_no_mixture_of_both(tmp_path, text, small):
     def change(_: int) -> None:
         if (tmp_path / ".set.partial" / "shards").exists() and text.stat().st_size > 10_000:  # the plan is made
-            write(text, DOCUMENTS[:100])
+            write(text, DOCUMENTS[:200])
 
     def work() -> None:
         at_each_change(tmp_path / ".set.partial", change)
@@ -475,7 +475,7 @@ def test_a_file_that_changes_while_it_is_read_is_no_mixture_of_both(tmp_path, te
     os.waitpid(forked(work), 0)
     assert (tmp_path / "refused").exists() and not (tmp_path / "set").exists()
     assert "unfinished work for another text" in prepare(text, tmp_path).err
-    assert sorted(documents(tmp_path, "train") + documents(tmp_path, "val")) == sorted(DOCUMENTS[:100])
+    assert sorted(documents(tmp_path, "train") + documents(tmp_path, "val")) == sorted(DOCUMENTS[:200])
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b", "1/2/3", "-1/2"])

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, child_environment, edit_json
-from safetensors.torch import load_file, save_file
 from test_checkpoint import logits, of_kind
 
 from model import GPT, GPTConfig
@@ -80,8 +79,8 @@ def test_a_later_checkpoint_replaces_the_earlier_one(tmp_path):
 
 def test_optimizer_state_of_another_model_or_optimizer_is_refused(tmp_path):
     save_checkpoint(tmp_path / "last", *trained("adamw"), of_kind("char"))
-    for other in (trained("muon"), trained("adamw", n_embd=16)):
-        with pytest.raises(UserError, match="does not fit"):
+    for other, message in ((trained("muon"), "does not fit"), (trained("adamw", n_embd=16), "must match the size")):
+        with pytest.raises(UserError, match=message):
             load(tmp_path / "last", *other)
 
 
@@ -132,17 +131,6 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
             load_model(tmp_path / "last")
         path.write_bytes(sound)
     load_model(tmp_path / "last")
-
-
-@pytest.mark.parametrize(("step", "message"), [(4.0, None), (1e300, "step must be"), (10**300, "step must be")])
-def test_an_odd_number_in_training_json_is_an_int_or_refused(tmp_path, step, message):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=4)
-    edit_json(tmp_path / "last" / "training.json", step=step)
-    if message:
-        with pytest.raises(UserError, match=message):
-            load_state(tmp_path / "last")
-    else:
-        assert type(load_state(tmp_path / "last")[0].step) is int
 
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
@@ -267,35 +255,12 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_earlier_checkpoint(tmp_path
     assert load_state(tmp_path / "last")[0].step == 2
 
 
-def test_optimizer_state_that_is_not_finite_is_refused(tmp_path):
-    model, optimizers = trained()
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"))
-    path = tmp_path / "last" / "optimizer.safetensors"
-    tensors = load_file(path)
-    next(tensor for name, tensor in tensors.items() if tensor.dim() == 2)[0, 0] = float("nan")
-    save_file(tensors, path)
-    (tmp_path / "last" / "SHA256SUMS").unlink()
-    with pytest.raises(UserError, match="not finite"):
-        load(tmp_path / "last", model, optimizers)
-
-
 def test_a_run_that_had_no_loss_scale_begins_with_the_default(tmp_path):
     model, optimizers = trained()
     save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"))
     scaler = torch.amp.GradScaler("cpu")
     load_optimizers(tmp_path / "last", {}, model, optimizers, scaler)
     assert scaler.get_scale() == 65536.0
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"step": -1}, {"step": "x"}, {"seconds": None}, {"settings": []}, {"best_val_loss": "low"}, {"scaler": 3}],
-)
-def test_values_of_another_type_in_training_json_are_a_user_error(tmp_path, changes):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"))
-    edit_json(tmp_path / "last" / "training.json", **changes)
-    with pytest.raises(UserError, match=next(iter(changes))):
-        load_state(tmp_path / "last")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by /proc")

@@ -319,7 +319,7 @@ def test_the_best_loss_on_other_data_is_forgotten(tmp_path, train, resume):
 
 def test_a_run_that_does_not_fit_in_memory_is_refused_before_it_is_loaded(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=1)
-    edit_json(tmp_path / "run" / "last" / "config.json", n_layer=10**8)
+    edit_json(tmp_path / "run" / "last" / "config.json", n_embd=2**20)
     assert "needs at least" in resume(tmp_path / "run", max_iters=2, status=2).err
 
 

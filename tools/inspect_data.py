@@ -46,37 +46,20 @@ def inspect(directory: Path) -> None:
         describe(split, getattr(data, split), data.tokenizer)
 
 
-def measure(tokens: Tokens, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each document, without end of text, and how often each id occurs."""
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    ends, position = [], 0
-    for ids in tokens.all():
-        counts += np.bincount(ids, minlength=len(counts))
-        ends.append(np.flatnonzero(ids == tokenizer.end_of_text) + position)
-        position += len(ids)
-    boundaries = np.concatenate([[-1], *ends, [position]])
-    return np.diff(boundaries) - 1, counts
-
-
 def describe(split: str, tokens: Tokens, tokenizer: Tokenizer) -> None:
-    lengths, counts = measure(tokens, tokenizer)
-    n_bytes = int(counts @ tokenizer.byte_lengths())
-    documents = lengths[lengths > 0]  # end of text may stand before the first document, too
-    sizes = counted(len(documents), "document"), counted(len(tokens), "token"), counted(n_bytes, "byte")
-    note(f"{split}: {', '.join(sizes)}: {n_bytes / max(len(tokens), 1):.2f} bytes per token")
-    used = np.count_nonzero(counts)
-    note(f"  {used:,} of {len(counts):,} ids of the vocabulary occur ({used / len(counts):.1%})")
-    if not len(documents):
-        return
-    note(f"  tokens per document: mean {documents.mean():,.0f}, median {np.median(documents):,.0f}")
-    starts = np.cumsum(lengths + 1) - lengths - 1
-    shown = np.flatnonzero(lengths > 0)
-    shown = shown[np.linspace(0, len(shown) - 1, min(SAMPLES, len(shown))).astype(int)]
-    extremes = {"shortest": np.where(lengths > 0, lengths, lengths.max() + 1).argmin(), "longest": lengths.argmax()}
-    for name, i in [*extremes.items(), *((f"document {i + 1:,}", i) for i in shown)]:
+    starts, position = [np.zeros(1, np.int64)], 0
+    for ids in tokens.all():
+        starts.append(np.flatnonzero(ids == tokenizer.end_of_text) + position + 1)
+        position += len(ids)
+    starts = np.concatenate(starts)
+    lengths = np.diff(starts, append=position + 1) - 1  # without end of text
+    documents = np.flatnonzero(lengths)  # end of text may stand before the first document, too
+    sizes = counted(len(documents), "document"), counted(len(tokens), "token"), counted(tokens.n_bytes, "byte")
+    note(f"{split}: {', '.join(sizes)}" if tokens.n_bytes else f"{split}: {', '.join(sizes[:2])}")
+    for i in documents[np.linspace(0, len(documents) - 1, min(SAMPLES, len(documents))).astype(int)]:
         (ids,) = tokens.windows(starts[i : i + 1], min(int(lengths[i]), SAMPLE_TOKENS))
         text = repr(tokenizer.decode(ids.tolist()))
-        note(f"  {name}, {counted(lengths[i], 'token')}: {text}{' …' if len(ids) < lengths[i] else ' (ends here)'}")
+        note(f"  document {i + 1:,}, {counted(lengths[i], 'token')}: {text}{' …' if len(ids) < lengths[i] else ''}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import secrets
-import shutil
 from pathlib import Path
 
 import xxhash
@@ -23,15 +22,13 @@ from plaingpt.files import delete, fsync, json_or_empty, new_file, put_in_place
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.pipeline import Part, encode_part
 from plaingpt.text.sources import Source
-from plaingpt.text.streams import split_of
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
 FORMAT = 8  # version of the .partial directory; work in another version starts over
 # With at least this many documents, and five or more in validation on average, entire documents go to validation; with
-# fewer, the tail of each. But tails shorter than SHORT bytes say little: then three documents in validation are enough.
-# At most MOST_COUNTED documents are read to find out.
-MANY_DOCUMENTS, MOST_COUNTED, SHORT = 200, 20_000, 50
+# fewer, the tail of each.
+MANY_DOCUMENTS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,18 +136,15 @@ def make_part(job: Job) -> Part:
 
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
-    many = min(max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction)), MOST_COUNTED)
-    documents = {}  # sizes of different ones by their hashes; of a large text file, those of its first piece
+    many = max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction))
+    digests = set()  # of different documents; of a large text file, of its first piece
     texts = (itertools.takewhile(lambda text: text.begins, found.texts(job.config)) for found in source.inputs())
     for text in itertools.chain.from_iterable(texts):
-        documents[xxhash.xxh3_64_intdigest(text.data)] = len(text.data)
-        if len(documents) >= many:
+        digests.add(xxhash.xxh3_64_intdigest(text.data))
+        if len(digests) >= many:
             break
-    if not documents:
+    if not digests:
         raise UserError(f"{source.description}: there is no text in it")
-    fraction, count = job.config.val_fraction, len(documents)
-    short = count * fraction >= 3 and sum(documents.values()) * fraction < SHORT * count
-    by_content = count >= many or (short and len({split_of(digest, fraction) for digest in documents}) == 2)
     if source.summary:
         note(source.summary)
     tokenizer = job.tokenizer or make_tokenizer(job.kind, source.texts(job.config), job.config.vocab_size)
@@ -162,7 +156,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     fsync(job.partial / "tokenizer.json")
     job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it says that the rest is there
-        json.dump({"digest": job.digests[0], "by_content": by_content}, file)
+        json.dump({"digest": job.digests[0], "by_content": len(digests) >= many}, file)
     return tokenizer
 
 
@@ -210,4 +204,4 @@ def finish(job: Job, part: Part) -> dict | None:
 def remove(job: Job) -> None:
     with contextlib.suppress(OSError):  # Windows cannot delete an open file: there it stays
         job.partial.with_suffix(".lock").unlink(missing_ok=True)
-    shutil.rmtree(job.partial, ignore_errors=True)
+    delete(job.partial)

@@ -60,6 +60,8 @@ class Part:
         found = json_or_empty(self.progress)
         if found.get("bad_files") not in ("stop", self.config.bad_files):
             found = {}  # a text may have had another number
+            for shard in self.shards.glob(f"part{self.number}_*.bin"):
+                shard.unlink()
         self.dtype, self.open_files, self.unsaved = id_dtype(self.tokenizer.vocab_size - 1), {}, 0
         self.finished = found.get("finished", False)
         self.position = tuple(found.get("position", (0, 0)))

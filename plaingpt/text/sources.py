@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
-from plaingpt.console import UserError, closest, counted, errors_of_library, one_line
+from plaingpt.console import UserError, closest, counted, errors_of_library
 from plaingpt.files import SUMS, new_file, sha256
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.readers import File, NoColumn, Shard, kind_of
@@ -23,7 +23,9 @@ from plaingpt.text.streams import open_utf8
 from plaingpt.tokens import NAMED
 
 HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
-CACHE = Path(__file__).parents[2] / "data" / ".downloads"
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE = Path(__file__).parents[2] / "data" / ".downloads" / "tinyshakespeare.txt"
 HUB = {  # repository, share for validation, and what is pinned
     "tinystories": ("roneneldan/TinyStories", 0.01, {}),
     # the revision that has Parquet files instead of a script
@@ -216,26 +218,6 @@ def _hub(named: str, config: PrepareConfig) -> Source:
     return Source(name, shlex.join(words), dataset=dataset, val_fraction=val_fraction)
 
 
-def download(url: str, path: Path, digest: str, timeout: float = 30) -> Path:
-    """`path`, downloaded if it is missing or its SHA-256 is not `digest`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and sha256(path) == digest:
-        return path
-    import urllib.request  # slow to import
-
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
-            data = response.read(1 << 24)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise OSError(f"the {len(data):,} bytes received are not the expected file")
-    except Exception as error:  # no network, refused, timed out, broken off
-        remedy = f"try again, or fetch it by other means and put it at {path} (SHA-256 {digest})"
-        raise UserError(f"{url} cannot be downloaded: {one_line(error)}; {remedy}") from error
-    with new_file(path, "wb") as file:
-        file.write(data)
-    return path
-
-
 def _python_files() -> tuple[File, ...]:
     """Python's standard library without its tests."""
     found = walk(sysconfig.get_path("stdlib"), {"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -250,6 +232,15 @@ def _standard_input(path: Path) -> Path:
 
 
 def _shakespeare(_: Path) -> Path:
-    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-    digest = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-    return download(url, CACHE / "tinyshakespeare.txt", digest)
+    import urllib.request  # slow to import
+
+    if not SHAKESPEARE.exists() or sha256(SHAKESPEARE) != SHAKESPEARE_SHA256:
+        SHAKESPEARE.parent.mkdir(parents=True, exist_ok=True)
+        problem = f"{SHAKESPEARE_URL} cannot be downloaded (try again, or put it at {SHAKESPEARE})"
+        with errors_of_library(problem), urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+            data = response.read()
+            if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
+                raise OSError(f"the {len(data):,} bytes received are not the expected file")
+        with new_file(SHAKESPEARE, "wb") as file:
+            file.write(data)
+    return SHAKESPEARE

@@ -47,9 +47,7 @@ def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[
                 stream = io.BufferedReader(pyarrow.transcoding_input_stream(source, encoding, "utf-8"), PIECE)
             yield raw, stream
         except UnicodeError as error:
-            damaged = "its byte order mark says so: it is damaged"
-            remedy = "name another --encoding" if encoding == config.encoding else damaged
-            raise UserError(f"{path} is not text in {encoding}: {one_line(error)}; {remedy}") from error
+            raise UserError(f"{path} is damaged, or not text in {encoding}: {one_line(error)}") from error
         except OSError as error:
             if not codec or error.errno:  # the operating system's error, not a fault of the file
                 raise
