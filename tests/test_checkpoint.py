@@ -481,3 +481,11 @@ def test_an_absurd_size_is_refused_before_a_model_of_it_is_made(saved):
     edit_json(saved / "config.json", n_layer=10**9)
     with pytest.raises(UserError, match="does not describe a GPT-2"):
         load_model(saved)
+
+
+def test_an_embedding_with_too_few_rows_is_refused_and_not_broadcast(saved):
+    tensors = load_file(saved / "model.safetensors")
+    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:1].clone()
+    save_file(tensors, saved / "model.safetensors")
+    with pytest.raises(UserError, match="the embedding has 1 rows"):
+        load_model(saved)

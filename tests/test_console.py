@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plaingpt.console import counted, escaped, note, run_script
+from plaingpt.console import UserError, counted, errors_of_library, escaped, note, run_script
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -124,3 +124,10 @@ def test_only_rank_0_speaks_and_an_empty_rank_is_none(capsys, monkeypatch, rank,
 
 def test_numbers_are_short():
     assert [counted(n, "file") for n in (1, 2000)] == ["1 file", "2,000 files"]
+
+
+def test_a_lack_of_memory_inside_a_library_is_not_the_users_mistake():
+    with pytest.raises(UserError, match="x is damaged: no"), errors_of_library("x is damaged"):
+        raise ValueError("no")
+    with pytest.raises(MemoryError), errors_of_library("x is damaged"):
+        raise MemoryError

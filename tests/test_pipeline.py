@@ -22,7 +22,9 @@ from filelock import FileLock
 from plaingpt.text import pipeline, streams
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job
+from plaingpt.text.pipeline import Part
 from plaingpt.text.sources import Source
+from plaingpt.tokenizer import make_tokenizer
 from plaingpt.tokens import open_data_set
 
 DOCUMENTS = [f"Document {i}: " + "words and words " * (i % 7) for i in range(260)]
@@ -585,3 +587,11 @@ def test_standard_input_must_be_text(tmp_path):
     refused = "prepare_data.py: standard input is not text but binary: convert it to text, or name its --encoding\n"
     assert prepare("-", tmp_path, status=2, stdin=binary).err == refused
     assert contents(tmp_path) == {}
+
+
+def test_a_part_that_starts_over_leaves_no_old_shards(tmp_path):
+    (tmp_path / "part1_train_000003.bin").touch()
+    (tmp_path / "part-1.json").write_text(json.dumps({"bad_files": "replace", "position": [1, 1]}))
+    config = PrepareConfig(bad_files="skip")
+    part = Part(tmp_path, tmp_path / "part-1.json", 1, [], config, make_tokenizer("byte", [], 0), by_content=True)
+    assert part.position == (0, 0) and not list(tmp_path.glob("*.bin"))
