@@ -63,3 +63,11 @@ def test_a_wrong_id_anywhere_in_a_data_set_without_meta_json_is_refused_with_its
 def test_a_missing_data_set_is_refused_with_the_command_that_makes_it(tmp_path):
     missing = run_main("tools.inspect_data", tmp_path / "openwebtext")
     assert missing.status == 2 and "to get it: python prepare_data.py openwebtext" in missing.err
+
+
+def test_nanogpts_data_set_is_described(tmp_path):
+    for split in ("train", "val"):
+        np.array([300, 301, 50256, 302], np.uint16).tofile(tmp_path / f"{split}.bin")
+    result = run_main("tools.inspect_data", tmp_path)
+    assert result.status == 0 and "train: 2 documents, 4 tokens\n" in result.err, result.err
+    assert "document 1, 2 tokens: " in result.err and "no checksums; ids are correct" in result.err

@@ -54,8 +54,8 @@ def describe(split: str, tokens: Tokens, tokenizer: Tokenizer) -> None:
     starts = np.concatenate(starts)
     lengths = np.diff(starts, append=position + 1) - 1  # without end of text
     documents = np.flatnonzero(lengths)  # end of text may stand before the first document, too
-    sizes = counted(len(documents), "document"), counted(len(tokens), "token"), counted(tokens.n_bytes, "byte")
-    note(f"{split}: {', '.join(sizes)}" if tokens.n_bytes else f"{split}: {', '.join(sizes[:2])}")
+    n_bytes = f", {counted(tokens.n_bytes, 'byte')}" if tokens.n_bytes else ""  # unknown for nanoGPT's data sets
+    note(f"{split}: {counted(len(documents), 'document')}, {counted(len(tokens), 'token')}{n_bytes}")
     for i in documents[np.linspace(0, len(documents) - 1, min(SAMPLES, len(documents))).astype(int)]:
         (ids,) = tokens.windows(starts[i : i + 1], min(int(lengths[i]), SAMPLE_TOKENS))
         text = repr(tokenizer.decode(ids.tolist()))
