@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import TINY, flags, made_text, run_main
 from hosts import Host, hosts, why_not
+from runs import same_run
 from test_hosts import REPLACEABLE, RUN
-from test_train import same_run
 
 from plaingpt.console import UserError, run_script
 from plaingpt.settings import PositiveInt, load_settings

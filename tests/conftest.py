@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Run in parallel, they would end last: test_hosts.py waits for half a minute, and the others take longest.
-FIRST = ("test_hosts.py", "test_train.py", "test_sharding.py", "test_page.py")
+# Run in parallel, they would end last: they take longest.
+FIRST = ("test_hosts.py", "test_resume.py", "test_sharding.py", "test_stop.py", "test_train.py", "test_page.py")
 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "gradient_accumulation_steps": 1,

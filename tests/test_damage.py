@@ -11,7 +11,7 @@ from conftest import flags, run_main
 from damage import CHECKPOINT, DATA_SET, SUMS_AFTER, damage, restore, same_model, ways
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_train import records
+from runs import records
 
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError

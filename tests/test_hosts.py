@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from hosts import Host, hosts, why_not
-from test_train import TWO, largest_difference, records, same_run, weights
+from runs import TWO, largest_difference, records, same_run, weights
 
 from plaingpt.run_state import load_state
 

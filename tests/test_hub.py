@@ -116,7 +116,7 @@ def client(hub, tmp_path: Path, *command, **environment: str) -> subprocess.Comp
     here = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home")}
     here |= {"HF_TOKEN": "hf_of_a_test", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment = child_environment(**(here | environment))
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -66,7 +66,7 @@ def work(folder: Path, processes: int, jobs: list[dict]) -> subprocess.Completed
     script.write_text(WORKER.format(root=str(ROOT)))
     listed.write_text(json.dumps(jobs))
     command = [*TORCHRUN[:-1], f"--nproc_per_node={processes}", script, listed]
-    return subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def script(tmp_path):
 
 
 def run(*command):
-    return subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 def test_an_old_python_is_one_line(script):
@@ -97,7 +97,7 @@ def test_ctrl_c_during_imports_ends_the_process_though_something_catches_the_exc
     )
     assert process.stdout.readline() == "1\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGINT
+    assert process.communicate(timeout=600) == ("", "") and process.returncode == -signal.SIGINT
 
 
 def test_a_script_imported_as_a_module_leaves_the_process_as_it_is():

@@ -188,7 +188,7 @@ def test_ctrl_c_ends_the_training_of_a_bpe(tmp_path):
     )
     assert process.stdout.readline() == b"training\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[0] == b"" and process.returncode == -signal.SIGINT
+    assert process.communicate(timeout=600)[0] == b"" and process.returncode == -signal.SIGINT
 
 
 def test_bpe_can_be_as_small_as_bytes_and_end_of_text():
