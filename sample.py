@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -26,7 +26,7 @@ from plaingpt.distributed import connect
 from plaingpt.files import existing
 from plaingpt.generate import Batch, Decoder, Sampling
 from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, PathName, PositiveInt, load_settings
-from plaingpt.tokenizer import Tokenizer
+from plaingpt.tokenizer import TextStream, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,93 +94,82 @@ def main() -> None:
 
 
 def write_all(
-    decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], number: int = 0
+    decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int = 0
 ) -> None:
-    """Print a sample of each prompt, in batches. number: of the first one."""
-    for first in range(0, len(prompts), config.batch_size):
-        end = first + config.batch_size
-        write(Samples(decoder, tokenizer, config, prompts[first:end], number + first), last=end >= len(prompts))
-
-
-def write(samples: "Samples", last: bool) -> None:
-    """Print the samples one after another, each as it is generated. last: no other batch follows."""
-    tokenizer = samples.tokenizer
-    for i, prompt in enumerate(samples.prompts):
-        start = tokenizer.decode(token for token in prompt if token != tokenizer.end_of_text)
-        if samples.config.output == "jsonl":
-            text = "".join(samples.text(i))  # generates the sample; the other figures are known after it
-            record = {"prompt": start, "text": text, "tokens": samples.counts[i], "stop_reason": samples.reasons[i]}
-            print(json.dumps(record, ensure_ascii=False), flush=True)
-            continue
-        for piece in itertools.chain([start], samples.text(i)):
-            print(escaped(piece) if sys.stdout.isatty() else piece, end="", flush=True)  # terminals obey escape codes
-        print("" if last and i + 1 == len(samples.prompts) else "\n---------------", flush=True)
-        if not samples.counts[i]:
-            note(f"sample {samples.first + i + 1} is empty: its first token is the end of text")
+    """Print a sample of each prompt, in batches, each as it is generated. first: the number of the first sample."""
+    printable = escaped if sys.stdout.isatty() else str  # terminals obey escape codes
+    for start in range(0, len(prompts), config.batch_size):
+        batch = Samples(decoder, tokenizer, config, prompts[start : start + config.batch_size], first + start)
+        for i, sample in enumerate(batch.samples, start):
+            if config.output == "jsonl":
+                record = {"prompt": sample.prompt, "text": "".join(batch.pieces(sample))}  # generates the sample
+                record |= {"tokens": sample.tokens, "stop_reason": sample.stop_reason}
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+                continue
+            if i:
+                print("---------------")
+            for piece in itertools.chain([sample.prompt], batch.pieces(sample)):
+                print(printable(piece), end="", flush=True)
+            print(flush=True)
+            if not sample.tokens:
+                note(f"sample {first + i + 1} is empty: its first token is the end of text")
 
 
 class Samples:
-    """A batch of samples, generated together and numbered from `first`; seed and number determine a sample."""
+    """Samples that are generated together and numbered from `first`; seed and number determine a sample."""
 
     def __init__(
         self, decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int
     ):
-        self.tokenizer, self.config, self.prompts, self.first = tokenizer, config, prompts, first
-        parts = re.split(r"(?<!\\)\|", config.stop)
-        self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in parts if part]
+        self.samples = [Sample(prompt, tokenizer, config) for prompt in prompts]
         sampling = Sampling(**{name: getattr(config, name) for name in SAMPLING})
         generators = [torch.Generator().manual_seed(derive_seed(config.seed, first + i)) for i in range(len(prompts))]
         self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
-        self.counts = [0] * len(prompts)  # new tokens
-        self.reasons: list[str | None] = [None] * len(prompts)
 
-    def text(self, i: int) -> Iterator[str]:
-        """Pieces of sample i, up to its end or the first stop string."""
-        return before_stop(self.tokenizer.decode_stream(self.tokens(i)), self.stops)
-
-    def tokens(self, i: int) -> Iterator[int]:
-        given, read = len(self.prompts[i]), 0
-        while read < self.counts[i] or self.reasons[i] is None:
-            if read == self.counts[i]:
-                self.step()
-            else:
-                yield self.batch.texts[i][given + read]
-                read += 1
+    def pieces(self, sample: "Sample") -> Iterator[str]:
+        """The text of a sample, each piece as soon as it is final."""
+        shown = 0
+        while True:
+            yield sample.text[shown : sample.final]
+            shown = sample.final
+            if sample.stop_reason:
+                return
+            self.step()
 
     def step(self) -> None:
         for i, token in self.batch.step():
-            if token == self.tokenizer.end_of_text:
-                self.reasons[i] = "end_of_text"
-            else:
-                self.counts[i] += 1
-                if self.ends_with_stop(i):
-                    self.reasons[i] = "stop"
-                elif self.counts[i] == self.config.max_new_tokens:
-                    self.reasons[i] = "length"
-            if self.reasons[i]:
+            self.samples[i].add(token)
+            if self.samples[i].stop_reason:
                 self.batch.end(i)
 
-    def ends_with_stop(self, i: int) -> bool:
-        """Whether the newest token completes a stop string. A token has at least one byte, so a few suffice."""
-        if not self.stops:
-            return False
-        enough = min(self.counts[i], 4 + max(len(stop.encode()) for stop in self.stops))
-        tail = self.tokenizer.decode(self.batch.texts[i][-enough:])
-        return any(stop in tail for stop in self.stops)
 
+class Sample:
+    """One sample as it is generated: its text ends before the first stop string."""
 
-def before_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """Yield the text before the first stop string, each character once it cannot be part of one."""
-    pending, delay = "", max(map(len, stops), default=1) - 1
-    for piece in pieces:
-        pending += piece
-        if found := [(at + len(stop), at) for stop in stops if (at := pending.find(stop)) >= 0]:
-            yield pending[: min(found)[1]]  # of the one that ends first
-            return
-        free = max(0, len(pending) - delay)
-        yield pending[:free]
-        pending = pending[free:]
-    yield pending
+    def __init__(self, prompt: list[int], tokenizer: Tokenizer, config: SampleConfig):
+        self.end_of_text, self.max_tokens = tokenizer.end_of_text, config.max_new_tokens
+        self.prompt = tokenizer.decode(token for token in prompt if token != tokenizer.end_of_text)
+        self.stream = TextStream(tokenizer)
+        parts = re.split(r"(?<!\\)\|", config.stop)
+        self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in parts if part]
+        self.text, self.tokens, self.stop_reason = "", 0, None
+        self.final = 0  # characters of the text that no later token can make part of a stop string
+
+    def add(self, token: int) -> None:
+        if token == self.end_of_text:
+            self.stop_reason = "end_of_text"
+        else:
+            self.tokens += 1
+            self.text += self.stream.add(token)
+            if self.tokens == self.max_tokens:
+                self.stop_reason = "length"
+        text, delay = self.text + self.stream.rest(), max(map(len, self.stops), default=1) - 1
+        if found := [(at + len(stop), at) for stop in self.stops if (at := text.find(stop, self.final)) >= 0]:
+            text = text[: min(found)[1]]  # before the stop string that ends first
+            self.stop_reason = "stop"
+        if self.stop_reason:
+            self.text, delay = text, 0
+        self.final = max(self.final, len(self.text) - delay)
 
 
 def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:

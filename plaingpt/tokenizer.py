@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -59,20 +59,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         with errors_of_library("the tokenizer cannot decode these ids"):
             return self._backend.decode(list(ids), skip_special_tokens=False)
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield text as ids arrive; a character whose bytes span several ids comes with the last of them."""
-        stream = decoders.DecodeStream(skip_special_tokens=False)
-        pending = []  # ids without text so far
-        for token in ids:
-            pending.append(int(token))
-            with errors_of_library("the tokenizer cannot decode these ids"):
-                piece = stream.step(self._backend, pending[-1])
-            if piece:
-                pending.clear()
-                yield piece
-        if pending:  # the ids ended inside a character
-            yield self.decode(pending)
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each id stands for, (vocab_size,) int64; 0 for end of text."""
@@ -124,6 +110,27 @@ class Tokenizer:
             special = {added.content: i for i, added in backend.get_added_tokens_decoder().items() if added.special}
             tokenizer.end_of_text = special.get(token) if isinstance(token, str) else None
         return tokenizer
+
+
+class TextStream:
+    """Decodes ids as they arrive; a character whose bytes span several ids comes with the last of them."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer, self._stream = tokenizer, decoders.DecodeStream(skip_special_tokens=False)
+        self._pending = []  # ids without text so far
+
+    def add(self, token: int) -> str:
+        """The text that this id completes."""
+        self._pending.append(token)
+        with errors_of_library("the tokenizer cannot decode these ids"):
+            text = self._stream.step(self._tokenizer._backend, token)
+        if text:
+            self._pending.clear()
+        return text or ""
+
+    def rest(self) -> str:
+        """What the ids after the last complete text decode to: they may end inside a character."""
+        return self._tokenizer.decode(self._pending) if self._pending else ""
 
 
 def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:

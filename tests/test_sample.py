@@ -1,7 +1,9 @@
 import io
+import itertools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, child_environment, flags, made_text, run_main
@@ -12,7 +14,7 @@ from test_checkpoint import make_model, nanogpt_checkpoint
 import sample as script
 from plaingpt.checkpoint import load_model, save_model
 from plaingpt.tokenizer import make_tokenizer
-from sample import before_stop
+from sample import Sample, SampleConfig
 
 LINE = "\n---------------\n"
 
@@ -214,6 +216,19 @@ def test_a_stop_string_in_the_prompt_does_not_count(learned):
     assert sample(learned, stop="the sea").startswith("the sea")
 
 
+def shown(pieces: list[str], stops: list[str]) -> list[str]:
+    """What each token of a sample makes visible, if each adds a piece of text."""
+    tokenizer = SimpleNamespace(end_of_text=None, decode=lambda ids: "")
+    sample = Sample([], tokenizer, SampleConfig(stop="|".join(stops), max_new_tokens=max(1, len(pieces))))
+    sample.stream = SimpleNamespace(add=pieces.__getitem__, rest=str)
+    ends = [0]
+    for i in range(len(pieces)):
+        if not sample.stop_reason:
+            sample.add(i)
+            ends.append(sample.final)
+    return [sample.text[start:end] for start, end in itertools.pairwise(ends)]
+
+
 @settings(max_examples=200)
 @given(st.lists(st.text("ab\n", max_size=4)), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_are_found_across_pieces_and_nothing_else_is_held_back(pieces, stops):
@@ -221,9 +236,9 @@ def test_stop_strings_are_found_across_pieces_and_nothing_else_is_held_back(piec
     ends = [(end, len(stop)) for end in range(len(text) + 1) for stop in stops if text[:end].endswith(stop)]
     first = min((end for end, _ in ends), default=None)
     expected = text if first is None else text[: first - max(length for end, length in ends if end == first)]
-    assert "".join(before_stop(pieces, stops)) == expected
+    assert "".join(shown(pieces, stops)) == expected
     if not stops:
-        assert [piece for piece in before_stop(pieces, stops) if piece] == [piece for piece in pieces if piece]
+        assert shown(pieces, stops) == pieces
 
 
 def test_interactive_answers_line_by_line(learned):
