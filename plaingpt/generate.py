@@ -6,11 +6,12 @@
 Shapes: B texts, T positions, C channels, H heads, D head width, L layers, V vocabulary, K ids that can be drawn.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,9 +67,9 @@ class Decoder:
         """(..., C) to (..., V), in float32."""
         return self.head(hidden)[..., : self.config.vocab_size].float()
 
-    def read(self, ids: list[list[int]], cache: Tensor, rows: list[int]) -> None:
-        """Store the keys and values of texts of T ids each, from position 0 on, in these rows of a batch's cache."""
-        idx, rows = torch.tensor(ids, device=self.device), torch.tensor(rows, device=self.device)
+    def read(self, ids: dict[int, list[int]], cache: Tensor) -> None:
+        """Store keys and values in a batch's cache. ids: of each row, T ids each, from position 0 on."""
+        idx, rows = torch.tensor([*ids.values()], device=self.device), torch.tensor([*ids], device=self.device)
         T = idx.size(1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,29 +101,32 @@ class Batch:
         c, B = decoder.config, len(prompts)
         self.decoder, self.sampling, self.generators = decoder, sampling, generators
         self.texts = [list(prompt) for prompt in prompts]  # all ids of each
-        self.starts = [max(0, len(text) - c.block_size) for text in self.texts]  # the token at position 0
         self.rows = list(range(B))
         self.lengths = [0] * B  # positions of each text in the cache
         positions = min(c.block_size, max(map(len, prompts)) + max_new_tokens)
         positions += -positions % 16  # as attention with a mask wants it on GPUs
         shape = (c.n_layer, 2, B, c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
         self.cache = torch.zeros(shape, dtype=decoder.cache_dtype, device=decoder.device)
-        # Of each row: its last token, the position of that, and the bits of a random float64
-        self.inputs = torch.zeros(3, B, dtype=torch.int64, device=decoder.device)
+        self.last_ids = torch.zeros(B, dtype=torch.int64, device=decoder.device)  # of each row
+        # Of each row: the position of its last id, and the bits of a random float64
+        self.inputs = torch.zeros(2, B, dtype=torch.int64, device=decoder.device)
         # A strong reference would make a cycle, which keeps the cache until Python's collector finds it
-        self.next_ids = functools.partial(Batch._draw, weakref.proxy(self))
+        self.next_ids = functools.partial(Batch._next_ids, weakref.proxy(self))
         if decoder.on_cuda and graphs_work():
             self.next_ids = Captured(self.next_ids)  # one launch in place of 200
         self.steps_left = max_new_tokens  # to start
-        self.started = None  # on CUDA, a step that was started before the tokens of the one before were read
+        self.started = None  # a step: its texts, their next ids, and what to wait for before those are read
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """(text, its next token) for every text that has not ended."""
-        texts, ids, ready = self.started or self._start()
+        if not self.started:
+            self._read()
+            self.started = self._start()
+        texts, ids, ready = self.started
         full = any(self.lengths[text] == self.decoder.config.block_size for text in self.rows)
         ahead = self.decoder.on_cuda and self.steps_left > 0 and not full  # so the GPU does not wait for Python
-        self.started = self._start(ahead=True) if ahead else None
+        self.started = self._start() if ahead else None
         if ready:
             ready.synchronize()
         new = [(text, token) for text, token in zip(texts, ids.tolist()) if text in self.rows]
@@ -130,58 +134,49 @@ class Batch:
             self.texts[text].append(token)
         return new
 
-    def _start(self, ahead: bool = False) -> tuple[list[int], Tensor, torch.cuda.Event | None]:
-        """The texts of a step, their next tokens, and what to wait for before those are read.
+    @torch.inference_mode()
+    def end(self, text: int) -> None:
+        """Stop generating this text. The last row moves into its row."""
+        row, last = self.rows.index(text), self.rows.pop()
+        if last != text:
+            self.rows[row] = last
+            # Positions that it has not reached are masked, but an infinity left there by the other would become NaN
+            self.cache[:, :, row] = self.cache[:, :, len(self.rows)]
+            self.last_ids[row] = self.last_ids[len(self.rows)]
 
-        ahead: the last tokens are known only to the device.
-        """
-        ids, ready = self.next_ids(*self._prepare(ahead)).to("cpu", non_blocking=True, copy=True), None
+    def _read(self) -> None:
+        """Upload the last id of each row, and read what the cache lacks before it."""
+        self.last_ids[: len(self.rows)] = torch.tensor([self.texts[text][-1] for text in self.rows])
+        block = self.decoder.config.block_size
+        unread = collections.defaultdict(dict)  # {length: {row: ids}}: equal lengths need no padding
+        for row, text in enumerate(self.rows):
+            if self.lengths[text] in (0, block):  # the prompt, or a text that continues from its most recent half
+                window = block if self.lengths[text] == 0 else max(1, block // 2)
+                ids = self.texts[text][-window:-1]
+                self.lengths[text] = len(ids)
+                if ids:
+                    unread[len(ids)][row] = ids
+        for ids in unread.values():
+            self.decoder.read(ids, self.cache)
+
+    def _start(self) -> tuple[list[int], Tensor, torch.cuda.Event | None]:
+        """Start a step: its texts, their next ids, and what to wait for before those are read."""
+        ids, ready = self.next_ids(*self._prepare()).to("cpu", non_blocking=True, copy=True), None
         if self.inputs.is_cuda:
             ready = torch.cuda.Event()
             ready.record()
         self.steps_left -= 1
         return list(self.rows), ids, ready
 
-    @torch.inference_mode()
-    def end(self, text: int) -> None:
-        """Stop generating this text. The last row moves into its row."""
-        row, last = self.rows.index(text), self.rows.pop()
-        if last != text:
-            self.rows[row], length = last, self.lengths[last]
-            self.cache[:, :, row, :, :length] = self.cache[:, :, len(self.rows), :, :length]
-            self.cache[:, :, row, :, length:] = 0  # masked, but an overflow there would still become NaN
-            self.inputs[0, row] = self.inputs[0, len(self.rows)]
-
-    def _read(self) -> None:
-        """Read all but the last token of each row that the cache lacks."""
-        block = self.decoder.config.block_size
-        unread = {}  # {length: {row: its unread ids before the last token}}: equal lengths need no padding
-        for row, text in enumerate(self.rows):
-            if self.lengths[text] == block:
-                self.starts[text] = len(self.texts[text]) - max(1, block // 2)
-                self.lengths[text] = 0
-            if ids := self.texts[text][self.starts[text] + self.lengths[text] : -1]:
-                unread.setdefault(len(ids), {})[row] = ids
-                self.lengths[text] = len(ids)
-        for ids_of in unread.values():
-            self.decoder.read([*ids_of.values()], self.cache, [*ids_of])
-
-    def _prepare(self, ahead: bool = False) -> tuple[int, int]:
-        """Read what the cache lacks, and upload what a step needs.
-
-        Returns the shape of the step: its rows, and the positions of the cache that it attends to.
-        """
+    def _prepare(self) -> tuple[int, int]:
+        """Upload the inputs of a step. Returns its shape: its rows, and the positions that it attends to."""
         inputs, n = torch.zeros(self.inputs.shape, dtype=torch.int64), len(self.rows)
-        if not ahead:
-            self._read()
-            inputs[0, :n] = torch.tensor([self.texts[text][-1] for text in self.rows])
-        inputs[1, :n] = torch.tensor([self.lengths[text] for text in self.rows])
+        inputs[0, :n] = torch.tensor([self.lengths[text] for text in self.rows])
         if self.sampling.temperature:
             draws = [torch.rand(1, generator=self.generators[text], dtype=torch.float64) for text in self.rows]
-            inputs[2, :n] = torch.cat(draws).view(torch.int64)
-        pinned = self.inputs.device.type == "cuda"
-        inputs = inputs.pin_memory() if pinned else inputs
-        self.inputs[int(ahead) :].copy_(inputs[int(ahead) :], non_blocking=pinned)
+            inputs[1, :n] = torch.cat(draws).view(torch.int64)
+        pinned = self.inputs.is_cuda
+        self.inputs.copy_(inputs.pin_memory() if pinned else inputs, non_blocking=pinned)
         for text in self.rows:
             self.lengths[text] += 1
         length = max(self.lengths[text] for text in self.rows)
@@ -189,46 +184,58 @@ class Batch:
             n, length = (1 << (x - 1).bit_length() for x in (n, max(256, length)))
         return min(n, len(self.texts)), min(length, self.cache.size(-2))
 
-    def _draw(self, rows: int, length: int) -> Tensor:
-        """The next token of each row: (B,)."""
+    def _next_ids(self, rows: int, length: int) -> Tensor:
+        """The next id of each row: (B,). A CUDA graph repeats this: only values of tensors may change between steps."""
         logits = self._logits(rows, length).to(self.decoder.draw_device)
-        draws = self.inputs[2, :rows].to(self.decoder.draw_device)
+        draws = self.inputs[1, :rows].to(self.decoder.draw_device)
         ids = draw(logits, self.sampling, draws.view(torch.float64))
         if self.decoder.on_cuda:  # for a step that starts ahead
-            self.inputs[0, :rows] = ids
+            self.last_ids[:rows] = ids
         return ids
 
     def _logits(self, rows: int, length: int) -> Tensor:
-        """Read the last token of each row: (B, V) in float32. On CUDA only `inputs` and the cache matter."""
-        decoder, cache = self.decoder, self.cache[:, :, :rows]
-        ids, positions, _ = self.inputs[:, :rows, None]
+        """Read the last id of each row: (B, V) in float32."""
+        cache, positions = self.cache[:, :, :rows], self.inputs[0, :rows, None]  # positions: (B, T = 1)
+        attention = masked_attention(cache, positions, length) if self.decoder.on_cuda else self._attention(cache)
+        keys, values = layers(cache)
         where = positions[..., None, None].expand(-1, cache.size(3), -1, cache.size(5))  # (B, H, 1, D)
-
-        def views(which: slice, length: int) -> Iterable[tuple[Tensor, ...]]:
-            """The keys and the values of these rows: a (B, H, T, D) view for each layer."""
-            return map(torch.unbind, cache[:, :, which, :, :length].unbind(1))
-
-        groups = []  # rows that attend together, the function, and their keys and values
-        if decoder.on_cuda:
-            unwritten = torch.arange(length, device=decoder.device) > positions  # (B, T)
-            mask = torch.zeros_like(unwritten, dtype=torch.float32).masked_fill_(unwritten, -torch.inf)
-            attention = functools.partial(attend_once, mask[:, None, None])
-            groups.append((slice(rows), attention, *views(slice(rows), length)))
-        else:  # rows of equal length attend together without a mask: a text is the same alone and in a batch
-            for equal, group in itertools.groupby(range(rows), lambda row: self.lengths[self.rows[row]]):
-                members = list(group)
-                which = slice(members[0], members[-1] + 1)
-                groups.append((which, F.scaled_dot_product_attention, *views(which, equal)))
-        keys, values = views(slice(rows), cache.size(4))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (x.to(cache.dtype) for x in (q, k, v))
             keys[layer].scatter_(2, where, k)
             values[layer].scatter_(2, where, v)
-            parts = [function(q[which], ks[layer], vs[layer]) for which, function, ks, vs in groups]
+            return attention(layer, q)
+
+        return self.decoder.logits(self.decoder.hidden(self.last_ids[:rows, None], positions, attend)[:, 0])
+
+    def _attention(self, cache: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Attention, without a mask, of rows of equal length together: a text is the same alone and in a batch."""
+        groups, start = [], 0
+        for length, group in itertools.groupby(self.lengths[text] for text in self.rows):
+            rows = slice(start, start := start + len(list(group)))
+            groups.append((rows, *layers(cache[:, :, rows, :, :length])))
+
+        def attention(layer: int, q: Tensor) -> Tensor:
+            parts = [
+                F.scaled_dot_product_attention(q[rows], keys[layer], values[layer]) for rows, keys, values in groups
+            ]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        return decoder.logits(decoder.hidden(ids, positions, attend)[:, 0])
+        return attention
+
+
+def layers(cache: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The keys and the values in a cache: a (B, H, T, D) view for each layer. Views are made all at once, for speed."""
+    keys, values = cache.unbind(1)
+    return keys.unbind(), values.unbind()
+
+
+def masked_attention(cache: Tensor, positions: Tensor, length: int) -> Callable[[int, Tensor], Tensor]:
+    """Attention of all rows together to the first `length` positions; a mask hides those beyond a row's own (B, 1)."""
+    unwritten = torch.arange(length, device=cache.device) > positions  # (B, T)
+    mask = torch.zeros_like(unwritten, dtype=torch.float32).masked_fill_(unwritten, -torch.inf)[:, None, None]
+    keys, values = layers(cache[..., :length, :])
+    return lambda layer, q: attend_once(mask, q, keys[layer], values[layer])
 
 
 def attend_once(mask: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ def batch(model: GPT, prompts, max_new_tokens=50, sampling=GREEDY, seeds=None, d
 @torch.inference_mode()
 def next_logits(batch: Batch) -> torch.Tensor:
     """(B, V) of the next token of each row, and with fixed shapes some rows more."""
+    batch._read()
     return batch._logits(*batch._prepare())
 
 
@@ -113,7 +114,7 @@ def test_steps_recorded_once_for_each_shape_and_repeated_write_the_same(sampling
     expected = [write(text, [length])[0] for text, length in zip(alone, lengths)]
     texts = batch(model, prompts, 50, sampling)
     texts.decoder.on_cuda = True
-    texts.next_ids = Recorded(texts._draw, lambda: [texts.inputs])
+    texts.next_ids = Recorded(texts._next_ids, lambda: [texts.last_ids])
     assert write(texts, lengths) == expected
     # powers of two, or as many as there are
     assert texts.next_ids.graphs.keys() == {(5, 304), (4, 256), (1, 256)} and all(texts.next_ids.graphs.values())
