@@ -182,11 +182,12 @@ class GPT(nn.Module):
         block_size continues from its last half. For each id all of the text is read; plaingpt/generate.py is faster.
         """
         assert prompt, "the prompt needs at least one token"
-        text, start = list(prompt), max(0, len(prompt) - self.config.block_size)
+        block_size = self.config.block_size
+        text = prompt[-block_size:]  # what the model sees
         for _ in range(max_new_tokens):
-            if len(text) - start > self.config.block_size:
-                start = len(text) - max(1, self.config.block_size // 2)
-            idx = torch.tensor([text[start:]], device=self.padding.device)
+            if len(text) > block_size:
+                text = text[-max(1, block_size // 2) :]
+            idx = torch.tensor([text], device=self.padding.device)
             logits = self.logits(self.hidden(idx)[0, -1])[: self.config.vocab_size]
             logits = logits.float().cpu().nan_to_num()  # weights that overflow must not end a run
             if top_k:
