@@ -216,9 +216,7 @@ class Batch:
             groups.append((rows, *layers(cache[:, :, rows, :, :length])))
 
         def attention(layer: int, q: Tensor) -> Tensor:
-            parts = [
-                F.scaled_dot_product_attention(q[rows], keys[layer], values[layer]) for rows, keys, values in groups
-            ]
+            parts = [F.scaled_dot_product_attention(q[rows], k[layer], v[layer]) for rows, k, v in groups]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
         return attention
@@ -231,23 +229,23 @@ def layers(cache: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 
 
 def masked_attention(cache: Tensor, positions: Tensor, length: int) -> Callable[[int, Tensor], Tensor]:
-    """Attention of all rows together to the first `length` positions; a mask hides those beyond a row's own (B, 1)."""
-    unwritten = torch.arange(length, device=cache.device) > positions  # (B, T)
-    mask = torch.zeros_like(unwritten, dtype=torch.float32).masked_fill_(unwritten, -torch.inf)[:, None, None]
-    keys, values = layers(cache[..., :length, :])
-    return lambda layer, q: attend_once(mask, q, keys[layer], values[layer])
-
-
-def attend_once(mask: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of one query, (B, H, 1, D), over (B, H, T, D) keys and values; mask: (B, 1, 1, T) in float32.
+    """Attention of all rows together to the first `length` positions; a mask hides those beyond a row's own (B, 1).
 
     On CUDA, torch's fused attention reads all keys of a head in one thread block: three times slower for 1,024 keys.
     """
-    exact = dict(out_dtype=torch.float32) if q.is_cuda and q.dtype != torch.float32 else {}
-    if exact and q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):
-        q, keys, exact = q.float(), keys.float(), {}  # older cards lack this product
-    scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, **exact).view(*q.shape[:3], -1)
-    return torch.add(mask, scores, alpha=q.size(-1) ** -0.5).softmax(-1).to(values.dtype) @ values
+    unwritten = torch.arange(length, device=cache.device) > positions  # (B, T)
+    mask = torch.zeros_like(unwritten, dtype=torch.float32).masked_fill_(unwritten, -torch.inf)[:, None, None]
+    all_keys, all_values = layers(cache[..., :length, :])
+
+    def attention(layer: int, q: Tensor) -> Tensor:  # (B, H, 1, D)
+        keys, values = all_keys[layer], all_values[layer]
+        exact = dict(out_dtype=torch.float32) if q.is_cuda and q.dtype != torch.float32 else {}
+        if exact and q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):
+            q, keys, exact = q.float(), keys.float(), {}  # older cards lack this product
+        scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, **exact).view(*q.shape[:3], -1)
+        return torch.add(mask, scores, alpha=q.size(-1) ** -0.5).softmax(-1).to(values.dtype) @ values
+
+    return attention
 
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
