@@ -183,7 +183,7 @@ class GPT(nn.Module):
         """
         assert prompt, "the prompt needs at least one token"
         block_size = self.config.block_size
-        text = prompt[-block_size:]  # what the model sees
+        text = list(prompt[-block_size:])  # what the model sees
         for _ in range(max_new_tokens):
             if len(text) > block_size:
                 text = text[-max(1, block_size // 2) :]
