@@ -77,56 +77,48 @@ def time_candidates(
     def late() -> bool:
         return agreed_time_left(config.minutes, dist) < 0.75 * seconds
 
-    def loss(candidate: TrainConfig) -> float:
-        return predicted_loss(candidate, timed[candidate] * seconds * TRAINING_SHARE, len(data.train))
+    def close() -> list[TrainConfig]:
+        text = len(data.train)
+        losses = {c: predicted_loss(c, rate * seconds * TRAINING_SHARE, text) for c, rate in timed.items()}
+        return [candidate for candidate, loss in losses.items() if loss < CLOSE * min(losses.values())]
 
-    def is_close(candidate: TrainConfig) -> bool:
-        return all(loss(candidate) < CLOSE * loss(other) for other in timed)
+    def speed(candidate: TrainConfig) -> float:
+        """Tokens per second; 0 if there is too little memory, and another model or batch to choose."""
+        try:
+            return measure(candidate, period)
+        except Exception as error:
+            needs_memory = isinstance(error, UserError) or out_of_memory(error)
+            if not needs_memory or not (timed or halved(candidate, given)):
+                raise
+            return 0.0
 
     for candidate in candidates(config, given, data, dist):
         if timed and block_parameters(candidate) > 12 * len(data.train):
             break  # it would memorize the text
-        try:
-            for _ in range(2):  # the batch follows from the speed, and changes it
-                wanted = with_batch(candidate, given, tokens, data, dist)
-                rate, fitting = time_model(wanted, given, period, measure)
-                tokens = rate * seconds * TRAINING_SHARE
-                if late() or with_batch(candidate, given, tokens, data, dist) == wanted:
-                    break
-        except Exception as error:
-            if not timed or not needs_memory(error):
-                raise
+        for _ in range(2):  # the batch follows from the speed, and changes it
+            wanted = fitting = with_batch(candidate, given, tokens, data, dist)
+            while not (rate := speed(fitting)) and (smaller := halved(fitting, given)):
+                fitting = smaller
+            tokens = rate * seconds * TRAINING_SHARE
+            if not rate or late() or with_batch(candidate, given, tokens, data, dist) == wanted:
+                break
+        if not rate:
             break  # larger models need more memory still
         timed[fitting] = rate
-        if late() or not is_close(fitting):
+        if late() or fitting not in close():
             break
-    for candidate in [*filter(is_close, timed)]:
-        try:
-            if not late():  # in a slow second, a model looked slower than it is
-                timed[candidate] = max(timed[candidate], measure(candidate, period))
-        except Exception as error:
-            if not needs_memory(error):  # of which a larger model may have left too little
-                raise
+    for candidate in close():
+        if not late():  # in a slow second, a model looked slower than it is
+            timed[candidate] = max(timed[candidate], speed(candidate))
     return timed
 
 
-def time_model(
-    candidate: TrainConfig, given: dict[str, str], seconds: float, measure: Measure
-) -> tuple[float, TrainConfig]:
-    """Tokens per second, and `candidate` with the largest micro-batch for which there is memory."""
-    try:
-        return measure(candidate, seconds), candidate
-    except Exception as error:
-        fixed = candidate.batch_size == 1 or {"batch_size", "gradient_accumulation_steps"} & given.keys()
-        if fixed or not needs_memory(error):
-            raise
-    smaller = dict(batch_size=candidate.batch_size // 2)
-    smaller |= dict(gradient_accumulation_steps=2 * candidate.gradient_accumulation_steps)
-    return time_model(dataclasses.replace(candidate, **smaller), given, seconds, measure)
-
-
-def needs_memory(error: Exception) -> bool:
-    return isinstance(error, UserError) or out_of_memory(error)
+def halved(config: TrainConfig, given: dict[str, str]) -> TrainConfig | None:
+    """`config` with micro-steps of half the size, which need less memory; None if they cannot be halved."""
+    if config.batch_size == 1 or {"batch_size", "gradient_accumulation_steps"} & given.keys():
+        return None
+    micro_steps = 2 * config.gradient_accumulation_steps
+    return dataclasses.replace(config, batch_size=config.batch_size // 2, gradient_accumulation_steps=micro_steps)
 
 
 def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: Distributed) -> Iterator[TrainConfig]:
