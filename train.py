@@ -125,7 +125,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     metrics.track(state.settings)
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
-    deadline = Deadline(config, state, steps_per_epoch=len(run.data.train) / config.tokens_per_step)
+    deadline = Deadline(config, state, dist, watch, len(run.data.train))
     if config.minutes and not start and dist.is_main:
         write_recipe(config)
     stop, stopping, paused_at = StopSignal(), 0, None  # the step of the last evaluation or save
@@ -133,7 +133,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     gc.freeze()  # the collections below skip everything that exists now
     while True:
         step = state.step
-        config = run.config = deadline.corrected(config, state, dist, watch)
+        config = run.config = deadline.corrected(config)
         due = step == config.max_iters or step % config.eval_interval == 0
         evaluating = due and step != state.evaluated_at
         keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0

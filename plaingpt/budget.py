@@ -225,63 +225,66 @@ class Deadline:
     new run, the learning rate drops and decays within an eighth of the steps made so far, and it ends.
     """
 
-    def __init__(self, config: TrainConfig, state: RunState, steps_per_epoch: float):
-        self.start, steps = state.step, config.max_iters - state.step
+    def __init__(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch, epoch_tokens: int):
+        self.state, self.dist, self.watch, self.start = state, dist, watch, state.step
+        steps = config.max_iters - state.step
         self.measured_from = state.step + max(1, steps // 40)  # the steps before it include compilation
         self.warmup_end = state.step + max(2, steps // 20)
-        self.few_steps = max(FEW_EPOCHS * steps_per_epoch, self.warmup_end)
-        self.last = state.step, state.seconds, time.monotonic()  # when speed was last measured
+        self.few_steps = max(FEW_EPOCHS * epoch_tokens / config.tokens_per_step, self.warmup_end)
+        self.last = state.step, watch.seconds, time.monotonic()  # when speed was last measured
         self.evaluation_seconds, self.ending = 0.0, False  # of one evaluation, with its save
 
-    def corrected(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> TrainConfig:
+    def corrected(self, config: TrainConfig) -> TrainConfig:
         """The settings from here on. All ranks, before each step."""
-        step = state.step
+        step, state = self.state.step, self.state
         if not config.minutes or self.ending or step >= config.max_iters:
             return config
         if not self.start and state.evaluations_since_lowest >= 2 and state.evaluated_at > self.few_steps:
             self.ending = True
             note("ending early: the validation loss no longer falls")
-            return self.with_steps(config, state, min(step + math.ceil(step / 8), config.max_iters), dist)
+            return self.with_steps(config, min(step + math.ceil(step / 8), config.max_iters))
         # After the last evaluation but one, nothing else would correct a change of speed.
         often = 4 if config.max_iters - step < config.eval_interval else 1
         due = step > self.warmup_end and step % max(1, config.eval_interval // often) == 0
         if step == self.last[0] or not (due or step in (self.measured_from, self.warmup_end)):
             return config
-        per_step = self.seconds_per_step(config, state, dist, watch)
+        per_step = self.seconds_per_step(config)
         if step == self.measured_from:
             return config
-        steps = step + max(1, int(self.seconds_for_steps(config, step) / per_step))
+        steps = step + max(1, int(self.seconds_for_steps(config) / per_step))
         misses_time = abs(steps - config.max_iters) * per_step > 0.02 * 60 * config.minutes
-        correct, steps = dist.max(step == self.warmup_end or misses_time, steps if dist.is_main else 0)
-        return self.with_steps(config, state, steps, dist) if correct else config
+        decided = self.dist.is_main and (step == self.warmup_end or misses_time)
+        (steps,) = self.dist.max(steps if decided else 0)  # the main process decides
+        return self.with_steps(config, steps) if steps else config
 
-    def seconds_per_step(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch) -> float:
+    def seconds_per_step(self, config: TrainConfig) -> float:
         """Since the last measurement, with a step's share of the evaluations, of which one is timed if it can be."""
-        dist.synchronize()
-        (last_step, last_seconds, last_time), self.last = self.last, (state.step, watch.seconds, time.monotonic())
+        self.dist.synchronize()
+        (last_step, last_seconds, last_time), step = self.last, self.state.step
+        self.last = step, self.watch.seconds, time.monotonic()
         trained, passed = self.last[1] - last_seconds, self.last[2] - last_time
         # The first evaluation is slow on a GPU, or was made before a resume.
-        first = last_step == self.start and (self.start or dist.device.type == "cuda")
-        if state.evaluated_at == last_step and not first:
+        first = last_step == self.start and (self.start or self.dist.device.type == "cuda")
+        if self.state.evaluated_at == last_step and not first:
             self.evaluation_seconds = passed - trained
-        return trained / (state.step - last_step) + self.evaluation_seconds / config.eval_interval
+        return trained / (step - last_step) + self.evaluation_seconds / config.eval_interval
 
-    def seconds_for_steps(self, config: TrainConfig, step: int) -> float:
+    def seconds_for_steps(self, config: TrainConfig) -> float:
         """What is left of the time, without the evaluations that `seconds_per_step` does not include."""
         if not self.evaluation_seconds:
             return TRAINING_SHARE * time_left(config.minutes)
         # It includes one per eval_interval steps. But the next one is nearer than that, the interval before the last
         # step is half as long on average, and the last step is evaluated too.
-        to_next = -step % config.eval_interval / config.eval_interval
+        to_next = -self.state.step % config.eval_interval / config.eval_interval
         return time_left(config.minutes) - (1.5 - to_next) * self.evaluation_seconds
 
-    def with_steps(self, config: TrainConfig, state: RunState, steps: int, dist: Distributed) -> TrainConfig:
+    def with_steps(self, config: TrainConfig, steps: int) -> TrainConfig:
         """`config` with another number of steps, also in the state and, unless the run was resumed, in the recipe."""
         changed = dict(max_iters=steps, lr_decay_iters=steps)
         if steps != config.max_iters:
             note(f"corrected the number of steps to {steps:,}")
-        state.settings = state.settings | changed  # a save may still read the old ones
+        self.state.settings = self.state.settings | changed  # a save may still read the old ones
         config = dataclasses.replace(config, **changed)
-        if dist.is_main and self.start == 0:
+        if self.dist.is_main and self.start == 0:
             write_recipe(config)
         return config

@@ -184,11 +184,11 @@ def clock(monkeypatch):
 def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock, capsys):
     config = TrainConfig(minutes=10, max_iters=1000, eval_interval=100, warmup_iters=50, out_dir=str(tmp_path))
     state, watch = RunState(settings=dataclasses.asdict(config)), SimpleNamespace(seconds=0.0)
-    deadline = Deadline(config, state, steps_per_epoch=50)
+    deadline = Deadline(config, state, DIST, watch, epoch_tokens=50 * config.tokens_per_step)
     cases = ((1, 0, 1000), (101, 2, 1000), (301, 0, 1000), (401, 1, 1000), (501, 2, 564), (510, 2, 564))
     for step, since, steps in cases:
         state.step, state.evaluated_at, state.evaluations_since_lowest = step, step - 1, since
-        assert deadline.corrected(config, state, DIST, watch).max_iters == steps
+        assert deadline.corrected(config).max_iters == steps
         if steps < 1000:
             assert state.settings["lr_decay_iters"] == steps
             assert runpy.run_path(tmp_path / "recipe.py")["max_iters"] == steps
@@ -199,18 +199,19 @@ def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock
 def test_a_resumed_run_does_not_end_early(clock):
     config = TrainConfig(minutes=10, max_iters=1000, eval_interval=100, warmup_iters=50)
     state, watch = RunState(step=400, settings=dataclasses.asdict(config)), SimpleNamespace(seconds=0.0)
-    deadline = Deadline(config, state, steps_per_epoch=50)
+    deadline = Deadline(config, state, DIST, watch, epoch_tokens=50 * config.tokens_per_step)
     state.step, state.evaluated_at, state.evaluations_since_lowest = 601, 600, 5
-    assert deadline.corrected(config, state, DIST, watch).max_iters == 1000
+    assert deadline.corrected(config).max_iters == 1000
 
 
 def simulated(
     clock, config, state, step, first_step, evaluation, first_evaluation, dist=DIST
 ) -> tuple[TrainConfig, set[int]]:
     """Run to the end, with the seconds that each part takes; `step` depends on the time. Returns every `max_iters`."""
-    deadline, training, start, numbers = Deadline(config, state, math.inf), 0.0, state.step, set()
+    watch, start, numbers = SimpleNamespace(seconds=0.0), state.step, set()
+    deadline = Deadline(config, state, dist, watch, epoch_tokens=math.inf)
     while True:
-        config = deadline.corrected(config, state, dist, SimpleNamespace(seconds=training))
+        config = deadline.corrected(config)
         numbers.add(config.max_iters)
         due = state.step == config.max_iters or state.step % config.eval_interval == 0
         if due and state.step != state.evaluated_at:
@@ -219,7 +220,7 @@ def simulated(
         if state.step >= config.max_iters:
             return config, numbers
         per_step = step(clock.seconds) if state.step > start else first_step
-        clock.seconds, training, state.step = clock.seconds + per_step, training + per_step, state.step + 1
+        clock.seconds, watch.seconds, state.step = clock.seconds + per_step, watch.seconds + per_step, state.step + 1
 
 
 def test_timing_models_takes_a_quarter_of_the_time_at_most(data, clock):
