@@ -106,7 +106,7 @@ def train_step(
         for parameter, gradient in zip(run.parameters, run.gradients, strict=True):
             parameter.grad = gradient
     for i in range(micro_steps):
-        if stop and dist.max(stop.number)[0]:
+        if stop and dist.max(stop.number):
             clear_gradients(run.parameters)
             return None
         index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in a step
@@ -166,17 +166,17 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
             if state.step % MAX_SKIPPED == 0:
                 skipped.total(state.step)  # raises RunFailed if too many
             if state.step % config.log_interval == 0 or state.step == config.max_iters:
-                (train_loss,) = dist.sum(loss.item() / dist.world_size)  # waits for the device: only here
+                train_loss = dist.sum(loss.item() / dist.world_size)  # waits for the device: only here
                 rate = watch.rate(state.step)
                 record = dict(step=state.step, train_loss=train_loss, grad_norm=norm.item(), seconds=watch.seconds)
                 record |= dict(skipped=skipped.total(state.step) or None) | derived_figures(run, state.step, rate)
                 metrics.write(**record)
                 note(log_line(record, config.max_iters, seconds_left=(config.max_iters - state.step) / rate))
-        (stopping,) = dist.max(stop.number)
+        stopping = dist.max(stop.number)
 
     problem = saver.wait()
     metrics.close()
-    return finish_run(config, state, start, dist.max(stop.number)[0], problem)
+    return finish_run(config, state, start, dist.max(stop.number), problem)
 
 
 def derived_figures(run: Run, steps: int, steps_per_second: float) -> dict[str, float]:
@@ -195,7 +195,7 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
     run = Run(config, data, GPT(shape), 1, dist)
     warmups = 2 if run.gradients else 1  # the first one allocates; the second one captures a graph
     per_step = step_seconds(config, dist, lambda n: train_step(run, 0, micro_steps=n), warmups, limit=seconds)
-    (mean,) = dist.sum(per_step / dist.world_size)
+    mean = dist.sum(per_step / dist.world_size)
     return config.tokens_per_step / mean
 
 

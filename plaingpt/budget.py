@@ -212,7 +212,7 @@ def time_left(minutes: float) -> float:
 
 def agreed_time_left(minutes: float, dist: Distributed) -> float:
     """`time_left`, equal on all processes so that they choose the same settings; at least one second."""
-    (milliseconds,) = dist.max(int(1000 * time_left(minutes)))
+    milliseconds = dist.max(int(1000 * time_left(minutes)))
     return max(1.0, milliseconds / 1000)
 
 
@@ -254,7 +254,7 @@ class Deadline:
         steps = step + max(1, int(self.seconds_for_steps(config) / per_step))
         misses_time = abs(steps - config.max_iters) * per_step > 0.02 * 60 * config.minutes
         decided = self.dist.is_main and (step == self.warmup_end or misses_time)
-        (steps,) = self.dist.max(steps if decided else 0)  # the main process decides
+        steps = self.dist.max(steps if decided else 0)  # the main process decides
         return self.with_steps(config, steps) if steps else config
 
     def seconds_per_step(self, config: TrainConfig) -> float:

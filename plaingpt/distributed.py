@@ -1,7 +1,7 @@
 """Device, precision and processes: one object for one process or many, on CPU, CUDA or MPS.
 
 dist = connect()  # alone, or in every process that torchrun started
-(total,) = dist.sum(1.0)
+total = dist.sum(1.0)
 """
 
 import concurrent.futures
@@ -74,35 +74,33 @@ class Distributed:
             return [tensor.contiguous().pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
         return [tensor.to(self.device) for tensor in tensors]
 
-    def sum(self, *numbers: float) -> list[float]:
-        """Sum each number over all ranks, through gloo on the CPU: no GPU synchronization. All ranks."""
-        return self._reduce(numbers, torch_dist.ReduceOp.SUM)
+    def sum(self, number: float) -> float:
+        """The sum of a number over all ranks, through gloo on the CPU: no GPU synchronization. All ranks."""
+        return self._reduce(number, torch_dist.ReduceOp.SUM)
 
-    def max(self, *numbers: int) -> list[int]:
-        """The largest of each number over all ranks. All ranks."""
-        return [int(number) for number in self._reduce(numbers, torch_dist.ReduceOp.MAX)]
+    def max(self, number: int) -> int:
+        """The largest of a number over all ranks. All ranks."""
+        return int(self._reduce(number, torch_dist.ReduceOp.MAX))
 
     def all_equal(self, number: int) -> bool:
         """Whether all ranks have the same number. All ranks."""
-        largest, negated_smallest = self.max(number, -number)
-        return largest == -negated_smallest
+        return self.max(number) == -self.max(-number)
 
     def wait(self, job: Future | None) -> None:
         """Wait until the main process's `job` is done, and raise what it raised there. All ranks.
 
         They exchange a message every second, so the job may take longer than `timeout`.
         """
-        while self.max(bool(job and concurrent.futures.wait([job], timeout=1).not_done))[0]:
+        while self.max(bool(job and concurrent.futures.wait([job], timeout=1).not_done)):
             pass
         if job:
             job.result()
 
-    def _reduce(self, numbers: tuple, operation) -> list:
-        if self.world_size == 1:
-            return list(numbers)
-        totals = torch.tensor(numbers, dtype=torch.float64)
-        torch_dist.all_reduce(totals, operation)
-        return totals.tolist()
+    def _reduce(self, number: float, operation) -> float:
+        reduced = torch.tensor(number, dtype=torch.float64)
+        if self.world_size > 1:
+            torch_dist.all_reduce(reduced, operation)
+        return reduced.item()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock measures its work."""
@@ -162,7 +160,7 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
         torch_dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
     dist = Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size, local_world_size)
     if "LOCAL_WORLD_SIZE" not in os.environ:
-        dist = dataclasses.replace(dist, local_world_size=dist.max(local_rank)[0] + 1)
+        dist = dataclasses.replace(dist, local_world_size=dist.max(local_rank) + 1)
     return dist
 
 

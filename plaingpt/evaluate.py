@@ -20,7 +20,7 @@ def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed, stop: St
     losses, count = [], 0
     # The same number of passes on every rank, as a sharded model needs; a batch beyond the last has no targets.
     for first in range(0, len(batches), dist.world_size):
-        if stop and dist.max(stop.number)[0]:
+        if stop and dist.max(stop.number):
             model.train()
             return None
         inputs, targets = batches.batch(first + dist.rank)
@@ -32,8 +32,8 @@ def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed, stop: St
             losses.append(loss.float() * counted)
         count += counted
     model.train()
-    total, count = dist.sum(torch.stack(losses).cpu().double().sum().item() if losses else 0.0, count)
-    return total / count
+    total = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
+    return dist.sum(total) / dist.sum(count)
 
 
 def bits_per_byte(loss: float, tokens: Tokens) -> float | None:

@@ -33,7 +33,7 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
     per_token = c.n_layer * c.n_embd * (4 if config.recompute else 17) + c.padded_vocab_size
     needed = 12 * parameters / shard_count(dist, config.sharding) + config.batch_size * c.block_size * per_token
-    free = -dist.max(-int(free))[0]  # the least of all ranks, so that they agree
+    free = -dist.max(-int(free))  # the least of all ranks, so that they agree
     if needed > free:
         more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
         raise UserError(
@@ -112,7 +112,7 @@ def median_seconds(dist: Distributed, step: Callable[[], object], warmups: int, 
         step()
         dist.synchronize()
         times.append(time.perf_counter() - started)
-        (enough,) = dist.max(sum(times) > limit)
+        enough = dist.max(sum(times) > limit)
     return statistics.median(times)
 
 
