@@ -8,7 +8,7 @@ from plaingpt.startup import STARTED
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from plaingpt.console import UserError, note, out_of_memory
 from plaingpt.distributed import Distributed
@@ -53,8 +53,8 @@ def choose_settings(
 ) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run that ends in time, and where they came from. All ranks."""
     check_flags(given)
-    if dist.device.type == "cuda" and config.minutes < 10 and "compile" not in given:
-        config = dataclasses.replace(config, compile=False)  # compiling takes up to half a minute
+    if dist.device.type == "cuda" and config.minutes < 10:
+        config = unless_given(config, given, compile=False)  # compiling takes up to half a minute
     seconds = agreed_time_left(config.minutes, dist)
     timed = time_candidates(config, given, seconds, data, dist, measure)
     best = min(timed, key=lambda c: predicted_loss(c, timed[c] * seconds * TRAINING_SHARE, len(data.train)))
@@ -134,10 +134,13 @@ def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: 
         if not widths:
             raise UserError(f"--n_head={config.n_head} needs an --n_embd that is a multiple of it")
     for n_embd in widths:
-        n_layer = config.n_layer if "n_layer" in given else max(2, round(n_embd / 80))
         heads = [n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0]
-        n_head = config.n_head if "n_head" in given else heads[-1]
-        yield dataclasses.replace(config, n_layer=n_layer, n_embd=n_embd, n_head=n_head)
+        yield unless_given(config, given, n_layer=max(2, round(n_embd / 80)), n_embd=n_embd, n_head=heads[-1])
+
+
+def unless_given(config: TrainConfig, given: Collection[str], **chosen) -> TrainConfig:
+    """`config` with the `chosen` values of the settings that are not in `given`."""
+    return dataclasses.replace(config, **{name: value for name, value in chosen.items() if name not in given})
 
 
 def with_batch(
@@ -146,13 +149,11 @@ def with_batch(
     """More tokens to train on allow a longer context, 128 for 3 million, 1,024 for a billion, and larger steps."""
     longest = min(len(data.train), len(data.val)) - 1
     block = max(64, 2 ** round(math.log2(64 * (tokens / 1e6) ** 0.4)))
-    chosen_freely = config.is_new_model and "block_size" not in given
-    block_size = max(1, min(block, 1024, longest)) if chosen_freely else config.block_size
-    micro_steps = config.gradient_accumulation_steps if "gradient_accumulation_steps" in given else dist.world_size
-    sequences = max(1, SEQUENCES_PER_STEP * block // block_size // micro_steps)  # of a micro-step
-    chosen = {"batch_size": sequences, "gradient_accumulation_steps": micro_steps}
-    chosen = {name: value for name, value in chosen.items() if name not in given}
-    return dataclasses.replace(config, block_size=block_size, **chosen)
+    if config.is_new_model:
+        config = unless_given(config, given, block_size=max(1, min(block, 1024, longest)))
+    config = unless_given(config, given, gradient_accumulation_steps=dist.world_size)
+    sequences = SEQUENCES_PER_STEP * block // config.block_size // config.gradient_accumulation_steps
+    return unless_given(config, given, batch_size=max(1, sequences))
 
 
 def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, data: DataSet) -> TrainConfig:
@@ -164,28 +165,29 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
             "time, or a smaller --batch_size or --gradient_accumulation_steps"
         )
     rate = muon_learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
+    epochs = tokens / len(data.train)
     # With this rate, weights are an average of the updates of the last 1 / (rate * weight_decay) steps. About an epoch
     # of them, or fewer in a shorter run, beats the usual decay of 0.1 (Wang and Aitchison 2024; docs/scaling.md).
-    averaged = max(50, steps / (1 + tokens / len(data.train)))
-    evaluations = MORE_EVALUATIONS if tokens > FEW_EPOCHS * len(data.train) else EVALUATIONS
+    averaged = max(50, steps / (1 + epochs))
+    evaluations = MORE_EVALUATIONS if epochs > FEW_EPOCHS else EVALUATIONS
     evaluations = max(evaluations, math.ceil(config.minutes / 15))  # each saves: a kill loses at most 15 minutes
     sequences = int(EVALUATION_SHARE * min(1, MORE_EVALUATIONS / evaluations) * tokens / config.block_size)
-    chosen = {
-        "learning_rate": rate if config.is_new_model else float(f"{rate / 3:.2g}"),
-        "weight_decay": float(f"{1 / (rate * averaged):.2g}") if config.is_new_model else config.weight_decay,
-        "momentum": 0.85 if steps < 500 else 0.95,
+    chosen = dict(
+        learning_rate=rate if config.is_new_model else float(f"{rate / 3:.2g}"),
+        weight_decay=float(f"{1 / (rate * averaged):.2g}") if config.is_new_model else config.weight_decay,
+        momentum=0.85 if steps < 500 else 0.95,
         # In narrow models and shorter runs, dropout costs more than the overfitting that it prevents.
-        "dropout": 0.2 if tokens > 40 * len(data.train) and config.n_embd >= 384 else config.dropout,
-        "min_lr": None,  # is derived
-    }
-    intervals = {
-        "eval_iters": 0 if sequences * config.block_size > len(data.val) else max(1, sequences // config.batch_size),
-        "log_interval": max(1, steps // max(50, math.ceil(config.minutes))),
-        "eval_interval": math.ceil(steps / evaluations),
-    }
-    kept = {name for name in given if name not in intervals or given[name].startswith("--")}
-    chosen = {name: value for name, value in (chosen | intervals).items() if name not in kept}
-    return dataclasses.replace(config, max_iters=steps, warmup_iters=steps // 20, lr_decay_iters=steps, **chosen)
+        dropout=0.2 if epochs > 40 and config.n_embd >= 384 else config.dropout,
+        min_lr=None,  # is derived
+    )
+    intervals = dict(
+        eval_iters=0 if sequences * config.block_size > len(data.val) else max(1, sequences // config.batch_size),
+        log_interval=max(1, steps // max(50, math.ceil(config.minutes))),
+        eval_interval=math.ceil(steps / evaluations),
+    )
+    flags = {name for name in given if given[name].startswith("--")}
+    config = unless_given(unless_given(config, given, **chosen), flags, **intervals)
+    return dataclasses.replace(config, max_iters=steps, warmup_iters=steps // 20, lr_decay_iters=steps)
 
 
 def extend_run(config: TrainConfig, given: dict[str, str], state: RunState) -> tuple[TrainConfig, dict[str, str]]:
