@@ -3,7 +3,6 @@
 python train.py RECIPE --dry_run=True
 """
 
-import functools
 import statistics
 import sys
 import time
@@ -90,26 +89,26 @@ def step_seconds(
 ) -> float:
     """Time of a training step, from that of one micro-step and of a few: updating the weights counts once. All ranks.
 
-    step: as for `dry_run`. The rest is as for `median_seconds`.
+    step: as for `dry_run`. warmups: steps that are not timed. limit: as for `median_seconds`.
     """
-    one = median_seconds(dist, functools.partial(step, 1), warmups, limit)
+    for _ in range(warmups):
+        step(1)
+    one = median_seconds(dist, step, 1, limit)
     micro_steps = dist.per_process(config.gradient_accumulation_steps)
     few = min(4, micro_steps)
     if few == 1:
         return one
-    per_micro_step = (median_seconds(dist, functools.partial(step, few), 0, limit) - one) / (few - 1)
+    per_micro_step = (median_seconds(dist, step, few, limit) - one) / (few - 1)
     return one + (micro_steps - 1) * max(per_micro_step, 0.0)
 
 
-def median_seconds(dist: Distributed, step: Callable[[], object], warmups: int, limit: float) -> float:
-    """Median time of a step, over `limit` seconds, after untimed `warmups`. All ranks."""
-    for _ in range(warmups):
-        step()
+def median_seconds(dist: Distributed, step: Callable[[int], object], micro_steps: int, limit: float) -> float:
+    """Median time of a step of that many micro-steps, repeated until `limit` seconds have passed. All ranks."""
     times, enough = [], False
     while not enough:
         dist.synchronize()
         started = time.perf_counter()
-        step()
+        step(micro_steps)
         dist.synchronize()
         times.append(time.perf_counter() - started)
         enough = dist.max(sum(times) > limit)
