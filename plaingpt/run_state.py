@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,37 +146,29 @@ class Saver:
             problem = f"its validation loss is {val_loss}; try a lower --learning_rate"
             return self._failed(f"step {state.step} is not saved: {problem}")
 
-        def model_files(new: Path) -> None:
-            save_model(new, self.model, self.tokenizer, weights)
-
-        def all_files(new: Path) -> None:
-            model_files(new)
-            safetensors.torch.save_file(moments, new / "optimizer.safetensors")
-            content = {"format_version": FORMAT_VERSION} | dataclasses.asdict(state)
-            (new / "training.json").write_text(json.dumps(content, indent=2) + "\n")
-            shutil.copymode(new / "training.json", new / "optimizer.safetensors")  # which is private otherwise
-
-        def best_files(new: Path) -> None:
-            model_files(new)
-            evaluation = dict(step=state.step, val_loss=val_loss, data=state.data, eval_sequences=state.eval_sequences)
-            (new / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n")
-            if state.best_val_loss is None and (best := self.out_dir / "best").is_dir():  # an incomparable one
-                note(f"{best} is now {rename_aside(best)}: its loss does not compare with those from here on")
-
-        if is_below(val_loss, state.best_val_loss) and self._replace("best", best_files, state.step):
+        evaluation = dict(step=state.step, val_loss=val_loss, data=state.data, eval_sequences=state.eval_sequences)
+        if is_below(val_loss, state.best_val_loss) and self._replace("best", weights, "evaluation.json", evaluation):
             for known in (state, self.state):  # training reads its own after `wait`; only main knows `best`
                 known.best_val_loss, known.best_step = val_loss, state.step
-        self._replace("last", all_files, state.step)
-        if keep:
-            self._replace(f"step-{state.step:06d}", all_files, state.step)
+        training = {"format_version": FORMAT_VERSION} | dataclasses.asdict(state)
+        for name in ("last", f"step-{state.step:06d}") if keep else ("last",):
+            self._replace(name, weights, "training.json", training, moments)
 
-    def _replace(self, name: str, write: Callable[[Path], None], step: int) -> bool:
+    def _replace(self, name: str, weights: dict, record: str, content: dict, moments: dict | None = None) -> bool:
+        """Save a checkpoint, with `content` in its file `record`. Returns whether that succeeded."""
+        path = self.out_dir / name
         try:
-            with new_directory(self.out_dir / name) as new:
-                write(new)
+            with new_directory(path) as new:
+                save_model(new, self.model, self.tokenizer, weights)
+                (new / record).write_text(json.dumps(content, indent=2) + "\n")
+                if moments is not None:
+                    safetensors.torch.save_file(moments, new / "optimizer.safetensors")
+                    shutil.copymode(new / record, new / "optimizer.safetensors")  # which is private otherwise
+                if name == "best" and self.state.best_val_loss is None and path.is_dir():  # an incomparable one
+                    note(f"{path} is now {rename_aside(path)}: its loss does not compare with those from here on")
             return True
         except Exception as error:  # a full disk, no permission, a quota: training has to hear of it, whatever it is
-            self._failed(f"step {step} could not be saved in {self.out_dir / name}: {one_line(error)}")
+            self._failed(f"step {content['step']} could not be saved in {path}: {one_line(error)}")
             return False
 
     def _failed(self, problem: str) -> None:
