@@ -21,7 +21,7 @@ from plaingpt.budget import Deadline, choose_settings, extend_run
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
-from plaingpt.files import existing, set_aside
+from plaingpt.files import set_aside
 from plaingpt.graphs import Captured, graphs_work
 from plaingpt.metrics import Metrics, Stopwatch, log_line
 from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
@@ -30,16 +30,17 @@ from plaingpt.plan import announce, check_memory, dry_run, step_seconds
 from plaingpt.run import (
     check_default,
     check_out_dir,
+    find_checkpoint,
     finish_run,
     initial_model,
     new_shape,
     resumed_settings,
     write_recipe,
 )
-from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
+from plaingpt.run_state import RunState, Saver, load_optimizers
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set
-from plaingpt.train_config import DERIVED, TrainConfig
+from plaingpt.train_config import TrainConfig
 
 
 class Run:
@@ -215,22 +216,23 @@ def start_run(
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     if checkpoint and state.data != data.digest:
         note(f"the data set {config.dataset} is not the one that {checkpoint} was trained on")
-        state.forget_best()
     if dist.is_main and not (config.eval_only or config.dry_run):
         check_out_dir(config, checkpoint, state)
     if choosing:
         config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
-    sequences = config.eval_iters * config.batch_size
-    if state.eval_sequences != sequences and (state.eval_sequences is None or "eval_iters" in given):
-        state.eval_sequences = sequences
+    sequences = state.eval_sequences
+    if not checkpoint or "eval_iters" in given:
+        sequences = config.eval_iters * config.batch_size
+    if (state.data, state.eval_sequences) != (data.digest, sequences):
+        state.data, state.eval_sequences = data.digest, sequences
         state.forget_best()
     if config.eval_only:
         model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
-        batches = EvalBatches(data.val, config.block_size, config.batch_size, state.eval_sequences)
+        batches = EvalBatches(data.val, config.block_size, config.batch_size, sequences)
         note(describe_loss(evaluate(model, batches, dist), data))
         return 0
-    run = Run(config, data, raw_model, state.eval_sequences, dist)
+    run = Run(config, data, raw_model, sequences, dist)
     announce(config, dist, raw_model, len(data.train))
     if state.step < config.max_iters:
         config.check_schedule()
@@ -245,30 +247,21 @@ def start_run(
         load_optimizers(checkpoint, state.scaler, raw_model, run.optimizers, run.scaler)
     elif dist.is_main:
         set_aside(Path(config.out_dir))
-    derived = state.derived if checkpoint else DERIVED
-    state.derived = [name for name in derived if name not in given]
-    state.settings, state.data = dataclasses.asdict(config), data.digest
+    state.derived = [name for name in state.derived if name not in given]
+    state.settings = dataclasses.asdict(config)
     return train(run, state, Path(config.out_dir))
 
 
 def main() -> int:
     config, given = load_settings(TrainConfig)
-    how, _, name = config.init_from.partition(":")
-    directory = Path(config.out_dir) / (name or "last")
-    state, checkpoint = RunState(), None
-    if how == "resume" and directory.parent != Path(config.out_dir):
-        problem = f"--init_from={config.init_from} is not a checkpoint of out_dir={config.out_dir}"
-        raise UserError(f"{problem}; name one of that directory, as in resume:step-001000")
-    if how == "resume" or (config.init_from == "auto" and existing(directory)):
-        state, checkpoint = load_state(directory)
-        note(f"resuming {checkpoint} at step {state.step}")
-        if how == "auto" and config.minutes:  # perhaps restarted after a failure
+    state, checkpoint = find_checkpoint(config)
+    if checkpoint:
+        if config.minutes and config.init_from == "auto":  # perhaps restarted after a failure
             note("--minutes is ignored: the run keeps its number of steps")
             config = dataclasses.replace(config, minutes=None)
         elif config.minutes and not config.eval_only:
             config, given = extend_run(config, given, state)
-        config = resumed_settings(config, given, state, checkpoint)
-        given = {name: source for name, source in given.items() if source.startswith("--")}  # only flags count now
+        config, given = resumed_settings(config, given, state, checkpoint)
     dist = connect(config.device, config.dtype, config.timeout)
     if not checkpoint:
         check_default(config, given, dist.device.type)

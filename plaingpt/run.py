@@ -12,10 +12,10 @@ from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
 from plaingpt.console import RunFailed, UserError, counted, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
-from plaingpt.files import check_writable, holds_run, json_or_empty, new_file
+from plaingpt.files import check_writable, existing, holds_run, json_or_empty, new_file
 from plaingpt.hub import model_directory, read_config
 from plaingpt.plan import check_memory
-from plaingpt.run_state import RunState
+from plaingpt.run_state import RunState, load_state
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import DERIVED, TrainConfig
@@ -28,47 +28,65 @@ LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "m
 FIXED = {"dataset", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "beta1", "beta2"}
 
 
-def resumed_settings(config: TrainConfig, given: dict[str, str], state: RunState, directory: Path) -> TrainConfig:
-    """`config` with every setting that no flag gave taken from the checkpoint.
+def find_checkpoint(config: TrainConfig) -> tuple[RunState, Path | None]:
+    """The state of the run that `init_from` resumes, and the directory of its checkpoint; or a new state, and None."""
+    how, _, name = config.init_from.partition(":")
+    directory = Path(config.out_dir) / (name or "last")
+    if how != "resume" and not (config.init_from == "auto" and existing(directory)):
+        return RunState(derived=list(DERIVED)), None
+    if directory.parent != Path(config.out_dir):
+        problem = f"--init_from={config.init_from} is not a checkpoint of out_dir={config.out_dir}"
+        raise UserError(f"{problem}; name one of that directory, as in resume:step-001000")
+    state, checkpoint = load_state(directory)
+    note(f"resuming {checkpoint} at step {state.step}")
+    return state, checkpoint
 
-    A flag that changes something is reported; one that contradicts the checkpoint raises UserError, as does a recipe if
-    `init_from` is `auto`: the run may be another one.
+
+def resumed_settings(
+    config: TrainConfig, given: dict[str, str], state: RunState, directory: Path
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Every setting from the checkpoint in `directory`, except those in LOCAL or given by a flag; and these flags.
+
+    UserError if the run cannot continue with them.
     """
-    trained = state.settings
-    if state.eval_sequences is None and "eval_iters" in trained:  # a checkpoint of an earlier version
-        state.eval_sequences = trained["eval_iters"] * trained["batch_size"]
-    flags = {name for name in given if given[name].startswith("--")}
+    trained, flags = state.settings, {name: source for name, source in given.items() if source.startswith("--")}
     for name in sorted(given.keys() & trained.keys() - LOCAL):
-        if getattr(config, name) == trained[name]:
-            continue
-        asked = f"{given[name]}: {name}={getattr(config, name)}"
-        may_be_another_run = name in FIXED and config.init_from == "auto" and not config.eval_only
-        if name not in flags and not may_be_another_run:
-            hint = "" if name in FIXED else "; a flag overrides it"
-            note(f"using the checkpoint's {name}={trained[name]}, not {asked}{hint}")
-        elif name in FIXED and not (config.eval_only and name == "dataset"):
-            remedy = "leave it out" if name in flags else "choose another --out_dir"
-            found = f"but the checkpoint was trained with {trained[name]}"
-            raise UserError(f"{asked}, {found}; {remedy}, or start a new run: --init_from=scratch")
-        else:
-            note(f"changed on resume: {name}={getattr(config, name)}, until now {trained[name]}")
-    kept = (vars(config).keys() - flags - LOCAL) | {"init_from"}  # how the run began, for the record
-    saved = {name: trained[name] for name in trained.keys() & kept}
-    if saved.get("init_from", "resume").partition(":")[0] == "resume":  # a checkpoint of an earlier version
-        saved["init_from"] = "scratch"
-    # Derived settings are derived again, from what may have changed.
-    saved |= dict.fromkeys(name for name in DERIVED if name in state.derived and name not in flags)
+        if getattr(config, name) != trained[name]:
+            check_change(config, name, given[name], trained[name])
+    saved = trained | {name: None for name in DERIVED if name in state.derived}  # to be derived again
+    saved = {name: saved[name] for name in saved.keys() & vars(config).keys() - flags.keys() - LOCAL}
+    began = trained.get("init_from", "resume")  # stays, for the record; earlier versions replaced it on resume
+    saved["init_from"] = "scratch" if began.partition(":")[0] == "resume" else began
     config = dataclasses.replace(config, **saved)
+    if config.eval_only:
+        return config, flags
     before, now = (c["gradient_accumulation_steps"] * c["batch_size"] for c in (trained, vars(config)))
-    if now != before and not config.eval_only:
+    if now != before:
         raise UserError(
             f"gradient_accumulation_steps x batch_size is {now}, but the checkpoint was trained with {before} "
             "sequences per step: keep the product"
         )
-    if config.max_iters < state.step and not config.eval_only:
+    if config.max_iters < state.step:
         found = f"the checkpoint in {directory} has {counted(state.step, 'step')}"
         raise UserError(f"max_iters={config.max_iters}, but {found}: raise --max_iters")
-    return config
+    return config, flags
+
+
+def check_change(config: TrainConfig, name: str, source: str, trained: object) -> None:
+    """Print which value of a setting counts, that in `config` or the one it was trained with: only flags change it.
+
+    UserError if a flag contradicts the checkpoint, or a recipe if `init_from` is `auto`: the run may be another one.
+    """
+    fixed = name in FIXED and not (config.eval_only and name == "dataset")
+    is_flag, asked = source.startswith("--"), f"{source}: {name}={getattr(config, name)}"
+    if fixed and (is_flag or (config.init_from == "auto" and not config.eval_only)):
+        remedy = "leave it out" if is_flag else "choose another --out_dir"
+        found = f"but the checkpoint was trained with {trained}"
+        raise UserError(f"{asked}, {found}; {remedy}, or start a new run: --init_from=scratch")
+    if is_flag:
+        note(f"changed on resume: {name}={getattr(config, name)}, until now {trained}")
+    else:
+        note(f"using the checkpoint's {name}={trained}, not {asked}{'' if fixed else '; a flag overrides it'}")
 
 
 def check_default(config: TrainConfig, given: dict[str, str], device_type: str) -> None:
@@ -90,14 +108,15 @@ def check_out_dir(config: TrainConfig, checkpoint: Path | None, state: RunState)
     """UserError if the run cannot be written to `out_dir`, before time is spent."""
     out_dir = Path(config.out_dir)
     check_writable(out_dir)
-    renamed = holds_run(out_dir) and not checkpoint  # UserError if it is in use
-    if checkpoint and json_or_empty(checkpoint / "training.json").get("step") != state.step:
-        raise UserError(f"{checkpoint} was replaced meanwhile, by a run that has ended: run the command again")
-    sources = [Path(config.data_dir) / config.dataset] + [Path(config.init_from)] * (not config.is_new_model)
-    places = [(path, place) for path in sources for place in (os.path.abspath, os.path.realpath)]
-    inside = [path for path, place in places if Path(place(path)).is_relative_to(place(out_dir))]
-    if renamed and inside:
-        raise UserError(f"{inside[0]} is in {out_dir}, which a new run renames: choose another --out_dir")
+    is_run = holds_run(out_dir)  # UserError if it is in use
+    if checkpoint:
+        if json_or_empty(checkpoint / "training.json").get("step") != state.step:
+            raise UserError(f"{checkpoint} was replaced meanwhile, by a run that has ended: run the command again")
+    elif is_run:
+        sources = [Path(config.data_dir) / config.dataset] + [Path(config.init_from)] * (not config.is_new_model)
+        for path in sources:
+            if any(Path(place(path)).is_relative_to(place(out_dir)) for place in (os.path.abspath, os.path.realpath)):
+                raise UserError(f"{path} is in {out_dir}, which a new run renames: choose another --out_dir")
 
 
 def new_shape(config: TrainConfig, data: DataSet) -> GPTConfig:

@@ -81,24 +81,31 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
         if not others:
             raise
         raise UserError(f"{error}; {remedy} (--init_from=resume:NAME)") from error
+    _read_best(state, directory)
+    return state, found
+
+
+def _read_best(state: RunState, directory: Path) -> None:
+    """Take the loss of `best` from there: it may be from an undone step. What does not compare with it is forgotten."""
     best = existing(directory.parent / "best")
     known = json_or_empty(best / "evaluation.json") if best else {}
     comparable = all(known.get(name) == getattr(state, name) for name in ("data", "eval_sequences"))
     if comparable and type(known.get("val_loss")) is float and type(known.get("step")) is int:
-        state.best_val_loss, state.best_step = known["val_loss"], known["step"]  # `best` may be from an undone step
+        state.best_val_loss, state.best_step = known["val_loss"], known["step"]
     elif not best or directory.name != "last" or (best / "evaluation.json").exists():
         state.forget_best()  # otherwise an earlier version saved it, and training.json has its loss
-    return state, found
 
 
 def _read_state(directory: Path) -> RunState:
     content = read_json(path := directory / "training.json")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: format version {content.get('format_version')}; this program reads {FORMAT_VERSION}")
-    earlier = {"evaluated_at": content.get("step"), "lowest_val_loss": content.get("best_val_loss")}
-    earlier |= {"evaluations_since_lowest": content.get("evaluations_since_best", 0), "best_step": 0}
-    content = earlier | {"eval_sequences": None} | content  # earlier versions did not save these fields
     with errors_of_library(f"{path} is damaged"):
+        settings = content["settings"]
+        earlier = {"evaluated_at": content["step"], "lowest_val_loss": content["best_val_loss"], "best_step": 0}
+        earlier["evaluations_since_lowest"] = content.get("evaluations_since_best", 0)
+        earlier["eval_sequences"] = settings["eval_iters"] * settings["batch_size"] if settings else None
+        content = earlier | content  # earlier versions did not save these fields
         return RunState(**{setting.name: content[setting.name] for setting in dataclasses.fields(RunState)})
 
 

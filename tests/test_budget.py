@@ -346,7 +346,8 @@ def test_a_run_that_continues_a_short_one_on_cuda_is_compiled():
     state = RunState(step=5, settings=dataclasses.asdict(TrainConfig(compile=False)))
     for derived, compiled in ([], False), (["compile"], True):
         state.derived = derived
-        assert resumed_settings(TrainConfig(minutes=600), {}, state, Path("last")).compiles_on("cuda") == compiled
+        config, _ = resumed_settings(TrainConfig(minutes=600), {}, state, Path("last"))
+        assert config.compiles_on("cuda") == compiled
 
 
 def test_a_model_with_another_tokenizer_is_refused_before_it_is_timed(tmp_path, data_dir, tiny_run):

@@ -353,7 +353,8 @@ def test_of_the_previous_version_only_last_knows_the_loss_of_best(tmp_path):
 
 
 def test_a_checkpoint_of_the_previous_version_loads(tmp_path):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=4)
+    settings = dict(eval_iters=5, batch_size=2)
+    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=4, settings=settings)
     (tmp_path / "best").mkdir()
     path = tmp_path / "last" / "training.json"
     content = json.loads(path.read_text())
@@ -362,5 +363,5 @@ def test_a_checkpoint_of_the_previous_version_loads(tmp_path):
     path.write_text(json.dumps(content))
     (tmp_path / "last" / "SHA256SUMS").unlink()
     state, _ = load_state(tmp_path / "last")
-    assert (state.step, state.best_step, state.eval_sequences) == (4, 0, None)
+    assert (state.step, state.best_step, state.eval_sequences) == (4, 0, 10)
     assert (state.lowest_val_loss, state.evaluations_since_lowest) == (2.5, 3)
