@@ -180,23 +180,20 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
-        return _from_nanogpt(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        config = checked_config(path, GPTConfig(**checkpoint["model_args"]))
+        if config.vocab_size not in NANOGPT_ROWS:
+            raise UserError(
+                f"{path} has {config.vocab_size} ids, and its tokenizer is in a pickle elsewhere: only GPT-2's "
+                "vocabulary (50,257 ids, or 50,304 with padding) can be imported"
+            )
+        note(f"{path}: only the weights are imported, and GELU is OpenAI's tanh form: the loss differs a little")
+        config = dataclasses.replace(config, vocab_size=gpt2().vocab_size)
+        tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
+        names = [name for name in tensors if name != "lm_head.weight" and not name.endswith(".attn.bias")]
+        return config, {name: _in_memory(path, name, tensors[name], config) for name in names}, gpt2()
     except UserError:
         raise
     except Exception as error:  # torch's messages advise to read it unsafely
         problem = f"not a nanoGPT checkpoint that can be read safely: {type(error).__name__}"
         raise UserError(f"{path} is {problem}") from error
-
-
-def _from_nanogpt(path: Path, checkpoint: dict) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
-    config = checked_config(path, GPTConfig(**checkpoint["model_args"]))
-    tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
-    if config.vocab_size not in NANOGPT_ROWS:
-        raise UserError(
-            f"{path} has {config.vocab_size} ids, and its tokenizer is in a pickle elsewhere: only GPT-2's vocabulary "
-            "(50,257 ids, or 50,304 with padding) can be imported"
-        )
-    tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" and not k.endswith(".attn.bias")}
-    note(f"{path}: only the weights are imported, and GELU is OpenAI's tanh form: the loss differs a little")
-    config, tokenizer = dataclasses.replace(config, vocab_size=gpt2().vocab_size), gpt2()
-    return config, {name: _in_memory(path, name, tensor, config) for name, tensor in tensors.items()}, tokenizer
