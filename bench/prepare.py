@@ -34,7 +34,6 @@ from plaingpt.console import UserError, run_script
 from plaingpt.settings import PositiveInt, load_settings
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.sources import find_source
-from plaingpt.text.streams import split_of
 from plaingpt.tokenizer import gpt2_by_tiktoken
 from plaingpt.tokens import open_data_set
 
@@ -160,7 +159,8 @@ def check_ids(texts: list[str], ids: list[list[int]], directory: Path) -> None:
     data = open_data_set(directory)
     for split in ("train", "val"):
         ours = np.concatenate(list(getattr(data, split).all()))
-        mine = [i for text, i in zip(texts, ids) if split_of(xxhash.xxh3_64_intdigest(text.encode()), VAL) == split]
+        in_val = [xxhash.xxh3_64_intdigest(text.encode()) < VAL * 2**64 for text in texts]
+        mine = [i for i, is_val in zip(ids, in_val) if is_val == (split == "val")]
         theirs = np.concatenate([np.array([*document, EOT], np.uint16) for document in mine])[:-1]
         assert np.array_equal(ours, theirs), f"{split} differs"
         print(f"{split}: {len(ours):,} ids, the same as tiktoken's")

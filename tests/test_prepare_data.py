@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from conftest import child_environment, run_main
 import prepare_data
 from plaingpt.console import UserError
 from plaingpt.text import streams
-from plaingpt.text.streams import split_of
+from plaingpt.text.config import PrepareConfig
+from plaingpt.text.pipeline import training_share
 from plaingpt.tokenizer import END_OF_TEXT, KINDS
 from plaingpt.tokens import open_data_set
 
@@ -137,8 +139,9 @@ def test_many_documents_go_whole_to_one_split_whatever_their_names_and_order(pre
 def test_the_share_of_many_documents_that_is_validation_is_the_fraction_asked_for():
     digests = [xxhash.xxh3_64_intdigest(f"number {i}".encode()) for i in range(4000)]
     for fraction in (0.05, 0.5):
-        splits = [split_of(digest, fraction) for digest in digests]
-        assert splits.count("val") / 4000 == pytest.approx(fraction, abs=0.03)
+        part = SimpleNamespace(by_content=True, config=PrepareConfig(val_fraction=fraction))
+        shares = [training_share(part, None, None, digest) for digest in digests]
+        assert shares.count(0) / 4000 == pytest.approx(fraction, abs=0.03)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 500, 10_000])
@@ -272,7 +275,7 @@ def test_a_data_set_that_is_replaced_is_named_and_a_models_tokenizer_is_for_fine
 
 def test_a_large_document_that_goes_to_validation_is_noted(prepare, folder, capsys):
     texts = (f"{i} " * 5000 for i in range(999))
-    large = next(text for text in texts if split_of(xxhash.xxh3_64_intdigest(text.encode()), 0.05) == "val")
+    large = next(text for text in texts if xxhash.xxh3_64_intdigest(text.encode()) < 0.05 * 2**64)
     prepare(folder({f"{i}.txt": f"document {i}" for i in range(220)} | {"large.txt": large}), "--tokenizer=byte")
     printed = capsys.readouterr().err
     assert "of the text is in validation instead of 5.00%: documents are few, short or of different sizes" in printed

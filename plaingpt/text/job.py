@@ -66,8 +66,9 @@ class Job:
     def is_done(self) -> bool:
         return json_or_empty(self.directory / "meta.json").get("plan") in self.digests
 
-    def has_plan(self) -> bool:
-        return json_or_empty(self.partial / "plan.json").get("digest") in self.digests
+    def has_begun(self) -> bool:
+        """Whether `partial` is the work of this job."""
+        return json_or_empty(self.partial / "plan.json").get("digest") in self.digests and self.shards.exists()
 
     def progress(self, part: int) -> Path:
         return self.partial / f"part-{part}.json"
@@ -88,7 +89,7 @@ def prepare(job: Job, threads: int) -> dict | None:
     with contextlib.ExitStack() as until_done:
         with job.lock(plan_lock, wait=job.parts > 1):  # the parts start together, and one makes the plan
             if job.parts > 1 and job.is_done():
-                if job.has_plan() or not job.shards.exists():  # else `partial` is the work of another command
+                if job.has_begun() or not job.shards.exists():  # else `partial` is the work of another command
                     remove(job)
                 return note(f"{job.directory} is already prepared")
             job.partial.mkdir(exist_ok=True)
@@ -107,32 +108,36 @@ def prepare(job: Job, threads: int) -> dict | None:
 
 
 def make_part(job: Job) -> Part:
-    """Continue this part, or begin it. Unfinished work for another result is removed."""
-    is_same = job.has_plan() and job.shards.exists()
-    if not is_same:
-        for path in job.partial.glob("part-*.lock"):
-            if int(path.stem[5:]) != job.part:
-                job.lock(path).lock.release()  # UserError if a process does that part now
-        finished = any(json_or_empty(path).get("finished") for path in job.partial.glob("part-*.json"))
-        if finished and job.shards.exists():
-            problem = f"{job.partial} contains finished work for another text or other settings"
-            raise UserError(f"{problem}: complete it with its own commands, or delete that directory")
-        if job.shards.exists():
-            note(f"{job.partial} contains unfinished work for another text or other settings: removing it")
-        (job.partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
-        for path in job.partial.iterdir():
-            if path.suffix != ".lock":
-                delete(path)
+    """Continue this part, or begin it."""
+    has_begun = job.has_begun()
+    if not has_begun:
+        remove_other_work(job)
     try:
         source = job.source.fetched(job.partial, job.config)
-        tokenizer = Tokenizer.load(job.partial) if is_same else make_plan(job, source)
+        tokenizer = Tokenizer.load(job.partial) if has_begun else make_plan(job, source)
     except BaseException:
-        if job.parts == 1 and not is_same:  # nothing has been encoded
+        if job.parts == 1 and not has_begun:  # nothing has been encoded
             remove(job)
         raise
     by_content = json_or_empty(job.partial / "plan.json")["by_content"]
     inputs = source.inputs()[job.part - 1 :: job.parts]
     return Part(job.shards, job.progress(job.part), job.part, inputs, job.config, tokenizer, by_content)
+
+
+def remove_other_work(job: Job) -> None:
+    """Empty `partial`, except for locks. UserError if it contains finished parts, or if another process works there."""
+    for path in job.partial.glob("part-*.lock"):
+        if int(path.stem[5:]) != job.part:
+            job.lock(path).lock.release()
+    if job.shards.exists():
+        problem = f"{job.partial} contains %s work for another text or other settings"
+        if any(json_or_empty(path).get("finished") for path in job.partial.glob("part-*.json")):
+            raise UserError(f"{problem % 'finished'}: complete it with its own commands, or delete that directory")
+        note(f"{problem % 'unfinished'}: removing it")
+    (job.partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
+    for path in job.partial.iterdir():
+        if path.suffix != ".lock":
+            delete(path)
 
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
@@ -162,7 +167,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
 
 def finish(job: Job, part: Part) -> dict | None:
     """Complete the data set if this was the last part. It appears complete, or not at all."""
-    if not job.has_plan():
+    if not job.has_begun():
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
     part.save()
     progress = [json_or_empty(job.progress(number)) for number in range(1, job.parts + 1)]
@@ -170,7 +175,7 @@ def finish(job: Job, part: Part) -> dict | None:
         return note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")
     splits, shards, tokenizer = {}, job.shards, part.tokenizer
     for split in SPLITS:
-        files = [file for found in progress for file in found["splits"][split]["files"] if file["tokens"]]
+        files = [file for found in progress for file in found["splits"][split]["files"]]
         if not files:
             remove(job)  # to continue would change nothing
             raise UserError(f"too little text: the {split} split is empty; give more text, or another --val_fraction")
@@ -182,8 +187,6 @@ def finish(job: Job, part: Part) -> dict | None:
         if sum(path.stat().st_size for path in shards.glob(f"{split}*.bin")) != sums["tokens"] * part.dtype.itemsize:
             raise RunFailed(f"a file in {shards} is missing: delete {job.partial} and run every part again")
         splits[split] = sums | {"files": files}
-    for empty in shards.glob("part*.bin"):
-        empty.unlink()
     tokenizer.save(shards)
     meta = {
         "format_version": FORMAT_VERSION,

@@ -5,10 +5,13 @@ continue, the output is truncated to that length and reading resumes there, so i
 """
 
 import collections
+import contextlib
+import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -18,12 +21,12 @@ import xxhash
 from tqdm import tqdm
 
 from plaingpt.console import RunFailed, note
-from plaingpt.files import fsync, json_or_empty, new_file, sha256
+from plaingpt.files import json_or_empty, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.readers import SEPARATOR, File, Shard
-from plaingpt.text.streams import character_boundary, note_once, split_of
+from plaingpt.text.readers import SEPARATOR, File, Shard, Text
+from plaingpt.text.streams import character_boundary, note_once
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
 
@@ -35,10 +38,22 @@ class Batch:
     """Texts that are encoded together."""
 
     position: tuple[int, int] = (0, 0)  # (input, texts of it that have been read) after the batch
-    done: int = 0  # bytes of all inputs that have been read
+    done: int = 0  # bytes of the input that have been read
     size: int = 0
     splits: dict[str, list[bytes]] = field(default_factory=lambda: collections.defaultdict(list))
     continued: set[str] = field(default_factory=set)  # splits whose first text continues a document of the batch before
+
+    def add(self, text: Text, train_bytes: int) -> None:
+        """Add a document, or a piece of one, whose first `train_bytes` bytes belong to training and the rest to
+        validation. train_bytes: negative if validation has begun in an earlier piece of the document."""
+        boundary = character_boundary(text.data, min(max(train_bytes, 0), len(text.data)))
+        parts = ("train", text.data[:boundary], not text.begins), ("val", text.data[boundary:], train_bytes < 0)
+        for split, data, continues in parts:
+            if data:
+                self.splits[split].append(data)
+                if continues:
+                    self.continued.add(split)
+        self.size += len(text.data)
 
 
 @dataclass
@@ -58,14 +73,15 @@ class Part:
 
     def __post_init__(self):
         found = json_or_empty(self.progress)
-        if found.get("bad_files") not in ("stop", self.config.bad_files):
-            found = {}  # a text may have had another number
+        if not found or found["bad_files"] not in ("stop", self.config.bad_files):  # a text may have had another number
+            none = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+            found = {"position": (0, 0), "splits": none, "finished": False}
             for shard in self.shards.glob(f"part{self.number}_*.bin"):
                 shard.unlink()
-        self.dtype, self.open_files, self.unsaved = id_dtype(self.tokenizer.vocab_size - 1), {}, 0
-        self.finished = found.get("finished", False)
-        self.position = tuple(found.get("position", (0, 0)))
-        self.splits = found.get("splits") or {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+        self.position, self.splits, self.finished = tuple(found["position"]), found["splits"], found["finished"]
+        self.dtype = id_dtype(self.tokenizer.vocab_size - 1)
+        self.open_files: dict[str, IO[bytes]] = {}  # the shards that are being written
+        self.unsaved = 0  # ids written since the last save
 
     def open_shard(self, split: str) -> IO[bytes]:
         """The shard of the next id, cut to the length that was saved."""
@@ -77,6 +93,11 @@ class Part:
         shard.truncate(filled * self.dtype.itemsize)
         return shard
 
+    def close_shard(self, split: str) -> None:
+        with self.open_files.pop(split) as shard:
+            shard.flush()
+            os.fsync(shard.fileno())
+
     def write(self, batch: Batch, encoded: dict[str, np.ndarray]) -> None:
         for split, ids in encoded.items():
             figures, texts = self.splits[split], batch.splits[split]
@@ -86,22 +107,21 @@ class Part:
             figures["documents"] += len(texts) - (split in batch.continued)
             self.unsaved += len(ids)
             while len(ids):
+                if split not in self.open_files:
+                    self.open_files[split] = self.open_shard(split)
                 room = self.config.shard_tokens - figures["tokens"] % self.config.shard_tokens
                 fitting, ids = ids[:room], ids[room:]
                 self.open_files[split].write(fitting)
                 figures["tokens"] += len(fitting)
                 if len(fitting) == room:
-                    self.open_files[split].close()
-                    fsync(Path(self.open_files[split].name))
-                    self.open_files[split] = self.open_shard(split)
+                    self.close_shard(split)
         self.position = batch.position
         if self.unsaved >= SAVE_TOKENS:
             self.save()
 
     def save(self) -> None:
-        for shard in self.open_files.values():
-            shard.flush()
-            os.fsync(shard.fileno())
+        for split in list(self.open_files):
+            self.close_shard(split)
         with new_file(self.progress) as file:
             found = {"position": self.position, "splits": self.splits, "finished": self.finished}
             json.dump(found | {"bad_files": self.config.bad_files}, file)
@@ -110,85 +130,41 @@ class Part:
     def seal(self) -> None:
         """Close the shards and compute their checksums; the next `save` says that the part is finished."""
         self.save()
-        for split, shard in self.open_files.items():
-            shard.close()
+        for split in SPLITS:
             self.splits[split]["files"] = [
                 {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
                 for path in sorted(self.shards.glob(f"part{self.number}_{split}_*.bin"))
             ]
-        self.open_files, self.finished = {}, True
+        self.finished = True
 
 
 def encode_part(part: Part, threads: int) -> None:
     """Read, encode and write all inputs of a part, from where an earlier process stopped."""
-    part.open_files = {split: part.open_shard(split) for split in SPLITS}
-    encoder = BulkEncoder(part.tokenizer)
     if part.position > (0, 0):
         note(f"continuing after {sum(part.splits[split]['tokens'] for split in SPLITS):,} tokens")
-    encoding = collections.deque()  # batches and their ids, in order
     unit = {"unit": "shard"} if part.inputs and isinstance(part.inputs[0], Shard) else {"unit": "B", "unit_scale": True}
-    total = sum(found.size for found in part.inputs)
-    bar = tqdm(total=total, desc="encoding", disable=None, **unit)  # None: only on a terminal
+    before = list(itertools.accumulate((found.size for found in part.inputs), initial=0))  # bytes before each input
+    bar = tqdm(total=before[-1], desc="encoding", disable=None, **unit)  # None: only on a terminal
+    with bar, contextlib.closing(encoded_batches(part, threads)) as encoded:
+        for batch, ids in encoded:
+            part.write(batch, ids.result())
+            bar.update(before[batch.position[0]] + batch.done - bar.n)
+    part.seal()
 
-    def write_oldest() -> None:
-        batch, ids = encoding.popleft()
-        part.write(batch, ids.result())
-        bar.update(batch.done - bar.n)
 
-    with bar, ThreadPoolExecutor(threads) as pool:  # gigatoken releases the GIL
+def encoded_batches(part: Part, threads: int) -> Iterator[tuple[Batch, Future[dict[str, np.ndarray]]]]:
+    """Batches in order, each with its ids, while a bounded amount of text after it is encoded."""
+    encoder, encoding = BulkEncoder(part.tokenizer), collections.deque()
+    with ThreadPoolExecutor(threads) as pool:  # gigatoken releases the GIL
         try:
             for batch in batches(part):
                 encoding.append((batch, pool.submit(encode, batch, part, encoder)))
                 while sum(batch.size for batch, _ in encoding) > 16 * threads * streams.PIECE:
-                    write_oldest()
+                    yield encoding.popleft()
             while encoding:
-                write_oldest()
+                yield encoding.popleft()
         finally:  # also after a failure or Ctrl-C
             pool.shutdown(cancel_futures=True)
-    part.seal()
-
-
-def batches(part: Part) -> Iterator[Batch]:
-    """Batches of the texts after `part.position`. With dedup, earlier texts are read again for their hashes."""
-    resumed_at, bytes_before, batch = part.position, 0, Batch()  # part.position moves as batches are written
-    seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
-    for i, source in enumerate(part.inputs):
-        texts = source.texts(part.config) if part.config.dedup or i >= resumed_at[0] else ()
-        for n, text in enumerate(texts, 1):
-            if text.begins:
-                digest, splits_so_far = xxhash.xxh3_64_intdigest(text.data), set()  # splits that have a piece of it
-                # A large file is read twice: where its tail begins follows from its size in UTF-8.
-                document = [text] if text.ends or part.by_content else source.texts(part.config)
-                size = sum(len(piece.data) for piece in document)
-                train_bytes_left = int(size * (1 - part.config.val_fraction))
-                if part.config.dedup and text.ends:
-                    if digest in seen:
-                        continue
-                    seen.add(digest)
-            if part.by_content:
-                by_split = {split_of(digest, part.config.val_fraction): text.data}
-            else:
-                by_split = divided(text.data, train_bytes_left)
-                train_bytes_left -= len(text.data)
-            if (i, n) > resumed_at:
-                if batch.size and (not text.begins or batch.size >= streams.PIECE):
-                    yield batch
-                    batch = Batch()
-                batch.continued |= by_split.keys() & splits_so_far
-                batch.position, batch.done, batch.size = (i, n), bytes_before + text.done, batch.size + len(text.data)
-                for name, data in by_split.items():
-                    batch.splits[name].append(data)
-            splits_so_far |= by_split.keys()
-        bytes_before += source.size
-    if batch.size:
-        yield batch
-
-
-def divided(text: bytes, boundary: int) -> dict[str, bytes]:
-    """A document, or a piece of it, whose tail goes to validation. boundary: may lie before or after the piece."""
-    boundary = character_boundary(text, min(max(boundary, 0), len(text)))
-    parts = {"train": text[:boundary], "val": text[boundary:]}
-    return {split: data for split, data in parts.items() if data}
 
 
 def encode(batch: Batch, part: Part, encoder: BulkEncoder) -> dict[str, np.ndarray]:
@@ -200,3 +176,46 @@ def encode(batch: Batch, part: Part, encoder: BulkEncoder) -> dict[str, np.ndarr
             note_once(f"{message}; --split_documents splits text files at it", message)
         encoded[split] = encoder.encode(texts)[int(split in batch.continued) :].astype(part.dtype)
     return encoded
+
+
+def batches(part: Part) -> Iterator[Batch]:
+    """Batches of the texts after `part.position`."""
+    resumed_at, batch = part.position, Batch()  # part.position moves as batches are written
+    for position, text, train_bytes in divided_texts(part):
+        if position > resumed_at:
+            if batch.size and (not text.begins or batch.size >= streams.PIECE):
+                yield batch
+                batch = Batch()
+            batch.add(text, train_bytes)
+            batch.position, batch.done = position, text.done
+    if batch.size:
+        yield batch
+
+
+def divided_texts(part: Part) -> Iterator[tuple[tuple[int, int], Text, int]]:
+    """All texts with the position after each, and how many bytes from its beginning on belong to training.
+
+    Inputs before `part.position` are left out; with dedup, they are read again for the hashes of their documents.
+    """
+    seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
+    for i, source in enumerate(part.inputs):
+        texts = source.texts(part.config) if part.config.dedup or i >= part.position[0] else ()
+        for n, text in enumerate(texts, 1):
+            if text.begins:
+                digest = xxhash.xxh3_64_intdigest(text.data)
+                if part.config.dedup and text.ends:
+                    if digest in seen:
+                        continue
+                    seen.add(digest)
+                train_bytes = training_share(part, source, text, digest)
+            yield (i, n), text, train_bytes
+            train_bytes -= len(text.data)
+
+
+def training_share(part: Part, source: File | Shard, text: Text, digest: int) -> int:
+    """How many bytes of the document that begins with `text` belong to training. The rest is for validation."""
+    if part.by_content:  # the hash decides, so order and growth of the source change nothing
+        return 0 if digest < part.config.val_fraction * 2**64 else sys.maxsize
+    # A large file is read twice: where its tail begins follows from its size in UTF-8.
+    document = [text] if text.ends else source.texts(part.config)
+    return int(sum(len(piece.data) for piece in document) * (1 - part.config.val_fraction))

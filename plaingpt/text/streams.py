@@ -104,8 +104,3 @@ def character_boundary(data: bytes, index: int) -> int:
     while 0 < index < len(data) and data[index] & 0xC0 == 0x80:
         index -= 1
     return index
-
-
-def split_of(digest: int, val_fraction: float) -> str:
-    """The split of a document, by the XXH3 (64 bits) of its text: order and growth of the source change nothing."""
-    return "val" if digest < val_fraction * 2**64 else "train"
