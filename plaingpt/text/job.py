@@ -25,7 +25,7 @@ from plaingpt.text.sources import Source
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
-FORMAT = 8  # version of the .partial directory; work in another version starts over
+FORMAT = 9  # version of the .partial directory; work in another version starts over
 # With at least this many documents, and five or more in validation on average, entire documents go to validation; with
 # fewer, the tail of each.
 MANY_DOCUMENTS = 200

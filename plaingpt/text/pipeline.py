@@ -193,7 +193,7 @@ def batches(part: Part) -> Iterator[Batch]:
 
 
 def divided_texts(part: Part) -> Iterator[tuple[tuple[int, int], Text, int]]:
-    """All texts with the position after each, and how many bytes from its beginning on belong to training.
+    """Each text with the position after it, and how many bytes from its beginning on belong to training (see `add`).
 
     Inputs before `part.position` are left out; with dedup, they are read again for the hashes of their documents.
     """
