@@ -77,7 +77,7 @@ def time_candidates(
     def late() -> bool:
         return agreed_time_left(config.minutes, dist) < 0.75 * seconds
 
-    def close() -> list[TrainConfig]:
+    def promising() -> list[TrainConfig]:
         text = len(data.train)
         losses = {c: predicted_loss(c, rate * seconds * TRAINING_SHARE, text) for c, rate in timed.items()}
         return [candidate for candidate, loss in losses.items() if loss < CLOSE * min(losses.values())]
@@ -105,9 +105,9 @@ def time_candidates(
         if not rate:
             break  # larger models need more memory still
         timed[fitting] = rate
-        if late() or fitting not in close():
+        if late() or fitting not in promising():
             break
-    for candidate in close():
+    for candidate in promising():
         if not late():  # in a slow second, a model looked slower than it is
             timed[candidate] = max(timed[candidate], speed(candidate))
     return timed

@@ -125,7 +125,7 @@ def holds_run(out_dir: Path) -> bool:
     if (out_dir / SUMS).exists():
         raise UserError(f"{out_dir} is a model or a data set, not the directory of a run; choose another --out_dir")
     paths = [out_dir / "last", out_dir / "best", *out_dir.glob("step-[0-9]*[0-9]")]
-    found = [existing(path) or path for path in paths]
+    found = [directory for path in paths if (directory := existing(path))]
     is_run = any((place / name).exists() for place in found for name in ("config.json", "training.json"))
     if not is_run and (foreign := [path for path in paths if os.path.lexists(path)]):
         raise UserError(f"{foreign[0]} is not a checkpoint of a run; choose another --out_dir")

@@ -22,7 +22,7 @@ from plaingpt.train_config import DERIVED, TrainConfig
 
 FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 MODEL_SETTINGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-# These settings are never taken from a checkpoint: they belong to the machine or to the command.
+# A resumed run does not take these from its checkpoint: they belong to the machine or to the command.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "minutes"}
 # These decide what is trained: a resumed run keeps them.
 FIXED = {"dataset", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "beta1", "beta2"}
@@ -45,15 +45,15 @@ def find_checkpoint(config: TrainConfig) -> tuple[RunState, Path | None]:
 def resumed_settings(
     config: TrainConfig, given: dict[str, str], state: RunState, directory: Path
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """Every setting from the checkpoint in `directory`, except those in LOCAL or given by a flag; and these flags.
+    """The settings of the run in `directory`, except those in LOCAL or given by a flag; and these flags.
 
-    UserError if the run cannot continue with them.
+    Derived ones are derived again, from what may have changed. UserError if the run cannot continue.
     """
     trained, flags = state.settings, {name: source for name, source in given.items() if source.startswith("--")}
     for name in sorted(given.keys() & trained.keys() - LOCAL):
         if getattr(config, name) != trained[name]:
             check_change(config, name, given[name], trained[name])
-    saved = trained | {name: None for name in DERIVED if name in state.derived}  # to be derived again
+    saved = trained | {name: None for name in DERIVED if name in state.derived}
     saved = {name: saved[name] for name in saved.keys() & vars(config).keys() - flags.keys() - LOCAL}
     began = trained.get("init_from", "resume")  # stays, for the record; earlier versions replaced it on resume
     saved["init_from"] = "scratch" if began.partition(":")[0] == "resume" else began
@@ -75,7 +75,7 @@ def resumed_settings(
 def check_change(config: TrainConfig, name: str, source: str, trained: object) -> None:
     """Print which value of a setting counts, that in `config` or the one it was trained with: only flags change it.
 
-    UserError if a flag contradicts the checkpoint, or a recipe if `init_from` is `auto`: the run may be another one.
+    UserError if a flag changes a setting in FIXED, or a recipe does under `auto`: it may be another run's.
     """
     fixed = name in FIXED and not (config.eval_only and name == "dataset")
     is_flag, asked = source.startswith("--"), f"{source}: {name}={getattr(config, name)}"

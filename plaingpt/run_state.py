@@ -86,7 +86,10 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
 
 
 def _read_best(state: RunState, directory: Path) -> None:
-    """Take the loss of `best` from there: it may be from an undone step. What does not compare with it is forgotten."""
+    """Complete the state with the loss of `best`, which may be from an undone step.
+
+    If that loss does not compare with those of the run, the state has no best and no lowest loss from here on.
+    """
     best = existing(directory.parent / "best")
     known = json_or_empty(best / "evaluation.json") if best else {}
     comparable = all(known.get(name) == getattr(state, name) for name in ("data", "eval_sequences"))
@@ -104,7 +107,7 @@ def _read_state(directory: Path) -> RunState:
         settings = content["settings"]
         earlier = {"evaluated_at": content["step"], "lowest_val_loss": content["best_val_loss"], "best_step": 0}
         earlier["evaluations_since_lowest"] = content.get("evaluations_since_best", 0)
-        earlier["eval_sequences"] = settings["eval_iters"] * settings["batch_size"] if settings else None
+        earlier["eval_sequences"] = settings.get("eval_iters", 0) * settings.get("batch_size", 0) or None
         content = earlier | content  # earlier versions did not save these fields
         return RunState(**{setting.name: content[setting.name] for setting in dataclasses.fields(RunState)})
 
@@ -171,7 +174,8 @@ class Saver:
                 if moments is not None:
                     safetensors.torch.save_file(moments, new / "optimizer.safetensors")
                     shutil.copymode(new / record, new / "optimizer.safetensors")  # which is private otherwise
-                if name == "best" and self.state.best_val_loss is None and path.is_dir():  # an incomparable one
+                # A directory of which the state, which only `_write` changes meanwhile, has no loss
+                if name == "best" and self.state.best_val_loss is None and path.is_dir():
                     note(f"{path} is now {rename_aside(path)}: its loss does not compare with those from here on")
             return True
         except Exception as error:  # a full disk, no permission, a quota: training has to hear of it, whatever it is

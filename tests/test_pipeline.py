@@ -223,15 +223,17 @@ def test_validation_of_a_small_share_is_never_empty_by_chance(tmp_path, text):
 
 
 def test_other_settings_or_another_text_begin_anew(tmp_path, text, small):
-    assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
-    printed = prepare(text, tmp_path, "--tokenizer=gpt2").err
+    folder = tmp_path / "50% data"
+    folder.mkdir()
+    assert killed(lambda: prepare(text, folder), folder, 35)
+    printed = prepare(text, folder, "--tokenizer=gpt2").err
     assert "continuing after" not in printed
     assert "unfinished work for another text or other settings: removing it" in printed
-    assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
+    assert killed(lambda: prepare(text, folder), folder, 35)
     write(text, DOCUMENTS[::-1])
-    printed = prepare(text, tmp_path).err
+    printed = prepare(text, folder).err
     assert "continuing after" not in printed and "unfinished work for another text or other settings" in printed
-    assert documents(tmp_path, "train")[0] == DOCUMENTS[-1]
+    assert documents(folder, "train")[0] == DOCUMENTS[-1]
 
 
 @pytest.mark.parametrize("n", range(3, 15, 2))
@@ -259,6 +261,19 @@ def test_a_shard_that_was_cut_before_going_on_is_made_anew(tmp_path, text, small
     os.truncate(shard, 1000)
     assert f"{shard} was cut; run again" in prepare(text, tmp_path, status=1).err
     prepare(text, tmp_path)
+    assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed" / "set")
+
+
+def test_a_cut_shard_is_noticed_where_nothing_would_be_added_to_it(tmp_path, small):
+    text = tmp_path / "one document.txt"
+    text.write_text("some words and more\n" * 400)
+    prepare(text, tmp_path / "undisturbed", "--val_fraction=0.5")
+    assert killed(lambda: prepare(text, tmp_path, "--val_fraction=0.5"), tmp_path, 50)
+    shards = tmp_path / ".set.partial" / "shards"
+    assert (shards / "part1_val_000000.bin").stat().st_size > 1000, "it was killed in the tail, which is for validation"
+    os.truncate(shards / "part1_train_000000.bin", 1000)
+    assert "was cut; run again" in prepare(text, tmp_path, "--val_fraction=0.5", status=1).err
+    prepare(text, tmp_path, "--val_fraction=0.5")
     assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed" / "set")
 
 

@@ -130,10 +130,12 @@ def remove_other_work(job: Job) -> None:
         if int(path.stem[5:]) != job.part:
             job.lock(path).lock.release()
     if job.shards.exists():
-        problem = f"{job.partial} contains %s work for another text or other settings"
-        if any(json_or_empty(path).get("finished") for path in job.partial.glob("part-*.json")):
-            raise UserError(f"{problem % 'finished'}: complete it with its own commands, or delete that directory")
-        note(f"{problem % 'unfinished'}: removing it")
+        finished = any(json_or_empty(path).get("finished") for path in job.partial.glob("part-*.json"))
+        kind = "finished" if finished else "unfinished"
+        problem = f"{job.partial} contains {kind} work for another text or other settings"
+        if finished:
+            raise UserError(f"{problem}: complete it with its own commands, or delete that directory")
+        note(f"{problem}: removing it")
     (job.partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
     for path in job.partial.iterdir():
         if path.suffix != ".lock":

@@ -142,6 +142,9 @@ def encode_part(part: Part, threads: int) -> None:
     """Read, encode and write all inputs of a part, from where an earlier process stopped."""
     if part.position > (0, 0):
         note(f"continuing after {sum(part.splits[split]['tokens'] for split in SPLITS):,} tokens")
+    for split in SPLITS:  # now, because a shard may have been cut to which nothing will be added
+        if part.splits[split]["tokens"] % part.config.shard_tokens:
+            part.open_files[split] = part.open_shard(split)
     unit = {"unit": "shard"} if part.inputs and isinstance(part.inputs[0], Shard) else {"unit": "B", "unit_scale": True}
     before = list(itertools.accumulate((found.size for found in part.inputs), initial=0))  # bytes before each input
     bar = tqdm(total=before[-1], desc="encoding", disable=None, **unit)  # None: only on a terminal
@@ -198,8 +201,9 @@ def divided_texts(part: Part) -> Iterator[tuple[tuple[int, int], Text, int]]:
     Inputs before `part.position` are left out; with dedup, they are read again for the hashes of their documents.
     """
     seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
+    first = 0 if part.config.dedup else part.position[0]
     for i, source in enumerate(part.inputs):
-        texts = source.texts(part.config) if part.config.dedup or i >= part.position[0] else ()
+        texts = source.texts(part.config) if i >= first else ()
         for n, text in enumerate(texts, 1):
             if text.begins:
                 digest = xxhash.xxh3_64_intdigest(text.data)
