@@ -83,7 +83,7 @@ def time_candidates(
         return [candidate for candidate, loss in losses.items() if loss < CLOSE * min(losses.values())]
 
     def speed(candidate: TrainConfig) -> float:
-        """Tokens per second; 0 if there is too little memory, and another model or batch to choose."""
+        """Tokens per second; 0 if memory is too small and there is another model or batch to choose."""
         try:
             return measure(candidate, period)
         except Exception as error:

@@ -174,7 +174,7 @@ class Saver:
                 if moments is not None:
                     safetensors.torch.save_file(moments, new / "optimizer.safetensors")
                     shutil.copymode(new / record, new / "optimizer.safetensors")  # which is private otherwise
-                # A directory of which the state, which only `_write` changes meanwhile, has no loss
+                # Its loss is forgotten: it does not compare. (While a save runs, only `_write` sets best_val_loss.)
                 if name == "best" and self.state.best_val_loss is None and path.is_dir():
                     note(f"{path} is now {rename_aside(path)}: its loss does not compare with those from here on")
             return True

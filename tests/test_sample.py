@@ -229,6 +229,15 @@ def shown(pieces: list[str], stops: list[str]) -> list[str]:
     return [sample.text[start:end] for start, end in itertools.pairwise(ends)]
 
 
+def test_a_text_may_end_inside_a_character():
+    tokenizer = make_tokenizer("byte", [], 0)
+    for changes, text, reason in ({}, "a\ufffd", "length"), ({"stop": "\ufffd"}, "a", "stop"):
+        ended = Sample([], tokenizer, SampleConfig(max_new_tokens=2, **changes))
+        for token in b"a\xf0":
+            ended.add(token)
+        assert (ended.text, ended.stop_reason) == (text, reason)
+
+
 @settings(max_examples=200)
 @given(st.lists(st.text("ab\n", max_size=4)), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_are_found_across_pieces_and_nothing_else_is_held_back(pieces, stops):
