@@ -117,7 +117,8 @@ def test_steps_recorded_once_for_each_shape_and_repeated_write_the_same(sampling
     texts.next_ids = Recorded(texts._next_ids, lambda: [texts.last_ids])
     assert write(texts, lengths) == expected
     # powers of two, or as many as there are
-    assert texts.next_ids.graphs.keys() == {(5, 304), (4, 304), (4, 256), (1, 256)} and all(texts.next_ids.graphs.values())
+    assert texts.next_ids.graphs.keys() == {(5, 304), (4, 304), (4, 256), (1, 256)}
+    assert all(texts.next_ids.graphs.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=on_x86)])
