@@ -11,6 +11,7 @@ from tqdm import tqdm
 from plaingpt.console import note, one_line
 from plaingpt.files import claim, new_file, release, rename_aside
 
+SECONDS_BETWEEN_PICTURES = 10  # drawing one takes a third of a second, and the first one a second
 WANDB_REMEDY = "pip install wandb; `wandb offline` or WANDB_MODE=offline needs no account"
 
 
@@ -25,13 +26,14 @@ class Metrics:
         self.active, self.path, self.wandb = active, out_dir / "metrics.jsonl", None
         self.resumed_from = resumed_from  # goes into the next record
         self._cut = ""  # a line break, after a record that was not written completely
+        self._drawn_at, self._is_drawn = time.monotonic(), True  # whether all records are in loss.png
         if not active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = claim(self.path.parent)
         earlier = self.path.read_bytes() if self.path.is_file() else b""
         if earlier and resumed_from is None:
-            note(f"{self.path} is now {rename_aside(self.path)}")
+            note(f"renamed {self.path} to {rename_aside(self.path)}")
         with new_file(self.path, "wb") as file:
             if earlier and resumed_from is not None:
                 file.write(earlier.removesuffix(b"\n") + b"\n")  # a kill may have cut the last line
@@ -52,21 +54,25 @@ class Metrics:
         try:
             with open(self.path, "a") as file:
                 file.write(self._cut + json.dumps(record) + "\n")
-            self.resumed_from, self._cut = None, ""
+            self.resumed_from, self._cut, self._is_drawn = None, "", False
         except OSError as error:  # a full disk does not stop training
             self._cut = "\n"
             note(f"{self.path}: {one_line(error)}")
         self._call_wandb("log", record)
 
-    def draw(self) -> None:
-        if self.active:
+    def draw(self, at_once: bool = False) -> None:
+        """Update loss.png if it is not up to date and, unless `at_once`, not recent."""
+        recent = time.monotonic() - self._drawn_at < SECONDS_BETWEEN_PICTURES
+        if self.active and not self._is_drawn and (at_once or not recent):
             try:
                 draw([self.path.parent], self.path.with_name("loss.png"))
             except Exception as error:  # a picture is no reason to end a run
                 note(f"loss.png: {one_line(error)}")
+            self._drawn_at, self._is_drawn = time.monotonic(), True
 
     def close(self) -> None:
         self._call_wandb("finish")
+        self.draw(at_once=True)
         if self.active:
             release(self.lock)
 
@@ -96,7 +102,7 @@ def start_wandb(settings: dict, out_dir: Path, resumed: bool):
         resume="allow",
         allow_val_change=True,  # of settings changed on resume
     )
-    # Without this, wandb drops records whose own step number is not larger than its last one, as after a resume
+    # Without this, wandb drops records whose step is not above the last one logged, as after a resume
     run.define_metric("*", step_metric="step")
     run_id.write_text(run.id + "\n")
     return run
@@ -166,15 +172,15 @@ def draw(out_dirs: list[Path], picture: Path) -> bool:
 def curves(out_dirs: list[Path]):
     """A matplotlib Figure of training and validation losses; None if there are none.
 
-    Several runs are compared in bits per byte if all have them: losses of different tokenizers do not compare. The axis
-    fits what follows the first tenth of each run: the losses of the start would flatten all the rest.
+    Several runs are compared in bits per byte if all have them, as losses of different tokenizers are not comparable.
+    The axis fits what follows the first tenth of each run: the losses of the start would flatten all the rest.
     """
     from matplotlib.figure import Figure
 
     runs = [read_metrics(out_dir / "metrics.jsonl") for out_dir in out_dirs]
     bits = len(runs) > 1 and all(any("val_bpb" in record for record in records) for records in runs)
     kinds = {"val_bpb": "validation"} if bits else {"train_loss": "training", "val_loss": "validation"}
-    figure, late = Figure(figsize=(9, 6), dpi=200, layout="constrained"), []
+    figure, late = Figure(figsize=(9, 6), dpi=200), []
     axes = figure.subplots()
     for i, (out_dir, records) in enumerate(zip(out_dirs, runs)):
         run = f"{out_dir}: ".replace("$", r"\$") if len(runs) > 1 else ""  # matplotlib reads $ as mathematics

@@ -82,12 +82,30 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_the_picture_of_a_run(tmp_path):
-    write_run(tmp_path).draw()
+    write_run(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
+def test_a_picture_is_drawn_from_time_to_time_and_at_the_end(tmp_path, monkeypatch):
+    metrics, picture = Metrics(tmp_path, active=True), tmp_path / "loss.png"
+    metrics.write(step=8, train_loss=2.0)
+    metrics.draw()
+    assert not picture.exists()  # the run has just begun
+    monkeypatch.setattr("plaingpt.metrics.SECONDS_BETWEEN_PICTURES", 0)
+    metrics.draw()
+    picture.unlink()
+    metrics.draw()
+    assert not picture.exists()  # nothing is new
+    monkeypatch.undo()
+    metrics.write(step=9, train_loss=1.0)
+    metrics.draw()
+    assert not picture.exists()
+    metrics.close()
+    assert picture.exists()
+
+
 def test_no_picture_without_losses(tmp_path):
-    Metrics(tmp_path, active=True).draw()
+    Metrics(tmp_path, active=True).draw(at_once=True)
     assert not (tmp_path / "loss.png").exists()
 
 
@@ -164,7 +182,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path, capsys):
     (tmp_path / "loss.png").mkdir()
     metrics = Metrics(tmp_path, active=True)
     metrics.write(step=1, train_loss=1.0)
-    metrics.draw()
+    metrics.close()
     assert capsys.readouterr().err.startswith("loss.png: ")
 
 
