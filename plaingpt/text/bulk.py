@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, as_ours
+from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, as_ours, gpt2
 
 # gigatoken 0.10 knows the letters of Unicode 17, tiktoken and tokenizers those of Unicode 16. Documents with a letter
 # or digit newer than Unicode 14, or with one of the rare scripts near it, go to the tokenizer itself. By the first of
@@ -39,7 +39,11 @@ class BulkEncoder:
         # A delimiter before each document in the text that gigatoken gets; gigatoken's tokenizer knows it as end of
         # text. It is random, so no document contains it.
         self._delimiter = secrets.token_hex(8).encode()
-        ours = as_ours(json.loads(tokenizer.to_json()))
+        text = tokenizer.to_json()
+        ours = json.loads(text)
+        if tokenizer is not gpt2():  # GPT-2's is known to be ours; to find out takes up to a second
+            ours = as_ours(ours)
+            text = json.dumps(ours)
         model = ours["model"] if ours else {"type": None}
         self._is_bytes = model["type"] == "BPE" and not model["merges"]
         if model["type"] == "WordLevel":
@@ -51,7 +55,7 @@ class BulkEncoder:
                 import gigatoken
 
                 self._gigatoken = gigatoken
-                self._json = json.dumps(ours).replace(f'"{END_OF_TEXT}"', f'"{self._delimiter.decode()}"')
+                self._json = text.replace(f'"{END_OF_TEXT}"', f'"{self._delimiter.decode()}"')
         self._of_thread = threading.local()  # a shared encoder serves one thread at a time
 
     def encode(self, documents: list[bytes]) -> np.ndarray:
