@@ -25,7 +25,7 @@ from plaingpt.text.sources import Source
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
-FORMAT = 9  # version of the .partial directory; work in another version starts over
+FORMAT = 10  # version of the .partial directory; work in another version starts over
 # With at least this many documents, and five or more in validation on average, entire documents go to validation; with
 # fewer, the tail of each.
 MANY_DOCUMENTS = 200
@@ -53,22 +53,20 @@ class Job:
         return self.partial / "shards"
 
     @functools.cached_property
-    def digests(self) -> list[str]:
-        """A hash of the source and the settings, the same on every machine; and the one with --bad_files=stop, because
-        what invalid text has stopped may go on with another choice."""
-        source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
+    def digest(self) -> str:
+        """A hash of the source and the settings, the same on every machine."""
+        once = secrets.token_hex(8) if self.source.once else None
         own = dict(sources=[], name=None, part="", threads=None, data_dir="")  # they change nothing, or are in `source`
         config = dataclasses.replace(self.config, tokenizer=self.kind, **own)
-        configs = config, dataclasses.replace(config, bad_files="stop")
-        results = [repr((FORMAT, source, config, self.parts)).encode("utf-8", "surrogateescape") for config in configs]
-        return [hashlib.sha256(result).hexdigest() for result in results]
+        plan = repr((FORMAT, self.source.description, self.source.files, once, config, self.parts))
+        return hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest()
 
     def is_done(self) -> bool:
-        return json_or_empty(self.directory / "meta.json").get("plan") in self.digests
+        return json_or_empty(self.directory / "meta.json").get("plan") == self.digest
 
     def has_begun(self) -> bool:
         """Whether `partial` is the work of this job."""
-        return json_or_empty(self.partial / "plan.json").get("digest") in self.digests and self.shards.exists()
+        return json_or_empty(self.partial / "plan.json").get("digest") == self.digest and self.shards.exists()
 
     def progress(self, part: int) -> Path:
         return self.partial / f"part-{part}.json"
@@ -134,7 +132,7 @@ def remove_other_work(job: Job) -> None:
         kind = "finished" if finished else "unfinished"
         problem = f"{job.partial} contains {kind} work for another text or other settings"
         if finished:
-            raise UserError(f"{problem}: complete it with its own commands, or delete that directory")
+            raise UserError(f"{problem}: finish it with the commands that began it, or delete that directory")
         note(f"{problem}: removing it")
     (job.partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
     for path in job.partial.iterdir():
@@ -145,7 +143,7 @@ def remove_other_work(job: Job) -> None:
 def make_plan(job: Job, source: Source) -> Tokenizer:
     many = max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction))
     digests = set()  # of different documents; of a large text file, of its first piece
-    texts = (itertools.takewhile(lambda text: text.begins, found.texts(job.config)) for found in source.inputs())
+    texts = (itertools.takewhile(lambda text: text.start == 0, found.texts(job.config)) for found in source.inputs())
     for text in itertools.chain.from_iterable(texts):
         digests.add(xxhash.xxh3_64_intdigest(text.data))
         if len(digests) >= many:
@@ -158,12 +156,12 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     if job.tokenizer:
         texts = [text[:10_000] for text in itertools.islice(source.texts(job.config), 20)]
         if any(tokenizer.decode(tokenizer.encode(text)).strip() != text.strip() for text in texts):
-            note("the tokenizer does not give back all of the text that it encodes: bits per byte will be too low")
+            note("the tokenizer does not reproduce this text exactly: bits per byte will be too low")
     tokenizer.save(job.partial)
     fsync(job.partial / "tokenizer.json")
     job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it says that the rest is there
-        json.dump({"digest": job.digests[0], "by_content": len(digests) >= many}, file)
+        json.dump({"digest": job.digest, "by_content": len(digests) >= many}, file)
     return tokenizer
 
 
@@ -197,7 +195,7 @@ def finish(job: Job, part: Part) -> dict | None:
         "dtype": part.dtype.name,
         "end_of_text": tokenizer.end_of_text,
         "source": job.source.description,
-        "plan": json_or_empty(job.partial / "plan.json")["digest"],
+        "plan": job.digest,
         "splits": splits,
     }
     (shards / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")

@@ -25,7 +25,7 @@ from plaingpt.files import json_or_empty, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.readers import SEPARATOR, File, Shard, Text
+from plaingpt.text.readers import SEPARATOR, File, HubShard, Text
 from plaingpt.text.streams import character_boundary, note_once
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
@@ -43,12 +43,13 @@ class Batch:
     splits: dict[str, list[bytes]] = field(default_factory=lambda: collections.defaultdict(list))
     continued: set[str] = field(default_factory=set)  # splits whose first text continues a document of the batch before
 
-    def add(self, text: Text, train_bytes: int) -> None:
-        """Add a document, or a piece of one, whose first `train_bytes` bytes belong to training and the rest to
-        validation. train_bytes: negative if validation has begun in an earlier piece of the document."""
-        boundary = character_boundary(text.data, min(max(train_bytes, 0), len(text.data)))
-        parts = ("train", text.data[:boundary], not text.begins), ("val", text.data[boundary:], train_bytes < 0)
-        for split, data, continues in parts:
+    def add(self, text: Text, train_end: int) -> None:
+        """Add a document, or a piece of one. The first `train_end` bytes of the document are for training, the rest for
+        validation."""
+        cut = character_boundary(text.data, min(max(train_end - text.start, 0), len(text.data)))
+        train = "train", text.data[:cut], text.start > 0
+        val = "val", text.data[cut:], text.start > train_end  # validation began in an earlier piece
+        for split, data, continues in (train, val):
             if data:
                 self.splits[split].append(data)
                 if continues:
@@ -66,14 +67,14 @@ class Part:
     shards: Path  # their directory
     progress: Path
     number: int  # from 1
-    inputs: list[File | Shard]
+    inputs: list[File | HubShard]
     config: PrepareConfig
     tokenizer: Tokenizer
     by_content: bool  # a document goes to a split by its hash; False: the tail of each goes to validation
 
     def __post_init__(self):
         found = json_or_empty(self.progress)
-        if not found or found["bad_files"] not in ("stop", self.config.bad_files):  # a text may have had another number
+        if not found:
             none = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
             found = {"position": (0, 0), "splits": none, "finished": False}
             for shard in self.shards.glob(f"part{self.number}_*.bin"):
@@ -123,8 +124,7 @@ class Part:
         for split in list(self.open_files):
             self.close_shard(split)
         with new_file(self.progress) as file:
-            found = {"position": self.position, "splits": self.splits, "finished": self.finished}
-            json.dump(found | {"bad_files": self.config.bad_files}, file)
+            json.dump({"position": self.position, "splits": self.splits, "finished": self.finished}, file)
         self.unsaved = 0
 
     def seal(self) -> None:
@@ -145,7 +145,9 @@ def encode_part(part: Part, threads: int) -> None:
     for split in SPLITS:  # now, because a shard may have been cut to which nothing will be added
         if part.splits[split]["tokens"] % part.config.shard_tokens:
             part.open_files[split] = part.open_shard(split)
-    unit = {"unit": "shard"} if part.inputs and isinstance(part.inputs[0], Shard) else {"unit": "B", "unit_scale": True}
+    unit = (
+        {"unit": "shard"} if part.inputs and isinstance(part.inputs[0], HubShard) else {"unit": "B", "unit_scale": True}
+    )
     before = list(itertools.accumulate((found.size for found in part.inputs), initial=0))  # bytes before each input
     bar = tqdm(total=before[-1], desc="encoding", disable=None, **unit)  # None: only on a terminal
     with bar, contextlib.closing(encoded_batches(part, threads)) as encoded:
@@ -184,19 +186,19 @@ def encode(batch: Batch, part: Part, encoder: BulkEncoder) -> dict[str, np.ndarr
 def batches(part: Part) -> Iterator[Batch]:
     """Batches of the texts after `part.position`."""
     resumed_at, batch = part.position, Batch()  # part.position moves as batches are written
-    for position, text, train_bytes in divided_texts(part):
+    for position, text, train_end in divided_texts(part):
         if position > resumed_at:
-            if batch.size and (not text.begins or batch.size >= streams.PIECE):
+            if batch.size and (text.start > 0 or batch.size >= streams.PIECE):
                 yield batch
                 batch = Batch()
-            batch.add(text, train_bytes)
+            batch.add(text, train_end)
             batch.position, batch.done = position, text.done
     if batch.size:
         yield batch
 
 
 def divided_texts(part: Part) -> Iterator[tuple[tuple[int, int], Text, int]]:
-    """Each text with the position after it, and how many bytes from its beginning on belong to training (see `add`).
+    """Each text with the position after it, and how many bytes of its document belong to training.
 
     Inputs before `part.position` are left out; with dedup, they are read again for the hashes of their documents.
     """
@@ -205,18 +207,17 @@ def divided_texts(part: Part) -> Iterator[tuple[tuple[int, int], Text, int]]:
     for i, source in enumerate(part.inputs):
         texts = source.texts(part.config) if i >= first else ()
         for n, text in enumerate(texts, 1):
-            if text.begins:
+            if text.start == 0:
                 digest = xxhash.xxh3_64_intdigest(text.data)
                 if part.config.dedup and text.ends:
                     if digest in seen:
                         continue
                     seen.add(digest)
-                train_bytes = training_share(part, source, text, digest)
-            yield (i, n), text, train_bytes
-            train_bytes -= len(text.data)
+                train_end = training_share(part, source, text, digest)
+            yield (i, n), text, train_end
 
 
-def training_share(part: Part, source: File | Shard, text: Text, digest: int) -> int:
+def training_share(part: Part, source: File | HubShard, text: Text, digest: int) -> int:
     """How many bytes of the document that begins with `text` belong to training. The rest is for validation."""
     if part.by_content:  # the hash decides, so order and growth of the source change nothing
         return 0 if digest < part.config.val_fraction * 2**64 else sys.maxsize

@@ -30,7 +30,7 @@ class Text(NamedTuple):
 
     data: bytes
     done: int  # bytes of the file that have been read
-    begins: bool = True  # False: it continues the text before
+    start: int = 0  # bytes of its document before it
     ends: bool = True
 
 
@@ -54,15 +54,15 @@ class File(NamedTuple):
 def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
     """One document."""
     with open_utf8(file.path, config) as (raw, stream):
-        rest, position, begins, ends = b"", 0, True, False
+        rest, position, start, ends = b"", 0, 0, False
         while not ends:
             data = rest + stream.read(streams.PIECE - len(rest))
             ends = len(data) < streams.PIECE
             cut = len(data) if ends else last_boundary(data)
             piece, rest = data[:cut], data[cut:]
-            if text := checked(piece, file.path, config.bad_files, position):
-                yield Text(with_unix_lines(text), raw.tell(), begins, ends)
-                begins = False
+            if text := with_unix_lines(checked(piece, file.path, config.bad_files, position)):
+                yield Text(text, raw.tell(), start, ends)
+                start += len(text)
             position += cut
 
 
@@ -170,7 +170,7 @@ def check_column(where: str, names: Sequence[str], column: str) -> None:
         raise NoColumn(f"{where} has {problem} column {column!r}; {remedy}: {', '.join(names)[:300]}")
 
 
-class Shard(NamedTuple):
+class HubShard(NamedTuple):
     """Shard `number` of a Hugging Face data set, streamed or on disk."""
 
     name: str

@@ -18,7 +18,7 @@ from typing import Any
 from plaingpt.console import UserError, closest, counted, errors_of_library
 from plaingpt.files import SUMS, new_file, sha256
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.readers import File, NoColumn, Shard, kind_of
+from plaingpt.text.readers import File, HubShard, NoColumn, kind_of
 from plaingpt.text.streams import open_utf8
 from plaingpt.tokens import NAMED
 
@@ -57,14 +57,14 @@ class Source:
             raise UserError(f"{self.description} is not text but binary: convert it to text, or name its --encoding")
         return dataclasses.replace(self, files=(File.at(path),))
 
-    def inputs(self) -> list[File | Shard]:
+    def inputs(self) -> list[File | HubShard]:
         """What is read one after another, in an order that depends on the source alone."""
         if self.dataset is None:
             return list(self.files)
         shards = getattr(self.dataset, "num_shards", None)  # a data set on disk has none
         if shards is None:
             shards = max(1, min(len(self.dataset), (self.dataset.dataset_size or 0) >> 23))
-        return [Shard(self.description, number, shards, self.dataset) for number in range(shards)]
+        return [HubShard(self.description, number, shards, self.dataset) for number in range(shards)]
 
     def texts(self, config: PrepareConfig) -> Iterator[str]:
         """The documents; a large text file in pieces."""
