@@ -1,4 +1,4 @@
-# Train a small GPT to write Python, in one to six minutes on two CPU cores: what `make quickstart` runs.
+# Train a small GPT to write Python, in two to six minutes on two CPU cores: what `make quickstart` runs.
 #
 #   python prepare_data.py python
 #   python train.py config/quickstart.py
@@ -10,7 +10,7 @@ init_from = "auto"  # a second run resumes
 eval_interval = 250
 eval_iters = 0  # the entire validation split
 
-# What --minutes=3 chooses on two cores, with fewer steps. The learning rate and the warmup follow from width and steps.
+# What --minutes=3 chose on two cores of a Xeon, with fewer steps. Learning rate and warmup follow from width and steps.
 n_layer = 2
 n_head = 2
 n_embd = 128
