@@ -179,7 +179,7 @@ class GPT(nn.Module):
         """Yield new token ids until `max_new_tokens` or `end_of_text`, which is not yielded.
 
         temperature: 0 takes the likeliest id. top_k: draw from the k likeliest ids; 0: from all. A text longer than
-        block_size continues from its last half. For each id all of the text is read; plaingpt/generate.py is faster.
+        block_size continues from its last half. Each id takes a pass over all of the context: generate.py is faster.
         """
         assert prompt, "the prompt needs at least one token"
         block_size = self.config.block_size

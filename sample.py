@@ -23,7 +23,6 @@ from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError, escaped, note, run_script
 from plaingpt.cpu import has_fp16_products
 from plaingpt.distributed import connect
-from plaingpt.files import existing
 from plaingpt.generate import Batch, Decoder, Sampling
 from plaingpt.settings import Fraction, NonNegative, NonNegativeInt, PathName, PositiveInt, load_settings
 from plaingpt.tokenizer import TextStream, Tokenizer
@@ -79,7 +78,7 @@ def main() -> None:
     modes = [f"--{name}" for name in MODES if name in given and getattr(config, name) not in (None, False)]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
-    model, tokenizer = load_model(which_model(config))
+    model, tokenizer = load_model(Path(config.out_dir) if config.init_from in (None, "resume") else config.init_from)
     if "start" not in given and tokenizer.vocabulary().keys().isdisjoint({"\n", "Ċ"}):
         config = dataclasses.replace(config, start="")  # made from text without line breaks
     dist = connect(config.device, config.dtype)
@@ -96,51 +95,36 @@ def main() -> None:
 def write_all(
     decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int = 0
 ) -> None:
-    """Print a sample of each prompt, in batches, each as it is generated. first: the number of the first sample."""
+    """Print a sample of each prompt, each as it is generated. first: the number of the first sample."""
     printable = escaped if sys.stdout.isatty() else str  # terminals obey escape codes
+    for i, (sample, pieces) in enumerate(generate(decoder, tokenizer, config, prompts, first)):
+        if config.output == "jsonl":
+            record = {"prompt": sample.prompt, "text": "".join(pieces)}  # generates the sample
+            record |= {"tokens": sample.tokens, "stop_reason": sample.stop_reason}
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+            continue
+        if i:
+            print("---------------")
+        for piece in itertools.chain([sample.prompt], pieces):
+            print(printable(piece), end="", flush=True)
+        print(flush=True)
+        if not sample.tokens:
+            note(f"sample {first + i + 1} is empty: its first token is the end of text")
+
+
+def generate(
+    decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int
+) -> Iterator[tuple["Sample", Iterator[str]]]:
+    """A sample of each prompt, in batches, with an iterator that generates its text. Seed and number determine it."""
+    sampling = Sampling(**{name: getattr(config, name) for name in SAMPLING})
     for start in range(0, len(prompts), config.batch_size):
-        batch = Samples(decoder, tokenizer, config, prompts[start : start + config.batch_size], first + start)
-        for i, sample in enumerate(batch.samples, start):
-            if config.output == "jsonl":
-                record = {"prompt": sample.prompt, "text": "".join(batch.pieces(sample))}  # generates the sample
-                record |= {"tokens": sample.tokens, "stop_reason": sample.stop_reason}
-                print(json.dumps(record, ensure_ascii=False), flush=True)
-                continue
-            if i:
-                print("---------------")
-            for piece in itertools.chain([sample.prompt], batch.pieces(sample)):
-                print(printable(piece), end="", flush=True)
-            print(flush=True)
-            if not sample.tokens:
-                note(f"sample {first + i + 1} is empty: its first token is the end of text")
-
-
-class Samples:
-    """Samples that are generated together and numbered from `first`; seed and number determine a sample."""
-
-    def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int
-    ):
-        self.samples = [Sample(prompt, tokenizer, config) for prompt in prompts]
-        sampling = Sampling(**{name: getattr(config, name) for name in SAMPLING})
-        generators = [torch.Generator().manual_seed(derive_seed(config.seed, first + i)) for i in range(len(prompts))]
-        self.batch = Batch(decoder, prompts, config.max_new_tokens, sampling, generators)
-
-    def pieces(self, sample: "Sample") -> Iterator[str]:
-        """The text of a sample, each piece as soon as it is final."""
-        shown = 0
-        while True:
-            yield sample.text[shown : sample.final]
-            shown = sample.final
-            if sample.stop_reason:
-                return
-            self.step()
-
-    def step(self) -> None:
-        for i, token in self.batch.step():
-            self.samples[i].add(token)
-            if self.samples[i].stop_reason:
-                self.batch.end(i)
+        together = prompts[start : start + config.batch_size]
+        seeds = [derive_seed(config.seed, first + start + i) for i in range(len(together))]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        batch = Batch(decoder, together, config.max_new_tokens, sampling, generators)
+        samples = [Sample(prompt, tokenizer, config) for prompt in together]
+        for sample in samples:
+            yield sample, text_of(sample, samples, batch)
 
 
 class Sample:
@@ -172,6 +156,20 @@ class Sample:
         self.final = max(self.final, len(self.text) - delay)
 
 
+def text_of(sample: Sample, samples: list[Sample], batch: Batch) -> Iterator[str]:
+    """The text of a sample, each piece as soon as it is final. The other samples of its batch grow meanwhile."""
+    shown = 0
+    while True:
+        yield sample.text[shown : sample.final]
+        shown = sample.final
+        if sample.stop_reason:
+            return
+        for i, token in batch.step():
+            samples[i].add(token)
+            if samples[i].stop_reason:
+                batch.end(i)
+
+
 def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> None:
     """Sample from one prompt after another. A line such as `/temperature 0.7` changes a setting."""
     with contextlib.suppress(ImportError):  # not on Windows
@@ -200,17 +198,6 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
             note(str(error))
         except KeyboardInterrupt:
             print(flush=True)
-
-
-def which_model(config: SampleConfig) -> str | Path:
-    if config.init_from not in (None, "resume"):
-        return config.init_from
-    out_dir = Path(config.out_dir)
-    if (out_dir / "config.json").is_file() or any(existing(out_dir / name) for name in ("best", "last")):
-        return out_dir
-    if (nanogpt := out_dir / "ckpt.pt").is_file():
-        return nanogpt
-    raise UserError(f"{out_dir} has no model; train one first, or name its directory: --out_dir=…")
 
 
 def read_text(path: str) -> str:

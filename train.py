@@ -37,14 +37,14 @@ from plaingpt.run import (
     resumed_settings,
     write_recipe,
 )
-from plaingpt.run_state import RunState, Saver, load_optimizers
+from plaingpt.run_state import RunState, Saver, load_optimizers, read_best
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, open_data_set
 from plaingpt.train_config import TrainConfig
 
 
 class Run:
-    """Everything that the training loop needs, but for its state. All ranks."""
+    """Everything that the training loop needs, except its state. All ranks."""
 
     def __init__(self, config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed):
         self.config, self.data, self.raw_model, self.dist = config, data, raw_model, dist
@@ -55,7 +55,7 @@ class Run:
         self.model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
         betas = (config.beta1, config.beta2)
         self.optimizers = make_optimizers(
-            raw_model, config.optimizer, config.learning_rate, config.weight_decay, betas, config.momentum, dist.dtype
+            raw_model, config.optimizer, config.peak_lr, config.weight_decay, betas, config.momentum, dist.dtype
         )
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
         self.parameters = list(self.model.parameters())
@@ -63,7 +63,7 @@ class Run:
         self.update = functools.partial(
             apply_gradients, self.parameters, self.optimizers, self.scaler, grad_clip=config.grad_clip
         )
-        self.gradients = []  # if there are some, steps are CUDA graphs, which add to these tensors
+        self.gradients = []  # tensors to which CUDA graphs add gradients; empty without graphs
         if uses_graphs(config, dist, raw_model):
             self.micro_step = Captured(self.micro_step)
             self.update = Captured(self.update, after=self.micro_step)
@@ -167,26 +167,29 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
             if state.step % MAX_SKIPPED == 0:
                 skipped.total(state.step)  # raises RunFailed if too many
             if state.step % config.log_interval == 0 or state.step == config.max_iters:
-                train_loss = dist.sum(loss.item() / dist.world_size)  # waits for the device: only here
-                rate = watch.rate(state.step)
-                record = dict(step=state.step, train_loss=train_loss, grad_norm=norm.item(), seconds=watch.seconds)
-                record |= dict(skipped=skipped.total(state.step) or None) | derived_figures(run, state.step, rate)
-                metrics.write(**record)
-                note(log_line(record, config.max_iters, seconds_left=(config.max_iters - state.step) / rate))
+                log(run, state.step, loss, norm, skipped, watch, metrics)
         stopping = dist.max(stop.number)
 
     problem = saver.wait()
     metrics.close()
-    return finish_run(config, state, start, dist.max(stop.number), problem)
+    return finish_run(config, state, start, saver.best, dist.max(stop.number), problem)
 
 
-def derived_figures(run: Run, steps: int, steps_per_second: float) -> dict[str, float]:
-    """The figures of a log record that follow from the step number and the speed."""
-    found = {"tokens": steps * run.config.tokens_per_step, "lr": run.config.learning_rate_at(steps - 1)}
-    found["tokens_per_second"] = steps_per_second * run.config.tokens_per_step
-    if run.dist.peak_flops:
-        found["mfu"] = found["tokens_per_second"] * run.raw_model.flop_per_token() / run.dist.peak_flops
-    return found
+def log(
+    run: Run, step: int, loss: Tensor, norm: Tensor, skipped: SkippedSteps, watch: Stopwatch, metrics: Metrics
+) -> None:
+    """Record and print a step. All ranks."""
+    config, dist = run.config, run.dist
+    train_loss = dist.sum(loss.item() / dist.world_size)  # waits for the device
+    rate = watch.rate(step)
+    speed = rate * config.tokens_per_step
+    record = dict(step=step, tokens=step * config.tokens_per_step, seconds=watch.seconds, train_loss=train_loss)
+    record |= dict(lr=config.learning_rate_at(step - 1), grad_norm=norm.item(), skipped=skipped.total(step) or None)
+    record |= dict(tokens_per_second=speed)
+    if dist.peak_flops:
+        record |= dict(mfu=speed * run.raw_model.flop_per_token() / dist.peak_flops)
+    metrics.write(**record)
+    note(log_line(record, config.max_iters, seconds_left=(config.max_iters - step) / rate))
 
 
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
@@ -219,14 +222,16 @@ def start_run(
     if dist.is_main and not (config.eval_only or config.dry_run):
         check_out_dir(config, checkpoint, state)
     if choosing:
-        config, given = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
+        config = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
+    config = dataclasses.replace(config, learning_rate=config.peak_lr)  # it stays if the run is extended
     sequences = state.eval_sequences
-    if not checkpoint or "eval_iters" in given:
+    if sequences is None or "eval_iters" in given:
         sequences = config.eval_iters * config.batch_size
-    if (state.data, state.eval_sequences) != (data.digest, sequences):
-        state.data, state.eval_sequences = data.digest, sequences
-        state.forget_best()
+    same_evaluations = (state.data, state.eval_sequences) == (data.digest, sequences)
+    state.data, state.eval_sequences = data.digest, sequences
+    if not (same_evaluations and read_best(Path(config.out_dir), state)):
+        state.forget_evaluations()
     if config.eval_only:
         model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
         batches = EvalBatches(data.val, config.block_size, config.batch_size, sequences)
@@ -237,8 +242,8 @@ def start_run(
     if state.step < config.max_iters:
         config.check_schedule()
     elif state.evaluated_at == state.step:
-        remedy = "to train longer: --init_from=resume with --minutes or a higher --max_iters; anew: --init_from=scratch"
-        note(f"the run is complete at step {state.step}; {remedy}")
+        longer = "to train longer: --init_from=resume with --minutes or a higher --max_iters"
+        note(f"the run is complete at step {state.step}; {longer}; to start again: --init_from=scratch")
     if config.dry_run:
         dry_run(config, dist, lambda n: train_step(run, 0, micro_steps=n), config.max_iters - state.step)
         return 0
@@ -247,7 +252,6 @@ def start_run(
         load_optimizers(checkpoint, state.scaler, raw_model, run.optimizers, run.scaler)
     elif dist.is_main:
         set_aside(Path(config.out_dir))
-    state.derived = [name for name in state.derived if name not in given]
     state.settings = dataclasses.asdict(config)
     return train(run, state, Path(config.out_dir))
 

@@ -241,8 +241,8 @@ def disk(folder: Path) -> None:
     apply_gradients(list(model.parameters()), optimizers, torch.amp.GradScaler("cpu", enabled=False), 1e-4, 1.0)
 
     def save(step: int, val_loss: float) -> str | None:
-        state = RunState(step=step, best_val_loss=val_loss + 1)
-        saver = Saver(place / "out", state, model, optimizers, tokenizer, HERE)
+        saver = Saver(place / "out", RunState(step=step), model, optimizers, tokenizer, HERE)
+        saver.best = val_loss + 1, step
         with contextlib.redirect_stderr(io.StringIO()):
             saver.save(val_loss)
             return saver.wait()

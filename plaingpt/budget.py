@@ -50,22 +50,19 @@ def block_parameters(config: TrainConfig) -> int:
 
 def choose_settings(
     config: TrainConfig, given: dict[str, str], data: DataSet, dist: Distributed, measure: Measure
-) -> tuple[TrainConfig, dict[str, str]]:
-    """The settings of a run that ends in time, and where they came from. All ranks."""
+) -> TrainConfig:
+    """The settings of a run that ends in time. All ranks."""
     check_flags(given)
-    if dist.device.type == "cuda" and config.minutes < 10:
-        config = unless_given(config, given, compile=False)  # compiling takes up to half a minute
     seconds = agreed_time_left(config.minutes, dist)
     timed = time_candidates(config, given, seconds, data, dist, measure)
     best = min(timed, key=lambda c: predicted_loss(c, timed[c] * seconds * TRAINING_SHARE, len(data.train)))
     config = with_schedule(best, given, timed[best] * agreed_time_left(config.minutes, dist) * TRAINING_SHARE, data)
-    tried = ", ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())
+    tried = "; ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())
     note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
-    shown = ("block_size", "learning_rate", "weight_decay", "dropout")
-    chosen = ", ".join(f"{name} {getattr(config, name):g}" for name in shown)
-    note(f"lowest predicted loss in {config.minutes:g} min: {config.n_layer} x {config.n_embd}, {chosen}")
-    fixed = {"warmup_iters": "--minutes"}  # so a resume does not derive it from a corrected max_iters
-    return config, {name: source for name, source in given.items() if name not in STEPS} | fixed
+    chosen = f"block_size {config.block_size}, learning_rate {config.peak_lr:g}, weight_decay {config.weight_decay:g}"
+    shape = f"{config.n_layer} x {config.n_embd}, {chosen}, dropout {config.dropout:g}"
+    note(f"lowest predicted loss in {config.minutes:g} min: {shape}")
+    return config
 
 
 def time_candidates(
@@ -178,7 +175,6 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
         momentum=0.85 if steps < 500 else 0.95,
         # In narrow models and shorter runs, dropout costs more than the overfitting that it prevents.
         dropout=0.2 if epochs > 40 and config.n_embd >= 384 else config.dropout,
-        min_lr=None,  # is derived
     )
     intervals = dict(
         eval_iters=0 if sequences * config.block_size > len(data.val) else max(1, sequences // config.batch_size),
@@ -187,7 +183,8 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     )
     flags = {name for name in given if given[name].startswith("--")}
     config = unless_given(unless_given(config, given, **chosen), flags, **intervals)
-    return dataclasses.replace(config, max_iters=steps, warmup_iters=steps // 20, lr_decay_iters=steps)
+    # The warmup stays the same if the number of steps is corrected.
+    return dataclasses.replace(config, max_iters=steps, warmup_iters=steps // 20, lr_decay_iters=None)
 
 
 def extend_run(config: TrainConfig, given: dict[str, str], state: RunState) -> tuple[TrainConfig, dict[str, str]]:
@@ -195,9 +192,9 @@ def extend_run(config: TrainConfig, given: dict[str, str], state: RunState) -> t
     check_flags(given)
     rate = state.step / max(state.seconds, 1.0)
     steps = state.step + max(1, int(TRAINING_SHARE * 60 * config.minutes * rate))
-    warmup = min(state.settings.get("warmup_iters", 0), max(state.step, steps // 20))  # it may not be over yet
-    changed = {"max_iters": steps, "warmup_iters": warmup}
-    changed |= {} if "lr_decay_iters" in state.derived else {"lr_decay_iters": steps}
+    before = dataclasses.replace(config, **{name: state.settings[name] for name in STEPS})
+    warmup = min(before.warmup_end, max(state.step, steps // 20))  # it may not be over yet
+    changed = {"max_iters": steps, "warmup_iters": warmup, "lr_decay_iters": None}
     return dataclasses.replace(config, **changed), given | dict.fromkeys(changed, "--minutes")
 
 
@@ -282,7 +279,7 @@ class Deadline:
 
     def with_steps(self, config: TrainConfig, steps: int) -> TrainConfig:
         """`config` with another number of steps, also in the state and, unless the run was resumed, in the recipe."""
-        changed = dict(max_iters=steps, lr_decay_iters=steps)
+        changed = dict(max_iters=steps)
         if steps != config.max_iters:
             note(f"corrected the number of steps to {steps:,}")
         self.state.settings = self.state.settings | changed  # a save may still read the old ones

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from model import GPT, GPTConfig
 from plaingpt.console import UserError, counted, errors_of_library, note
 from plaingpt.files import check_sums
-from plaingpt.hub import CONFIG_NAMES, TOKENIZER_FILES, checked_config, model_directory, read_config
+from plaingpt.hub import CONFIG_NAMES, TOKENIZER_FILES, checked_config, model_path, read_config
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.workarounds import SkipNormalInit
 
@@ -74,13 +74,10 @@ def load_model(
     `block_size` crops the positions. With `check`, files are compared with their checksums, if there are any.
     A run may replace the directory while it is read: then it is read once more.
     """
-    if str(path_or_name).endswith(".pt"):
-        config, weights, tokenizer = _read_nanogpt(Path(path_or_name))
-    else:
-        try:
-            config, weights, tokenizer = _read_directory(model_directory(path_or_name), check)
-        except UserError:  # a run may have replaced it meanwhile; if not, the second attempt fails like the first
-            config, weights, tokenizer = _read_directory(model_directory(path_or_name), check)
+    try:
+        config, weights, tokenizer = _read_model(model_path(path_or_name), check)
+    except UserError:  # a run may have replaced it meanwhile; if not, the second attempt fails like the first
+        config, weights, tokenizer = _read_model(model_path(path_or_name), check)
     with errors_of_library(f"{path_or_name}: the weights do not fit the configuration"):
         if block_size is not None and block_size != config.block_size:
             if block_size > config.block_size:
@@ -102,6 +99,10 @@ def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     model.padding = torch.empty(config.padded_vocab_size)
     model.init_padding()
     return model
+
+
+def _read_model(path: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    return _read_nanogpt(path) if path.suffix == ".pt" else _read_directory(path, check)
 
 
 def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:

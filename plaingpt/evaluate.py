@@ -24,13 +24,13 @@ def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed, stop: St
             model.train()
             return None
         inputs, targets = batches.batch(first + dist.rank)
-        counted = int((targets != IGNORED).sum())
+        n_targets = int((targets != IGNORED).sum())
         inputs, targets = dist.to_device(inputs, targets)
         with dist.autocast():
             loss = model(inputs, targets, need_logits=False)[1]
-        if counted:
-            losses.append(loss.float() * counted)
-        count += counted
+        if n_targets:
+            losses.append(loss.float() * n_targets)
+        count += n_targets
     model.train()
     total = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
     return dist.sum(total) / dist.sum(count)

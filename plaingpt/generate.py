@@ -115,30 +115,30 @@ class Batch:
         if decoder.on_cuda and graphs_work():
             self.next_ids = Captured(self.next_ids)  # one launch in place of 200
         self.steps_left = max_new_tokens  # to start
-        self.started = None  # a step: its texts, their next ids, and what to wait for before those are read
+        self.started = None  # a step: its texts' numbers, their next ids, and what to wait for before those are read
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
-        """(text, its next token) for every text that has not ended."""
+        """(number, next token) of each text that has not ended."""
         if not self.started:
             self._read()
             self.started = self._start()
-        texts, ids, ready = self.started
-        full = any(self.lengths[text] == self.decoder.config.block_size for text in self.rows)
+        numbers, ids, ready = self.started
+        full = any(self.lengths[i] == self.decoder.config.block_size for i in self.rows)
         ahead = self.decoder.on_cuda and self.steps_left > 0 and not full  # so the GPU does not wait for Python
         self.started = self._start() if ahead else None
         if ready:
             ready.synchronize()
-        new = [(text, token) for text, token in zip(texts, ids.tolist()) if text in self.rows]
-        for text, token in new:
-            self.texts[text].append(token)
+        new = [(i, token) for i, token in zip(numbers, ids.tolist()) if i in self.rows]
+        for i, token in new:
+            self.texts[i].append(token)
         return new
 
     @torch.inference_mode()
-    def end(self, text: int) -> None:
-        """Stop generating this text. The last row moves into its row."""
-        row, last = self.rows.index(text), self.rows.pop()
-        if last != text:
+    def end(self, i: int) -> None:
+        """Stop generating text `i`. The last row moves into its row."""
+        row, last = self.rows.index(i), self.rows.pop()
+        if last != i:
             self.rows[row] = last
             # Positions that it has not reached are masked, but an infinity left there by the other would become NaN
             self.cache[:, :, row] = self.cache[:, :, len(self.rows)]
@@ -146,21 +146,21 @@ class Batch:
 
     def _read(self) -> None:
         """Upload the last id of each row, and read what the cache lacks before it."""
-        self.last_ids[: len(self.rows)] = torch.tensor([self.texts[text][-1] for text in self.rows])
+        self.last_ids[: len(self.rows)] = torch.tensor([self.texts[i][-1] for i in self.rows])
         block = self.decoder.config.block_size
         unread = collections.defaultdict(dict)  # {length: {row: ids}}: equal lengths need no padding
-        for row, text in enumerate(self.rows):
-            if self.lengths[text] in (0, block):  # the prompt, or a text that continues from its most recent half
-                window = block if self.lengths[text] == 0 else max(1, block // 2)
-                ids = self.texts[text][-window:-1]
-                self.lengths[text] = len(ids)
+        for row, i in enumerate(self.rows):
+            if self.lengths[i] in (0, block):  # the prompt, or a text that continues from its most recent half
+                window = block if self.lengths[i] == 0 else max(1, block // 2)
+                ids = self.texts[i][-window:-1]
+                self.lengths[i] = len(ids)
                 if ids:
                     unread[len(ids)][row] = ids
         for ids in unread.values():
             self.decoder.read(ids, self.cache)
 
     def _start(self) -> tuple[list[int], Tensor, torch.cuda.Event | None]:
-        """Start a step: its texts, their next ids, and what to wait for before those are read."""
+        """Start a step: its texts' numbers, their next ids, and what to wait for before those are read."""
         ids, ready = self.next_ids(*self._prepare()).to("cpu", non_blocking=True, copy=True), None
         if self.inputs.is_cuda:
             ready = torch.cuda.Event()
@@ -171,15 +171,15 @@ class Batch:
     def _prepare(self) -> tuple[int, int]:
         """Upload the inputs of a step. Returns its shape: its rows, and the positions that it attends to."""
         inputs, n = torch.zeros(self.inputs.shape, dtype=torch.int64), len(self.rows)
-        inputs[0, :n] = torch.tensor([self.lengths[text] for text in self.rows])
+        inputs[0, :n] = torch.tensor([self.lengths[i] for i in self.rows])
         if self.sampling.temperature:
-            draws = [torch.rand(1, generator=self.generators[text], dtype=torch.float64) for text in self.rows]
+            draws = [torch.rand(1, generator=self.generators[i], dtype=torch.float64) for i in self.rows]
             inputs[1, :n] = torch.cat(draws).view(torch.int64)
         pinned = self.inputs.is_cuda
         self.inputs.copy_(inputs.pin_memory() if pinned else inputs, non_blocking=pinned)
-        for text in self.rows:
-            self.lengths[text] += 1
-        length = max(self.lengths[text] for text in self.rows)
+        for i in self.rows:
+            self.lengths[i] += 1
+        length = max(self.lengths[i] for i in self.rows)
         if self.decoder.on_cuda:  # powers of two
             n, length = (1 << (x - 1).bit_length() for x in (n, max(256, length)))
         return min(n, len(self.texts)), min(length, self.cache.size(-2))
@@ -211,7 +211,7 @@ class Batch:
     def _attention(self, cache: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Attention, without a mask, of rows of equal length together: a text is the same alone and in a batch."""
         groups, start = [], 0
-        for length, group in itertools.groupby(self.lengths[text] for text in self.rows):
+        for length, group in itertools.groupby(self.lengths[i] for i in self.rows):
             rows = slice(start, start := start + len(list(group)))
             groups.append((rows, *layers(cache[:, :, rows, :, :length])))
 

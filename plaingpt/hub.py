@@ -23,21 +23,23 @@ REASONS = {  # huggingface_hub's own messages have many lines
     "GatedRepoError": "its owner has to grant you access, on its page there; then log in: hf auth login",
     "RevisionNotFoundError": "it has no such branch, tag or commit",
     "LocalEntryNotFoundError": "the hub does not answer, and the model is not in the cache; you can name a directory",
-    "HFValidationError": "names there have the form owner/name",
+    "HFValidationError": "names on the hub have the form owner/name",
 }
 
 
-def model_directory(path_or_name: str | Path) -> Path:
-    """The directory of a model: the one of that name; in a run's directory, `best` or else `last`; or the cached copy
-    of a model on the hub."""
+def model_path(path_or_name: str | Path) -> Path:
+    """The model directory or the nanoGPT ckpt.pt of that name; in a run's directory, `best`, `last` or ckpt.pt; or the
+    cached copy of a model on the hub, which a Path never means."""
+    if str(path_or_name).endswith(".pt"):
+        return Path(path_or_name)
     if os.path.isfile(path_or_name) and (Path(path_or_name).parent / "config.json").exists():
         raise UserError(f"{path_or_name} is a file: name its directory, {Path(path_or_name).parent}")
     found = existing(Path(path_or_name))
     if found and not (found / "config.json").exists():
-        if inner := existing(found / "best") or existing(found / "last"):
-            return inner
-        if (found / "ckpt.pt").exists():
-            raise UserError(f"{found} is the directory of a nanoGPT run: use {found / 'ckpt.pt'}")
+        inner = existing(found / "best") or existing(found / "last") or found / "ckpt.pt"
+        found = inner if inner.exists() else None
+    if not found and (isinstance(path_or_name, Path) or os.path.isdir(path_or_name)):
+        raise UserError(f"{path_or_name} has no model; train one first, or name its directory")
     return found or download(str(path_or_name))
 
 

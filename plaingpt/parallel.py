@@ -82,7 +82,7 @@ def _compile(model: nn.Module, dist: Distributed, sharded: bool) -> None:
     torch._dynamo.config.suppress_errors = True  # a part that fails to compile runs uncompiled
     # The keys of torch 2.11's cache leave out autocast's precision: in float16 it would find bfloat16's code.
     torch.compiler.config.cache_key_tag = str(dist.dtype)
-    torch._dynamo.config.optimize_ddp = False  # it splits graphs so that DDP can overlap; blocks are small enough
+    torch._dynamo.config.optimize_ddp = False  # it splits graphs to overlap DDP's communication; blocks are small
     for block in model.transformer.h:
         for module in (block.ln_1, block.attn, block.ln_2, block.mlp) if sharded else (block,):
             module.__class__ = _compiled_class(type(module), "forward")

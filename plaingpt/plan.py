@@ -36,8 +36,8 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     if needed > free:
         more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
         raise UserError(
-            f"a model of {counted(c.n_layer, 'layer')} and width {c.n_embd} needs at least {gb(needed)} to train, and "
-            f"{gb(free)} is free; try a smaller model, a smaller --batch_size or --recompute=True{more}"
+            f"a model of {counted(c.n_layer, 'layer')} and width {c.n_embd} needs at least {gb(needed)} to train, but "
+            f"only {gb(free)} is free; try a smaller model, a smaller --batch_size or --recompute=True{more}"
         )
 
 

@@ -13,12 +13,12 @@ from plaingpt.checkpoint import load_model
 from plaingpt.console import RunFailed, UserError, counted, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
 from plaingpt.files import check_writable, existing, holds_run, json_or_empty, new_file
-from plaingpt.hub import model_directory, read_config
+from plaingpt.hub import model_path, read_config
 from plaingpt.plan import check_memory
 from plaingpt.run_state import RunState, load_state
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.tokens import DataSet
-from plaingpt.train_config import DERIVED, TrainConfig
+from plaingpt.train_config import TrainConfig
 
 FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 MODEL_SETTINGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
@@ -33,7 +33,7 @@ def find_checkpoint(config: TrainConfig) -> tuple[RunState, Path | None]:
     how, _, name = config.init_from.partition(":")
     directory = Path(config.out_dir) / (name or "last")
     if how != "resume" and not (config.init_from == "auto" and existing(directory)):
-        return RunState(derived=list(DERIVED)), None
+        return RunState(), None
     if directory.parent != Path(config.out_dir):
         problem = f"--init_from={config.init_from} is not a checkpoint of out_dir={config.out_dir}"
         raise UserError(f"{problem}; name one of that directory, as in resume:step-001000")
@@ -47,14 +47,13 @@ def resumed_settings(
 ) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of the run in `directory`, except those in LOCAL or given by a flag; and these flags.
 
-    Derived ones are derived again, from what may have changed. UserError if the run cannot continue.
+    UserError if the run cannot continue.
     """
     trained, flags = state.settings, {name: source for name, source in given.items() if source.startswith("--")}
     for name in sorted(given.keys() & trained.keys() - LOCAL):
         if getattr(config, name) != trained[name]:
             check_change(config, name, given[name], trained[name])
-    saved = trained | {name: None for name in DERIVED if name in state.derived}
-    saved = {name: saved[name] for name in saved.keys() & vars(config).keys() - flags.keys() - LOCAL}
+    saved = {name: trained[name] for name in trained.keys() & vars(config).keys() - flags.keys() - LOCAL}
     began = trained.get("init_from", "resume")  # stays, for the record; earlier versions replaced it on resume
     saved["init_from"] = "scratch" if began.partition(":")[0] == "resume" else began
     config = dataclasses.replace(config, **saved)
@@ -78,15 +77,16 @@ def check_change(config: TrainConfig, name: str, source: str, trained: object) -
     UserError if a flag changes a setting in FIXED, or a recipe does under `auto`: it may be another run's.
     """
     fixed = name in FIXED and not (config.eval_only and name == "dataset")
-    is_flag, asked = source.startswith("--"), f"{source}: {name}={getattr(config, name)}"
+    is_flag, value = source.startswith("--"), getattr(config, name)
     if fixed and (is_flag or (config.init_from == "auto" and not config.eval_only)):
         remedy = "leave it out" if is_flag else "choose another --out_dir"
         found = f"but the checkpoint was trained with {trained}"
-        raise UserError(f"{asked}, {found}; {remedy}, or start a new run: --init_from=scratch")
+        raise UserError(f"{source}: {name}={value}, {found}; {remedy}, or start a new run: --init_from=scratch")
     if is_flag:
-        note(f"changed on resume: {name}={getattr(config, name)}, until now {trained}")
+        note(f"changed on resume: {name}={value}, was {trained}")
     else:
-        note(f"using the checkpoint's {name}={trained}, not {asked}{'' if fixed else '; a flag overrides it'}")
+        override = "" if fixed else "; a flag overrides it"
+        note(f"using the checkpoint's {name}={trained}, not {value} of {source}{override}")
 
 
 def check_default(config: TrainConfig, given: dict[str, str], device_type: str) -> None:
@@ -127,7 +127,7 @@ def new_shape(config: TrainConfig, data: DataSet) -> GPTConfig:
 def check_tokenizer(config: TrainConfig, data: DataSet, tokenizer: Tokenizer, source: Path | str) -> None:
     """UserError if the data set was not prepared with the tokenizer of the model in `source`."""
     if not tokenizer.same_as(data.tokenizer):
-        wanted = "gpt2" if tokenizer.same_as(gpt2()) else shlex.quote(str(model_directory(source)))
+        wanted = "gpt2" if tokenizer.same_as(gpt2()) else shlex.quote(str(model_path(source)))
         raise UserError(
             f"the data set {config.dataset} was prepared with another tokenizer than {source}; prepare its text again "
             f"with --tokenizer={wanted}"
@@ -151,8 +151,8 @@ def initial_model(
         return GPT(new_shape(config, data)), config
     source = checkpoint or config.init_from
     block_size = config.block_size if "block_size" in given else None
-    if not str(source).endswith(".pt"):
-        shape = read_config(model_directory(source))
+    if (path := model_path(source)).suffix != ".pt":
+        shape = read_config(path)
         check_memory(config, dist, dataclasses.replace(shape, block_size=block_size or shape.block_size))
     model, tokenizer = load_model(source, block_size, config.dropout, check=not checkpoint)  # checked with the state
     for name in MODEL_SETTINGS:
@@ -171,7 +171,7 @@ def write_recipe(config: TrainConfig) -> None:
     lines += [f"out_dir = {config.out_dir!r}", f"init_from = {init_from!r}"]
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)
-        if setting.name not in LOCAL | {"lr_decay_iters"} and value != setting.default:  # it is max_iters by default
+        if setting.name not in LOCAL and value != setting.default:
             lines.append(f"{setting.name} = {value!r}")
     try:
         if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
@@ -182,8 +182,14 @@ def write_recipe(config: TrainConfig) -> None:
         note(f"the settings are not saved: {one_line(error)}")
 
 
-def finish_run(config: TrainConfig, state: RunState, start: int, stopping: int, problem: str | None) -> int:
-    """Print the last lines of a run that began at step `start`, and return its exit status."""
+def finish_run(
+    config: TrainConfig, state: RunState, start: int, best: tuple[float, int] | None, stopping: int, problem: str | None
+) -> int:
+    """Print the last lines of a run, and return its exit status.
+
+    start: its first step. best: loss and step of the best model. stopping: the number of the signal that stopped it.
+    problem: of the last save.
+    """
     if problem:
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
@@ -194,15 +200,16 @@ def finish_run(config: TrainConfig, state: RunState, start: int, stopping: int, 
         return 128 + stopping
     if not is_rank_0():
         return 0  # only rank 0 knows `best`
-    if state.best_val_loss is None:
+    if not best:
         raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
     if state.step < config.max_iters:
         reason = f"{counted(state.evaluations_since_lowest, 'evaluation')} without improvement"
         note(f"ended early, after step {state.step}: {reason}; to go on: {resume} --patience=0")
-    risen = state.evaluations_since_lowest > 1 and state.best_step < state.step  # one evaluation may be noise
-    since = ", and has not fallen since: the model may be overfitting" if risen else ""
-    if state.best_step > state.step:
+    loss, step = best
+    risen = state.evaluations_since_lowest > 1 and step < state.step  # one evaluation may be noise
+    since = "; no lower since: the model may be overfitting" if risen else ""
+    if step > state.step:
         since = ", before the run went back to an earlier step"
-    note(f"lowest val_loss {state.best_val_loss:.4f} at step {state.best_step}, saved in {out_dir}/best{since}")
+    note(f"lowest val_loss {loss:.4f} at step {step}, saved in {out_dir}/best{since}")
     note(f"next: python sample.py --out_dir={out_dir}")
     return 0

@@ -37,9 +37,6 @@ class RunState:
     """of training, without evaluations and saves"""
     skipped: int = 0
     """steps whose gradients were not finite"""
-    best_val_loss: float | None = None
-    """of the model in `best`, if there is one; during a run, only the main process keeps it up to date"""
-    best_step: int = 0
     lowest_val_loss: float | None = None
     """up to this step; `best` may have a lower one, from steps that were undone"""
     evaluations_since_lowest: int = 0
@@ -48,16 +45,13 @@ class RunState:
     eval_sequences: int | None = None
     """sequences of an evaluation: if batch_size changes on resume, losses must stay comparable"""
     settings: dict = field(default_factory=dict)
-    derived: list = field(default_factory=list)
-    """the settings that were derived from others, and are derived again if those change"""
     data: str = ""
     """the digest of the data set"""
     scaler: dict = field(default_factory=dict)
 
-    def forget_best(self) -> None:
-        """Start anew with the next evaluation: `best` is missing, or its loss is not comparable with later ones."""
-        self.best_val_loss, self.best_step, self.lowest_val_loss = None, 0, None
-        self.evaluations_since_lowest, self.evaluated_at = 0, None
+    def forget_evaluations(self) -> None:
+        """Evaluate at once: `best` is missing, or the losses so far are not comparable with later ones."""
+        self.lowest_val_loss, self.evaluations_since_lowest, self.evaluated_at = None, 0, None
 
 
 def is_below(loss: float | None, lowest: float | None) -> bool:
@@ -76,27 +70,20 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
     try:
         if is_rank_0():  # one process is enough: if it exits, torchrun ends the others
             check_sums(found)
-        state = _read_state(found)
+        return _read_state(found), found
     except UserError as error:
         if not others:
             raise
         raise UserError(f"{error}; {remedy} (--init_from=resume:NAME)") from error
-    _read_best(state, directory)
-    return state, found
 
 
-def _read_best(state: RunState, directory: Path) -> None:
-    """Complete the state with the loss of `best`, which may be from an undone step.
-
-    If that loss does not compare with those of the run, the state has no best and no lowest loss from here on.
-    """
-    best = existing(directory.parent / "best")
-    known = json_or_empty(best / "evaluation.json") if best else {}
-    comparable = all(known.get(name) == getattr(state, name) for name in ("data", "eval_sequences"))
-    if comparable and type(known.get("val_loss")) is float and type(known.get("step")) is int:
-        state.best_val_loss, state.best_step = known["val_loss"], known["step"]
-    elif not best or directory.name != "last" or (best / "evaluation.json").exists():
-        state.forget_best()  # otherwise an earlier version saved it, and training.json has its loss
+def read_best(out_dir: Path, state: RunState) -> tuple[float, int] | None:
+    """Loss and step of `best`, which may be from an undone step; None if it is missing, or if its loss is not
+    comparable with those of the run."""
+    found = json_or_empty((existing(out_dir / "best") or out_dir) / "evaluation.json")
+    comparable = all(found.get(name) == getattr(state, name) for name in ("data", "eval_sequences"))
+    best = found.get("val_loss"), found.get("step")
+    return best if comparable and [*map(type, best)] == [float, int] else None
 
 
 def _read_state(directory: Path) -> RunState:
@@ -104,12 +91,9 @@ def _read_state(directory: Path) -> RunState:
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: format version {content.get('format_version')}; this program reads {FORMAT_VERSION}")
     with errors_of_library(f"{path} is damaged"):
-        settings = content["settings"]
-        earlier = {"evaluated_at": content["step"], "lowest_val_loss": content["best_val_loss"], "best_step": 0}
-        earlier["evaluations_since_lowest"] = content.get("evaluations_since_best", 0)
-        earlier["eval_sequences"] = settings.get("eval_iters", 0) * settings.get("batch_size", 0) or None
-        content = earlier | content  # earlier versions did not save these fields
-        return RunState(**{setting.name: content[setting.name] for setting in dataclasses.fields(RunState)})
+        content["settings"] |= dict.fromkeys(content.get("derived", []))  # earlier versions saved their values
+        known = {field.name for field in dataclasses.fields(RunState)} & content.keys()  # and not all of these
+        return RunState(content["step"], **{name: content[name] for name in known - {"step"}})
 
 
 class Saver:
@@ -123,6 +107,7 @@ class Saver:
     ):
         self.out_dir, self.state, self.model, self.optimizers = out_dir, state, model, optimizers
         self.tokenizer, self.dist = tokenizer, dist
+        self.best = read_best(out_dir, state)  # its loss and step, on the main process
         self._problem: str | None = None
         # One OpenMP thread: a second team beside the training thread's would outnumber the cores, and libgomp would
         # then put every thread to sleep between parallel regions, which halves the speed of training.
@@ -157,9 +142,9 @@ class Saver:
             return self._failed(f"step {state.step} is not saved: {problem}")
 
         evaluation = dict(step=state.step, val_loss=val_loss, data=state.data, eval_sequences=state.eval_sequences)
-        if is_below(val_loss, state.best_val_loss) and self._replace("best", weights, "evaluation.json", evaluation):
-            for known in (state, self.state):  # training reads its own after `wait`; only main knows `best`
-                known.best_val_loss, known.best_step = val_loss, state.step
+        is_best = is_below(val_loss, self.best and self.best[0])
+        if is_best and self._replace("best", weights, "evaluation.json", evaluation):
+            self.best = val_loss, state.step
         training = {"format_version": FORMAT_VERSION} | dataclasses.asdict(state)
         for name in ("last", f"step-{state.step:06d}") if keep else ("last",):
             self._replace(name, weights, "training.json", training, moments)
@@ -174,9 +159,8 @@ class Saver:
                 if moments is not None:
                     safetensors.torch.save_file(moments, new / "optimizer.safetensors")
                     shutil.copymode(new / record, new / "optimizer.safetensors")  # which is private otherwise
-                # Its loss is forgotten: it does not compare. (While a save runs, only `_write` sets best_val_loss.)
-                if name == "best" and self.state.best_val_loss is None and path.is_dir():
-                    note(f"{path} is now {rename_aside(path)}: its loss does not compare with those from here on")
+                if name == "best" and self.best is None and path.is_dir():
+                    note(f"renamed {path} to {rename_aside(path)}: its loss is not comparable with later ones")
             return True
         except Exception as error:  # a full disk, no permission, a quota: training has to hear of it, whatever it is
             self._failed(f"step {content['step']} could not be saved in {path}: {one_line(error)}")

@@ -1,6 +1,7 @@
 """Imported first by every script, before the imports that take seconds.
 
-A Python that is too old, or a package that is missing, is one line with the remedy; Ctrl-C ends the process at once.
+A Python that is too old, or a package that is missing, is reported in one line with the remedy. Ctrl-C ends the process
+at once.
 """
 
 import logging
@@ -16,7 +17,7 @@ STARTED = time.monotonic()  # train.py --minutes counts from here
 # While torch's CPU threads wait for each other, they spin at most this often before they sleep. OpenMP's default,
 # 300,000, halves the training speed beside one busy process and gains 2% on an idle machine. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# On macOS it would tell every user that redirects, which we do not use, are not supported.
+# On macOS, this logger would warn every user that redirects, which we do not use, are not supported.
 logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").disabled = True
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")

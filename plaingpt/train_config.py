@@ -11,8 +11,6 @@ from typing import Annotated, ClassVar, Literal
 from plaingpt.console import UserError, note
 from plaingpt.settings import BelowOne, NonNegative, NonNegativeInt, PathName, Positive, PositiveInt, Range, Size
 
-DERIVED = ("warmup_iters", "lr_decay_iters", "min_lr", "compile")  # chosen anew on resume unless given
-
 
 def muon_learning_rate(n_embd: int, steps: int) -> float:
     """Muon's peak learning rate: falls with width and, slowly, with steps (docs/scaling.md has the sweeps)."""
@@ -66,7 +64,7 @@ class ModelSettings:
     dropout: BelowOne = 0.0
     """dropout probability: 0 for pretraining, 0.1 or more for small data sets"""
     bias: bool = False
-    """biases in linear layers and LayerNorms, as in GPT-2; without them it is slightly faster and just as good"""
+    """biases in linear layers and LayerNorms: OpenAI's GPT-2 has them, nanoGPT's default has not"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class HardwareSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of matrix products (auto: bfloat16 if it is fast, float16 on older GPUs; float32 on CUDA means TF32)"""
     compile: bool | None = None
-    """compile the forward and backward pass with torch.compile (None: on CUDA)"""
+    """compile the forward and backward pass with torch.compile (None: on CUDA, except for fewer than 10 --minutes)"""
     recompute: bool = False
     """activation checkpointing: less memory for a third more compute"""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
@@ -134,54 +132,62 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
         "always_save_checkpoint": "ignored: out_dir/last is always saved, and out_dir/best at each improvement",
     }
 
-    def __post_init__(self):
-        if self.init_from.partition(":")[0] == "resume":
-            return  # None stays until the settings of the run are known
-        rule = self.optimizer == "muon" and self.is_new_model
-        peak = self.learning_rate or (muon_learning_rate(self.n_embd, self.max_iters) if rule else 6e-4)
-        lowest = peak / 10 if self.lr_schedule == "cosine" else 0.0
-        derived = {"learning_rate": peak, "warmup_iters": min(2000, self.max_iters // 20)}
-        derived |= {"lr_decay_iters": self.max_iters, "min_lr": lowest}
-        for name, value in derived.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-
     @property
     def is_new_model(self) -> bool:
         return self.init_from in ("scratch", "auto")
+
+    @property
+    def peak_lr(self) -> float:
+        rule = self.optimizer == "muon" and self.is_new_model
+        return self.learning_rate or (muon_learning_rate(self.n_embd, self.max_iters) if rule else 6e-4)
+
+    @property
+    def final_lr(self) -> float:
+        if self.min_lr is None:
+            return self.peak_lr / 10 if self.lr_schedule == "cosine" else 0.0
+        return self.min_lr
+
+    @property
+    def warmup_end(self) -> int:
+        return min(2000, self.max_iters // 20) if self.warmup_iters is None else self.warmup_iters
+
+    @property
+    def decay_end(self) -> int:
+        return self.lr_decay_iters or self.max_iters
 
     @property
     def tokens_per_step(self) -> int:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
     def compiles_on(self, device_type: str) -> bool:
-        return device_type == "cuda" if self.compile is None else self.compile
+        is_short = self.minutes is not None and self.minutes < 10  # compiling takes up to half a minute
+        return device_type == "cuda" and not is_short if self.compile is None else self.compile
 
     def learning_rate_at(self, step: int) -> float:
-        """Warm up linearly to `learning_rate` at `warmup_iters`, then decay to `min_lr` at `lr_decay_iters`."""
-        if step < self.warmup_iters:
-            return self.learning_rate * (step + 1) / (self.warmup_iters + 1)
+        """Warm up linearly to `peak_lr` at `warmup_end`, then decay to `final_lr` at `decay_end`."""
+        if step < self.warmup_end:
+            return self.peak_lr * (step + 1) / (self.warmup_end + 1)
         if not self.decay_lr:
-            return self.learning_rate
-        if step >= self.lr_decay_iters:
-            return self.min_lr
-        progress = (step - self.warmup_iters) / (self.lr_decay_iters - self.warmup_iters)
+            return self.peak_lr
+        if step >= self.decay_end:
+            return self.final_lr
+        progress = (step - self.warmup_end) / (self.decay_end - self.warmup_end)
         left = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[self.lr_schedule]
-        return self.min_lr + left * (self.learning_rate - self.min_lr)
+        return self.final_lr + left * (self.peak_lr - self.final_lr)
 
     def check_schedule(self) -> None:
         """Note what is probably a mistake; UserError if the last steps would change nothing."""
         if self.learning_rate_at(self.max_iters - 1) == 0:
-            zero = max(self.lr_decay_iters, self.warmup_iters)
+            zero = max(self.decay_end, self.warmup_end)
             raise UserError(
                 f"the learning rate would be 0 from step {zero} of {self.max_iters} on: "
                 f"give --lr_decay_iters={self.max_iters}, or a --min_lr above 0"
             )
-        if self.decay_lr and self.warmup_iters >= self.max_iters:
+        if self.decay_lr and self.warmup_end >= self.max_iters:
             note(
-                f"warmup_iters={self.warmup_iters} is not below max_iters={self.max_iters}: the learning rate never "
-                f"reaches {self.learning_rate:g}; give a lower --warmup_iters"
+                f"warmup_iters={self.warmup_end} is not below max_iters={self.max_iters}: the learning rate never "
+                f"reaches {self.peak_lr:g}; give a lower --warmup_iters"
             )
-        elif self.decay_lr and self.min_lr > self.learning_rate:
-            problem = f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}"
+        elif self.decay_lr and self.final_lr > self.peak_lr:
+            problem = f"min_lr={self.final_lr:g} is above learning_rate={self.peak_lr:g}"
             note(f"{problem}: the learning rate will rise after the warmup; give a lower --min_lr")

@@ -46,7 +46,7 @@ def chosen(data, minutes: float, given: dict | None = None, flop_per_second: flo
         return flop_per_second / (6 * block_parameters(config))
 
     config = TrainConfig(minutes=minutes, **given)
-    return choose_settings(config, dict.fromkeys(given, "recipe.py"), data, DIST, tokens_per_second)[0]
+    return choose_settings(config, dict.fromkeys(given, "recipe.py"), data, DIST, tokens_per_second)
 
 
 def test_more_time_or_a_faster_machine_trains_a_larger_model(data):
@@ -63,7 +63,7 @@ def test_a_slow_second_while_models_are_timed_does_not_change_the_choice(data):
         widths.append(config.n_embd)
         return 1e12 / (6 * block_parameters(config)) * (0.7 if slow else 1)
 
-    found, _ = choose_settings(TrainConfig(minutes=3), {}, data, DIST, tokens_per_second)
+    found = choose_settings(TrainConfig(minutes=3), {}, data, DIST, tokens_per_second)
     assert found.n_embd == best.n_embd and abs(found.max_iters / best.max_iters - 1) < 0.01
 
 
@@ -90,7 +90,7 @@ def test_steps_fill_the_time(data):
     rate = 1e12 / (6 * block_parameters(config))
     tokens = config.max_iters * config.batch_size * config.gradient_accumulation_steps * config.block_size
     assert 0.8 * 1800 < tokens / rate < 0.9 * 1800
-    assert config.lr_decay_iters == config.max_iters and config.warmup_iters == config.max_iters // 20
+    assert config.decay_end == config.max_iters and config.warmup_iters == config.max_iters // 20
 
 
 def test_what_is_given_stays(data):
@@ -131,8 +131,7 @@ def test_a_model_for_which_memory_is_short_is_not_chosen(data):
             raise UserError("take at least")
         return 1e9
 
-    config, given = choose_settings(TrainConfig(minutes=9), {}, data, DIST, tokens_per_second)
-    assert config.n_layer == 2 and "warmup_iters" in given
+    assert choose_settings(TrainConfig(minutes=9), {}, data, DIST, tokens_per_second).n_layer == 2
     with pytest.raises(UserError, match="take at least"):
         choose_settings(TrainConfig(minutes=9, n_layer=3), {"n_layer": "--n_layer"}, data, DIST, tokens_per_second)
 
@@ -142,7 +141,7 @@ def test_short_runs_on_cuda_are_not_compiled(data):
 
     def compiled(minutes, given=None, dist=cuda):
         config = TrainConfig(minutes=minutes, **(given or {}))
-        found, _ = choose_settings(config, dict.fromkeys(given or {}, "--"), data, dist, lambda *_: 1e6)
+        found = choose_settings(config, dict.fromkeys(given or {}, "--"), data, dist, lambda *_: 1e6)
         return found.compiles_on(dist.device.type)
 
     assert not compiled(9) and compiled(10)
@@ -155,8 +154,8 @@ def test_micro_batches_are_halved_until_they_fit(data):
             raise UserError("take at least")
         return 1e6
 
-    config, _ = choose_settings(TrainConfig(minutes=1), {}, data, DIST, tokens_per_second)
-    without_limit, _ = choose_settings(TrainConfig(minutes=1), {}, data, DIST, lambda *_: 1e6)
+    config = choose_settings(TrainConfig(minutes=1), {}, data, DIST, tokens_per_second)
+    without_limit = choose_settings(TrainConfig(minutes=1), {}, data, DIST, lambda *_: 1e6)
     assert 1 <= config.batch_size <= 3
     sequences = [c.batch_size * c.gradient_accumulation_steps for c in (config, without_limit)]
     assert sequences[0] == sequences[1] > 3
@@ -190,9 +189,9 @@ def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock
         state.step, state.evaluated_at, state.evaluations_since_lowest = step, step - 1, since
         assert deadline.corrected(config).max_iters == steps
         if steps < 1000:
-            assert state.settings["lr_decay_iters"] == steps
+            assert state.settings["max_iters"] == steps
             assert runpy.run_path(tmp_path / "recipe.py")["max_iters"] == steps
-            config = dataclasses.replace(config, max_iters=steps, lr_decay_iters=steps)
+            config = dataclasses.replace(config, max_iters=steps)
     assert "ending early: " in (printed := capsys.readouterr().err) and "steps to 564" in printed
 
 
@@ -281,7 +280,7 @@ def test_a_run_ends_in_time_on_a_machine_of_another_speed(tmp_path, clock, slowe
     )
     assert abs(clock.seconds - 600) < (0.03 if changes == 500 else 0.02) * 600
     assert len(numbers) <= (2 if first_evaluation == 4 else 3) or changes < math.inf  # with the first one
-    assert state.settings["max_iters"] == state.settings["lr_decay_iters"] == config.max_iters
+    assert state.settings["max_iters"] == config.max_iters == config.decay_end
 
 
 def test_on_a_gpu_the_slow_first_evaluation_does_not_count_for_the_others(tmp_path, clock):
@@ -328,7 +327,7 @@ def test_a_finished_run_goes_on_for_a_time(tmp_path, data_dir, train):
     train(tmp_path / "run")
     ended = run_for(data_dir, tmp_path / "run", 0.02, init_from="resume")
     state = load_state(tmp_path / "run" / "last")[0]
-    assert state.step == state.settings["max_iters"] > 6 and "lr_decay_iters" in state.derived, ended.err
+    assert state.step == state.settings["max_iters"] > 6 and state.settings["lr_decay_iters"] is None, ended.err
     assert "changed on resume: max_iters=" in ended.err
 
 
@@ -343,9 +342,8 @@ def test_a_run_that_is_restarted_keeps_its_number_of_steps(tmp_path, data_dir):
 
 
 def test_a_run_that_continues_a_short_one_on_cuda_is_compiled():
-    state = RunState(step=5, settings=dataclasses.asdict(TrainConfig(compile=False)))
-    for derived, compiled in ([], False), (["compile"], True):
-        state.derived = derived
+    for given, compiled in (False, False), (None, True):
+        state = RunState(step=5, settings=dataclasses.asdict(TrainConfig(minutes=1, compile=given)))
         config, _ = resumed_settings(TrainConfig(minutes=600), {}, state, Path("last"))
         assert config.compiles_on("cuda") == compiled
 
@@ -406,22 +404,24 @@ def test_a_dry_run_writes_nothing(tmp_path, data_dir):
 
 
 def test_the_rest_of_the_time_of_a_run_of_no_seconds_is_positive():
-    state = RunState(step=5, seconds=0.0, derived=["lr_decay_iters"], settings={"warmup_iters": 2})
+    state = RunState(step=5, seconds=0.0, settings=dataclasses.asdict(TrainConfig(max_iters=40)))
     config, given = extend_run(TrainConfig(minutes=0.001), {}, state)
-    assert config.max_iters > 5 and given.keys() == {"max_iters", "warmup_iters"} and config.warmup_iters == 2
+    assert config.max_iters > 5 and config.warmup_iters == 2
+    assert given.keys() == {"max_iters", "warmup_iters", "lr_decay_iters"}
 
 
 def test_a_run_that_goes_on_from_its_warmup_for_a_short_time_decays():
-    state = RunState(step=20, seconds=20.0, derived=["lr_decay_iters"], settings={"warmup_iters": 200})
+    state = RunState(step=20, seconds=20.0, settings=dataclasses.asdict(TrainConfig(warmup_iters=200)))
     assert extend_run(TrainConfig(minutes=1), {}, state)[0].warmup_iters == 20
 
 
 def test_a_recipe_has_every_setting_that_is_not_a_default(tmp_path):
-    config = TrainConfig(minutes=1, lr_schedule="cosine", min_lr=0.0, init_from="auto", out_dir=str(tmp_path))
+    given = dict(learning_rate=0.01, lr_schedule="cosine", min_lr=0.0, init_from="auto")
+    config = TrainConfig(minutes=1, **given, out_dir=str(tmp_path))
     write_recipe(config)
     names = runpy.run_path(str(tmp_path / "recipe.py"))
-    assert (names["min_lr"], names["init_from"], names["learning_rate"]) == (0.0, "scratch", config.learning_rate)
-    assert "minutes" not in names and "n_embd" not in names
+    assert (names["min_lr"], names["init_from"], names["learning_rate"]) == (0.0, "scratch", 0.01)
+    assert {"minutes", "n_embd", "lr_decay_iters"}.isdisjoint(names)
 
 
 def test_adamw_gets_a_lower_learning_rate_than_muon(data):

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model, save_model
 from plaingpt.console import UserError
 from plaingpt.files import new_directory
-from plaingpt.tokenizer import Tokenizer, make_tokenizer
+from plaingpt.tokenizer import Tokenizer, gpt2, make_tokenizer
 
 TEXT = "The road, and the sea: 3 stones, ein Baum.\n\n  naïve 🙂 don't" + made_text(300)
 
@@ -235,7 +235,7 @@ def test_a_model_that_is_replaced_before_it_is_read_is_read_again(tmp_path, monk
     with new_directory(saved) as new:
         save_model(new, make_model(tokenizer), tokenizer)
     removed = [tmp_path / ".last.old"]  # by the save that put `last` in its place
-    monkeypatch.setattr("plaingpt.checkpoint.model_directory", lambda _: removed.pop() if removed else saved)
+    monkeypatch.setattr("plaingpt.checkpoint.model_path", lambda _: removed.pop() if removed else saved)
     assert load_model(saved)[1].same_as(tokenizer) and not removed
 
 
@@ -392,16 +392,19 @@ def test_a_name_of_nothing_is_a_user_error(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_of_the_folder_of_a_run_best_is_taken_or_last_or_nanogpts_file_named(tmp_path):
+def test_of_the_folder_of_a_run_best_is_taken_or_last_or_nanogpts_file(tmp_path):
     tokenizer = of_kind("char")
     for name, seed in (("last", 1), ("best", 2)):
         model = make_model(tokenizer, seed=seed)
         (tmp_path / "run" / name).mkdir(parents=True)
         save_model(tmp_path / "run" / name, model, tokenizer)
         assert torch.equal(logits(load_model(tmp_path / "run")[0]), logits(model)), name
-    (tmp_path / "ckpt.pt").touch()
-    with pytest.raises(UserError, match=r"a nanoGPT run: use .*ckpt\.pt$"):
-        load_model(tmp_path)
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    assert load_model(tmp_path)[1].same_as(gpt2()) and load_model(str(tmp_path))[0].config.vocab_size == 50257
+    (tmp_path / "ckpt.pt").unlink()
+    for path in tmp_path, tmp_path / "gpt2":  # a Path is never a name on the hub
+        with pytest.raises(UserError, match="has no model; train one first, or name its directory"):
+            load_model(path)
 
 
 def test_the_files_of_a_model_have_the_same_permissions(tiny_run):

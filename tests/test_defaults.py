@@ -36,16 +36,16 @@ def test_without_a_recipe_a_cpu_does_not_finetune_on_480_sequences_per_step():
 
 def test_the_learning_rate_follows_from_width_and_steps_for_a_new_model_under_muon():
     shapes = ((128, 1000), (256, 1000), (128, 16000))
-    rates = [TrainConfig(n_embd=n_embd, max_iters=steps).learning_rate for n_embd, steps in shapes]
+    rates = [TrainConfig(n_embd=n_embd, max_iters=steps).peak_lr for n_embd, steps in shapes]
     assert rates[0] == 0.0086 and rates[0] / rates[1] == pytest.approx(2) and rates[0] / rates[2] == pytest.approx(2)
     others = TrainConfig(optimizer="adamw"), TrainConfig(init_from="gpt2"), TrainConfig(learning_rate=6e-4)
-    assert {config.learning_rate for config in others} == {6e-4}
+    assert {config.peak_lr for config in others} == {6e-4}
 
 
 def test_a_run_that_is_resumed_for_longer_has_the_learning_rate_it_had(tmp_path, train, resume):
     train(tmp_path / "run", learning_rate=None, max_iters=2)
-    before = TrainConfig(n_embd=16, max_iters=2).learning_rate
-    assert TrainConfig(n_embd=16, max_iters=4).learning_rate != before
+    before = TrainConfig(n_embd=16, max_iters=2).peak_lr
+    assert TrainConfig(n_embd=16, max_iters=4).peak_lr != before
     resume(tmp_path / "run", max_iters=4)
     settings = (tmp_path / "run/last/training.json").read_text()
     assert f'"learning_rate": {before}' in settings

@@ -306,7 +306,7 @@ def test_text_that_a_models_tokenizer_loses_is_noted(prepare, folder, tmp_path, 
     backend.save(str(tmp_path / "model" / "tokenizer.json"))
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     prepare(folder({"a.txt": "the sea " * 20, "b.txt": f"{text} " * 20}), f"--tokenizer={tmp_path / 'model'}")
-    assert ("does not give back all of the text" in capsys.readouterr().err) == ("unknown" in text)
+    assert ("does not reproduce this text exactly" in capsys.readouterr().err) == ("unknown" in text)
 
 
 def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, folder, capsys):

@@ -18,7 +18,7 @@ from plaingpt.distributed import Distributed
 from plaingpt.files import UNCHECKED, claim, holds_run, release, set_aside
 from plaingpt.metrics import Metrics
 from plaingpt.optimizer import apply_gradients, make_optimizers
-from plaingpt.run_state import RunState, Saver, load_optimizers, load_state
+from plaingpt.run_state import RunState, Saver, load_optimizers, load_state, read_best
 from plaingpt.tokenizer import Tokenizer
 
 HERE = Distributed(torch.device("cpu"), torch.float32)
@@ -67,7 +67,7 @@ def test_optimizer_state_comes_back_bit_for_bit(tmp_path, kind):
 def test_training_comes_back(tmp_path):
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=3, seconds=0.1 + 0.2)
     state, _ = load_state(tmp_path / "last")
-    assert (state.step, state.seconds, state.best_val_loss) == (3, 0.1 + 0.2, None)
+    assert (state.step, state.seconds, state.lowest_val_loss) == (3, 0.1 + 0.2, None)
 
 
 def test_a_later_checkpoint_replaces_the_earlier_one(tmp_path):
@@ -182,18 +182,18 @@ def test_a_folder_without_a_run_is_not_set_aside(tmp_path):
 
 
 def test_a_best_that_could_not_be_saved_is_not_counted_as_saved(tmp_path):
-    state = RunState(step=1, best_val_loss=3.0)
+    state = RunState(step=1)
     saver = Saver(tmp_path, state, *trained(), of_kind("char"), HERE)
     (tmp_path / "file").touch()
     (tmp_path / "best").symlink_to(tmp_path / "file" / "best")  # where no directory can be created
     saver.save(val_loss=2.0)
     assert "best" in saver.wait()
-    assert json.loads((tmp_path / "last" / "training.json").read_text())["best_val_loss"] == 3.0
+    assert saver.best is None and load_state(tmp_path / "last")[0].step == 1
     (tmp_path / "best").unlink()
     state.step = 2
     saver.save(val_loss=2.5)
     assert saver.wait() is None
-    assert load_state(tmp_path / "last")[0].best_val_loss == 2.5
+    assert saver.best == read_best(tmp_path, state) == (2.5, 2)
     load_model(tmp_path / "best")
 
 
@@ -312,11 +312,11 @@ def test_a_return_to_an_earlier_checkpoint_does_not_forget_the_best_model(tmp_pa
     saved(tmp_path, [3.0, 2.0, 2.5])
     assert load_state(tmp_path / "last")[0].evaluations_since_lowest == 1
     state, _ = load_state(tmp_path / "step-000001")
-    assert (state.best_val_loss, state.best_step, state.lowest_val_loss) == (2.0, 2, 3.0)
-    edit_json(tmp_path / "step-000001" / "training.json", eval_sequences=7)  # losses of other sequences do not compare
-    assert load_state(tmp_path / "step-000001")[0].best_val_loss is None
+    assert read_best(tmp_path, state) == (2.0, 2) and state.lowest_val_loss == 3.0
+    state.eval_sequences = 7  # losses of other sequences are not comparable
+    assert read_best(tmp_path, state) is None
     shutil.rmtree(tmp_path / "best")  # as when only `last` is copied to another folder
-    assert load_state(tmp_path / "last")[0].best_val_loss is None
+    assert read_best(tmp_path, load_state(tmp_path / "last")[0]) is None
 
 
 def test_a_best_of_a_run_that_was_killed_before_last_was_saved_counts(tmp_path):
@@ -325,7 +325,7 @@ def test_a_best_of_a_run_that_was_killed_before_last_was_saved_counts(tmp_path):
         shutil.rmtree(tmp_path / name)
     (tmp_path / "step-000001").rename(tmp_path / "last")
     state, _ = load_state(tmp_path / "last")
-    assert (state.step, state.best_val_loss, state.best_step) == (1, 2.0, 2)
+    assert state.step == 1 and read_best(tmp_path, state) == (2.0, 2)
 
 
 @pytest.mark.parametrize("changes", [None, {"val_loss": "x"}, {"step": None}, {"eval_sequences": 5}, {"data": "other"}])
@@ -337,31 +337,21 @@ def test_a_best_whose_loss_is_not_known_is_not_replaced_but_renamed(tmp_path, ch
     else:
         path.write_bytes(b"")
     state, _ = load_state(tmp_path / "last")
-    assert (state.best_val_loss, state.evaluated_at) == (None, None)  # so a finished run is evaluated again
+    assert read_best(tmp_path, state) is None
     state.step = 2
     saver = Saver(tmp_path, state, *trained(), of_kind("char"), HERE)
     saver.save(2.9)
     assert saver.wait() is None and (tmp_path / "best.1").is_dir()
-    assert load_state(tmp_path / "last")[0].best_val_loss == 2.9
-
-
-def test_of_the_previous_version_only_last_knows_the_loss_of_best(tmp_path):
-    saved(tmp_path, [3.0, 2.0])
-    (tmp_path / "best" / "evaluation.json").unlink()
-    assert load_state(tmp_path / "last")[0].best_val_loss == 2.0
-    assert load_state(tmp_path / "step-000001")[0].best_val_loss is None
+    assert saver.best == read_best(tmp_path, state) == (2.9, 2)
 
 
 def test_a_checkpoint_of_the_previous_version_loads(tmp_path):
     settings = dict(eval_iters=5, batch_size=2)
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=4, settings=settings)
-    (tmp_path / "best").mkdir()
     path = tmp_path / "last" / "training.json"
     content = json.loads(path.read_text())
-    del content["best_step"], content["eval_sequences"], content["lowest_val_loss"], content["evaluations_since_lowest"]
-    content |= {"best_val_loss": 2.5, "evaluations_since_best": 3}
-    path.write_text(json.dumps(content))
+    del content["eval_sequences"], content["lowest_val_loss"], content["evaluations_since_lowest"]
+    path.write_text(json.dumps(content | {"best_val_loss": 2.5, "derived": ["eval_iters"]}))
     (tmp_path / "last" / "SHA256SUMS").unlink()
     state, _ = load_state(tmp_path / "last")
-    assert (state.step, state.best_step, state.eval_sequences) == (4, 0, 10)
-    assert (state.lowest_val_loss, state.evaluations_since_lowest) == (2.5, 3)
+    assert state == RunState(step=4, settings={"eval_iters": None, "batch_size": 2})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from test_checkpoint import make_model, nanogpt_checkpoint
 
 import sample as script
+from plaingpt.batches import derive_seed
 from plaingpt.checkpoint import load_model, save_model
 from plaingpt.tokenizer import make_tokenizer
 from sample import Sample, SampleConfig
@@ -296,17 +297,19 @@ def test_interactive_gives_as_many_samples_as_asked_for(learned):
 
 
 def test_interactive_makes_as_many_samples_at_once_as_allowed(learned, monkeypatch):
-    sizes = []
+    seeds = []
 
-    class Recorded(script.Samples):
-        def __init__(self, decoder, tokenizer, config, prompts, first):
-            super().__init__(decoder, tokenizer, config, prompts, first)
-            sizes.append((first, len(prompts)))
+    class Recorded(script.Batch):
+        def __init__(self, decoder, prompts, max_new_tokens, sampling, generators):
+            super().__init__(decoder, prompts, max_new_tokens, sampling, generators)
+            seeds.append([generator.initial_seed() for generator in generators])
 
-    monkeypatch.setattr(script, "Samples", Recorded)
+    monkeypatch.setattr(script, "Batch", Recorded)
     arguments = [f"--out_dir={learned}", "--max_new_tokens=2", "--device=cpu", "--num_samples=3", "--batch_size=2"]
     ended = run_main("sample", *arguments, "--interactive", stdin="the sea\neast\n")
-    assert sizes == [(0, 2), (2, 1), (3, 2), (5, 1)] and ended.out.count("the sea") == 3
+    numbers = [[0, 1], [2], [3, 4], [5]]
+    assert seeds == [[derive_seed(1337, number) for number in batch] for batch in numbers]
+    assert ended.out.count("the sea") == 3
 
 
 def test_the_checkpoint_in_a_directory_of_nanogpt_is_sampled(tmp_path):

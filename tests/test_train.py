@@ -16,7 +16,7 @@ from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
 from plaingpt.metrics import read_metrics
-from plaingpt.run_state import RunState, load_state
+from plaingpt.run_state import RunState, load_state, read_best
 from plaingpt.tokens import DataSet, Tokens, open_data_set
 from train import Run, TrainConfig, start_run, train_step
 
@@ -60,8 +60,8 @@ def test_the_learning_rate_of_each_update_is_the_schedules(tiny_run):
 
 
 def test_the_last_learning_rate_is_nanogpts_under_its_schedule_and_0_under_ours():
-    assert TrainConfig(learning_rate=1e-2).min_lr == 0
-    assert TrainConfig(learning_rate=1e-2, lr_schedule="cosine").min_lr == pytest.approx(1e-3)
+    assert TrainConfig(learning_rate=1e-2).final_lr == 0
+    assert TrainConfig(learning_rate=1e-2, lr_schedule="cosine").final_lr == pytest.approx(1e-3)
 
 
 def test_a_learning_rate_that_is_probably_a_mistake_is_reported_in_one_line(tmp_path, train):
@@ -92,7 +92,7 @@ def test_best_is_the_model_of_the_lowest_loss(tmp_path, train):
     losses = {line["step"]: line["val_loss"] for line in evaluated}
     best = min(losses, key=losses.get)
     assert best != 4, "this test wants a run that gets worse"
-    assert load_state(tmp_path / "run" / "last")[0].best_val_loss == losses[best]
+    assert read_best(tmp_path / "run", load_state(tmp_path / "run" / "last")[0]) == (losses[best], best)
     train(tmp_path / "short", **GETS_WORSE | {"max_iters": best})
     assert largest_difference(weights(tmp_path / "run", "best/model.safetensors"), weights(tmp_path / "short")) == 0
 
