@@ -54,8 +54,7 @@ def resumed_settings(
         if getattr(config, name) != trained[name]:
             check_change(config, name, given[name], trained[name])
     saved = {name: trained[name] for name in trained.keys() & vars(config).keys() - flags.keys() - LOCAL}
-    began = trained.get("init_from", "resume")  # stays, for the record; earlier versions replaced it on resume
-    saved["init_from"] = "scratch" if began.partition(":")[0] == "resume" else began
+    saved["init_from"] = trained.get("init_from", "scratch")  # for the record
     config = dataclasses.replace(config, **saved)
     if config.eval_only:
         return config, flags
