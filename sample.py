@@ -97,7 +97,7 @@ def write_all(
 ) -> None:
     """Print a sample of each prompt, each as it is generated. first: the number of the first sample."""
     printable = escaped if sys.stdout.isatty() else str  # terminals obey escape codes
-    for i, (sample, pieces) in enumerate(generate(decoder, tokenizer, config, prompts, first)):
+    for i, (sample, pieces) in enumerate(start_samples(decoder, tokenizer, config, prompts, first)):
         if config.output == "jsonl":
             record = {"prompt": sample.prompt, "text": "".join(pieces)}  # generates the sample
             record |= {"tokens": sample.tokens, "stop_reason": sample.stop_reason}
@@ -112,7 +112,7 @@ def write_all(
             note(f"sample {first + i + 1} is empty: its first token is the end of text")
 
 
-def generate(
+def start_samples(
     decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int
 ) -> Iterator[tuple["Sample", Iterator[str]]]:
     """A sample of each prompt, in batches, with an iterator that generates its text. Seed and number determine it."""

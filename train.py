@@ -123,7 +123,7 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
     """The training loop: evaluate, save, step, log. All ranks. Returns the exit status."""
     config, dist, start = run.config, run.dist, state.step
     metrics = Metrics(out_dir, dist.is_main, start or None)
-    metrics.track(state.settings)
+    metrics.track(state.settings | {"lr_decay_iters": config.decay_steps, "min_lr": config.final_lr})
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
     deadline = Deadline(config, state, dist, watch, len(run.data.train))
@@ -183,9 +183,9 @@ def log(
     train_loss = dist.sum(loss.item() / dist.world_size)  # waits for the device
     rate = watch.rate(step)
     speed = rate * config.tokens_per_step
-    record = dict(step=step, tokens=step * config.tokens_per_step, seconds=watch.seconds, train_loss=train_loss)
-    record |= dict(lr=config.learning_rate_at(step - 1), grad_norm=norm.item(), skipped=skipped.total(step) or None)
-    record |= dict(tokens_per_second=speed)
+    record = dict(step=step, tokens=step * config.tokens_per_step, seconds=watch.seconds, tokens_per_second=speed)
+    record |= dict(train_loss=train_loss, lr=config.learning_rate_at(step - 1), grad_norm=norm.item())
+    record |= dict(skipped=skipped.total(step) or None)
     if dist.peak_flops:
         record |= dict(mfu=speed * run.raw_model.flop_per_token() / dist.peak_flops)
     metrics.write(**record)
@@ -224,7 +224,8 @@ def start_run(
     if choosing:
         config = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
-    config = dataclasses.replace(config, learning_rate=config.peak_lr)  # it stays if the run is extended
+    # These two stay if the run is extended; the decay then ends later.
+    config = dataclasses.replace(config, learning_rate=config.peak_lr, warmup_iters=config.warmup_steps)
     sequences = state.eval_sequences
     if sequences is None or "eval_iters" in given:
         sequences = config.eval_iters * config.batch_size

@@ -53,6 +53,8 @@ def choose_settings(
 ) -> TrainConfig:
     """The settings of a run that ends in time. All ranks."""
     check_flags(given)
+    if dist.device.type == "cuda" and config.minutes < 10:
+        config = unless_given(config, given, compile=False)  # compiling takes up to half a minute
     seconds = agreed_time_left(config.minutes, dist)
     timed = time_candidates(config, given, seconds, data, dist, measure)
     best = min(timed, key=lambda c: predicted_loss(c, timed[c] * seconds * TRAINING_SHARE, len(data.train)))
@@ -192,8 +194,7 @@ def extend_run(config: TrainConfig, given: dict[str, str], state: RunState) -> t
     check_flags(given)
     rate = state.step / max(state.seconds, 1.0)
     steps = state.step + max(1, int(TRAINING_SHARE * 60 * config.minutes * rate))
-    before = dataclasses.replace(config, **{name: state.settings[name] for name in STEPS})
-    warmup = min(before.warmup_end, max(state.step, steps // 20))  # it may not be over yet
+    warmup = min(state.settings.get("warmup_iters") or 0, max(state.step, steps // 20))  # it may not be over yet
     changed = {"max_iters": steps, "warmup_iters": warmup, "lr_decay_iters": None}
     return dataclasses.replace(config, **changed), given | dict.fromkeys(changed, "--minutes")
 

@@ -67,17 +67,21 @@ def with_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_model(
     path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0, check: bool = True
 ) -> tuple[GPT, Tokenizer]:
-    """(model, tokenizer) of a model directory, a nanoGPT ckpt.pt, or a GPT-2 on the hub: `gpt2`, `owner/name@revision`.
+    """(model, tokenizer) of a model directory, nanoGPT's ckpt.pt, the directory of a run that has either, or a GPT-2 on
+    the hub: `gpt2`, `owner/name@revision` (a Path is never a name there).
 
     The model is in fp32 on the CPU, in evaluation mode. Loading maps the files, and copies the weights one by one.
     `model.config.vocab_size` is the tokenizer's: embedding rows that belong to no token are dropped. A smaller
     `block_size` crops the positions. With `check`, files are compared with their checksums, if there are any.
     A run may replace the directory while it is read: then it is read once more.
     """
-    try:
-        config, weights, tokenizer = _read_model(model_path(path_or_name), check)
-    except UserError:  # a run may have replaced it meanwhile; if not, the second attempt fails like the first
-        config, weights, tokenizer = _read_model(model_path(path_or_name), check)
+    if (path := model_path(path_or_name)).suffix == ".pt":
+        config, weights, tokenizer = _read_nanogpt(path)
+    else:
+        try:
+            config, weights, tokenizer = _read_directory(path, check)
+        except UserError:  # a run may have replaced it meanwhile; if not, the second attempt fails like the first
+            config, weights, tokenizer = _read_directory(model_path(path_or_name), check)
     with errors_of_library(f"{path_or_name}: the weights do not fit the configuration"):
         if block_size is not None and block_size != config.block_size:
             if block_size > config.block_size:
@@ -99,10 +103,6 @@ def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     model.padding = torch.empty(config.padded_vocab_size)
     model.init_padding()
     return model
-
-
-def _read_model(path: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
-    return _read_nanogpt(path) if path.suffix == ".pt" else _read_directory(path, check)
 
 
 def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:

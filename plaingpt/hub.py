@@ -30,7 +30,7 @@ REASONS = {  # huggingface_hub's own messages have many lines
 def model_path(path_or_name: str | Path) -> Path:
     """The model directory or the nanoGPT ckpt.pt of that name; in a run's directory, `best`, `last` or ckpt.pt; or the
     cached copy of a model on the hub, which a Path never means."""
-    if str(path_or_name).endswith(".pt"):
+    if Path(path_or_name).suffix == ".pt":
         return Path(path_or_name)
     if os.path.isfile(path_or_name) and (Path(path_or_name).parent / "config.json").exists():
         raise UserError(f"{path_or_name} is a file: name its directory, {Path(path_or_name).parent}")
@@ -39,7 +39,7 @@ def model_path(path_or_name: str | Path) -> Path:
         inner = existing(found / "best") or existing(found / "last") or found / "ckpt.pt"
         found = inner if inner.exists() else None
     if not found and (isinstance(path_or_name, Path) or os.path.isdir(path_or_name)):
-        raise UserError(f"{path_or_name} has no model; train one first, or name its directory")
+        raise UserError(f"{path_or_name} has no model; train one first, or name the directory of one")
     return found or download(str(path_or_name))
 
 

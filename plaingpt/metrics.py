@@ -26,7 +26,7 @@ class Metrics:
         self.active, self.path, self.wandb = active, out_dir / "metrics.jsonl", None
         self.resumed_from = resumed_from  # goes into the next record
         self._cut = ""  # a line break, after a record that was not written completely
-        self._drawn_at, self._is_drawn = time.monotonic(), True  # whether all records are in loss.png
+        self._drawn_at, self._news = time.monotonic(), False  # whether there are records that loss.png lacks
         if not active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,21 +54,21 @@ class Metrics:
         try:
             with open(self.path, "a") as file:
                 file.write(self._cut + json.dumps(record) + "\n")
-            self.resumed_from, self._cut, self._is_drawn = None, "", False
+            self.resumed_from, self._cut, self._news = None, "", True
         except OSError as error:  # a full disk does not stop training
             self._cut = "\n"
             note(f"{self.path}: {one_line(error)}")
         self._call_wandb("log", record)
 
     def draw(self, at_once: bool = False) -> None:
-        """Update loss.png if it is not up to date and, unless `at_once`, not recent."""
+        """Draw loss.png if there is something new, and if it was not drawn in the last seconds (or `at_once`)."""
         recent = time.monotonic() - self._drawn_at < SECONDS_BETWEEN_PICTURES
-        if self.active and not self._is_drawn and (at_once or not recent):
+        if self.active and self._news and (at_once or not recent):
             try:
                 draw([self.path.parent], self.path.with_name("loss.png"))
             except Exception as error:  # a picture is no reason to end a run
                 note(f"loss.png: {one_line(error)}")
-            self._drawn_at, self._is_drawn = time.monotonic(), True
+            self._drawn_at, self._news = time.monotonic(), False
 
     def close(self) -> None:
         self._call_wandb("finish")
@@ -180,7 +180,7 @@ def curves(out_dirs: list[Path]):
     runs = [read_metrics(out_dir / "metrics.jsonl") for out_dir in out_dirs]
     bits = len(runs) > 1 and all(any("val_bpb" in record for record in records) for records in runs)
     kinds = {"val_bpb": "validation"} if bits else {"train_loss": "training", "val_loss": "validation"}
-    figure, late = Figure(figsize=(9, 6), dpi=200), []
+    figure, late = Figure(figsize=(9, 6), dpi=200, layout="constrained"), []
     axes = figure.subplots()
     for i, (out_dir, records) in enumerate(zip(out_dirs, runs)):
         run = f"{out_dir}: ".replace("$", r"\$") if len(runs) > 1 else ""  # matplotlib reads $ as mathematics

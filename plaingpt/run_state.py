@@ -80,10 +80,11 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
 def read_best(out_dir: Path, state: RunState) -> tuple[float, int] | None:
     """Loss and step of `best`, which may be from an undone step; None if it is missing, or if its loss is not
     comparable with those of the run."""
-    found = json_or_empty((existing(out_dir / "best") or out_dir) / "evaluation.json")
+    best = existing(out_dir / "best")
+    found = json_or_empty(best / "evaluation.json") if best else {}
     comparable = all(found.get(name) == getattr(state, name) for name in ("data", "eval_sequences"))
-    best = found.get("val_loss"), found.get("step")
-    return best if comparable and [*map(type, best)] == [float, int] else None
+    loss, step = found.get("val_loss"), found.get("step")
+    return (loss, step) if comparable and type(loss) is float and type(step) is int else None
 
 
 def _read_state(directory: Path) -> RunState:
@@ -91,7 +92,8 @@ def _read_state(directory: Path) -> RunState:
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: format version {content.get('format_version')}; this program reads {FORMAT_VERSION}")
     with errors_of_library(f"{path} is damaged"):
-        content["settings"] |= dict.fromkeys(content.get("derived", []))  # earlier versions saved their values
+        # Earlier versions saved the values of derived settings.
+        content["settings"] |= dict.fromkeys({*content.get("derived", [])} - {"warmup_iters"})
         known = {field.name for field in dataclasses.fields(RunState)} & content.keys()  # and not all of these
         return RunState(content["step"], **{name: content[name] for name in known - {"step"}})
 

@@ -29,9 +29,8 @@ TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardl
 class Tokenizer:
     """`encode`, `decode`, `vocab_size` (largest id + 1) and `end_of_text` (an id, or None)."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, bulk_encode=None):
-        self._backend = backend
-        self._bulk_encode = bulk_encode
+    def __init__(self, backend: tokenizers.Tokenizer, is_gpt2: bool = False):
+        self._backend, self.is_gpt2 = backend, is_gpt2  # made by `gpt2`
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.end_of_text = backend.token_to_id(END_OF_TEXT)
 
@@ -50,8 +49,8 @@ class Tokenizer:
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, on all cores; all of it is ordinary text."""
-        if self._bulk_encode:
-            return self._bulk_encode(texts)
+        if self.is_gpt2:  # tiktoken gives the same ids
+            return gpt2_by_tiktoken().encode_ordinary_batch(texts)
         self._backend.encode_special_tokens = True
         with errors_of_library("the tokenizer cannot encode a document"):
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -237,11 +236,11 @@ def resolve_tokenizer(wanted: str) -> tuple[str, Tokenizer | None]:
 
 @functools.cache
 def gpt2() -> Tokenizer:
-    """GPT-2's tokenizer. Bulk encoding uses tiktoken, which gives the same ids."""
+    """GPT-2's tokenizer."""
     merges = _gpt2_merges()
     symbols = [*byte_symbols().values(), *map("".join, merges)]
     model = models.BPE({symbol: i for i, symbol in enumerate(symbols)}, merges)
-    return Tokenizer(_byte_level(model), bulk_encode=lambda texts: gpt2_by_tiktoken().encode_ordinary_batch(texts))
+    return Tokenizer(_byte_level(model), is_gpt2=True)
 
 
 @functools.cache

@@ -116,7 +116,7 @@ class HardwareSettings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """precision of matrix products (auto: bfloat16 if it is fast, float16 on older GPUs; float32 on CUDA means TF32)"""
     compile: bool | None = None
-    """compile the forward and backward pass with torch.compile (None: on CUDA, except for fewer than 10 --minutes)"""
+    """compile the forward and backward pass with torch.compile (None: on CUDA)"""
     recompute: bool = False
     """activation checkpointing: less memory for a third more compute"""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
@@ -148,11 +148,11 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
         return self.min_lr
 
     @property
-    def warmup_end(self) -> int:
+    def warmup_steps(self) -> int:
         return min(2000, self.max_iters // 20) if self.warmup_iters is None else self.warmup_iters
 
     @property
-    def decay_end(self) -> int:
+    def decay_steps(self) -> int:
         return self.lr_decay_iters or self.max_iters
 
     @property
@@ -160,32 +160,31 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
     def compiles_on(self, device_type: str) -> bool:
-        is_short = self.minutes is not None and self.minutes < 10  # compiling takes up to half a minute
-        return device_type == "cuda" and not is_short if self.compile is None else self.compile
+        return device_type == "cuda" if self.compile is None else self.compile
 
     def learning_rate_at(self, step: int) -> float:
-        """Warm up linearly to `peak_lr` at `warmup_end`, then decay to `final_lr` at `decay_end`."""
-        if step < self.warmup_end:
-            return self.peak_lr * (step + 1) / (self.warmup_end + 1)
+        """Warm up linearly to `peak_lr` at `warmup_steps`, then decay to `final_lr` at `decay_steps`."""
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / (self.warmup_steps + 1)
         if not self.decay_lr:
             return self.peak_lr
-        if step >= self.decay_end:
+        if step >= self.decay_steps:
             return self.final_lr
-        progress = (step - self.warmup_end) / (self.decay_end - self.warmup_end)
+        progress = (step - self.warmup_steps) / (self.decay_steps - self.warmup_steps)
         left = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[self.lr_schedule]
         return self.final_lr + left * (self.peak_lr - self.final_lr)
 
     def check_schedule(self) -> None:
         """Note what is probably a mistake; UserError if the last steps would change nothing."""
         if self.learning_rate_at(self.max_iters - 1) == 0:
-            zero = max(self.decay_end, self.warmup_end)
+            zero = max(self.decay_steps, self.warmup_steps)
             raise UserError(
                 f"the learning rate would be 0 from step {zero} of {self.max_iters} on: "
                 f"give --lr_decay_iters={self.max_iters}, or a --min_lr above 0"
             )
-        if self.decay_lr and self.warmup_end >= self.max_iters:
+        if self.decay_lr and self.warmup_steps >= self.max_iters:
             note(
-                f"warmup_iters={self.warmup_end} is not below max_iters={self.max_iters}: the learning rate never "
+                f"warmup_iters={self.warmup_steps} is not below max_iters={self.max_iters}: the learning rate never "
                 f"reaches {self.peak_lr:g}; give a lower --warmup_iters"
             )
         elif self.decay_lr and self.final_lr > self.peak_lr:

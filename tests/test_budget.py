@@ -90,7 +90,7 @@ def test_steps_fill_the_time(data):
     rate = 1e12 / (6 * block_parameters(config))
     tokens = config.max_iters * config.batch_size * config.gradient_accumulation_steps * config.block_size
     assert 0.8 * 1800 < tokens / rate < 0.9 * 1800
-    assert config.decay_end == config.max_iters and config.warmup_iters == config.max_iters // 20
+    assert config.decay_steps == config.max_iters and config.warmup_iters == config.max_iters // 20
 
 
 def test_what_is_given_stays(data):
@@ -280,7 +280,7 @@ def test_a_run_ends_in_time_on_a_machine_of_another_speed(tmp_path, clock, slowe
     )
     assert abs(clock.seconds - 600) < (0.03 if changes == 500 else 0.02) * 600
     assert len(numbers) <= (2 if first_evaluation == 4 else 3) or changes < math.inf  # with the first one
-    assert state.settings["max_iters"] == config.max_iters == config.decay_end
+    assert state.settings["max_iters"] == config.max_iters == config.decay_steps
 
 
 def test_on_a_gpu_the_slow_first_evaluation_does_not_count_for_the_others(tmp_path, clock):
@@ -341,9 +341,9 @@ def test_a_run_that_is_restarted_keeps_its_number_of_steps(tmp_path, data_dir):
     assert load_state(tmp_path / "run" / "last")[0] == before
 
 
-def test_a_run_that_continues_a_short_one_on_cuda_is_compiled():
+def test_a_run_that_continues_another_is_compiled_if_that_was():
     for given, compiled in (False, False), (None, True):
-        state = RunState(step=5, settings=dataclasses.asdict(TrainConfig(minutes=1, compile=given)))
+        state = RunState(step=5, settings=dataclasses.asdict(TrainConfig(compile=given)))
         config, _ = resumed_settings(TrainConfig(minutes=600), {}, state, Path("last"))
         assert config.compiles_on("cuda") == compiled
 
@@ -404,7 +404,7 @@ def test_a_dry_run_writes_nothing(tmp_path, data_dir):
 
 
 def test_the_rest_of_the_time_of_a_run_of_no_seconds_is_positive():
-    state = RunState(step=5, seconds=0.0, settings=dataclasses.asdict(TrainConfig(max_iters=40)))
+    state = RunState(step=5, seconds=0.0, settings=dataclasses.asdict(TrainConfig(warmup_iters=2)))
     config, given = extend_run(TrainConfig(minutes=0.001), {}, state)
     assert config.max_iters > 5 and config.warmup_iters == 2
     assert given.keys() == {"max_iters", "warmup_iters", "lr_decay_iters"}

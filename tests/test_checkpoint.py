@@ -403,7 +403,7 @@ def test_of_the_folder_of_a_run_best_is_taken_or_last_or_nanogpts_file(tmp_path)
     assert load_model(tmp_path)[1].same_as(gpt2()) and load_model(str(tmp_path))[0].config.vocab_size == 50257
     (tmp_path / "ckpt.pt").unlink()
     for path in tmp_path, tmp_path / "gpt2":  # a Path is never a name on the hub
-        with pytest.raises(UserError, match="has no model; train one first, or name its directory"):
+        with pytest.raises(UserError, match="has no model; train one first, or name the directory of one"):
             load_model(path)
 
 

@@ -155,7 +155,7 @@ def test_an_earlier_data_set_stays_complete_until_the_new_one_is(tmp_path, text,
 
 def test_work_on_other_shards_of_a_data_set_is_not_continued(tmp_path):
     source, configs = Source("set", "hf:me/set"), [PrepareConfig(split=split) for split in ("train", "train[:9]")]
-    digests = {Job(tmp_path, source, config, "gpt2", None, 1, 1).digest for config in configs}
+    digests = {Job(tmp_path, source, config, "gpt2", None, 1, 1).digests[0] for config in configs}
     assert len(digests) == 2
 
 
@@ -184,6 +184,22 @@ def invalid(tmp_path) -> Path:
 
 def token_files(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name.endswith(".bin")}
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("bad_files", ["skip", "replace"])
+def test_work_that_invalid_text_stopped_continues_with_another_choice(tmp_path, invalid, small, parts, bad_files):
+    part = [f"--part={i}/{parts}" for i in range(1, parts + 1)]
+    failed = part[201 % parts]  # the part of 0201.jsonl
+    for given in part:
+        prepare(invalid, tmp_path / "stopped", given, status=2 if given == failed else 0)
+    ended = prepare(invalid, tmp_path / "stopped", failed, f"--bad_files={bad_files}")
+    assert "continuing after" in ended.err
+    for given in part:
+        prepare(invalid, tmp_path / "undisturbed", given, f"--bad_files={bad_files}")
+    assert token_files(tmp_path / "stopped") == token_files(tmp_path / "undisturbed")
+    if parts == 3:
+        assert "is already prepared" in prepare(invalid, tmp_path / "stopped", failed).err
 
 
 @pytest.mark.parametrize(("first", "second"), [("skip", "replace"), ("replace", "skip")])
@@ -590,6 +606,7 @@ def test_standard_input_must_be_text(tmp_path):
 
 def test_a_part_that_starts_over_leaves_no_old_shards(tmp_path):
     (tmp_path / "part1_train_000003.bin").touch()
-    config = PrepareConfig()
+    (tmp_path / "part-1.json").write_text(json.dumps({"bad_files": "replace", "position": [1, 1]}))
+    config = PrepareConfig(bad_files="skip")
     part = Part(tmp_path, tmp_path / "part-1.json", 1, [], config, make_tokenizer("byte", [], 0), by_content=True)
     assert part.position == (0, 0) and not list(tmp_path.glob("*.bin"))

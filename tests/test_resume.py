@@ -111,9 +111,10 @@ def test_none_on_resume_is_derived_from_the_settings_of_the_run(tmp_path, train,
     before = load_state(tmp_path / "run" / "last")[0].settings["learning_rate"]
     resume(tmp_path / "run", max_iters=2, learning_rate=None, eval_only=True)
     resume(tmp_path / "run", max_iters=3, learning_rate=None, lr_decay_iters=None, warmup_iters=None)
-    after = load_state(tmp_path / "run" / "last")[0].settings
+    after, lines = load_state(tmp_path / "run" / "last")[0].settings, records(tmp_path / "run")
     assert abs(after["learning_rate"] / before - 1) < 0.2  # of three steps, not of two
-    assert after["lr_decay_iters"] is after["warmup_iters"] is None
+    assert (after["lr_decay_iters"], after["warmup_iters"]) == (None, 0)
+    assert lines[-2]["lr"] == pytest.approx(after["learning_rate"] / 3)  # after two of three steps
 
 
 def test_a_resume_keeps_the_sequences_of_an_update(tmp_path, train, resume, short_run):

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, as_ours, gpt2
+from plaingpt.tokenizer import END_OF_TEXT, Tokenizer, as_ours
 
 # gigatoken 0.10 knows the letters of Unicode 17, tiktoken and tokenizers those of Unicode 16. Documents with a letter
 # or digit newer than Unicode 14, or with one of the rare scripts near it, go to the tokenizer itself. By the first of
@@ -41,7 +41,7 @@ class BulkEncoder:
         self._delimiter = secrets.token_hex(8).encode()
         text = tokenizer.to_json()
         ours = json.loads(text)
-        if tokenizer is not gpt2():  # GPT-2's is known to be ours; to find out takes up to a second
+        if not tokenizer.is_gpt2:  # otherwise it is ours; to find that out takes up to a second
             ours = as_ours(ours)
             text = json.dumps(ours)
         model = ours["model"] if ours else {"type": None}

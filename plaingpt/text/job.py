@@ -25,7 +25,7 @@ from plaingpt.text.sources import Source
 from plaingpt.tokenizer import Tokenizer, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
-FORMAT = 10  # version of the .partial directory; work in another version starts over
+FORMAT = 9  # version of the .partial directory; work in another version starts over
 # With at least this many documents, and five or more in validation on average, entire documents go to validation; with
 # fewer, the tail of each.
 MANY_DOCUMENTS = 200
@@ -53,20 +53,22 @@ class Job:
         return self.partial / "shards"
 
     @functools.cached_property
-    def digest(self) -> str:
-        """A hash of the source and the settings, the same on every machine."""
-        once = secrets.token_hex(8) if self.source.once else None
+    def digests(self) -> list[str]:
+        """A hash of the source and the settings, the same on every machine; and the one with --bad_files=stop, because
+        what invalid text has stopped may go on with another choice."""
+        source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
         own = dict(sources=[], name=None, part="", threads=None, data_dir="")  # they change nothing, or are in `source`
         config = dataclasses.replace(self.config, tokenizer=self.kind, **own)
-        plan = repr((FORMAT, self.source.description, self.source.files, once, config, self.parts))
-        return hashlib.sha256(plan.encode("utf-8", "surrogateescape")).hexdigest()
+        configs = config, dataclasses.replace(config, bad_files="stop")
+        results = [repr((FORMAT, source, config, self.parts)).encode("utf-8", "surrogateescape") for config in configs]
+        return [hashlib.sha256(result).hexdigest() for result in results]
 
     def is_done(self) -> bool:
-        return json_or_empty(self.directory / "meta.json").get("plan") == self.digest
+        return json_or_empty(self.directory / "meta.json").get("plan") in self.digests
 
     def has_begun(self) -> bool:
         """Whether `partial` is the work of this job."""
-        return json_or_empty(self.partial / "plan.json").get("digest") == self.digest and self.shards.exists()
+        return json_or_empty(self.partial / "plan.json").get("digest") in self.digests and self.shards.exists()
 
     def progress(self, part: int) -> Path:
         return self.partial / f"part-{part}.json"
@@ -161,7 +163,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     fsync(job.partial / "tokenizer.json")
     job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it says that the rest is there
-        json.dump({"digest": job.digest, "by_content": len(digests) >= many}, file)
+        json.dump({"digest": job.digests[0], "by_content": len(digests) >= many}, file)
     return tokenizer
 
 
@@ -195,7 +197,7 @@ def finish(job: Job, part: Part) -> dict | None:
         "dtype": part.dtype.name,
         "end_of_text": tokenizer.end_of_text,
         "source": job.source.description,
-        "plan": job.digest,
+        "plan": json_or_empty(job.partial / "plan.json")["digest"],
         "splits": splits,
     }
     (shards / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")

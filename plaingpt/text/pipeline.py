@@ -47,9 +47,10 @@ class Batch:
         """Add a document, or a piece of one. The first `train_end` bytes of the document are for training, the rest for
         validation."""
         cut = character_boundary(text.data, min(max(train_end - text.start, 0), len(text.data)))
-        train = "train", text.data[:cut], text.start > 0
-        val = "val", text.data[cut:], text.start > train_end  # validation began in an earlier piece
-        for split, data, continues in (train, val):
+        for split, data, continues in (
+            ("train", text.data[:cut], text.start > 0),
+            ("val", text.data[cut:], text.start > train_end),  # validation began in an earlier piece
+        ):
             if data:
                 self.splits[split].append(data)
                 if continues:
@@ -74,7 +75,7 @@ class Part:
 
     def __post_init__(self):
         found = json_or_empty(self.progress)
-        if not found:
+        if not found or found["bad_files"] not in ("stop", self.config.bad_files):  # a text may have had another number
             none = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
             found = {"position": (0, 0), "splits": none, "finished": False}
             for shard in self.shards.glob(f"part{self.number}_*.bin"):
@@ -124,7 +125,8 @@ class Part:
         for split in list(self.open_files):
             self.close_shard(split)
         with new_file(self.progress) as file:
-            json.dump({"position": self.position, "splits": self.splits, "finished": self.finished}, file)
+            found = {"position": self.position, "splits": self.splits, "finished": self.finished}
+            json.dump(found | {"bad_files": self.config.bad_files}, file)
         self.unsaved = 0
 
     def seal(self) -> None:
@@ -145,9 +147,8 @@ def encode_part(part: Part, threads: int) -> None:
     for split in SPLITS:  # now, because a shard may have been cut to which nothing will be added
         if part.splits[split]["tokens"] % part.config.shard_tokens:
             part.open_files[split] = part.open_shard(split)
-    unit = (
-        {"unit": "shard"} if part.inputs and isinstance(part.inputs[0], HubShard) else {"unit": "B", "unit_scale": True}
-    )
+    in_shards = part.inputs and isinstance(part.inputs[0], HubShard)
+    unit = {"unit": "shard"} if in_shards else {"unit": "B", "unit_scale": True}
     before = list(itertools.accumulate((found.size for found in part.inputs), initial=0))  # bytes before each input
     bar = tqdm(total=before[-1], desc="encoding", disable=None, **unit)  # None: only on a terminal
     with bar, contextlib.closing(encoded_batches(part, threads)) as encoded:
