@@ -16,6 +16,7 @@ from plaingpt.files import check_writable, existing, holds_run, json_or_empty, n
 from plaingpt.hub import model_path, read_config
 from plaingpt.plan import check_memory
 from plaingpt.run_state import RunState, load_state
+from plaingpt.settings import named
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import TrainConfig
@@ -80,7 +81,7 @@ def check_change(config: TrainConfig, name: str, source: str, trained: object) -
     if fixed and (is_flag or (config.init_from == "auto" and not config.eval_only)):
         remedy = "leave it out" if is_flag else "choose another --out_dir"
         found = f"but the checkpoint was trained with {trained}"
-        raise UserError(f"{source}: {name}={value}, {found}; {remedy}, or start a new run: --init_from=scratch")
+        raise UserError(f"{named(source, name)}={value}, {found}; {remedy}, or start a new run: --init_from=scratch")
     if is_flag:
         note(f"changed on resume: {name}={value}, was {trained}")
     else:
@@ -157,7 +158,7 @@ def initial_model(
     for name in MODEL_SETTINGS:
         asked, found = getattr(config, name), getattr(model.config, name)
         if name in given and asked != found:
-            raise UserError(f"{given[name]}: {name}={asked}, but {source} has {found}")
+            raise UserError(f"{named(given[name], name)}={asked}, but {source} has {found}")
     check_tokenizer(config, data, tokenizer, source)
     return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in MODEL_SETTINGS})
 

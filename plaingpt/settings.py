@@ -61,12 +61,17 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     parsed = ((f"--{name}", name, _parse(text, hints.get(name))) for name, text in flags)
     for source, name, value in itertools.chain(recipes, parsed):
         if name in retired:
-            note((source if source == f"--{name}" else f"{source}: {name}") + f": {retired[name]}")
+            note(f"{named(source, name)}: {retired[name]}")
         elif name in hints:
             values[name], given[name] = check_value(name, value, hints[name], source), source
         else:
             raise UserError(_no_setting(name, source, hints))
     return cls(**values), given
+
+
+def named(source: str, name: str) -> str:
+    """A setting as messages name it: its flag, or the file that sets it and its name."""
+    return source if source in (name, f"--{name}") else f"{source}: {name}"
 
 
 def _split(argv: list[str], hints: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -145,8 +150,7 @@ def _parse(text: str, hint: Any) -> Any:
 
 def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     """`value` as the type that `hint` asks for. Raises UserError if it has another type or is out of range."""
-    allowed, source = _leaves(hint), source or name
-    setting = source if source in (name, f"--{name}") else f"{source}: {name}"
+    allowed, setting = _leaves(hint), named(source or name, name)
     if type(value) is int and float in allowed:
         value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) is float and int in allowed and value.is_integer():
