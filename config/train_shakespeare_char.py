@@ -1,4 +1,5 @@
-# Train a character-level GPT on Tiny Shakespeare, as in nanoGPT: half a minute on an H100, 1 to 7 hours on a CPU.
+# Train a character-level GPT on Tiny Shakespeare, as in nanoGPT: half a minute on an H100, an estimated 1 to 7 hours on
+# a CPU.
 #
 #   python prepare_data.py shakespeare_char
 #   python train.py config/train_shakespeare_char.py

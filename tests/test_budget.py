@@ -146,6 +146,8 @@ def test_short_runs_on_cuda_are_not_compiled(data):
 
     assert not compiled(9) and compiled(10)
     assert compiled(9, {"compile": True}) and not compiled(10, dist=DIST)
+    found = choose_settings(TrainConfig(minutes=9), {}, data, cuda, lambda *_: 1e6)
+    assert found.compile is False  # which recipe.py says, too
 
 
 def test_micro_batches_are_halved_until_they_fit(data):

@@ -5,6 +5,7 @@ from conftest import run_main
 
 from plaingpt.console import UserError
 from plaingpt.run import check_default
+from plaingpt.run_state import load_state
 from plaingpt.train_config import TrainConfig
 
 
@@ -49,3 +50,9 @@ def test_a_run_that_is_resumed_for_longer_has_the_learning_rate_it_had(tmp_path,
     resume(tmp_path / "run", max_iters=4)
     settings = (tmp_path / "run/last/training.json").read_text()
     assert f'"learning_rate": {before}' in settings
+
+
+def test_the_warmup_of_a_run_stays_when_it_is_resumed_for_longer(tmp_path, train, resume):
+    train(tmp_path / "run", max_iters=40, eval_interval=40)
+    resume(tmp_path / "run", max_iters=80)
+    assert load_state(tmp_path / "run" / "last")[0].settings["warmup_iters"] == 2  # derived again, it would be 4

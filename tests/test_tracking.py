@@ -59,6 +59,7 @@ def test_wandb_records_metrics_and_a_resumed_run_continues(tmp_path, train, resu
         assert config["n_embd"] == TINY["n_embd"] and config["learning_rate"] == (
             1e-3 if folder is folders[1] else 1e-2
         )
+        assert config["lr_decay_iters"] == config["max_iters"] and config["min_lr"] == 0  # not None
         histories = [
             {(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in record.history.item}
             for record in found
