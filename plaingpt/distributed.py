@@ -142,25 +142,25 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
 
     timeout: seconds that a process waits for another before it fails.
     """
-    # set by torchrun; other launchers may not set the last
-    names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    rank, local_rank, world_size, local_world_size = (int(os.environ.get(n) or one) for n, one in names.items())
+    # set by torchrun; other launchers may not set the last: 0
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 0}
+    rank, local_rank, world_size, local_world_size = (int(os.environ.get(n) or d) for n, d in defaults.items())
     if not 0 <= rank < world_size:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment: start processes with torchrun")
     chosen = _choose_device(device, local_rank, world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if chosen.type == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default
-        torch.set_num_threads(max(1, cores() // local_world_size))
     if world_size > 1:
         wait = timedelta(seconds=timeout)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = rendezvous_store(wait)
         torch_dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
     dist = Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size, local_world_size)
-    if "LOCAL_WORLD_SIZE" not in os.environ:
+    if not local_world_size:
         dist = dataclasses.replace(dist, local_world_size=dist.max(local_rank) + 1)
+    if chosen.type == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default
+        torch.set_num_threads(max(1, cores() // dist.local_world_size))
     return dist
 
 

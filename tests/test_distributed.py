@@ -156,6 +156,7 @@ def test_two_processes_sum_and_average_gradients_and_wait_for_the_work_of_one(tm
     script.write_text(
         "import os, time, torch\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
+        "from plaingpt.console import cores\n"
         "from plaingpt.distributed import connect\n"
         "from plaingpt.parallel import wrap\n"
         "def work(dist):\n"
@@ -173,9 +174,11 @@ def test_two_processes_sum_and_average_gradients_and_wait_for_the_work_of_one(tm
         "    sums = dist.sum(dist.rank + 1.5), dist.max(dist.rank), dist.all_equal(2), dist.all_equal(-dist.rank)\n"
         "    line = (dist.rank, dist.is_main, dist.world_size, *sums, gradient, same)\n"
         f"    open(rf'{tmp_path}/{{dist.rank}}', 'w').write(repr(line))\n"
-        "del os.environ['LOCAL_WORLD_SIZE']\n"  # not every launcher sets it
+        "os.environ['LOCAL_WORLD_SIZE'] = ''\n"  # not every launcher sets it
+        "if os.environ['RANK'] == '0':\n"
+        "    del os.environ['LOCAL_WORLD_SIZE']\n"
         "dist = connect('cpu', 'float32')\n"
-        "assert dist.local_world_size == 2\n"
+        "assert dist.local_world_size == 2 and torch.get_num_threads() == max(1, cores() // 2)\n"
         "work(dist)\n"
         "dist.close()\n"
     )
