@@ -71,3 +71,11 @@ def test_nanogpts_data_set_is_described(tmp_path):
     result = run_main("tools.inspect_data", tmp_path)
     assert result.status == 0 and "train: 2 documents, 4 tokens\n" in result.err, result.err
     assert "document 1, 2 tokens: " in result.err and "no checksums; ids are correct" in result.err
+
+
+def test_documents_are_counted_from_the_first_also_if_end_of_text_is_before_it(tmp_path):
+    for split in ("train", "val"):  # as in llm.c's data sets
+        np.array([50256, 300, 301, 50256, 302], np.uint16).tofile(tmp_path / f"{split}.bin")
+    result = run_main("tools.inspect_data", tmp_path)
+    assert "train: 2 documents, 5 tokens\n  document 1, 2 tokens: " in result.err
+    assert "document 2, 1 token: " in result.err and "document 3" not in result.err

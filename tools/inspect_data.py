@@ -56,10 +56,11 @@ def describe(split: str, tokens: Tokens, tokenizer: Tokenizer) -> None:
     documents = np.flatnonzero(lengths)  # end of text may stand before the first document, too
     n_bytes = f", {counted(tokens.n_bytes, 'byte')}" if tokens.n_bytes else ""  # unknown for nanoGPT's data sets
     note(f"{split}: {counted(len(documents), 'document')}, {counted(len(tokens), 'token')}{n_bytes}")
-    for i in documents[np.linspace(0, len(documents) - 1, min(SAMPLES, len(documents))).astype(int)]:
+    for n in np.linspace(0, len(documents) - 1, min(SAMPLES, len(documents))).astype(int):
+        i = documents[n]
         (ids,) = tokens.windows(starts[i : i + 1], min(int(lengths[i]), SAMPLE_TOKENS))
         text = repr(tokenizer.decode(ids.tolist()))
-        note(f"  document {i + 1:,}, {counted(lengths[i], 'token')}: {text}{' …' if len(ids) < lengths[i] else ''}")
+        note(f"  document {n + 1:,}, {counted(lengths[i], 'token')}: {text}{' …' if len(ids) < lengths[i] else ''}")
 
 
 if __name__ == "__main__":
