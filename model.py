@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     recompute = False  # activation checkpointing: the backward pass computes each block again
-    cross_entropy = staticmethod(F.cross_entropy)  # cpu.speed_up replaces it by one that overwrites the logits
+    cross_entropy = staticmethod(F.cross_entropy)  # cpu.speed_up replaces it with one that overwrites the logits
 
     def __init__(self, config: GPTConfig):
         super().__init__()

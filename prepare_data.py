@@ -21,7 +21,7 @@ from plaingpt.text.job import Job, prepare
 from plaingpt.text.sources import Source, find_source
 from plaingpt.tokenizer import resolve_tokenizer
 
-OWN = re.compile(r"(train|val)(_\d+)?\.bin|meta\.json|tokenizer(_config)?\.json|SHA256SUMS|\.DS_Store")
+DATA_SET_FILES = re.compile(r"(train|val)(_\d+)?\.bin|meta\.json|tokenizer(_config)?\.json|SHA256SUMS|\.DS_Store")
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     config = dataclasses.replace(config, val_fraction=config.val_fraction or source.val_fraction, bad_files=bad_files)
     job = Job(directory, source, config, kind, tokenizer, part, parts)
     if parts == 1 or not job.is_done():
-        check_replaced(directory, source, config.name)
+        check_replaceable(directory, source, config.name)
     try:
         meta = prepare(job, config.threads or cores())
     except OSError as error:
@@ -60,7 +60,7 @@ def directory_of(name: str, data_dir: str) -> Path:
     return Path(data_dir) / name
 
 
-def check_replaced(directory: Path, source: Source, name: str | None) -> None:
+def check_replaceable(directory: Path, source: Source, name: str | None) -> None:
     """UserError if `directory` exists and is no data set, has other files, or is from another source without --name."""
     if not os.path.lexists(directory):
         return
@@ -70,8 +70,8 @@ def check_replaced(directory: Path, source: Source, name: str | None) -> None:
     if name is None and (found.get("source") != source.description or source.once):
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
-    if others := [path.name for path in directory.glob("*") if not OWN.fullmatch(path.name)]:
-        raise UserError(f"{directory} would be replaced, with {others[0]} in it: move that, or choose another --name")
+    if others := [path.name for path in directory.glob("*") if not DATA_SET_FILES.fullmatch(path.name)]:
+        raise UserError(f"replacing {directory} would delete {others[0]}: move that, or choose another --name")
     note(f"will replace {directory} (tokenizer {found.get('tokenizer')}, vocabulary of {found.get('vocab_size')})")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import errors
 
 from model import GPT
-from plaingpt.batches import EvalBatches, TrainBatches, derive_seed
+from plaingpt.batches import EvalBatches, TrainBatches, check_length, derive_seed
 from plaingpt.budget import Deadline, choose_settings, extend_run
 from plaingpt.console import UserError, note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
@@ -37,20 +37,19 @@ from plaingpt.run import (
     resumed_settings,
     write_recipe,
 )
-from plaingpt.run_state import RunState, Saver, load_optimizers, read_best
+from plaingpt.run_state import RunState, Saver, load_optimizers
 from plaingpt.settings import load_settings
-from plaingpt.tokens import DataSet, open_data_set
+from plaingpt.tokens import DataSet, Tokens, open_data_set
 from plaingpt.train_config import TrainConfig
 
 
 class Run:
-    """Everything that the training loop needs, except its state. All ranks."""
+    """Everything that a training step needs. All ranks."""
 
-    def __init__(self, config: TrainConfig, data: DataSet, raw_model: GPT, eval_sequences: int, dist: Distributed):
-        self.config, self.data, self.raw_model, self.dist = config, data, raw_model, dist
+    def __init__(self, config: TrainConfig, tokens: Tokens, raw_model: GPT, dist: Distributed):
+        self.config, self.raw_model, self.dist = config, raw_model, dist
         sequences = config.gradient_accumulation_steps * config.batch_size
-        self.train_batches = TrainBatches(data.train, config.block_size, sequences, config.seed)
-        self.eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, eval_sequences)
+        self.batches = TrainBatches(tokens, config.block_size, sequences, config.seed)
         # the same model, replicated or sharded, and compiled
         self.model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
         betas = (config.beta1, config.beta2)
@@ -66,7 +65,7 @@ class Run:
         self.gradients = []  # tensors to which CUDA graphs add gradients; empty without graphs
         if uses_graphs(config, dist, raw_model):
             self.micro_step = Captured(self.micro_step)
-            self.update = Captured(self.update, after=self.micro_step)
+            self.update = Captured(self.update, pool_of=self.micro_step)
             self.gradients = [torch.zeros_like(p) for p in self.parameters]
 
 
@@ -96,11 +95,12 @@ def train_step(
 ) -> tuple[Tensor, Tensor] | None:
     """One training step. Returns the mean loss of this rank's micro-batches and the gradients' norm, on the device.
 
-    If `stop` is set before a micro-step, drops the gradients and returns None. micro_steps: how many to do instead of
-    the configured number, for timing. All ranks.
+    If `stop` is set before a micro-step, drops the gradients and returns None. micro_steps: how many to do in each
+    process instead of the configured number, for timing. All ranks.
     """
     config, dist = run.config, run.dist
     micro_steps = micro_steps or dist.per_process(config.gradient_accumulation_steps)
+    # `Captured` makes a graph for each number among its arguments, so `count` and the learning rate are tensors.
     total, count = torch.zeros((), device=dist.device), torch.full((), float(micro_steps), device=dist.device)
     if run.gradients:
         torch._foreach_zero_(run.gradients)
@@ -111,7 +111,7 @@ def train_step(
             clear_gradients(run.parameters)
             return None
         index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in a step
-        inputs, targets = dist.to_device(*run.train_batches.micro_batch(step, index, config.batch_size))
+        inputs, targets = dist.to_device(*run.batches.micro_batch(step, index, config.batch_size))
         torch.manual_seed(derive_seed(config.seed, step, index))  # dropout: no random state has to be saved
         set_gradient_sync(run.model, last=i == micro_steps - 1)
         total += run.micro_step(inputs, targets, count)
@@ -119,22 +119,24 @@ def train_step(
     return total, run.update(torch.full((), lr, device=dist.device) if run.gradients else lr)
 
 
-def train(run: Run, state: RunState, out_dir: Path) -> int:
+def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, out_dir: Path) -> int:
     """The training loop: evaluate, save, step, log. All ranks. Returns the exit status."""
     config, dist, start = run.config, run.dist, state.step
-    metrics = Metrics(out_dir, dist.is_main, start or None)
-    metrics.track(state.settings | {"lr_decay_iters": config.decay_steps, "min_lr": config.final_lr})
-    saver = Saver(out_dir, state, run.raw_model, run.optimizers, run.data.tokenizer, dist)
+    metrics = Metrics(out_dir, dist.is_main, resumed_from=start or None)
+    # The values of these two are for W&B: in a checkpoint, None follows a new max_iters or learning_rate.
+    metrics.track(state.settings | {"lr_decay_iters": config.decay_end, "min_lr": config.final_lr})
+    saver = Saver(out_dir, state, run.raw_model, run.optimizers, data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
-    deadline = Deadline(config, state, dist, watch, len(run.data.train))
+    deadline = Deadline(config, state, dist, watch, len(data.train))
     if config.minutes and not start and dist.is_main:
         write_recipe(config)
-    stop, stopping, paused_at = StopSignal(), 0, None  # the step of the last evaluation or save
+    stop, stopping = StopSignal(), 0  # stopping: the number of a signal that some rank received; equal on all ranks
+    paused_at = None  # the step of the last evaluation or save, which a stop must not repeat
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
         step = state.step
-        config = run.config = deadline.corrected(config)
+        config = run.config = deadline.corrected(config)  # changes under --minutes only
         due = step == config.max_iters or step % config.eval_interval == 0
         evaluating = due and step != state.evaluated_at
         keeping = step > start and config.keep_every > 0 and step % config.keep_every == 0
@@ -144,17 +146,17 @@ def train(run: Run, state: RunState, out_dir: Path) -> int:
             watch.pause()
             gc.collect()
             state.skipped = skipped.total(step)
-            if evaluating and (val_loss := evaluate(run.model, run.eval_batches, dist, stop)) is not None:
+            if evaluating and (val_loss := evaluate(run.model, eval_batches, dist, stop)) is not None:
                 state.evaluated_at = step
-                bpb = bits_per_byte(val_loss, run.data.val)
+                bpb = bits_per_byte(val_loss, data.val)
                 metrics.write(step=step, tokens=step * config.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
-                note(f"step {step}: {describe_loss(val_loss, run.data)}")
+                note(f"step {step}: {describe_loss(val_loss, data)}")
             if step > start or (step and val_loss is not None):
                 state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
-                saver.save(val_loss, keeping)
+                saver.save(val_loss, keeping)  # also counts evaluations_since_lowest
             metrics.draw()
             if val_loss is not None and config.sample_tokens:
-                text = sample_text(run.raw_model, run.data, config.sample_tokens, dist, seed=step)
+                text = sample_text(run.raw_model, data, config.sample_tokens, dist, seed=step)
                 note("sample:\n  " + text.replace("\n", "\n  "))
         if step >= config.max_iters or stopping or 0 < config.patience <= state.evaluations_since_lowest:
             break
@@ -195,8 +197,9 @@ def log(
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
     """Training speed with the settings of `config`, not compiled, measured for that many seconds. All ranks."""
     shape, config = new_shape(config, data), dataclasses.replace(config, compile=False)
+    check_length(data.val, config.block_size, "val")
     check_memory(config, dist, shape)
-    run = Run(config, data, GPT(shape), 1, dist)
+    run = Run(config, data.train, GPT(shape), dist)
     warmups = 2 if run.gradients else 1  # the first one allocates; the second one captures a graph
     per_step = step_seconds(config, dist, lambda n: train_step(run, 0, micro_steps=n), warmups, limit=seconds)
     mean = dist.sum(per_step / dist.world_size)
@@ -212,7 +215,7 @@ def start_run(
     run is resumed from, if it is.
     """
     choosing = config.minutes and not checkpoint and not config.eval_only
-    if not (config.eval_only or (choosing and "gradient_accumulation_steps" not in given)):
+    if not config.eval_only and (not choosing or "gradient_accumulation_steps" in given):
         dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
     if not dist.all_equal(state.step):
         raise UserError(f"{config.out_dir} differs between processes: it must be on a disk that all nodes share")
@@ -224,21 +227,18 @@ def start_run(
     if choosing:
         config = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
-    # These two stay if the run is extended; the decay then ends later.
+    # These two may follow from max_iters; as numbers, they stay if the run is extended.
     config = dataclasses.replace(config, learning_rate=config.peak_lr, warmup_iters=config.warmup_steps)
     sequences = state.eval_sequences
     if sequences is None or "eval_iters" in given:
         sequences = config.eval_iters * config.batch_size
-    same_evaluations = (state.data, state.eval_sequences) == (data.digest, sequences)
-    state.data, state.eval_sequences = data.digest, sequences
-    if not (same_evaluations and read_best(Path(config.out_dir), state)):
-        state.forget_evaluations()
+    state.set_evaluation(data.digest, sequences, Path(config.out_dir))
+    eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, sequences)
     if config.eval_only:
         model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
-        batches = EvalBatches(data.val, config.block_size, config.batch_size, sequences)
-        note(describe_loss(evaluate(model, batches, dist), data))
+        note(describe_loss(evaluate(model, eval_batches, dist), data))
         return 0
-    run = Run(config, data, raw_model, sequences, dist)
+    run = Run(config, data.train, raw_model, dist)
     announce(config, dist, raw_model, len(data.train))
     if state.step < config.max_iters:
         config.check_schedule()
@@ -254,7 +254,7 @@ def start_run(
     elif dist.is_main:
         set_aside(Path(config.out_dir))
     state.settings = dataclasses.asdict(config)
-    return train(run, state, Path(config.out_dir))
+    return train(run, state, data, eval_batches, Path(config.out_dir))
 
 
 def main() -> int:

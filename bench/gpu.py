@@ -38,7 +38,7 @@ from model import GPT, IGNORED, GPTConfig
 from plaingpt.console import run_script
 from plaingpt.distributed import Distributed, connect
 from plaingpt.generate import Batch, Decoder, Sampling
-from plaingpt.optimizer import MATRICES_AT_ONCE, SkippedSteps, apply_gradients, make_optimizers
+from plaingpt.optimizer import ELEMENTS_AT_ONCE, SkippedSteps, apply_gradients, make_optimizers
 from plaingpt.parallel import wrap
 from plaingpt.run import MODEL_SETTINGS, new_shape
 from plaingpt.settings import load_settings
@@ -76,7 +76,7 @@ def memory(
         copies = 8 * embeddings + 4 * of_block
     else:
         copies = 2 * (embeddings + of_block if recompute and compiled else parameters)
-    muon = 22 * min(MATRICES_AT_ONCE, 4 * c.n_embd**2 * c.n_layer) / shards if optimizer == "muon" else 0
+    muon = 22 * min(ELEMENTS_AT_ONCE, 4 * c.n_embd**2 * c.n_layer) / shards if optimizer == "muon" else 0
     parts |= {"16-bit copies": copies, "activations": max(activations, muon - copies)}
     # Gradients are allocated where the logits were, which then need new space: the allocator does not move blocks.
     unused = (0.08 if recompute else 0.04) * sum(parts.values()) + (1.4 * logits if compiled else 0)
@@ -261,7 +261,7 @@ def random_tokens(folder: Path) -> Path:
 def updates(config: TrainConfig, model: GPT, dist: Distributed) -> Callable[[int], None]:
     """update(micro_steps), as train.py makes it."""
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(config, open_data_set(random_tokens(Path(folder) / "random")), model, 1, dist)
+        run = Run(config, open_data_set(random_tokens(Path(folder) / "random")).train, model, dist)
     skipped = SkippedSteps(0, dist.device)
 
     def update(micro_steps: int) -> None:
@@ -316,7 +316,7 @@ def small_steps(bench: Bench) -> None:
     for name in ("graphs", "kernel by kernel"):
         torch.manual_seed(0)
         model = GPT(new_shape(config, data))
-        run = Run(config, data, model, 1, bench.dist)
+        run = Run(config, data.train, model, bench.dist)
         if run.gradients and name != "graphs":
             run.gradients, run.micro_step, run.update = [], run.micro_step.function, run.update.function
         for step in range(5):

@@ -29,8 +29,7 @@ from model import GPT, GPTConfig
 from plaingpt.console import UserError, run_script
 from plaingpt.distributed import Distributed, connect
 from plaingpt.settings import PathName, Positive, PositiveInt, load_settings
-from plaingpt.tokenizer import gpt2
-from plaingpt.tokens import DataSet, Tokens
+from plaingpt.tokens import Tokens
 from train import Run, TrainConfig, train_step
 
 CONTESTANTS = ("nanogpt", "transformers-fp32", "transformers-bf16", "ours-adamw", "ours-muon")
@@ -73,7 +72,7 @@ def ours(work: Work, dist: Distributed, options: list[str]) -> Callable[[int], N
     )
     tokens = Tokens([np.memmap(work.tokens, np.uint16, "r")])
     model = GPT(GPTConfig(vocab_size=work.vocab_size, bias=False, **work.shape))
-    run = Run(config, DataSet(tokens, tokens, gpt2(), ""), model, 1, dist)
+    run = Run(config, tokens, model, dist)
     return lambda step: train_step(run, step)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
+from plaingpt.batches import EvalBatches
 from plaingpt.console import note, run_script
 from plaingpt.distributed import connect
 from plaingpt.evaluate import evaluate
@@ -74,7 +75,8 @@ def train_once(config: TrainConfig) -> dict:
     torch.manual_seed(config.seed)
     shape = dict(block_size=config.block_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     model = GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, dropout=config.dropout, bias=False, **shape))
-    run, started = Run(config, data, model, 512, dist), time.perf_counter()
+    eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, 512)
+    run, started = Run(config, data.train, model, dist), time.perf_counter()
     for step in range(config.max_iters):
         loss, _ = train_step(run, step)
     loss.item()
@@ -85,7 +87,7 @@ def train_once(config: TrainConfig) -> dict:
         tokens=tokens,
         epochs=round(tokens / len(data.train), 3),
         seconds=round(seconds, 2),
-        val_loss=round(evaluate(run.model, run.eval_batches, dist), 5),
+        val_loss=round(evaluate(run.model, eval_batches, dist), 5),
     )
 
 

@@ -17,7 +17,7 @@ from plaingpt.tokens import Tokens
 
 
 def derive_seed(*numbers: int) -> int:
-    """A 63-bit hash of integers: an independent random seed for each (seed, purpose, index)."""
+    """A 63-bit hash of integers, as a random seed: of (seed, epoch), say, or of (seed, step, micro-batch)."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
 
 

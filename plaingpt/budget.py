@@ -23,9 +23,9 @@ SEQUENCES_PER_STEP = 32
 TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of few epochs, and in longer ones
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
-EVALUATION_SHARE = 0.03  # tokens of an evaluation, of all training tokens: 1% of the time
+EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the training tokens: 1% of the time
 CLOSE = 1.06  # ratio of predicted losses; if a model is timed 25% too slow, its predicted loss is at most 6% too high
-STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # follow from the time
+STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # chosen by --minutes, so refused as flags
 
 # Tokens per second of training that many seconds with these settings; UserError if the model does not fit in memory
 Measure = Callable[[TrainConfig, float], float]
@@ -55,10 +55,11 @@ def choose_settings(
     check_flags(given)
     if dist.device.type == "cuda" and config.minutes < 10:
         config = unless_given(config, given, compile=False)  # compiling takes up to half a minute
-    seconds = agreed_time_left(config.minutes, dist)
+    seconds = TRAINING_SHARE * agreed_time_left(config.minutes, dist)
     timed = time_candidates(config, given, seconds, data, dist, measure)
-    best = min(timed, key=lambda c: predicted_loss(c, timed[c] * seconds * TRAINING_SHARE, len(data.train)))
-    config = with_schedule(best, given, timed[best] * agreed_time_left(config.minutes, dist) * TRAINING_SHARE, data)
+    best = min(timed, key=lambda c: predicted_loss(c, timed[c] * seconds, len(data.train)))
+    seconds = TRAINING_SHARE * agreed_time_left(config.minutes, dist)  # without those that timing took
+    config = with_schedule(best, given, timed[best] * seconds, data)
     tried = "; ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())
     note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
     chosen = f"block_size {config.block_size}, learning_rate {config.peak_lr:g}, weight_decay {config.weight_decay:g}"
@@ -70,15 +71,15 @@ def choose_settings(
 def time_candidates(
     config: TrainConfig, given: dict[str, str], seconds: float, data: DataSet, dist: Distributed, measure: Measure
 ) -> dict[TrainConfig, float]:
-    """Models with their batches and their tokens per second, until larger ones are worse or time is short."""
-    period, timed, tokens = min(0.5, seconds / 100), {}, 3e6  # tokens: a guess; then, those of the previous model
+    """Tokens per second of candidates, until larger ones look worse or time is short. seconds: of training."""
+    period = min(0.5, 0.01 * seconds / TRAINING_SHARE)  # of one timing: 1% of the time
+    timed, tokens = {}, 3e6  # tokens that the last candidate could train on; at first, a guess
 
     def late() -> bool:
-        return agreed_time_left(config.minutes, dist) < 0.75 * seconds
+        return TRAINING_SHARE * agreed_time_left(config.minutes, dist) < 0.75 * seconds
 
     def promising() -> list[TrainConfig]:
-        text = len(data.train)
-        losses = {c: predicted_loss(c, rate * seconds * TRAINING_SHARE, text) for c, rate in timed.items()}
+        losses = {c: predicted_loss(c, rate * seconds, len(data.train)) for c, rate in timed.items()}
         return [candidate for candidate, loss in losses.items() if loss < CLOSE * min(losses.values())]
 
     def speed(candidate: TrainConfig) -> float:
@@ -91,20 +92,24 @@ def time_candidates(
                 raise
             return 0.0
 
+    def fitting(candidate: TrainConfig) -> tuple[TrainConfig, float]:
+        """`candidate`, its micro-steps halved until they fit in memory, and its speed."""
+        while not (rate := speed(candidate)) and (smaller := halved(candidate, given)):
+            candidate = smaller
+        return candidate, rate
+
     for candidate in candidates(config, given, data, dist):
         if timed and block_parameters(candidate) > 12 * len(data.train):
             break  # it would memorize the text
-        for _ in range(2):  # the batch follows from the speed, and changes it
-            wanted = fitting = with_batch(candidate, given, tokens, data, dist)
-            while not (rate := speed(fitting)) and (smaller := halved(fitting, given)):
-                fitting = smaller
-            tokens = rate * seconds * TRAINING_SHARE
-            if not rate or late() or with_batch(candidate, given, tokens, data, dist) == wanted:
-                break
+        first = with_batch(candidate, given, tokens, data, dist)
+        fitted, rate = fitting(first)
+        if rate and not late():  # the batch follows from the speed, and changes it
+            second = with_batch(candidate, given, rate * seconds, data, dist)
+            fitted, rate = fitting(second) if second != first else (fitted, rate)
         if not rate:
             break  # larger models need more memory still
-        timed[fitting] = rate
-        if late() or fitting not in promising():
+        timed[fitted], tokens = rate, rate * seconds
+        if late() or fitted not in promising():
             break
     for candidate in promising():
         if not late():  # in a slow second, a model looked slower than it is
@@ -145,7 +150,7 @@ def unless_given(config: TrainConfig, given: Collection[str], **chosen) -> Train
 def with_batch(
     config: TrainConfig, given: dict[str, str], tokens: float, data: DataSet, dist: Distributed
 ) -> TrainConfig:
-    """More tokens to train on allow a longer context, 128 for 3 million, 1,024 for a billion, and larger steps."""
+    """`config` with the batch for that many training tokens: its context is 128 for 3 million, 1,024 for a billion."""
     longest = min(len(data.train), len(data.val)) - 1
     block = max(64, 2 ** round(math.log2(64 * (tokens / 1e6) ** 0.4)))
     if config.is_new_model:
@@ -156,24 +161,24 @@ def with_batch(
 
 
 def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, data: DataSet) -> TrainConfig:
-    """What follows from the model and the number of tokens to train on. Intervals are kept only if flags give them."""
+    """`config` with what follows from the number of training tokens. Intervals are kept only if flags give them."""
     steps = int(tokens / config.tokens_per_step)
     if steps < 2:
         raise UserError(
             f"--minutes={config.minutes:g} is too short for two steps of {config.tokens_per_step:,} tokens: give more "
             "time, or a smaller --batch_size or --gradient_accumulation_steps"
         )
-    rate = muon_learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
+    lr = muon_learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
     epochs = tokens / len(data.train)
-    # With this rate, weights are an average of the updates of the last 1 / (rate * weight_decay) steps. About an epoch
-    # of them, or fewer in a shorter run, beats the usual decay of 0.1 (Wang and Aitchison 2024; docs/scaling.md).
+    # With this learning rate, weights are an average of the updates of the last 1 / (lr * weight_decay) steps. About an
+    # epoch of them, or fewer in a shorter run, beats the usual decay of 0.1 (Wang and Aitchison 2024; docs/scaling.md).
     averaged = max(50, steps / (1 + epochs))
     evaluations = MORE_EVALUATIONS if epochs > FEW_EPOCHS else EVALUATIONS
     evaluations = max(evaluations, math.ceil(config.minutes / 15))  # each saves: a kill loses at most 15 minutes
     sequences = int(EVALUATION_SHARE * min(1, MORE_EVALUATIONS / evaluations) * tokens / config.block_size)
     chosen = dict(
-        learning_rate=rate if config.is_new_model else float(f"{rate / 3:.2g}"),
-        weight_decay=float(f"{1 / (rate * averaged):.2g}") if config.is_new_model else config.weight_decay,
+        learning_rate=lr if config.is_new_model else float(f"{lr / 3:.2g}"),
+        weight_decay=float(f"{1 / (lr * averaged):.2g}") if config.is_new_model else config.weight_decay,
         momentum=0.85 if steps < 500 else 0.95,
         # In narrow models and shorter runs, dropout costs more than the overfitting that it prevents.
         dropout=0.2 if epochs > 40 and config.n_embd >= 384 else config.dropout,
@@ -217,20 +222,22 @@ def agreed_time_left(minutes: float, dist: Distributed) -> float:
 
 
 class Deadline:
-    """Makes a run with --minutes end in time: corrects the number of steps once, at the end of the warmup.
+    """Makes a run with --minutes end in time, by correcting the number of steps.
 
-    Until then, learning rates do not depend on it (from 40 steps on), so a run of the corrected recipe is the same from
-    its first step on. At evaluations, and four times as often before the last one, the number is corrected
-    again if the run would miss its time by 2%. If two evaluations in a row find no lower loss after a few epochs of a
-    new run, the learning rate drops and decays within an eighth of the steps made so far, and it ends.
+    The first correction comes after 5% of the steps, when the warmup of a new run ends. Until then, learning rates do
+    not depend on the number of steps (if there are at least 40), so the corrected recipe trains the same model from its
+    first step on. After that, the number is corrected if the run would miss its time by 2%; this is checked at each
+    evaluation, and four times as often after the last but one. If two evaluations in a row find no lower loss after a
+    few epochs of a new run, the run ends early: the learning rate drops, and decays within an eighth of the steps made
+    so far.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch, epoch_tokens: int):
         self.state, self.dist, self.watch, self.start = state, dist, watch, state.step
         steps = config.max_iters - state.step
         self.measured_from = state.step + max(1, steps // 40)  # the steps before it include compilation
-        self.warmup_end = state.step + max(2, steps // 20)
-        self.few_steps = max(FEW_EPOCHS * epoch_tokens / config.tokens_per_step, self.warmup_end)
+        self.first_correction = state.step + max(2, steps // 20)
+        self.few_steps = max(FEW_EPOCHS * epoch_tokens / config.tokens_per_step, self.first_correction)
         self.last = state.step, watch.seconds, time.monotonic()  # when speed was last measured
         self.evaluation_seconds, self.ending = 0.0, False  # of one evaluation, with its save
 
@@ -245,29 +252,29 @@ class Deadline:
             return self.with_steps(config, min(step + math.ceil(step / 8), config.max_iters))
         # After the last evaluation but one, nothing else would correct a change of speed.
         often = 4 if config.max_iters - step < config.eval_interval else 1
-        due = step > self.warmup_end and step % max(1, config.eval_interval // often) == 0
-        if step == self.last[0] or not (due or step in (self.measured_from, self.warmup_end)):
+        due = step > self.first_correction and step % max(1, config.eval_interval // often) == 0
+        if step == self.last[0] or not (due or step in (self.measured_from, self.first_correction)):
             return config
         per_step = self.seconds_per_step(config)
-        if step == self.measured_from:
+        if step == self.measured_from:  # only starts the measurement, after compilation
             return config
         steps = step + max(1, int(self.seconds_for_steps(config) / per_step))
         misses_time = abs(steps - config.max_iters) * per_step > 0.02 * 60 * config.minutes
-        decided = self.dist.is_main and (step == self.warmup_end or misses_time)
+        decided = self.dist.is_main and (step == self.first_correction or misses_time)
         steps = self.dist.max(steps if decided else 0)  # the main process decides
         return self.with_steps(config, steps) if steps else config
 
     def seconds_per_step(self, config: TrainConfig) -> float:
-        """Since the last measurement, with a step's share of the evaluations, of which one is timed if it can be."""
+        """Since the last measurement, plus a step's share of an evaluation with its save, once one has been timed."""
         self.dist.synchronize()
-        (last_step, last_seconds, last_time), step = self.last, self.state.step
-        self.last = step, self.watch.seconds, time.monotonic()
-        trained, passed = self.last[1] - last_seconds, self.last[2] - last_time
-        # The first evaluation is slow on a GPU, or was made before a resume.
-        first = last_step == self.start and (self.start or self.dist.device.type == "cuda")
-        if self.state.evaluated_at == last_step and not first:
+        before, self.last = self.last, (self.state.step, self.watch.seconds, time.monotonic())
+        steps, trained, passed = (new - old for new, old in zip(self.last, before))
+        # This runs before a step's evaluation, so `passed` has that of step before[0], if any. The first one does not
+        # count: it is slow on a GPU, or was made before a resume.
+        first = before[0] == self.start and (self.start or self.dist.device.type == "cuda")
+        if self.state.evaluated_at == before[0] and not first:
             self.evaluation_seconds = passed - trained
-        return trained / (step - last_step) + self.evaluation_seconds / config.eval_interval
+        return trained / steps + self.evaluation_seconds / config.eval_interval
 
     def seconds_for_steps(self, config: TrainConfig) -> float:
         """What is left of the time, without the evaluations that `seconds_per_step` does not include."""
@@ -280,11 +287,10 @@ class Deadline:
 
     def with_steps(self, config: TrainConfig, steps: int) -> TrainConfig:
         """`config` with another number of steps, also in the state and, unless the run was resumed, in the recipe."""
-        changed = dict(max_iters=steps)
         if steps != config.max_iters:
             note(f"corrected the number of steps to {steps:,}")
-        self.state.settings = self.state.settings | changed  # a save may still read the old ones
-        config = dataclasses.replace(config, **changed)
+        self.state.settings = self.state.settings | {"max_iters": steps}  # a save may still read the old dictionary
+        config = dataclasses.replace(config, max_iters=steps)
         if self.dist.is_main and self.start == 0:
             write_recipe(config)
         return config

@@ -123,8 +123,8 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
                 sums.result()  # a failed checksum explains more than the error that it caused
 
 
-def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
-    """The configuration with as many embedding rows as there are ids: what has no token is never predicted."""
+def _config_for(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
+    """The configuration with the tokenizer's vocabulary: embedding rows that no token uses are dropped."""
     if tokenizer.vocab_size > config.vocab_size:
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         raise UserError(f"{source}: {problem}; remove the added tokens, or resize the embedding in transformers")
@@ -133,7 +133,7 @@ def _cropped(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPT
     return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
 
 
-def _in_memory(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+def _fp32_copy(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     """A copy of the parameter in fp32; `wte` gets its padding here, so that it is copied only once.
 
     Raises UserError if it has too few rows, or numbers that are not finite.
@@ -153,14 +153,14 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
     files = shards if shards and not (directory / "model.safetensors").exists() else ["model.safetensors"]
     if files == shards and len(shards) != (wanted := int(re.search(r"of-(\d+)", shards[0])[1])):
         raise UserError(f"{directory} has {len(shards)} of the {wanted} files of the weights")
-    config, weights = _cropped(directory, config, tokenizer), {}
+    config, weights = _config_for(directory, config, tokenizer), {}
     for file in files:
         with open_tensors(directory / file) as tensors:
             for theirs in tensors.keys():  # noqa: SIM118 (not a dictionary)
                 if theirs.endswith((".attn.bias", ".attn.masked_bias")) or theirs == "lm_head.weight":
                     continue  # the causal mask in old files, and the tied head
                 name, tensor = f"transformer.{theirs.removeprefix('transformer.')}", tensors.get_tensor(theirs)
-                weights[name] = _in_memory(directory, name, tensor.mT if name.endswith(TRANSPOSED) else tensor, config)
+                weights[name] = _fp32_copy(directory, name, tensor.mT if name.endswith(TRANSPOSED) else tensor, config)
     if config.bias:
         return config, weights
     biases = [name for name in weights if name.endswith("bias")]
@@ -192,7 +192,7 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
         config = dataclasses.replace(config, vocab_size=gpt2().vocab_size)
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
         names = [name for name in tensors if name != "lm_head.weight" and not name.endswith(".attn.bias")]
-        return config, {name: _in_memory(path, name, tensors[name], config) for name in names}, gpt2()
+        return config, {name: _fp32_copy(path, name, tensors[name], config) for name in names}, gpt2()
     except UserError:
         raise
     except Exception as error:  # torch's messages advise to read it unsafely

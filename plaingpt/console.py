@@ -48,7 +48,7 @@ def run_script(main: Callable[[], int | None], less_memory: str = "--batch_size"
         line = escaped(f"{script}: {message}").replace("\n", " ")
         with contextlib.suppress(OSError):  # a closed terminal
             print(line, file=sys.stderr)
-        _report_to_torchrun(line, first=status == 2)
+        _report_to_torchrun(line, is_cause=status == 2)
         sys.exit(status)
 
 
@@ -76,13 +76,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or bool(NO_MEMORY.search(str(error)))
 
 
-def _report_to_torchrun(line: str, first: bool) -> None:
+def _report_to_torchrun(line: str, is_cause: bool) -> None:
     """Make torchrun end with `line` instead of the traceback that torch's `record` has written.
 
-    first: errors of other processes in the same second follow from this one.
+    is_cause: date it a second earlier than errors of other processes, which follow from it.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()) - first)}}}
+        report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()) - is_cause)}}}
         with contextlib.suppress(OSError):
             with open(f"{path}.new", "w") as file:
                 json.dump(report, file)

@@ -24,7 +24,7 @@ LOGITS_AT_ONCE_GPU = 1 << 26
 
 
 def speed_up(model: GPT) -> None:
-    """Replace dropout and attention by versions that are faster on CPUs, and the loss by one that needs less memory.
+    """Replace dropout and attention with versions that are faster on CPUs, the loss with one that needs less memory.
 
     Under torch.compile, and on other devices, dropout and attention stay torch's.
     """

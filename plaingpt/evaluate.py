@@ -54,8 +54,9 @@ def sample_text(model: GPT, data: DataSet, length: int, dist: Distributed, seed:
             model = model_with(model.config, weights).to(dist.device, dist.dtype)
     if not dist.is_main:
         return ""
-    prompt, generator = [int(next(iter(data.val.all()))[0])], torch.Generator().manual_seed(seed)
+    prompt = [int(next(iter(data.val.all()))[0])]
+    generator, end = torch.Generator().manual_seed(seed), data.tokenizer.end_of_text
     model.eval()
-    new = list(model.generate(prompt, length, 0.8, 200, data.tokenizer.end_of_text, generator))
+    new = list(model.generate(prompt, length, temperature=0.8, top_k=200, end_of_text=end, generator=generator))
     model.train()
     return data.tokenizer.decode([*prompt, *new])

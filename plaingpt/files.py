@@ -43,6 +43,7 @@ def new_file(path: Path, mode: str = "w") -> Iterator[IO]:
             temporary.unlink()
         if not isinstance(error, OSError) or error.filename not in (None, str(temporary)):
             raise
+        # the error names `path`, not the temporary file
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
 
@@ -162,10 +163,7 @@ def rename_aside(path: Path) -> Path:
 
 
 def check_sums(directory: Path) -> None:
-    """Compare the files with SHA256SUMS, if there is one; UserError if a file is missing or was changed.
-
-    It leaves out token files, which can be huge and have their checksums in meta.json, and UNCHECKED files.
-    """
+    """Compare the files with SHA256SUMS, if there is one; UserError if a file is missing or was changed."""
     sums = directory / SUMS
     if not sums.is_file():
         return  # a directory that another tool made

@@ -48,7 +48,7 @@ class Decoder:
 
     def __init__(self, model: GPT, dtype: torch.dtype):
         self.model, self.config, self.device = model.eval(), model.config, model.padding.device
-        self.on_cuda = self.device.type == "cuda"  # where steps have few shapes: each can be captured as a graph
+        self.on_cuda = self.device.type == "cuda"
         self.draw_device = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
         # On a CPU attention in bfloat16 is slower than in float32.
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else dtype
@@ -108,28 +108,28 @@ class Batch:
         shape = (c.n_layer, 2, B, c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
         self.cache = torch.zeros(shape, dtype=decoder.cache_dtype, device=decoder.device)
         self.last_ids = torch.zeros(B, dtype=torch.int64, device=decoder.device)  # of each row
-        # Of each row: the position of its last id, and the bits of a random float64
+        # Of each row: the position of its last id, and the bits of a random float64. One tensor: one upload per step
         self.inputs = torch.zeros(2, B, dtype=torch.int64, device=decoder.device)
         # A strong reference would make a cycle, which keeps the cache until Python's collector finds it
         self.next_ids = functools.partial(Batch._next_ids, weakref.proxy(self))
         if decoder.on_cuda and graphs_work():
             self.next_ids = Captured(self.next_ids)  # one launch in place of 200
         self.steps_left = max_new_tokens  # to start
-        self.started = None  # a step: its texts' numbers, their next ids, and what to wait for before those are read
+        self.in_flight = None  # what `_start` returned for the step that is running
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
-        """(number, next token) of each text that has not ended."""
-        if not self.started:
+        """(i, next token) of each text `i` that has not ended."""
+        if not self.in_flight:
             self._read()
-            self.started = self._start()
-        numbers, ids, ready = self.started
-        full = any(self.lengths[i] == self.decoder.config.block_size for i in self.rows)
+            self.in_flight = self._start()
+        indices, ids, ready = self.in_flight
+        full = any(self.lengths[i] == self.decoder.config.block_size for i in self.rows)  # `_read` has to shorten it
         ahead = self.decoder.on_cuda and self.steps_left > 0 and not full  # so the GPU does not wait for Python
-        self.started = self._start() if ahead else None
+        self.in_flight = self._start() if ahead else None
         if ready:
             ready.synchronize()
-        new = [(i, token) for i, token in zip(numbers, ids.tolist()) if i in self.rows]
+        new = [(i, token) for i, token in zip(indices, ids.tolist()) if i in self.rows]
         for i, token in new:
             self.texts[i].append(token)
         return new
@@ -160,7 +160,7 @@ class Batch:
             self.decoder.read(ids, self.cache)
 
     def _start(self) -> tuple[list[int], Tensor, torch.cuda.Event | None]:
-        """Start a step: its texts' numbers, their next ids, and what to wait for before those are read."""
+        """Start a step: the indices of its texts, their next ids, and what to wait for before those are read."""
         ids, ready = self.next_ids(*self._prepare()).to("cpu", non_blocking=True, copy=True), None
         if self.inputs.is_cuda:
             ready = torch.cuda.Event()
@@ -180,7 +180,7 @@ class Batch:
         for i in self.rows:
             self.lengths[i] += 1
         length = max(self.lengths[i] for i in self.rows)
-        if self.decoder.on_cuda:  # powers of two
+        if self.decoder.on_cuda:  # rounded up to powers of two, because a graph is captured for each shape
             n, length = (1 << (x - 1).bit_length() for x in (n, max(256, length)))
         return min(n, len(self.texts)), min(length, self.cache.size(-2))
 
@@ -229,7 +229,7 @@ def layers(cache: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 
 
 def masked_attention(cache: Tensor, positions: Tensor, length: int) -> Callable[[int, Tensor], Tensor]:
-    """Attention of all rows together to the first `length` positions; a mask hides those beyond a row's own (B, 1).
+    """Attention of all rows together to the first `length` positions; a mask hides those beyond `positions`, (B, 1).
 
     On CUDA, torch's fused attention reads all keys of a head in one thread block: three times slower for 1,024 keys.
     """

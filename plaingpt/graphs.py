@@ -15,12 +15,12 @@ class Captured:
     function: takes tensors, of which only the values may differ between calls, and numbers. It returns a tensor, which
     the next call overwrites. Everything else that it reads or changes on the device must keep its address.
 
-    after: another `Captured`, which never runs at the same time: both use one memory pool.
+    pool_of: another `Captured`, which never runs at the same time: both use one memory pool.
     """
 
-    def __init__(self, function: Callable[..., Tensor], after: "Captured | None" = None):
-        self.function, self.after = function, after
-        self.graphs, self.pool = {}, None  # graphs: None after the first call, which is not captured
+    def __init__(self, function: Callable[..., Tensor], pool_of: "Captured | None" = None):
+        self.function, self.pool_of = function, pool_of
+        self.graphs, self.pool = {}, None  # a graph is None after the first call, which is not captured
 
     def __call__(self, *arguments: Tensor | float) -> Tensor:
         key = tuple(value.shape if isinstance(value, Tensor) else value for value in arguments)
@@ -37,7 +37,7 @@ class Captured:
 
     def _capture(self, arguments: tuple) -> tuple[torch.cuda.CUDAGraph, list, Tensor]:
         graph, inputs = torch.cuda.CUDAGraph(), [v.clone() if isinstance(v, Tensor) else v for v in arguments]
-        self.pool = self.pool or (self.after and self.after.pool) or torch.cuda.graph_pool_handle()
+        self.pool = self.pool or (self.pool_of and self.pool_of.pool) or torch.cuda.graph_pool_handle()
         # thread_local: a thread that saves a checkpoint may use the device meanwhile
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):

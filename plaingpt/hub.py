@@ -20,7 +20,7 @@ GPT2_VALUES = {
 }  # fmt: skip
 REASONS = {  # huggingface_hub's own messages have many lines
     "RepositoryNotFoundError": "no model has this name, or it is private; if so, log in: hf auth login",
-    "GatedRepoError": "its owner has to grant you access, on its page there; then log in: hf auth login",
+    "GatedRepoError": "its owner has to grant you access, on the model's page; then log in: hf auth login",
     "RevisionNotFoundError": "it has no such branch, tag or commit",
     "LocalEntryNotFoundError": "the hub does not answer, and the model is not in the cache; you can name a directory",
     "HFValidationError": "names on the hub have the form owner/name",

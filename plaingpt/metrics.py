@@ -132,7 +132,7 @@ class Stopwatch:
 
 
 def log_line(record: dict, max_iters: int, seconds_left: float) -> str:
-    """A log record for people."""
+    """A log record as a line for the terminal."""
     mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""
     skipped = f" | {record['skipped']:,} skipped" if record.get("skipped") else ""
     return (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from plaingpt.console import RunFailed
 from plaingpt.parallel import full, is_sharded
 
-MATRICES_AT_ONCE = 2**27  # elements, 0.5 GB in float32 for each of five temporary tensors
+ELEMENTS_AT_ONCE = 2**27  # of matrices: 0.5 GB in float32 for each of five temporary tensors
 
 MAX_SKIPPED = 20  # consecutive steps with non-finite gradients after which a run ends
 
@@ -44,8 +44,8 @@ def make_optimizers(
     if matrices:
         qkv = [p for name, p in matrices.items() if name.endswith("c_attn.weight")]
         rest = [p for name, p in matrices.items() if not name.endswith("c_attn.weight")]
-        parts = [{"params": qkv, "parts": 3}, {"params": rest, "parts": 1}]
-        optimizers.append(Muon(parts, learning_rate, weight_decay, momentum, dtype))
+        groups = [{"params": qkv, "parts": 3}, {"params": rest, "parts": 1}]
+        optimizers.append(Muon(groups, learning_rate, weight_decay, momentum, dtype))
     return optimizers
 
 
@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
                 stacks.setdefault(p.shape, []).append(p)
             for shape, parameters in stacks.items():
                 # a multiple of the processes, so that none is idle
-                at_once = max(1, MATRICES_AT_ONCE // shape.numel() // processes()) * processes()
+                at_once = max(1, ELEMENTS_AT_ONCE // shape.numel() // processes()) * processes()
                 for i in range(0, len(parameters), at_once):
                     self._step_together(parameters[i : i + at_once], group, skipped)
 
@@ -194,7 +194,7 @@ def apply_gradients(
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["capturable"] = norm.is_cuda and torch.cuda.is_current_stream_capturing()  # AdamW asks for it
-        # Not scaler.step: it decides for each optimizer, but all must skip or none.
+        # Not scaler.step, which decides for each optimizer: all must skip or none. AdamW's fused kernel reads both.
         optimizer.grad_scale, optimizer.found_inf = None, skip
         optimizer.step()
     scaler.update()

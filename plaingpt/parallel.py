@@ -75,7 +75,7 @@ def _compile(model: nn.Module, dist: Distributed, sharded: bool) -> None:
     If nothing compiles on this machine (no C++ compiler, say), one line says so and the model stays as it is.
     """
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=dist.device))  # before a backward pass fails
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=dist.device))  # fails now, not in a backward pass
     except Exception as error:  # of many kinds
         note(f"torch.compile does not work here, continuing without it: {one_line(error)}")
         return
@@ -102,9 +102,10 @@ def _compiled_class(kind: type, method: str) -> type:
 
 
 def set_gradient_sync(model: nn.Module, last: bool) -> None:
-    """Call before each micro-step; after the `last` one of a step, gradients are averaged over all processes.
+    """Call before each micro-step. Under DDP, gradients are averaged over all processes after the `last` one of a step.
 
-    Sharded gradients are averaged within the node each time, so that no process ever has all of them.
+    Sharded gradients are averaged after each micro-step among the processes that hold one copy of the model, so that
+    no process ever has all of them; under `hybrid`, the exchange between nodes waits for the `last`.
     """
     model.require_backward_grad_sync = last  # DDP's
     if hasattr(model, "set_requires_all_reduce"):  # FSDP's

@@ -24,12 +24,13 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     """UserError if training certainly needs more memory than is free. Call it before the model is created: otherwise
     the kernel kills the process. All ranks.
 
-    Counts this process's weights, gradients and momentum, and the activations that are stored in any case: a run that
-    fits must not be refused.
+    Counts this process's weights, gradients and momentum (12 bytes per parameter), and the activations that are stored
+    in any case: a run that fits must not be refused.
     """
     if config.eval_only or (free := free_memory(dist)) is None:
         return
     parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
+    # bytes: for each block and channel, its input in float32, or half of the 34 that bf16 stores; half of a bf16 logit
     per_token = c.n_layer * c.n_embd * (4 if config.recompute else 17) + c.padded_vocab_size
     needed = 12 * parameters / shard_count(dist, config.sharding) + config.batch_size * c.block_size * per_token
     free = -dist.max(-int(free))  # the least of all ranks, so that they agree
@@ -87,7 +88,7 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
 def step_seconds(
     config: TrainConfig, dist: Distributed, step: Callable[[int], object], warmups: int, limit: float
 ) -> float:
-    """Time of a training step, from that of one micro-step and of a few: updating the weights counts once. All ranks.
+    """Seconds of a training step, extrapolated from steps of one and of up to four micro-steps. All ranks.
 
     step: as for `dry_run`. warmups: steps that are not timed. limit: as for `median_seconds`.
     """

@@ -1,4 +1,4 @@
-"""How a run starts, with which settings and which model, and what it says at its end."""
+"""How a run starts, with which settings and which model, and what it prints at the end."""
 
 import dataclasses
 import os
@@ -51,15 +51,16 @@ def resumed_settings(
     UserError if the run cannot continue.
     """
     trained, flags = state.settings, {name: source for name, source in given.items() if source.startswith("--")}
-    for name in sorted(given.keys() & trained.keys() - LOCAL):
+    for name in sorted(given.keys() & (trained.keys() - LOCAL)):
         if getattr(config, name) != trained[name]:
             check_change(config, name, given[name], trained[name])
-    saved = {name: trained[name] for name in trained.keys() & vars(config).keys() - flags.keys() - LOCAL}
-    saved["init_from"] = trained.get("init_from", "scratch")  # for the record
+    saved = {name: trained[name] for name in trained.keys() & (vars(config).keys() - flags.keys() - LOCAL)}
+    saved["init_from"] = trained.get("init_from", "scratch")  # what the run began from, no longer `resume` or `auto`
     config = dataclasses.replace(config, **saved)
     if config.eval_only:
         return config, flags
-    before, now = (c["gradient_accumulation_steps"] * c["batch_size"] for c in (trained, vars(config)))
+    before = trained["gradient_accumulation_steps"] * trained["batch_size"]
+    now = config.gradient_accumulation_steps * config.batch_size
     if now != before:
         raise UserError(
             f"gradient_accumulation_steps x batch_size is {now}, but the checkpoint was trained with {before} "
@@ -95,7 +96,7 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
     GPT-2 124M for 600,000 steps would take two CPU cores twelve years, at 790 tokens/s.
     """
     sizes = {"n_layer", "n_head", "n_embd"} if config.is_new_model else {"batch_size", "gradient_accumulation_steps"}
-    asked = given.keys() & sizes or any(not flag.startswith("--") for flag in given.values())
+    asked = given.keys() & sizes or any(not source.startswith("--") for source in given.values())
     if not (asked or config.minutes or config.dry_run or config.eval_only or device_type == "cuda"):
         problem = "this would train GPT-2 124M" if config.is_new_model else "a step would have 480 sequences"
         raise UserError(
@@ -111,9 +112,9 @@ def check_out_dir(config: TrainConfig, checkpoint: Path | None, state: RunState)
     is_run = holds_run(out_dir)  # UserError if it is in use
     if checkpoint:
         if json_or_empty(checkpoint / "training.json").get("step") != state.step:
-            raise UserError(f"{checkpoint} was replaced meanwhile, by a run that has ended: run the command again")
+            raise UserError(f"another run, which has ended, replaced {checkpoint}: run the command again")
     elif is_run:
-        sources = [Path(config.data_dir) / config.dataset] + [Path(config.init_from)] * (not config.is_new_model)
+        sources = [Path(config.data_dir) / config.dataset, *([] if config.is_new_model else [Path(config.init_from)])]
         for path in sources:
             if any(Path(place(path)).is_relative_to(place(out_dir)) for place in (os.path.abspath, os.path.realpath)):
                 raise UserError(f"{path} is in {out_dir}, which a new run renames: choose another --out_dir")

@@ -49,9 +49,13 @@ class RunState:
     """the digest of the data set"""
     scaler: dict = field(default_factory=dict)
 
-    def forget_evaluations(self) -> None:
-        """Evaluate at once: `best` is missing, or the losses so far are not comparable with later ones."""
-        self.lowest_val_loss, self.evaluations_since_lowest, self.evaluated_at = None, 0, None
+    def set_evaluation(self, data: str, eval_sequences: int, out_dir: Path) -> None:
+        """Set what evaluations read. Forget the earlier ones if their losses are not comparable with later ones, or if
+        `best` is missing."""
+        same = (self.data, self.eval_sequences) == (data, eval_sequences)
+        self.data, self.eval_sequences = data, eval_sequences
+        if not (same and read_best(out_dir, self)):
+            self.lowest_val_loss, self.evaluations_since_lowest, self.evaluated_at = None, 0, None
 
 
 def is_below(loss: float | None, lowest: float | None) -> bool:
@@ -117,8 +121,8 @@ class Saver:
         self._job: Future | None = None
 
     def save(self, val_loss: float | None = None, keep: bool = False) -> None:
-        """Replace `last` by the run as it is now, and `best` too if `val_loss` is the lowest so far; with `keep`, also
-        save a numbered checkpoint. All ranks; main writes."""
+        """Replace `last` with the run as it is now, and `best` too if `val_loss` is the lowest so far; with `keep`,
+        also save a numbered checkpoint. All ranks; main writes."""
         self.wait()
         weights = gather(self.model.weights(), self.dist)
         moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
@@ -164,7 +168,7 @@ class Saver:
                 if name == "best" and self.best is None and path.is_dir():
                     note(f"renamed {path} to {rename_aside(path)}: its loss is not comparable with later ones")
             return True
-        except Exception as error:  # a full disk, no permission, a quota: training has to hear of it, whatever it is
+        except Exception as error:  # a full disk, no permission, a quota, …: training goes on
             self._failed(f"step {content['step']} could not be saved in {path}: {one_line(error)}")
             return False
 

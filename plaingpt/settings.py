@@ -53,7 +53,8 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     if {"-h", "--help"} & {*argv}:
         _show_help(cls, positional, hints)
     retired, values, given = getattr(cls, "RETIRED", {}), {}, {}
-    files, flags = _split(argv, hints | dict.fromkeys(retired, bool))  # a word after a retired flag is not its value
+    # Retired names count as switches: the word after one is not its value.
+    files, flags = _split(argv, hints | dict.fromkeys(retired, bool))
     if hint := hints.pop(positional, None):
         values[positional], files = [check_value(positional, file, hint, file) for file in files], []
     # A generator: each recipe runs when the assignments of those before it are in `values`.
@@ -120,8 +121,8 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
         raise UserError(f"{path}{line}: the recipe does not run: {type(error).__name__}: {one_line(error)}") from error
     skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     kept = {name: value for name, value in names.items() if name[0] != "_" and not isinstance(value, skipped)}
-    is_number = {name: getattr(value, "shape", None) == () for name, value in kept.items()}  # NumPy's or torch's
-    return {name: value.item() if is_number[name] else value for name, value in kept.items()}
+    # NumPy's and torch's numbers become Python's
+    return {name: value.item() if getattr(value, "shape", None) == () else value for name, value in kept.items()}
 
 
 def _leaves(hint: Any) -> list[Any]:
@@ -160,7 +161,7 @@ def check_value(name: str, value: Any, hint: Any, source: str) -> Any:
     if not fits or (value is not None and not all(numbers.accepts(value) for numbers in ranges)):
         wanted = _kinds(hint) + "".join(f" ({numbers.words})" for numbers in ranges)
         raise UserError(f"{setting} must be {wanted}, not {value!r:.100}")
-    if value is None or os.path.expanduser not in allowed:
+    if value is None or os.path.expanduser not in allowed:  # not a PathName
         return value
     if not value:
         raise UserError(f"{setting} is empty")

@@ -30,7 +30,8 @@ def refuse(problem: str) -> None:
 
 def explain(kind: type, error: BaseException, traceback: object) -> None:
     """Print an uncaught exception: its traceback, unless a package is not installed."""
-    if kind is not ModuleNotFoundError or (error.name or "model").partition(".")[0] in ("plaingpt", "model"):
+    package = (error.name or "").partition(".")[0] if kind is ModuleNotFoundError else ""
+    if package in ("", "plaingpt", "model"):
         return sys.__excepthook__(kind, error, traceback)
     python = os.path.join(ROOT, ".venv", "Scripts" if os.name == "nt" else "bin", "python")
     if os.path.exists(python) and sys.prefix != os.path.join(ROOT, ".venv"):

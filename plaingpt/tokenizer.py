@@ -20,8 +20,9 @@ from plaingpt.console import UserError, errors_of_library
 from plaingpt.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
-# A new kind is made in `make_tokenizer`. Texts are cut between words before they are encoded, and decoding has to give
-# back what was encoded. Kinds that `as_ours` does not know are encoded slowly, and tools/ cannot export their models.
+# A new kind is made in `make_tokenizer`. None of its tokens may contain a place where text/streams.py cuts texts
+# (SAFE_BOUNDARY), decoding has to give back what was encoded, and `byte_lengths` has to know how bytes are spelled.
+# Kinds that `as_ours` does not know are encoded slowly, and tools/ cannot export their models.
 KINDS = ("gpt2", "char", "byte", "bpe")
 TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardly changes it
 
@@ -30,7 +31,7 @@ class Tokenizer:
     """`encode`, `decode`, `vocab_size` (largest id + 1) and `end_of_text` (an id, or None)."""
 
     def __init__(self, backend: tokenizers.Tokenizer, is_gpt2: bool = False):
-        self._backend, self.is_gpt2 = backend, is_gpt2  # made by `gpt2`
+        self._backend, self.is_gpt2 = backend, is_gpt2  # is_gpt2: made by `gpt2`
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.end_of_text = backend.token_to_id(END_OF_TEXT)
 

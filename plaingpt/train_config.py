@@ -64,7 +64,7 @@ class ModelSettings:
     dropout: BelowOne = 0.0
     """dropout probability: 0 for pretraining, 0.1 or more for small data sets"""
     bias: bool = False
-    """biases in linear layers and LayerNorms: OpenAI's GPT-2 has them, nanoGPT's default has not"""
+    """biases in linear layers and LayerNorms: OpenAI's GPT-2 has them; nanoGPT's default is without"""
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
     def is_new_model(self) -> bool:
         return self.init_from in ("scratch", "auto")
 
+    # The values of learning_rate, min_lr, warmup_iters and lr_decay_iters, also where these are None
     @property
     def peak_lr(self) -> float:
         rule = self.optimizer == "muon" and self.is_new_model
@@ -152,7 +153,7 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
         return min(2000, self.max_iters // 20) if self.warmup_iters is None else self.warmup_iters
 
     @property
-    def decay_steps(self) -> int:
+    def decay_end(self) -> int:
         return self.lr_decay_iters or self.max_iters
 
     @property
@@ -163,21 +164,21 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
         return device_type == "cuda" if self.compile is None else self.compile
 
     def learning_rate_at(self, step: int) -> float:
-        """Warm up linearly to `peak_lr` at `warmup_steps`, then decay to `final_lr` at `decay_steps`."""
+        """Warm up linearly to `peak_lr` at `warmup_steps`, then decay to `final_lr` at `decay_end`."""
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / (self.warmup_steps + 1)
         if not self.decay_lr:
             return self.peak_lr
-        if step >= self.decay_steps:
+        if step >= self.decay_end:
             return self.final_lr
-        progress = (step - self.warmup_steps) / (self.decay_steps - self.warmup_steps)
+        progress = (step - self.warmup_steps) / (self.decay_end - self.warmup_steps)
         left = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[self.lr_schedule]
         return self.final_lr + left * (self.peak_lr - self.final_lr)
 
     def check_schedule(self) -> None:
         """Note what is probably a mistake; UserError if the last steps would change nothing."""
         if self.learning_rate_at(self.max_iters - 1) == 0:
-            zero = max(self.decay_steps, self.warmup_steps)
+            zero = max(self.decay_end, self.warmup_steps)
             raise UserError(
                 f"the learning rate would be 0 from step {zero} of {self.max_iters} on: "
                 f"give --lr_decay_iters={self.max_iters}, or a --min_lr above 0"

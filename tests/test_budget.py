@@ -90,7 +90,7 @@ def test_steps_fill_the_time(data):
     rate = 1e12 / (6 * block_parameters(config))
     tokens = config.max_iters * config.batch_size * config.gradient_accumulation_steps * config.block_size
     assert 0.8 * 1800 < tokens / rate < 0.9 * 1800
-    assert config.decay_steps == config.max_iters and config.warmup_iters == config.max_iters // 20
+    assert config.decay_end == config.max_iters and config.warmup_iters == config.max_iters // 20
 
 
 def test_what_is_given_stays(data):
@@ -282,7 +282,7 @@ def test_a_run_ends_in_time_on_a_machine_of_another_speed(tmp_path, clock, slowe
     )
     assert abs(clock.seconds - 600) < (0.03 if changes == 500 else 0.02) * 600
     assert len(numbers) <= (2 if first_evaluation == 4 else 3) or changes < math.inf  # with the first one
-    assert state.settings["max_iters"] == config.max_iters == config.decay_steps
+    assert state.settings["max_iters"] == config.max_iters == config.decay_end
 
 
 def test_on_a_gpu_the_slow_first_evaluation_does_not_count_for_the_others(tmp_path, clock):
@@ -385,6 +385,12 @@ def test_a_shape_that_the_model_does_not_have_is_refused_before_models_are_timed
     ((name, value),) = changed.items()
     assert ended.status == 2 and f"{name}={value}" in ended.err and "models tried" not in ended.err
     assert len(ended.err.splitlines()) == 1 and str(tiny_run) in ended.err
+
+
+def test_a_validation_split_that_is_too_short_is_refused_before_models_are_timed(tmp_path, data_dir):
+    here = dict(dataset="tiny", data_dir=data_dir, out_dir=tmp_path / "run", device="cpu", minutes=1)
+    ended = run_main("train", *flags(block_size=1000, **here))
+    assert ended.status == 2 and "the val split has 400 tokens" in ended.err and "models tried" not in ended.err
 
 
 def test_the_dropout_of_a_pretrained_model_is_not_taken_over(tmp_path, data_dir, tiny_run):

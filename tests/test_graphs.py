@@ -11,7 +11,7 @@ import train
 from model import GPT, GPTConfig
 from plaingpt.distributed import Distributed, connect
 from plaingpt.graphs import Captured
-from plaingpt.tokens import DataSet, Tokens
+from plaingpt.tokens import Tokens
 from train import Run, TrainConfig, forward_backward, train_step, uses_graphs
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -68,7 +68,7 @@ def trained(device: str, captured: bool, dtype: str = "float32", **settings) -> 
     dist = connect(device, config.dtype)
     tokens = Tokens([np.random.default_rng(0).integers(0, 65, 1000).astype(np.uint16)])
     model = GPT(GPTConfig(vocab_size=65, bias=False, dropout=config.dropout, **SHAPE))
-    run = Run(config, DataSet(tokens, tokens, None, ""), model, 1, dist)
+    run = Run(config, tokens, model, dist)
     first = run.parameters[0].detach().clone()
     for step in range(5):
         train_step(run, step)
@@ -84,7 +84,7 @@ def test_a_captured_step_trains_the_same_weights(monkeypatch, optimizer):
     expected = trained("cpu", False, dropout=0.1, optimizer=optimizer)
     monkeypatch.setattr(train, "uses_graphs", lambda *_: True)
 
-    def recorded(function: functools.partial, after: Recorded | None = None) -> Recorded:
+    def recorded(function: functools.partial, pool_of: Recorded | None = None) -> Recorded:
         def changed() -> list[torch.Tensor]:
             if function.func is forward_backward:
                 return [parameter.grad for parameter in function.args[0].parameters()]

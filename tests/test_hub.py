@@ -150,7 +150,7 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(tmp_path, hub, tiny_run):
     for name, printed, reason in (
         ("me/mine@nowhere", nowhere, "it has no such branch, tag or commit"),
         ("me/none", none, "no model has this name, or it is private; if so, log in: hf auth login"),
-        ("some/gated", gated, "its owner has to grant you access, on its page there; then log in: hf auth login"),
+        ("some/gated", gated, "its owner has to grant you access, on the model's page; then log in: hf auth login"),
         ("a/b/c", no_name, "names on the hub have the form owner/name"),
     ):
         assert printed == f"{name} is not a directory here, and cannot be loaded from the hub: {reason}"

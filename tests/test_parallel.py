@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 from plaingpt.distributed import connect
 from plaingpt.optimizer import SkippedSteps
 from plaingpt.parallel import wrap
-from plaingpt.tokens import DataSet, Tokens
+from plaingpt.tokens import Tokens
 from train import Run, TrainConfig, train_step
 
 SHAPE = dict(block_size=16, n_layer=3, n_head=2, n_embd=16)
@@ -90,7 +90,7 @@ def test_an_update_never_waits_for_the_device(dtype):
     config = TrainConfig(**SHAPE, batch_size=2, gradient_accumulation_steps=2, dropout=0.1, max_iters=10)
     model = GPT(GPTConfig(vocab_size=65, dropout=0.1, **SHAPE))
     tokens = Tokens([torch.randint(65, (1000,)).numpy().astype("uint16")])
-    run, skipped = Run(config, DataSet(tokens, tokens, None, ""), model, 1, dist), SkippedSteps(0, dist.device)
+    run, skipped = Run(config, tokens, model, dist), SkippedSteps(0, dist.device)
     with NoWaiting():
         with pytest.raises(AssertionError, match="waits for the device"):
             torch.ones(1).item()

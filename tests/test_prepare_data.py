@@ -449,7 +449,7 @@ def test_files_of_the_user_in_the_directory_of_a_data_set_are_not_replaced(tmp_p
     for name in ("embeddings.bin", ".notes", "more.txt"):
         (tmp_path / "set" / name).write_text("more text " * 100)
         ended = run_main("prepare_data", tmp_path / "set" / name, *flags)
-        assert ended.status == 2 and f"set would be replaced, with {name} in it: move that" in ended.err
+        assert ended.status == 2 and f"set would delete {name}: move that" in ended.err
         assert (tmp_path / "set" / "meta.json").exists()
         (tmp_path / "set" / name).unlink()
     (tmp_path / "set" / ".DS_Store").touch()

@@ -174,7 +174,7 @@ def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
         (b"\nid,content\n1,a", "has no column 'text'; name the --column: id, content"),
         (b"text;n\na;1", "has no column 'text'; the separator has to be a comma (in .tsv, a tab): text;n"),
         (b"text,text\na,b", "has more than one column 'text'"),
-        (b"id,text\n1,a\n2\n", "line 3 has 1 column, but the header has 2"),
+        (b"id,text\n1,a\n2\n", "line 3 has 1 column, but the header has 2: put quotes around the text"),
         (b"text\nHello, world\n", "line 2 has 2 columns, but the header has 1: put quotes around the text"),
         (b'id,text\n1,"Hello," he said\n', "line 2 cannot be read: ',' expected after '\"'"),
         (b"id,text\n1,a\n2,\xff\n", "line 3 is not UTF-8 text (byte 0xff at 0)"),

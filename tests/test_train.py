@@ -17,7 +17,7 @@ from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
 from plaingpt.metrics import read_metrics
 from plaingpt.run_state import RunState, load_state, read_best
-from plaingpt.tokens import DataSet, Tokens, open_data_set
+from plaingpt.tokens import Tokens, open_data_set
 from train import Run, TrainConfig, start_run, train_step
 
 
@@ -279,12 +279,12 @@ def test_each_process_reads_its_own_sequences_alone():
     seen = []
     for rank in range(2):
         tokens, model = Seen([np.arange(1000, dtype=np.uint16) % 65]), GPT(GPTConfig(8, 65, 1, 1, 4, bias=False))
-        run = Run(config, DataSet(tokens, tokens, None, ""), model, 1, Distributed(torch.device("cpu"), torch.float32))
+        run = Run(config, tokens, model, Distributed(torch.device("cpu"), torch.float32))
         run.dist = Distributed(torch.device("cpu"), torch.float32, rank, world_size=2)
         train_step(run, 0)
         seen.append(tokens.starts)
     assert [len(starts) for starts in seen] == [4, 4]
-    assert sorted(seen[0] + seen[1]) == sorted((run.train_batches.starts(0) % len(tokens)).tolist())
+    assert sorted(seen[0] + seen[1]) == sorted((run.batches.starts(0) % len(tokens)).tolist())
 
 
 def test_a_run_of_nothing_but_nans_ends_with_status_1_and_is_not_saved(tmp_path, train):

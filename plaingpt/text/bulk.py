@@ -26,7 +26,7 @@ RECENT = {
     b"\xf0": re.compile(rb"\xf0(?:[^\x9d\x9f-\xae]|\x9d[\x8b\xbc-\xbf]|\xab\x9c|\xac\xba|\xae[\xaf-\xbf])"),
 }
 # gigatoken caches every word it has seen, up to 150 MB in a second of work. After RENEWED seconds, a thread replaces
-# its encoder by a new one, which takes a tenth of a second.
+# its encoder with a new one, which takes a tenth of a second.
 RENEWED = 2.0
 
 
@@ -41,7 +41,7 @@ class BulkEncoder:
         self._delimiter = secrets.token_hex(8).encode()
         text = tokenizer.to_json()
         ours = json.loads(text)
-        if not tokenizer.is_gpt2:  # otherwise it is ours; to find that out takes up to a second
+        if not tokenizer.is_gpt2:  # GPT-2's is in our form; to find that out takes up to a second
             ours = as_ours(ours)
             text = json.dumps(ours)
         model = ours["model"] if ours else {"type": None}

@@ -18,7 +18,7 @@ import xxhash
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from plaingpt.console import RunFailed, UserError, counted, note
-from plaingpt.files import delete, fsync, json_or_empty, new_file, put_in_place
+from plaingpt.files import delete, fsync, json_or_empty, new_file, put_in_place, read_json
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.pipeline import Part, encode_part
 from plaingpt.text.sources import Source
@@ -45,7 +45,7 @@ class Job:
 
     @functools.cached_property
     def partial(self) -> Path:
-        directory = self.directory.resolve() if self.directory.is_symlink() else self.directory  # to another disk
+        directory = self.directory.resolve() if self.directory.is_symlink() else self.directory  # it stays a link
         return directory.with_name(f".{directory.name}.partial")
 
     @property
@@ -54,14 +54,14 @@ class Job:
 
     @functools.cached_property
     def digests(self) -> list[str]:
-        """A hash of the source and the settings, the same on every machine; and the one with --bad_files=stop, because
-        what invalid text has stopped may go on with another choice."""
+        """Digests of the source and the settings, the same on every machine. Work and data sets with either are this
+        job's. The second is for --bad_files=stop: what invalid text stopped may continue with another choice."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
-        own = dict(sources=[], name=None, part="", threads=None, data_dir="")  # they change nothing, or are in `source`
-        config = dataclasses.replace(self.config, tokenizer=self.kind, **own)
+        ignored = dict(sources=[], name=None, part="", threads=None, data_dir="")  # no effect on ids, or in `source`
+        config = dataclasses.replace(self.config, tokenizer=self.kind, **ignored)
         configs = config, dataclasses.replace(config, bad_files="stop")
-        results = [repr((FORMAT, source, config, self.parts)).encode("utf-8", "surrogateescape") for config in configs]
-        return [hashlib.sha256(result).hexdigest() for result in results]
+        keys = [repr((FORMAT, source, config, self.parts)) for config in configs]
+        return [hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest() for key in keys]
 
     def is_done(self) -> bool:
         return json_or_empty(self.directory / "meta.json").get("plan") in self.digests
@@ -86,7 +86,7 @@ def prepare(job: Job, threads: int) -> dict | None:
     job.partial.parent.mkdir(parents=True, exist_ok=True)
     # Locked while the plan is made and at the end. The file is outside of the directory that the last part removes.
     plan_lock = job.partial.with_suffix(".lock")
-    with contextlib.ExitStack() as until_done:
+    with contextlib.ExitStack() as until_done:  # for this part's lock, which outlasts the plan's
         with job.lock(plan_lock, wait=job.parts > 1):  # the parts start together, and one makes the plan
             if job.parts > 1 and job.is_done():
                 if job.has_begun() or not job.shards.exists():  # else `partial` is the work of another command
@@ -95,7 +95,7 @@ def prepare(job: Job, threads: int) -> dict | None:
             job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.partial / f"part-{job.part}.lock"))
             part = make_part(job)
-            if part.finished:  # before; perhaps it was interrupted when it completed the data set
+            if part.finished:  # by an earlier process, perhaps interrupted before it completed the data set
                 return finish(job, part)
         try:
             encode_part(part, threads)
@@ -119,7 +119,7 @@ def make_part(job: Job) -> Part:
         if job.parts == 1 and not has_begun:  # nothing has been encoded
             remove(job)
         raise
-    by_content = json_or_empty(job.partial / "plan.json")["by_content"]
+    by_content = read_json(job.partial / "plan.json")["by_content"]
     inputs = source.inputs()[job.part - 1 :: job.parts]
     return Part(job.shards, job.progress(job.part), job.part, inputs, job.config, tokenizer, by_content)
 
@@ -136,16 +136,17 @@ def remove_other_work(job: Job) -> None:
         if finished:
             raise UserError(f"{problem}: finish it with the commands that began it, or delete that directory")
         note(f"{problem}: removing it")
-    (job.partial / "plan.json").unlink(missing_ok=True)  # first: nothing of the rest counts without it
+    (job.partial / "plan.json").unlink(missing_ok=True)  # first: without it, the rest is ignored
     for path in job.partial.iterdir():
         if path.suffix != ".lock":
             delete(path)
 
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
+    """Decide how documents are divided, make the tokenizer, and save both in `partial`."""
     many = max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction))
     digests = set()  # of different documents; of a large text file, of its first piece
-    texts = (itertools.takewhile(lambda text: text.start == 0, found.texts(job.config)) for found in source.inputs())
+    texts = (itertools.takewhile(lambda text: text.start == 0, i.texts(job.config)) for i in source.inputs())
     for text in itertools.chain.from_iterable(texts):
         digests.add(xxhash.xxh3_64_intdigest(text.data))
         if len(digests) >= many:
@@ -162,7 +163,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     tokenizer.save(job.partial)
     fsync(job.partial / "tokenizer.json")
     job.shards.mkdir()
-    with new_file(job.partial / "plan.json") as file:  # last: it says that the rest is there
+    with new_file(job.partial / "plan.json") as file:  # last: it means that the rest is complete
         json.dump({"digest": job.digests[0], "by_content": len(digests) >= many}, file)
     return tokenizer
 
@@ -179,11 +180,12 @@ def finish(job: Job, part: Part) -> dict | None:
     for split in SPLITS:
         files = [file for found in progress for file in found["splits"][split]["files"]]
         if not files:
-            remove(job)  # to continue would change nothing
+            remove(job)  # running again would give the same result
             raise UserError(f"too little text: the {split} split is empty; give more text, or another --val_fraction")
         sums = {key: sum(found["splits"][split][key] for found in progress) for key in ("tokens", "bytes", "documents")}
         for i, file in enumerate(files):
-            made, file["name"] = shards / file["name"], f"{split}.bin" if len(files) == 1 else f"{split}_{i:06}.bin"
+            made = shards / file["name"]
+            file["name"] = f"{split}.bin" if len(files) == 1 else f"{split}_{i:06}.bin"
             if made.exists():  # not renamed before an interruption
                 made.rename(shards / file["name"])
         if sum(path.stat().st_size for path in shards.glob(f"{split}*.bin")) != sums["tokens"] * part.dtype.itemsize:
@@ -197,7 +199,7 @@ def finish(job: Job, part: Part) -> dict | None:
         "dtype": part.dtype.name,
         "end_of_text": tokenizer.end_of_text,
         "source": job.source.description,
-        "plan": json_or_empty(job.partial / "plan.json")["digest"],
+        "plan": read_json(job.partial / "plan.json")["digest"],
         "splits": splits,
     }
     (shards / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")

@@ -75,7 +75,7 @@ class Part:
 
     def __post_init__(self):
         found = json_or_empty(self.progress)
-        if not found or found["bad_files"] not in ("stop", self.config.bad_files):  # a text may have had another number
+        if not found or found["bad_files"] not in ("stop", self.config.bad_files):  # `position` skips bad texts
             none = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
             found = {"position": (0, 0), "splits": none, "finished": False}
             for shard in self.shards.glob(f"part{self.number}_*.bin"):
@@ -130,7 +130,7 @@ class Part:
         self.unsaved = 0
 
     def seal(self) -> None:
-        """Close the shards and compute their checksums; the next `save` says that the part is finished."""
+        """Close the shards and compute their checksums. `finish` saves this under a lock: then one part is the last."""
         self.save()
         for split in SPLITS:
             self.splits[split]["files"] = [
@@ -144,17 +144,17 @@ def encode_part(part: Part, threads: int) -> None:
     """Read, encode and write all inputs of a part, from where an earlier process stopped."""
     if part.position > (0, 0):
         note(f"continuing after {sum(part.splits[split]['tokens'] for split in SPLITS):,} tokens")
-    for split in SPLITS:  # now, because a shard may have been cut to which nothing will be added
+    for split in SPLITS:  # truncate the last shard to what was saved, even if nothing is added to it
         if part.splits[split]["tokens"] % part.config.shard_tokens:
             part.open_files[split] = part.open_shard(split)
     in_shards = part.inputs and isinstance(part.inputs[0], HubShard)
     unit = {"unit": "shard"} if in_shards else {"unit": "B", "unit_scale": True}
-    before = list(itertools.accumulate((found.size for found in part.inputs), initial=0))  # bytes before each input
-    bar = tqdm(total=before[-1], desc="encoding", disable=None, **unit)  # None: only on a terminal
+    bytes_before = list(itertools.accumulate((text_input.size for text_input in part.inputs), initial=0))
+    bar = tqdm(total=bytes_before[-1], desc="encoding", disable=None, **unit)  # None: only on a terminal
     with bar, contextlib.closing(encoded_batches(part, threads)) as encoded:
         for batch, ids in encoded:
             part.write(batch, ids.result())
-            bar.update(before[batch.position[0]] + batch.done - bar.n)
+            bar.update(bytes_before[batch.position[0]] + batch.done - bar.n)
     part.seal()
 
 
@@ -177,7 +177,7 @@ def encode(batch: Batch, part: Part, encoder: BulkEncoder) -> dict[str, np.ndarr
     """The ids of each split that gets something, with end of text before each document."""
     encoded = {}
     for split, texts in batch.splits.items():
-        if any(b"|" in text and SEPARATOR in text for text in texts):
+        if any(b"|" in text and SEPARATOR in text for text in texts):  # one byte is faster to search for
             message = "<|endoftext|> occurs in the text and is encoded as ordinary text"
             note_once(f"{message}; --split_documents splits text files at it", message)
         encoded[split] = encoder.encode(texts)[int(split in batch.continued) :].astype(part.dtype)
@@ -189,7 +189,7 @@ def batches(part: Part) -> Iterator[Batch]:
     resumed_at, batch = part.position, Batch()  # part.position moves as batches are written
     for position, text, train_end in divided_texts(part):
         if position > resumed_at:
-            if batch.size and (text.start > 0 or batch.size >= streams.PIECE):
+            if batch.size and (text.start > 0 or batch.size >= streams.PIECE):  # `continued`: the first text
                 yield batch
                 batch = Batch()
             batch.add(text, train_end)
@@ -205,8 +205,8 @@ def divided_texts(part: Part) -> Iterator[tuple[tuple[int, int], Text, int]]:
     """
     seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
     first = 0 if part.config.dedup else part.position[0]
-    for i, source in enumerate(part.inputs):
-        texts = source.texts(part.config) if i >= first else ()
+    for i, text_input in enumerate(part.inputs):
+        texts = text_input.texts(part.config) if i >= first else ()
         for n, text in enumerate(texts, 1):
             if text.start == 0:
                 digest = xxhash.xxh3_64_intdigest(text.data)
@@ -214,14 +214,14 @@ def divided_texts(part: Part) -> Iterator[tuple[tuple[int, int], Text, int]]:
                     if digest in seen:
                         continue
                     seen.add(digest)
-                train_end = training_share(part, source, text, digest)
+                train_end = training_share(part, text_input, text, digest)
             yield (i, n), text, train_end
 
 
-def training_share(part: Part, source: File | HubShard, text: Text, digest: int) -> int:
+def training_share(part: Part, text_input: File | HubShard, text: Text, digest: int) -> int:
     """How many bytes of the document that begins with `text` belong to training. The rest is for validation."""
     if part.by_content:  # the hash decides, so order and growth of the source change nothing
         return 0 if digest < part.config.val_fraction * 2**64 else sys.maxsize
     # A large file is read twice: where its tail begins follows from its size in UTF-8.
-    document = [text] if text.ends else source.texts(part.config)
+    document = [text] if text.ends else text_input.texts(part.config)
     return int(sum(len(piece.data) for piece in document) * (1 - part.config.val_fraction))

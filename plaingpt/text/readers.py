@@ -18,20 +18,20 @@ from plaingpt.text.streams import checked, last_boundary, open_utf8, too_long, w
 from plaingpt.tokenizer import END_OF_TEXT
 
 SEPARATOR = END_OF_TEXT.encode()
-ROWS = 64  # of a table that are decoded at a time
+ROWS = 64  # of a Parquet file that are decoded at a time
 
 
-class NoColumn(UserError):
-    """This JSON or CSV may be settings or a table of numbers: in a directory, such files are skipped."""
+class NotDocuments(UserError):
+    """A JSON or CSV file that may be settings or a table of numbers: in a directory, such files are skipped."""
 
 
 class Text(NamedTuple):
     """A document, or a piece of one, in valid UTF-8."""
 
     data: bytes
-    done: int  # bytes of the file that have been read
-    start: int = 0  # bytes of its document before it
-    ends: bool = True
+    done: int  # bytes of the file that have been read, for the progress bar
+    start: int = 0  # bytes of its document in earlier pieces; 0: a document begins here
+    ends: bool = True  # its document ends here
 
 
 class File(NamedTuple):
@@ -52,7 +52,7 @@ class File(NamedTuple):
 
 
 def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
-    """One document."""
+    """One document, in pieces."""
     with open_utf8(file.path, config) as (raw, stream):
         rest, position, start, ends = b"", 0, 0, False
         while not ends:
@@ -69,11 +69,12 @@ def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
 def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
     """Documents with <|endoftext|> between them."""
     with open_utf8(file.path, config) as (raw, stream):
-        block, rest, position = True, b"", 0
-        while block:
+        rest, position, ends = b"", 0, False
+        while not ends:
             block = stream.read(streams.PIECE)
+            ends = not block
             *documents, rest = (rest + block).split(SEPARATOR)
-            for document in documents if block else [*documents, rest]:
+            for document in [*documents, rest] if ends else documents:
                 where = f"{file.path}, the document at byte {position:,}"
                 text = checked(document, where, config.bad_files, position).strip(b"\r\n")
                 yield Text(with_unix_lines(text), raw.tell())
@@ -97,7 +98,7 @@ def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
                 try:
                     found = json.loads(data)
                 except (ValueError, RecursionError) as error:
-                    raise NoColumn(f"{where}, is not JSON: {one_line(error)}") from error
+                    raise NotDocuments(f"{where}, is not JSON: {one_line(error)}") from error
                 for row in found if isinstance(found, list) else [found]:
                     yield Text(checked(_text_of(row, where, config.column), where, config.bad_files), raw.tell())
 
@@ -106,9 +107,9 @@ def _text_of(row: Any, where: str, column: str) -> bytes:
     """The column of a JSON object."""
     if not isinstance(row, dict) or column not in row:
         remedy = f"name the --column: {', '.join(row)[:300]}" if isinstance(row, dict) else "it has to be a JSON object"
-        raise NoColumn(f"{where}, has no {column!r}; {remedy}")
+        raise NotDocuments(f"{where}, has no {column!r}; {remedy}")
     if not isinstance(row[column], str | None):
-        raise NoColumn(f"{where}: {column!r} is not text; name the --column")
+        raise NotDocuments(f"{where}: {column!r} is not text; name the --column")
     return (row[column] or "").encode("utf-8", "surrogatepass")  # "\ud800" is JSON, but not text
 
 
@@ -167,7 +168,7 @@ def check_column(where: str, names: Sequence[str], column: str) -> None:
         problem = "more than one" if column in names else "no"
         one_name = len(names) == 1 and ";" in names[0]
         remedy = "the separator has to be a comma (in .tsv, a tab)" if one_name else "name the --column"
-        raise NoColumn(f"{where} has {problem} column {column!r}; {remedy}: {', '.join(names)[:300]}")
+        raise NotDocuments(f"{where} has {problem} column {column!r}; {remedy}: {', '.join(names)[:300]}")
 
 
 class HubShard(NamedTuple):

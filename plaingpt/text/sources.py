@@ -18,7 +18,7 @@ from typing import Any
 from plaingpt.console import UserError, closest, counted, errors_of_library
 from plaingpt.files import SUMS, new_file, sha256
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.readers import File, HubShard, NoColumn, kind_of
+from plaingpt.text.readers import File, HubShard, NotDocuments, kind_of
 from plaingpt.text.streams import open_utf8
 from plaingpt.tokens import NAMED
 
@@ -68,8 +68,8 @@ class Source:
 
     def texts(self, config: PrepareConfig) -> Iterator[str]:
         """The documents; a large text file in pieces."""
-        for found in self.inputs():
-            yield from (text.data.decode() for text in found.texts(config))
+        for text_input in self.inputs():
+            yield from (text.data.decode() for text in text_input.texts(config))
 
 
 def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
@@ -104,19 +104,19 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
 
 def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...], str]:
     """The files that are read, each once, in the order of their paths, and a summary of these and of those left out."""
-    named = {word for word in words if os.path.isfile(word)}
-    paths = {str(Path(path)) for word in words for path in _matches(word)}
+    given = {word for word in words if os.path.isfile(word)}
+    found = {str(Path(path)) for word in words for path in _matches(word)}
     # by inode and device: each file once, whatever links there are; some file systems give 0 for every inode
-    paths = {(os.stat(path).st_dev, os.stat(path).st_ino or path): path for path in sorted(paths, reverse=True)}
-    paths = sorted(paths.values(), key=lambda path: path.split(os.sep))
-    reasons = {path: _not_documents(path, config, path in named) for path in paths}
+    by_inode = {(os.stat(path).st_dev, os.stat(path).st_ino or path): path for path in sorted(found, reverse=True)}
+    paths = sorted(by_inode.values(), key=lambda path: path.split(os.sep))
+    reasons = {path: _not_documents(path, config, path in given) for path in paths}
     skipped = [reason for reason in reasons.values() if reason]
     files = tuple(File.at(path) for path, reason in reasons.items() if not reason)
 
     def listed(kinds: Iterable[str]) -> str:
         return ", ".join(f"{n:,} {kind}" for kind, n in collections.Counter(kinds).most_common())
 
-    left_out = f"{len(skipped):,} skipped: {listed(skipped)}" if skipped else "no files there"
+    left_out = f"{len(skipped):,} skipped: {listed(skipped)}"
     if not files:
         raise UserError(f"{' '.join(words)}: {left_out}")
     read = f"reading {counted(len(files), 'file')}: {listed(kind_of(file.path) for file in files)}"
@@ -171,12 +171,12 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
     try:
         if kind == "text" and is_binary(path, config):
             remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
-            raise UserError(f"{path} is not text but a binary file: {remedy}")
+            raise UserError(f"{path} is not text but a binary file: {remedy}")  # caught below
         # JSON and tables are often something else, such as settings; JSON Lines and Parquet seldom
         elif kind in ("json", "csv", "tsv") or (kind != "text" and config.bad_files == "skip"):
             next(File.at(path).texts(dataclasses.replace(config, bad_files="replace")), None)
     except UserError as error:
-        maybe_text = kind != "text" and not isinstance(error, NoColumn)
+        maybe_text = kind != "text" and not isinstance(error, NotDocuments)  # skipping it could lose text
         if config.bad_files != "skip" and (is_named or maybe_text):
             raise
         other = f" or not {config.encoding}" if config.encoding else ""
@@ -199,7 +199,7 @@ def _hub(named: str, config: PrepareConfig) -> Source:
     configuration, revision = (getattr(config, key) or pinned.get(key) for key in ("config", "revision"))
     with errors_of_library(f"hf:{repository} cannot be opened"):  # no such repository or split, no network, scripts, …
         local = Path(repository).is_dir()
-        if local:  # its state stands for a revision in the description, so changed files are not taken for the same
+        if local:  # names, sizes and times stand for a revision: a changed directory is another source
             files = sorted(File.at(path) for path in walk(repository))
             revision = hashlib.sha256(repr(files).encode()).hexdigest()[:40]
         elif not re.fullmatch("[0-9a-f]{40}", revision or ""):  # every process and machine reads the same revision

@@ -27,7 +27,7 @@ _noted = set()
 
 @contextlib.contextmanager
 def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file, and its content: decompressed and in UTF-8, without byte order mark."""
+    """The file, and its content: decompressed, without byte order mark, and in UTF-8 if its encoding is known."""
     with open(path, "rb") as raw:
         stream, encoding = raw, None
         codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower())
@@ -55,7 +55,8 @@ def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[
 
 
 def checked(text: bytes, where: str, bad_files: str | None, position: int = 0) -> bytes:
-    """`text`, at `position` of a file, if it is UTF-8; else by --bad_files: an error, nothing and a note, or U+FFFD."""
+    """`text`, at `position` of a file, if it is valid UTF-8. Otherwise --bad_files decides: UserError, nothing and a
+    note, or U+FFFD."""
     try:
         if not text.isascii():
             text.decode()
