@@ -1,7 +1,6 @@
 """Training over a network that fails: two hosts, each with a torchrun of its own, as a scheduler would start them."""
 
 import contextlib
-import time
 from pathlib import Path
 
 import pytest
@@ -54,20 +53,6 @@ def test_two_hosts_make_the_same_run_as_one_process(tmp_path, train, straight):
     assert largest_difference(weights(tmp_path / "one"), weights(straight)) < 1e-5
     for one, two in zip(records(tmp_path / "one"), records(straight), strict=True):
         assert one == pytest.approx(two, rel=1e-5)
-
-
-def test_a_short_cut_is_waited_out_and_killed_workers_are_started_again(tmp_path, tiny_flags, straight, two):
-    with both(two, tiny_flags(tmp_path / "run", **RUN), **REPLACEABLE) as runs:
-        two[0].wait_for("step 2/", runs[0])
-        two[1].link("down")
-        time.sleep(0.5)
-        two[1].link("up")
-        two[0].wait_for("step 12/", runs[0])
-        assert two[0].log.read_text().count("2 x cpu") == 1  # for the cut nothing was started again
-        two[1].kill(two[1].workers())
-        assert [run.wait(PATIENCE) for run in runs] == [0, 0]
-    assert two[0].log.read_text().count("2 x cpu") == 2
-    assert same_run(tmp_path / "run", straight)
 
 
 def test_a_host_that_dies_and_comes_back_goes_on_with_the_run(tmp_path, tiny_flags, straight, two):

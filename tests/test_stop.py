@@ -1,20 +1,37 @@
 """train.py, stopped by signals, with one process and with two under torchrun."""
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, child_environment, run_main
 from runs import PLAN, ROUNDING, TWO, largest_difference, records, same_run, torchrun, weights
 
+from plaingpt.batches import EvalBatches, TrainBatches
+from plaingpt.budget import Deadline
 from plaingpt.run_state import load_state
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_flags, number):
+class Stopping:
+    """`function`, in whose call number `call` this process gets a signal, and which is called `calls` times at most."""
+
+    def __init__(self, function: Callable, number: int, call: int, calls: int):
+        self.function, self.number, self.call, self.left = function, number, call, calls
+
+    def __call__(self, *arguments):
+        self.call, self.left = self.call - 1, self.left - 1
+        if self.call == 0:
+            os.kill(os.getpid(), self.number)
+        assert self.left >= 0, "the run went on"
+        return self.function(*arguments)
+
+
+def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_flags):
     settings = dict(eval_interval=10**6, sample_tokens=0, dropout=0.1, warmup_iters=0, lr_decay_iters=10**6, min_lr=0)
     flags = tiny_flags(tmp_path / "run", max_iters=10**6, **settings)
     command = [sys.executable, ROOT / "train.py", *flags]
@@ -22,13 +39,13 @@ def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_f
     try:
         for line in process.stderr:
             if line.startswith("step 3/"):
-                process.send_signal(number)
+                process.send_signal(signal.SIGTERM)
                 break
         rest = process.stderr.read()
-        assert process.wait(600) == 128 + number
+        assert process.wait(600) == 128 + signal.SIGTERM
     finally:
         process.kill()
-    assert f"stopped by {number.name}" in rest
+    assert "stopped by SIGTERM" in rest
     step = load_state(tmp_path / "run" / "last")[0].step
     assert step >= 3
     resume(tmp_path / "run", max_iters=step + 2)
@@ -38,34 +55,17 @@ def test_a_stopped_run_saves_and_goes_on_exactly(tmp_path, train, resume, tiny_f
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_stop_within_an_evaluation_saves_at_once_and_the_resumed_run_evaluates_again(
-    tmp_path, tiny_flags, train, resume, steps
+    tmp_path, tiny_flags, train, resume, monkeypatch, steps
 ):
     """The last evaluation, too: a run is complete with it."""
     settings = dict(eval_interval=2, max_iters=4, sample_tokens=0, learning_rate=1e-4) | PLAN
     train(tmp_path / "straight", **settings)
-    code = """
-import os, signal
-import train
-from plaingpt.batches import EvalBatches
-from plaingpt.console import run_script
-batch, calls, train_step = EvalBatches.batch, 0, train.train_step
-
-def counted(self, *arguments):
-    global calls
-    calls += 1
-    if calls == STOP:  # the first batch of an evaluation
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert calls <= STOP, "the evaluation went on"
-    return batch(self, *arguments)
-
-EvalBatches.batch = counted
-run_script(train.main)
-"""
-    code = code.replace("STOP", str(steps + 1))  # two batches an evaluation
-    command = [sys.executable, "-c", code, *tiny_flags(tmp_path / "run", **settings)]
-    ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
-    assert f"stopped by SIGTERM after step {steps}, saved" in ended.stderr
+    stopping = Stopping(EvalBatches.batch, signal.SIGTERM, call=steps + 1, calls=steps + 1)  # two batches an evaluation
+    with monkeypatch.context() as patch:
+        patch.setattr(EvalBatches, "batch", lambda *arguments: stopping(*arguments))
+        ended = run_main("train", *tiny_flags(tmp_path / "run", **settings))
+    assert ended.status == 128 + signal.SIGTERM, ended.err
+    assert f"stopped by SIGTERM after step {steps}, saved" in ended.err
     evaluated = [record["step"] for record in records(tmp_path / "run") if "val_loss" in record]
     assert evaluated == list(range(0, steps, 2))
     resume(tmp_path / "run")
@@ -76,63 +76,34 @@ run_script(train.main)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_stop_is_heard_within_a_long_step_and_leaves_no_half_of_it(tmp_path, tiny_flags, train, resume, steps):
+def test_a_stop_is_heard_within_a_long_step_and_leaves_no_half_of_it(tmp_path, tiny_flags, train, monkeypatch, steps):
     settings = dict(gradient_accumulation_steps=8, sample_tokens=0, eval_interval=100, max_iters=4) | PLAN
     train(tmp_path / "straight", **settings)
     if steps:
         train(tmp_path / "run", **settings | {"max_iters": steps})
-    code = """
-import os, signal, sys
-import train
-from plaingpt.console import run_script
-micro_batch, calls = train.TrainBatches.micro_batch, 0
-
-def counted(self, *arguments):
-    global calls
-    calls += 1
-    if calls == 3:
-        os.kill(os.getpid(), signal.SIGINT)
-    assert calls < 5, "the step went on"
-    return micro_batch(self, *arguments)
-
-train.TrainBatches.micro_batch = counted
-run_script(train.main)
-"""
-    flags = tiny_flags(tmp_path / "run", **settings, init_from="auto")
-    command = [sys.executable, "-c", code, *flags]
-    ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 128 + signal.SIGINT, ended.stderr
-    assert f"stopped by SIGINT after step {steps}" in ended.stderr
+    stopping = Stopping(TrainBatches.micro_batch, signal.SIGINT, call=3, calls=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainBatches, "micro_batch", lambda *arguments: stopping(*arguments))
+        ended = run_main("train", *tiny_flags(tmp_path / "run", **settings, init_from="auto"))
+    assert ended.status == 128 + signal.SIGINT, ended.err
+    assert f"stopped by SIGINT after step {steps}" in ended.err
     assert (tmp_path / "run" / "last").exists() == (steps > 0)
     train(tmp_path / "run", **settings, init_from="auto")
     assert largest_difference(weights(tmp_path / "run"), weights(tmp_path / "straight")) == 0
 
 
-def test_a_run_that_is_stopped_before_its_first_step_leaves_last_and_a_recipe(tmp_path, tiny_flags, train):
+def test_a_run_that_is_stopped_before_its_first_step_leaves_last_and_a_recipe(tmp_path, tiny_flags, train, monkeypatch):
     train(tmp_path / "run", max_iters=4, eval_interval=9, keep_every=2)
-    code = """
-import os, signal
-import train
-from plaingpt.console import run_script
-
-corrected = train.Deadline.corrected
-
-def stopped(*arguments):
-    train.Deadline.corrected = corrected
-    os.kill(os.getpid(), signal.SIGINT)
-    return corrected(*arguments)
-
-train.Deadline.corrected = stopped
-run_script(train.main)
-"""
     flags = [f"--{name}={value}" for name, value in dict(out_dir=tmp_path / "run", sample_tokens=0).items()]
     back = [*flags, "--init_from=resume:step-000002", next(f for f in tiny_flags("") if f.startswith("--data_dir"))]
     timed = [*tiny_flags(tmp_path / "new", minutes=1), "--n_embd=16"]
     timed = [flag for flag in timed if not flag.startswith(("--max_iters", "--warmup_iters", "--lr_decay_iters"))]
     for arguments in (back, timed):
-        command = [sys.executable, "-c", code, *arguments]
-        ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
-        assert ended.returncode == 128 + signal.SIGINT and "nothing new to save" in ended.stderr, ended.stderr
+        stopping = Stopping(Deadline.corrected, signal.SIGINT, call=1, calls=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(Deadline, "corrected", lambda *arguments, stopping=stopping: stopping(*arguments))
+            ended = run_main("train", *arguments)
+        assert ended.status == 128 + signal.SIGINT and "nothing new to save" in ended.err, ended.err
     assert load_state(tmp_path / "run" / "last")[0].step == 4
     assert (tmp_path / "new" / "recipe.py").exists()
 
@@ -196,13 +167,6 @@ def test_two_processes_stop_together_and_any_number_goes_on(tmp_path, tiny_flags
     ended = torchrun([*flags, "--init_from=resume"])
     assert ended.returncode == 0, ended.stderr
     assert same_run(tmp_path / "two", both)
-
-
-def test_two_processes_go_on_with_the_run_of_one(tmp_path, train, tiny_flags, both):
-    train(tmp_path / "run", **TWO | {"max_iters": 12})
-    ended = torchrun(tiny_flags(tmp_path / "run", **TWO | {"init_from": "resume"}))
-    assert ended.returncode == 0, ended.stderr
-    assert largest_difference(weights(tmp_path / "run"), weights(both)) < ROUNDING
 
 
 def test_a_run_whose_worker_is_killed_ends_as_an_undisturbed_one(tmp_path, tiny_flags, both):
