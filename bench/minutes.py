@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +37,7 @@ class BenchConfig:
     """layers x width, separated by commas; auto: what --minutes chooses"""
     search: NonNegativeInt = 0
     """runs with random shapes, learning rates and batches"""
-    recipes: list[PathName] = field(default_factory=list)
+    recipes: tuple[PathName, ...] = ()
     """recipes to train to their end as well"""
     extra: str = ""
     """other flags of train.py"""

@@ -13,7 +13,7 @@ import re
 import struct
 import sys
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,7 +38,7 @@ BLOCK = 3 << 20  # bytes of data in one <script>; a multiple of 3, so that base6
 
 @dataclass(frozen=True)
 class PageConfig:
-    models: list[PathName] = field(default_factory=list)
+    models: tuple[PathName, ...] = ()
     """the model: a directory such as out/best, gpt2 or another GPT-2 on the hub, or nanoGPT's ckpt.pt"""
     out: PathName = "model.html"
     """the file to write"""

@@ -8,7 +8,7 @@ llama.cpp's own converter handles GPT-2's tokenizer, but refuses tokenizers made
 import json
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +32,7 @@ PRECISIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q
 
 @dataclass(frozen=True)
 class ExportConfig:
-    models: list[PathName] = field(default_factory=list)
+    models: tuple[PathName, ...] = ()
     """the model: a directory such as out/best, gpt2 or another GPT-2 on the hub, or nanoGPT's ckpt.pt"""
     out: PathName = "model.gguf"
     """the file to write"""

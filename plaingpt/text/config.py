@@ -3,7 +3,7 @@
 python prepare_data.py my/books 'notes/*.md' --name=books --tokenizer=bpe --vocab_size=4096
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from plaingpt.settings import PathName, PositiveInt, Range
@@ -11,7 +11,7 @@ from plaingpt.settings import PathName, PositiveInt, Range
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    sources: list[PathName] = field(default_factory=list)
+    sources: tuple[PathName, ...] = ()
     """files, directories and globs (text, JSON, CSV, TSV, Parquet); - (standard input); hf:owner/name; or python,
     shakespeare, shakespeare_char, tinystories, openwebtext, fineweb_edu"""
     name: str | None = None
