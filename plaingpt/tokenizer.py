@@ -86,6 +86,8 @@ class Tokenizer:
         """Write tokenizer.json, and the tokenizer_config.json that transformers' AutoTokenizer requires."""
         (directory / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8", newline="\n")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        # Otherwise transformers 4 passes token_type_ids, and its GPT-2 adds the embedding of id 0 at each position.
+        config["model_input_names"] = ["input_ids", "attention_mask"]
         if self.end_of_text is not None:
             config |= dict.fromkeys(("bos_token", "eos_token"), self._backend.id_to_token(self.end_of_text))
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

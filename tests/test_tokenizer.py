@@ -274,6 +274,7 @@ def test_the_configuration_beside_it_names_end_of_text(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["eos_token"] == config["bos_token"] == "<|endoftext|>"
+    assert "token_type_ids" not in config["model_input_names"]  # transformers' GPT-2 would add their embeddings
 
 
 def test_a_tokenizer_that_splits_text_otherwise_is_not_gpt2s(made, tmp_path):
