@@ -79,7 +79,7 @@ def main() -> None:
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
     model, tokenizer = load_model(Path(config.out_dir) if config.init_from in (None, "resume") else config.init_from)
-    if "start" not in given and tokenizer.vocabulary().keys().isdisjoint({"\n", "Ċ"}):  # Ċ: in a BPE
+    if "start" not in given and tokenizer.vocabulary().keys().isdisjoint({"\n", "Ċ"}):  # Ċ: BPE's \n
         config = dataclasses.replace(config, start="")  # made from text without line breaks
     dist = connect(config.device, config.dtype)
     fp16 = dist.device.type == "cpu" and config.dtype == "auto" and has_fp16_products()

@@ -194,7 +194,7 @@ def apply_gradients(
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["capturable"] = norm.is_cuda and torch.cuda.is_current_stream_capturing()  # AdamW asks for it
-        # Not scaler.step, which decides for each optimizer: all must skip or none. AdamW's fused kernel reads both.
+        # Not scaler.step, which decides for each optimizer: all must skip or none. AdamW reads both attributes.
         optimizer.grad_scale, optimizer.found_inf = None, skip
         optimizer.step()
     scaler.update()

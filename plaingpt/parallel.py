@@ -75,7 +75,7 @@ def _compile(model: nn.Module, dist: Distributed, sharded: bool) -> None:
     If nothing compiles on this machine (no C++ compiler, say), one line says so and the model stays as it is.
     """
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=dist.device))  # fails now, not in a backward pass
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=dist.device))  # so that it fails here, if at all
     except Exception as error:  # of many kinds
         note(f"torch.compile does not work here, continuing without it: {one_line(error)}")
         return

@@ -168,7 +168,7 @@ class Saver:
                 if name == "best" and self.best is None and path.is_dir():
                     note(f"renamed {path} to {rename_aside(path)}: its loss is not comparable with later ones")
             return True
-        except Exception as error:  # a full disk, no permission, a quota, …: training goes on
+        except Exception as error:  # a full disk, no permission, a quota, …: training continues
             self._failed(f"step {content['step']} could not be saved in {path}: {one_line(error)}")
             return False
 

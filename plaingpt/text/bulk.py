@@ -41,7 +41,7 @@ class BulkEncoder:
         self._delimiter = secrets.token_hex(8).encode()
         text = tokenizer.to_json()
         ours = json.loads(text)
-        if not tokenizer.is_gpt2:  # GPT-2's is in our form; to find that out takes up to a second
+        if not tokenizer.is_gpt2:  # GPT-2's is ours; to compare the two takes up to a second
             ours = as_ours(ours)
             text = json.dumps(ours)
         model = ours["model"] if ours else {"type": None}

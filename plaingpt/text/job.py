@@ -45,7 +45,7 @@ class Job:
 
     @functools.cached_property
     def partial(self) -> Path:
-        directory = self.directory.resolve() if self.directory.is_symlink() else self.directory  # it stays a link
+        directory = self.directory.resolve() if self.directory.is_symlink() else self.directory  # a link stays one
         return directory.with_name(f".{directory.name}.partial")
 
     @property
@@ -146,7 +146,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
     """Decide how documents are divided, make the tokenizer, and save both in `partial`."""
     many = max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction))
     digests = set()  # of different documents; of a large text file, of its first piece
-    texts = (itertools.takewhile(lambda text: text.start == 0, i.texts(job.config)) for i in source.inputs())
+    texts = (itertools.takewhile(lambda text: text.start == 0, found.texts(job.config)) for found in source.inputs())
     for text in itertools.chain.from_iterable(texts):
         digests.add(xxhash.xxh3_64_intdigest(text.data))
         if len(digests) >= many:

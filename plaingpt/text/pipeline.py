@@ -75,7 +75,8 @@ class Part:
 
     def __post_init__(self):
         found = json_or_empty(self.progress)
-        if not found or found["bad_files"] not in ("stop", self.config.bad_files):  # `position` skips bad texts
+        # Skipped texts are not counted in `position`, so progress under another choice cannot be continued.
+        if not found or found["bad_files"] not in ("stop", self.config.bad_files):
             none = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
             found = {"position": (0, 0), "splits": none, "finished": False}
             for shard in self.shards.glob(f"part{self.number}_*.bin"):
@@ -189,7 +190,7 @@ def batches(part: Part) -> Iterator[Batch]:
     resumed_at, batch = part.position, Batch()  # part.position moves as batches are written
     for position, text, train_end in divided_texts(part):
         if position > resumed_at:
-            if batch.size and (text.start > 0 or batch.size >= streams.PIECE):  # `continued`: the first text
+            if batch.size and (text.start > 0 or batch.size >= streams.PIECE):  # a later piece begins a batch
                 yield batch
                 batch = Batch()
             batch.add(text, train_end)
