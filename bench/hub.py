@@ -58,13 +58,18 @@ def write_as_transformers(directory: Path, size: str) -> int:
     return sum(parameter.numel() * 4 for parameter in model.parameters())
 
 
-def tensors(directory: Path) -> dict[str, Path]:
-    """{name: file} of all tensors in a directory."""
+def tensors(directory: Path) -> dict[str, tuple[Path, str]]:
+    """{name: (file, name in the file)} of all tensors in a directory, by OpenAI's names, which have no prefix."""
     found = {}
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
-            found |= dict.fromkeys(opened.keys(), file)
+            found |= {name.removeprefix("transformer."): (file, name) for name in opened.keys()}  # noqa: SIM118
     return found
+
+
+def read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
 
 
 def round_trip(before: Path, after: Path) -> str:
@@ -76,9 +81,9 @@ def round_trip(before: Path, after: Path) -> str:
     old, new = tensors(before), tensors(after)
     assert old.keys() - {"lm_head.weight"} == new.keys(), old.keys() ^ new.keys()
     equal = 0
-    for name, file in new.items():
-        with safe_open(old[name], "pt") as one, safe_open(file, "pt") as other:
-            equal += torch.equal(one.get_tensor(name).view(torch.int32), other.get_tensor(name).view(torch.int32))
+    for name in new:
+        one, other = (read(*found[name]).view(torch.int32) for found in (old, new))
+        equal += torch.equal(one, other)
     return f"{equal} of {len(new)} tensors identical"
 
 

@@ -40,10 +40,13 @@ NANOGPT_ROWS = (50257, 50304)  # GPT-2's ids, alone or padded to a multiple of 6
 def save_model(directory: Path, model: GPT, tokenizer: Tokenizer, weights: dict[str, Tensor] | None = None) -> None:
     """Write a complete Hugging Face model into `directory`. Weights keep their precision; missing biases become 0.
 
-    weights: a copy of the model's own, which training changes meanwhile.
+    weights: a copy of the model's, because training goes on meanwhile. Names in the file have no `transformer.`, as
+    in OpenAI's GPT-2: MLX and mergekit require that, other tools accept both.
     """
-    config, tensors = model.config, with_biases(model.weights() if weights is None else weights)
-    tensors = {name: (t.T if name.endswith(TRANSPOSED) else t).contiguous().cpu() for name, t in tensors.items()}
+    config, tensors = model.config, {}
+    for name, tensor in with_biases(model.weights() if weights is None else weights).items():
+        tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
+        tensors[name.removeprefix("transformer.")] = tensor.contiguous().cpu()
     safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(directory)
     ends = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text}
@@ -120,17 +123,7 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
             return *_read_weights(directory, config, tokenizer), tokenizer
         finally:
             if sums:
-                sums.result()  # a failed checksum explains more than the error that it caused
-
-
-def _config_for(source: Path | str, config: GPTConfig, tokenizer: Tokenizer) -> GPTConfig:
-    """The configuration with the tokenizer's vocabulary: embedding rows that no token uses are dropped."""
-    if tokenizer.vocab_size > config.vocab_size:
-        problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
-        raise UserError(f"{source}: {problem}; remove the added tokens, or resize the embedding in transformers")
-    if rows := config.vocab_size - tokenizer.vocab_size:
-        note(f"{source}: dropped {counted(rows, 'row')} of the embedding, which no token uses")
-    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+                sums.result()  # replaces another error, as a failed checksum explains it
 
 
 def _fp32_copy(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
@@ -153,7 +146,12 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
     files = shards if shards and not (directory / "model.safetensors").exists() else ["model.safetensors"]
     if files == shards and len(shards) != (wanted := int(re.search(r"of-(\d+)", shards[0])[1])):
         raise UserError(f"{directory} has {len(shards)} of the {wanted} files of the weights")
-    config, weights = _config_for(directory, config, tokenizer), {}
+    if tokenizer.vocab_size > config.vocab_size:
+        problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
+        raise UserError(f"{directory}: {problem}; remove the added tokens, or resize the embedding in transformers")
+    if rows := config.vocab_size - tokenizer.vocab_size:
+        note(f"{directory}: dropped {counted(rows, 'row')} of the embedding, which no token uses")
+    config, weights = dataclasses.replace(config, vocab_size=tokenizer.vocab_size), {}
     for file in files:
         with open_tensors(directory / file) as tensors:
             for theirs in tensors.keys():  # noqa: SIM118 (not a dictionary)

@@ -20,8 +20,8 @@ from plaingpt.console import UserError, errors_of_library
 from plaingpt.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
-# A new kind is made in `make_tokenizer`. None of its tokens may contain a place where text/streams.py cuts texts
-# (SAFE_BOUNDARY), decoding has to give back what was encoded, and `byte_lengths` has to know how bytes are spelled.
+# A new kind is made in `make_tokenizer`. Three conditions: no token contains a place where text/streams.py cuts texts
+# (SAFE_BOUNDARY); decoding gives back the text that was encoded; `byte_lengths` counts the text's bytes.
 # Kinds that `as_ours` does not know are encoded slowly, and tools/ cannot export their models.
 KINDS = ("gpt2", "char", "byte", "bpe")
 TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardly changes it
@@ -49,7 +49,7 @@ class Tokenizer:
             raise UserError(f"the tokenizer does not know {unknown!r}; it was made from text without it") from error
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, on all cores; all of it is ordinary text."""
+        """Ids of each text, with several threads; all of it is ordinary text."""
         if self.is_gpt2:  # tiktoken gives the same ids
             return gpt2_by_tiktoken().encode_ordinary_batch(texts)
         self._backend.encode_special_tokens = True
@@ -88,8 +88,9 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         # Otherwise transformers 4 passes token_type_ids, and its GPT-2 adds the embedding of id 0 at each position.
         config["model_input_names"] = ["input_ids", "attention_mask"]
-        if self.end_of_text is not None:
-            config |= dict.fromkeys(("bos_token", "eos_token"), self._backend.id_to_token(self.end_of_text))
+        if self.end_of_text is not None:  # as in OpenAI's file; CTranslate2 requires all three
+            tokens = ("bos_token", "eos_token", "unk_token")
+            config |= dict.fromkeys(tokens, self._backend.id_to_token(self.end_of_text))
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -106,11 +107,12 @@ class Tokenizer:
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
             backend.no_padding()
             tokenizer = cls(backend)
-        if tokenizer.end_of_text is None and (directory / "tokenizer_config.json").is_file():
+        if (directory / "tokenizer_config.json").is_file():
             token = read_json(directory / "tokenizer_config.json").get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
             special = {added.content: i for i, added in backend.get_added_tokens_decoder().items() if added.special}
-            tokenizer.end_of_text = special.get(token) if isinstance(token, str) else None
+            if isinstance(token, str):
+                tokenizer.end_of_text = special.get(token, tokenizer.end_of_text)
         return tokenizer
 
 

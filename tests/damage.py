@@ -138,5 +138,5 @@ def same_model(directory: Path, model, tokenizer, scratch: Path) -> bool:
     scratch.mkdir()
     save_model(scratch, model, tokenizer)
     ours, theirs = load_file(scratch / "model.safetensors"), load_file(directory / "model.safetensors")
-    theirs["transformer.wte.weight"] = theirs["transformer.wte.weight"][: tokenizer.vocab_size]
+    theirs["wte.weight"] = theirs["wte.weight"][: tokenizer.vocab_size]
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

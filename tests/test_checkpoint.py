@@ -131,9 +131,9 @@ def test_each_size_of_gpt2_comes_in_and_goes_out_bit_for_bit(tmp_path, layers, h
     save_model(tmp_path / "out", model, tokenizer)
     before = {}
     for shard in (tmp_path / "in").glob("*.safetensors"):
-        before |= load_file(shard)
+        before |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(shard).items()}
     after = load_file(tmp_path / "out" / "model.safetensors")
-    assert after.keys() == before.keys() - {"lm_head.weight"}
+    assert after.keys() == before.keys() - {"lm_head.weight"}  # OpenAI's names, which have no prefix
     assert all(torch.equal(after[name], before[name]) for name in after)
     shard.rename(shard.with_name("model-copy-of-it.safetensors"))
     with pytest.raises(UserError, match=r"in has \d of the \d+ files of the weights|in has \d\d of the"):
@@ -202,7 +202,7 @@ def test_rows_of_the_embedding_without_a_token_are_dropped(tmp_path, capsys):
     assert max(model.generate([0], 500, temperature=100.0)) < 257
     (tmp_path / "again").mkdir()
     save_model(tmp_path / "again", model, tokenizer)
-    assert load_file(tmp_path / "again" / "model.safetensors")["transformer.wte.weight"].shape == (257, 8)
+    assert load_file(tmp_path / "again" / "model.safetensors")["wte.weight"].shape == (257, 8)
 
 
 def test_a_model_with_fewer_rows_than_its_tokenizer_has_ids_is_refused(tmp_path):
@@ -444,7 +444,7 @@ def test_biases_that_another_tool_has_trained_are_loaded(tmp_path):
     tokenizer = of_kind("char")
     save_model(tmp_path, make_model(tokenizer, bias=False), tokenizer)
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["transformer.h.1.mlp.c_fc.bias"] += 1
+    tensors["h.1.mlp.c_fc.bias"] += 1
     save_file(tensors, tmp_path / "model.safetensors")
     model, _ = load_model(tmp_path)
     assert model.config.bias and model.transformer.h[1].mlp.c_fc.bias.eq(1).all()
@@ -458,9 +458,9 @@ def test_tensors_that_are_not_this_models_are_refused(tmp_path, change):
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     if change == "integers":
-        tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"].view(torch.int32)
+        tensors["wte.weight"] = tensors["wte.weight"].view(torch.int32)
     elif change == "a layer more":
-        tensors["transformer.h.2.ln_1.weight"] = tensors["transformer.h.1.ln_1.weight"].clone()
+        tensors["h.2.ln_1.weight"] = tensors["h.1.ln_1.weight"].clone()
     else:
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "n_head"}))
@@ -473,8 +473,8 @@ def test_tensors_that_are_not_this_models_are_refused(tmp_path, change):
 @pytest.mark.filterwarnings("error")
 def test_a_weight_that_is_not_a_matrix_is_refused(saved, way):
     tensors = load_file(saved / "model.safetensors")
-    weight = tensors["transformer.h.1.mlp.c_fc.weight"]
-    tensors["transformer.h.1.mlp.c_fc.weight"] = weight.flatten() if way == "flat" else weight[None].clone()
+    weight = tensors["h.1.mlp.c_fc.weight"]
+    tensors["h.1.mlp.c_fc.weight"] = weight.flatten() if way == "flat" else weight[None].clone()
     save_file(tensors, saved / "model.safetensors")
     with pytest.raises(UserError, match=r"missing or damaged|size mismatch for .*mlp\.c_fc\.weight"):
         load_model(saved)
@@ -488,7 +488,7 @@ def test_an_absurd_size_is_refused_before_a_model_of_it_is_made(saved):
 
 def test_an_embedding_with_too_few_rows_is_refused_and_not_broadcast(saved):
     tensors = load_file(saved / "model.safetensors")
-    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:1].clone()
+    tensors["wte.weight"] = tensors["wte.weight"][:1].clone()
     save_file(tensors, saved / "model.safetensors")
     with pytest.raises(UserError, match="the embedding has 1 rows"):
         load_model(saved)

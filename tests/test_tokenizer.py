@@ -105,6 +105,10 @@ def test_a_model_may_name_another_token_that_ends_a_text(tmp_path, token):
     if loaded.end_of_text:
         loaded.save(tmp_path)  # as in a checkpoint of a finetuned model
         assert Tokenizer.load(tmp_path).end_of_text == 2
+    backend.add_special_tokens(["<|endoftext|>"])  # as in models for chats, which keep it and end with another
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    assert Tokenizer.load(tmp_path).end_of_text == (loaded.end_of_text or 3)
 
 
 def test_special_makes_end_of_text_its_id_for_that_call_only(tokenizer):
@@ -273,7 +277,7 @@ def test_a_tokenizer_that_was_saved_to_cut_texts_and_fill_them_up_does_neither(m
 def test_the_configuration_beside_it_names_end_of_text(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert config["eos_token"] == config["bos_token"] == "<|endoftext|>"
+    assert config["eos_token"] == config["bos_token"] == config["unk_token"] == "<|endoftext|>"
     assert "token_type_ids" not in config["model_input_names"]  # transformers' GPT-2 would add their embeddings
 
 
