@@ -27,8 +27,14 @@ DATA_SET_FILES = re.compile(r"(train|val)(_\d+)?\.bin|meta\.json|tokenizer(_conf
 def main() -> None:
     config, given = load_settings(PrepareConfig, positional="sources")
     source = find_source(config, json_lines="column" in given)
-    directory = directory_of(source.name if config.name is None else config.name, config.data_dir)
-    part, parts = part_of(config.part)
+    name = source.name if config.name is None else config.name
+    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > 200:
+        raise UserError(f"{name[:50]!r} cannot be the data set's name: up to 200 letters, digits, '.', '_' and '-'")
+    directory = Path(config.data_dir) / name
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", config.part)
+    part, parts = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= part <= parts:
+        raise UserError(f"--part={config.part}: write --part=3/16 for the third of 16 parts")
     if parts > 1 and source.once:
         raise UserError("standard input cannot be split into parts: save it to a file first")
     if parts > 1 and config.dedup:
@@ -48,16 +54,10 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
     except KeyboardInterrupt:
-        note("stopped" if source.once else "stopped; the same command continues from here")
+        note("stopped" if source.once else "stopped; the same command continues")
         raise
     if meta:
         report(directory, meta, config.tokenizer, config.val_fraction)
-
-
-def directory_of(name: str, data_dir: str) -> Path:
-    if not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > 200:
-        raise UserError(f"{name[:50]!r} cannot be the data set's name: up to 200 letters, digits, '.', '_' and '-'")
-    return Path(data_dir) / name
 
 
 def check_replaceable(directory: Path, source: Source, name: str | None) -> None:
@@ -69,19 +69,10 @@ def check_replaceable(directory: Path, source: Source, name: str | None) -> None
         raise UserError(f"{directory} exists and is not a plainGPT data set; choose another --name")
     if name is None and (found.get("source") != source.description or source.once):
         replace = f"give --name=… (--name={directory.name} replaces it)"
-        raise UserError(f"{directory} was made from {found.get('source')}: {replace}")
+        raise UserError(f"{directory} was made from {found.get('source')!s:.300}: {replace}")
     if others := [path.name for path in directory.glob("*") if not DATA_SET_FILES.fullmatch(path.name)]:
         raise UserError(f"replacing {directory} would delete {others[0]}: move that, or choose another --name")
     note(f"will replace {directory} (tokenizer {found.get('tokenizer')}, vocabulary of {found.get('vocab_size')})")
-
-
-def part_of(given: str) -> tuple[int, int]:
-    """(3, 16) for 3/16."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", given)
-    part, parts = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= part <= parts:
-        raise UserError(f"--part={given}: write --part=3/16 for the third of 16 parts")
-    return part, parts
 
 
 def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: float) -> None:

@@ -202,6 +202,14 @@ def test_work_that_invalid_text_stopped_continues_with_another_choice(tmp_path, 
         assert "is already prepared" in prepare(invalid, tmp_path / "stopped", failed).err
 
 
+def test_a_finished_part_stays_finished_whatever_was_done_about_invalid_text(tmp_path, invalid, small):
+    prepare(invalid, tmp_path, "--part=1/3", status=2)
+    prepare(invalid, tmp_path, "--part=1/3", "--bad_files=skip")
+    before = token_files(tmp_path)
+    assert "part 1 of 3 is done; 2 parts left" in prepare(invalid, tmp_path, "--part=1/3").err
+    assert before and token_files(tmp_path) == before
+
+
 @pytest.mark.parametrize(("first", "second"), [("skip", "replace"), ("replace", "skip")])
 @pytest.mark.parametrize("after_stop", [True, False])
 def test_work_with_one_choice_is_not_continued_with_another(tmp_path, invalid, small, first, second, after_stop):
@@ -460,6 +468,14 @@ def test_a_name_that_is_no_utf8_is_reported(tmp_path):
     assert printed.endswith("has no 'text'; name the --column: \\udce9\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text there")
+def test_a_parquet_file_whose_name_is_no_utf8_is_read(tmp_path):
+    pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "rows.parquet")
+    (tmp_path / "rows.parquet").rename(name := os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet"))
+    prepare(name, tmp_path)
+    assert len(documents(tmp_path, "train")) > 200
+
+
 def test_a_file_that_cannot_be_read_for_a_while_costs_no_work(tmp_path, mixed, small):
     prepare(mixed, tmp_path / "undisturbed")
     rows = mixed / "rows.parquet"
@@ -588,12 +604,29 @@ def test_who_stops_it_hears_whether_the_same_command_goes_on(tmp_path, text, sma
     def work() -> None:
         at_each_change(tmp_path, lambda count: count % 20 or os.kill(os.getpid(), signal.SIGINT))
         printed = [prepare(given, tmp_path, status=130, stdin="some text " * 1000).err for given in (text, "-")]
-        assert printed[0].endswith("stopped; the same command continues from here\n")
+        assert printed[0].endswith("stopped; the same command continues\n")
         assert printed[1].endswith("stopped\n")
         (tmp_path / "done").touch()
 
     os.waitpid(forked(work), 0)
     assert (tmp_path / "done").exists()
+
+
+def test_standard_input_whose_preparation_is_stopped_at_its_end_leaves_nothing(tmp_path):
+    def work() -> None:
+        stopped = []
+
+        def stop(_) -> None:
+            if not stopped and (tmp_path / ".set.partial" / "shards" / "meta.json").exists():
+                stopped.append(True)
+                raise KeyboardInterrupt
+
+        at_each_change(tmp_path, stop)
+        prepare("-", tmp_path, status=130, stdin="some text " * 1000)
+        (tmp_path / "stopped").touch()
+
+    os.waitpid(forked(work), 0)
+    assert os.listdir(tmp_path) == ["stopped"]
 
 
 def test_standard_input_must_be_text(tmp_path):

@@ -40,7 +40,7 @@ def main() -> None:
 def inspect(directory: Path) -> None:
     data = open_data_set(directory, check_all=True)
     source = json_or_empty(directory / "meta.json").get("source")
-    found = f"from {source}; checksums and ids are correct" if source else "no checksums; ids are correct"
+    found = f"from {source!s:.300}; checksums and ids are correct" if source else "no checksums; ids are correct"
     note(f"{directory}: {found}")
     for split in SPLITS:
         describe(split, getattr(data, split), data.tokenizer)

@@ -39,11 +39,8 @@ class BulkEncoder:
         # A delimiter before each document in the text that gigatoken gets; gigatoken's tokenizer knows it as end of
         # text. It is random, so no document contains it.
         self._delimiter = secrets.token_hex(8).encode()
-        text = tokenizer.to_json()
-        ours = json.loads(text)
-        if not tokenizer.is_gpt2:  # GPT-2's is ours; to compare the two takes up to a second
-            ours = as_ours(ours)
-            text = json.dumps(ours)
+        found = json.loads(tokenizer.to_json())
+        ours = found if tokenizer.is_gpt2 else as_ours(found)  # GPT-2's is ours; to compare takes up to a second
         model = ours["model"] if ours else {"type": None}
         self._is_bytes = model["type"] == "BPE" and not model["merges"]
         if model["type"] == "WordLevel":
@@ -55,7 +52,7 @@ class BulkEncoder:
                 import gigatoken
 
                 self._gigatoken = gigatoken
-                self._json = text.replace(f'"{END_OF_TEXT}"', f'"{self._delimiter.decode()}"')
+                self._json = json.dumps(ours).replace(f'"{END_OF_TEXT}"', f'"{self._delimiter.decode()}"')
         self._of_thread = threading.local()  # a shared encoder serves one thread at a time
 
     def encode(self, documents: list[bytes]) -> np.ndarray:

@@ -20,7 +20,7 @@ class PrepareConfig:
     """gpt2, char, byte, bpe (trained on your text), or a model directory (default for files: gpt2)"""
     vocab_size: Annotated[int, Range("from 257 to 1,048,576", lambda n: 257 <= n <= 2**20)] = 2048
     """ids of a bpe tokenizer, including the 256 bytes and end of text"""
-    val_fraction: Annotated[float, Range("above 0, at most 0.5", lambda x: 0 < x <= 0.5)] | None = None
+    val_fraction: Annotated[float, Range("from 0.00001 to 0.5", lambda x: 1e-5 <= x <= 0.5)] | None = None
     """fraction of the text held out for validation (default: 0.05 for files, 0.01 for hf:; named sources differ)"""
     dedup: bool = False
     """drop exact copies of documents, except text files over 1 MB; takes about 100 bytes of memory per document"""
@@ -30,7 +30,7 @@ class PrepareConfig:
     """invalid UTF-8: stop; skip the document (of a text file over 1 MB: the bad megabyte; of a JSON array: all of it);
     or replace the invalid bytes by U+FFFD (default: stop; skip for python)"""
     encoding: str | None = None
-    """encoding of text files without a byte order mark, such as latin-1 (default: UTF-8)"""
+    """encoding of text, JSON, CSV and TSV without a byte order mark, such as latin-1 (default: UTF-8)"""
     column: str = "text"
     """name of the text column in JSON, CSV, TSV, Parquet and Hugging Face data sets; if given, standard input is read
     as JSON Lines"""

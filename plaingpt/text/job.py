@@ -1,7 +1,8 @@
 """One data set in preparation: what all processes that work on it share, and how the last one completes it.
 
 data/.<name>.partial contains plan.json, the tokenizer, the progress of each part, and the shards. It survives a
-failure: the same command continues it; another command for the same name replaces it, but not finished parts.
+failure: the same command continues it. Another command for the same name deletes it, or is refused if a part is
+finished.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from plaingpt.files import delete, fsync, json_or_empty, new_file, put_in_place,
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.pipeline import Part, encode_part
 from plaingpt.text.sources import Source
-from plaingpt.tokenizer import Tokenizer, make_tokenizer
+from plaingpt.tokenizer import Tokenizer, gpt2, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
 FORMAT = 9  # version of the .partial directory; work in another version starts over
@@ -54,8 +55,8 @@ class Job:
 
     @functools.cached_property
     def digests(self) -> list[str]:
-        """Digests of the source and the settings, the same on every machine. Work and data sets with either are this
-        job's. The second is for --bad_files=stop: what invalid text stopped may continue with another choice."""
+        """Digests of the source and the settings, the same on every machine. A plan.json or meta.json with either is
+        this job's. The second is that of --bad_files=stop: what invalid text stopped may continue with another one."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
         ignored = dict(sources=[], name=None, part="", threads=None, data_dir="")  # no effect on ids, or in `source`
         config = dataclasses.replace(self.config, tokenizer=self.kind, **ignored)
@@ -69,9 +70,6 @@ class Job:
     def has_begun(self) -> bool:
         """Whether `partial` is the work of this job."""
         return json_or_empty(self.partial / "plan.json").get("digest") in self.digests and self.shards.exists()
-
-    def progress(self, part: int) -> Path:
-        return self.partial / f"part-{part}.json"
 
     def lock(self, path: Path, wait: bool = False) -> AcquireReturnProxy:
         """Acquire a lock; UserError if another process has it, unless this one may wait for it."""
@@ -91,7 +89,7 @@ def prepare(job: Job, threads: int) -> dict | None:
             if job.parts > 1 and job.is_done():
                 if job.has_begun() or not job.shards.exists():  # else `partial` is the work of another command
                     remove(job)
-                return note(f"{job.directory} is already prepared")
+                return note(f"{job.directory} is already prepared; to prepare it again, delete it first")
             job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.partial / f"part-{job.part}.lock"))
             part = make_part(job)
@@ -99,12 +97,12 @@ def prepare(job: Job, threads: int) -> dict | None:
                 return finish(job, part)
         try:
             encode_part(part, threads)
+            with job.lock(plan_lock, wait=True):
+                return finish(job, part)
         except BaseException:
             if job.source.once:  # it cannot be continued
                 remove(job)
             raise
-        with job.lock(plan_lock, wait=True):
-            return finish(job, part)
 
 
 def make_part(job: Job) -> Part:
@@ -115,13 +113,14 @@ def make_part(job: Job) -> Part:
     try:
         source = job.source.fetched(job.partial, job.config)
         tokenizer = Tokenizer.load(job.partial) if has_begun else make_plan(job, source)
+        tokenizer = gpt2() if job.kind == "gpt2" else tokenizer  # a loaded one would encode more slowly
     except BaseException:
         if job.parts == 1 and not has_begun:  # nothing has been encoded
             remove(job)
         raise
     by_content = read_json(job.partial / "plan.json")["by_content"]
     inputs = source.inputs()[job.part - 1 :: job.parts]
-    return Part(job.shards, job.progress(job.part), job.part, inputs, job.config, tokenizer, by_content)
+    return Part(job.shards, job.partial / f"part-{job.part}.json", job.part, inputs, job.config, tokenizer, by_content)
 
 
 def remove_other_work(job: Job) -> None:
@@ -152,7 +151,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
         if len(digests) >= many:
             break
     if not digests:
-        raise UserError(f"{source.description}: there is no text in it")
+        raise UserError(f"{source.description:.300}: there is no text in it")
     if source.summary:
         note(source.summary)
     tokenizer = job.tokenizer or make_tokenizer(job.kind, source.texts(job.config), job.config.vocab_size)
@@ -161,7 +160,8 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
         if any(tokenizer.decode(tokenizer.encode(text)).strip() != text.strip() for text in texts):
             note("the tokenizer does not reproduce this text exactly: bits per byte will be too low")
     tokenizer.save(job.partial)
-    fsync(job.partial / "tokenizer.json")
+    for path in job.partial.glob("tokenizer*.json"):
+        fsync(path)
     job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it means that the rest is complete
         json.dump({"digest": job.digests[0], "by_content": len(digests) >= many}, file)
@@ -173,7 +173,7 @@ def finish(job: Job, part: Part) -> dict | None:
     if not job.has_begun():
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
     part.save()
-    progress = [json_or_empty(job.progress(number)) for number in range(1, job.parts + 1)]
+    progress = [json_or_empty(job.partial / f"part-{number}.json") for number in range(1, job.parts + 1)]
     if missing := sum(not found.get("finished") for found in progress):
         return note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")
     splits, shards, tokenizer = {}, job.shards, part.tokenizer

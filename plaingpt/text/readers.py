@@ -1,7 +1,8 @@
 """Texts from files and Hugging Face data sets, one after another, in bounded memory.
 
-Text files are read in pieces of up to 1 MB that end where no token is split. JSON, CSV, TSV and Parquet have one
-document per row. pyarrow takes a third of a second to import, so only the functions that need it import it.
+Text files are read in pieces of up to 1 MB, cut where GPT-2's tokenizer and ours begin a token or, if there is no such
+place, between two characters. JSON, CSV, TSV and Parquet have one document per row. pyarrow takes a third of a second
+to import, so only the functions that need it import it.
 """
 
 import csv
@@ -142,10 +143,11 @@ def parquet_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file.path, buffer_size=1 << 20) as parquet:
+        # not its name, which pyarrow requires to be UTF-8
+        with open(file.path, "rb") as raw, pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20) as parquet:
             check_column(file.path, parquet.schema_arrow.names, config.column)
             for group in range(parquet.num_row_groups):
-                where, done = f"{file.path}, rows of group {group}", file.size * (group + 1) // parquet.num_row_groups
+                where, done = f"{file.path}, row group {group}", file.size * (group + 1) // parquet.num_row_groups
                 for batch in parquet.iter_batches(ROWS, [group], columns=[config.column], use_threads=False):
                     yield from _column_texts(batch.column(0), where, done, config)
     except (OSError, pyarrow.ArrowException) as error:
@@ -158,8 +160,8 @@ def _column_texts(column: Any, where: str, done: int, config: PrepareConfig) -> 
     """The values of an Arrow array."""
     if not re.match("(dictionary<values=)?(large_)?(string|binary|null)", str(column.type)):
         raise UserError(f"{where}: column {config.column!r} is {column.type}, not text; name the --column")
-    for text in column.cast("large_binary").to_pylist():  # no copy
-        yield Text(text and checked(text, where, config.bad_files), done)
+    for text in column.cast("large_binary").to_pylist():  # as bytes: to str, text that is not UTF-8 would fail
+        yield Text(text and checked(text, f"{where}: a row", config.bad_files), done)
 
 
 def check_column(where: str, names: Sequence[str], column: str) -> None:

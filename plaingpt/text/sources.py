@@ -12,7 +12,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Container, Iterable, Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from plaingpt.console import UserError, closest, counted, errors_of_library
@@ -118,14 +118,14 @@ def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...
 
     left_out = f"{len(skipped):,} skipped: {listed(skipped)}"
     if not files:
-        raise UserError(f"{' '.join(words)}: {left_out}")
+        raise UserError(f"{' '.join(words):.300}: {left_out}")
     read = f"reading {counted(len(files), 'file')}: {listed(kind_of(file.path) for file in files)}"
     return files, f"{read}; {left_out}" if skipped else read
 
 
 def _matches(word: str) -> Iterable[str]:
     """The files of a word of the command line."""
-    found = [word] if os.path.exists(word) else [*_glob(word)]
+    found = [word] if os.path.exists(word) else glob.glob(word, recursive=True)
     if files := [*filter(os.path.isfile, found), *itertools.chain(*map(walk, filter(os.path.isdir, found)))]:
         return files
     if found:
@@ -135,31 +135,18 @@ def _matches(word: str) -> Iterable[str]:
     raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED) or hub}")
 
 
-def _glob(pattern: str) -> Iterable[str]:
-    """The paths that match. Python's own `**` would follow circles of links almost forever."""
-    top, *rest = re.split(r"(?:^|(?<=[/\\]))\*\*(?:[/\\]|$)", pattern)
-    if not rest:
-        return glob.iglob(pattern)
-    if len(rest) > 1:
-        raise UserError(f"{pattern}: ** can occur once")
-    tops = filter(os.path.isdir, glob.iglob(top) if top else ["."])
-    return (path for top in tops for path in walk(top) if PurePath(os.path.relpath(path, top)).match(rest[0] or "*"))
-
-
-def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterator[str]:
+def walk(directory: str, left_out: Container[str] = ("node_modules",), entered: set | None = None) -> Iterator[str]:
     """The files in a directory and below, except hidden ones. Links are followed; no directory is entered twice."""
-
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk alone ignores a directory that cannot be read
-
-    entered = set()
-    for folder, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        folders[:] = [n for n in sorted(folders) if not (real in entered or n.startswith(".") or n in left_out)]
-        if real not in entered:
-            paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
-            yield from filter(os.path.isfile, paths)  # no pipe, device or broken link
-        entered.add(real)
+    entered = set() if entered is None else entered
+    entered.add(os.path.realpath(directory))
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        if name.startswith("."):
+            continue
+        if os.path.isfile(path):  # no pipe, device or broken link
+            yield path
+        elif os.path.isdir(path) and name not in left_out and os.path.realpath(path) not in entered:
+            yield from walk(path, left_out, entered)
 
 
 def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | None:

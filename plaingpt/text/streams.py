@@ -84,7 +84,8 @@ def too_long(where: str) -> UserError:
 
 
 def last_boundary(data: bytes) -> int:
-    """The last place where a cut changes no token; without any (no spaces, for example), before the last character."""
+    """The last place where a cut changes no token. If there is none (no spaces, for example), the place before the last
+    character."""
     end = max(data.rfind(b" "), data.rfind(b"\n")) + 8  # the last candidate, with the character after it
     for window_size in (1 << 10, end):  # one is usually near
         start = max(0, end - window_size)
