@@ -37,7 +37,7 @@ from plaingpt.run import (
     resumed_settings,
     write_recipe,
 )
-from plaingpt.run_state import RunState, Saver, load_optimizers
+from plaingpt.run_state import RunState, Saver, is_below, load_optimizers
 from plaingpt.settings import load_settings
 from plaingpt.tokens import DataSet, Tokens, open_data_set
 from plaingpt.train_config import TrainConfig
@@ -123,7 +123,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
     """The training loop: evaluate, save, step, log. All ranks. Returns the exit status."""
     config, dist, start = run.config, run.dist, state.step
     metrics = Metrics(out_dir, dist.is_main, resumed_from=start or None)
-    # The values of these two are for W&B: in a checkpoint, None follows a new max_iters or learning_rate.
+    # W&B gets numbers. A checkpoint keeps None, so that both follow a max_iters or learning_rate given on resume.
     metrics.track(state.settings | {"lr_decay_iters": config.decay_end, "min_lr": config.final_lr})
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
@@ -154,6 +154,8 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
             if step > start or (step and val_loss is not None):
                 state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
                 saver.save(val_loss, keeping)  # also counts evaluations_since_lowest
+            elif is_below(val_loss, None):
+                state.lowest_val_loss = val_loss  # of the model that training begins with
             metrics.draw()
             if val_loss is not None and config.sample_tokens:
                 text = sample_text(run.raw_model, data, config.sample_tokens, dist, seed=step)
@@ -220,6 +222,9 @@ def start_run(
     if not dist.all_equal(state.step):
         raise UserError(f"{config.out_dir} differs between processes: it must be on a disk that all nodes share")
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
+    settings = vars(config) | dict(out_dir="", data_dir="", init_from="", device="")  # these may differ between nodes
+    if not dist.all_equal(derive_seed(data.digest, settings)):
+        raise UserError("processes have different settings or data: start the same command on every node")
     if checkpoint and state.data != data.digest:
         note(f"the data set {config.dataset} is not the one that {checkpoint} was trained on")
     if dist.is_main and not (config.eval_only or config.dry_run):
@@ -276,4 +281,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(errors.record(main))  # so that torchrun reports the error that came first, on whatever rank and node
+    # record: so that torchrun reports the error that came first, on whatever rank and node
+    run_script(errors.record(main), less_memory="--batch_size")

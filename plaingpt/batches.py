@@ -16,9 +16,9 @@ from plaingpt.console import UserError, counted
 from plaingpt.tokens import Tokens
 
 
-def derive_seed(*numbers: int) -> int:
-    """A 63-bit hash of integers, as a random seed: of (seed, epoch), say, or of (seed, step, micro-batch)."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
+def derive_seed(*values: object) -> int:
+    """A 63-bit hash of values, as a random seed: of (seed, epoch), say, or of (seed, step, micro-batch)."""
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:

@@ -24,7 +24,7 @@ TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of few epochs, and in longer ones
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the training tokens: 1% of the time
-CLOSE = 1.06  # ratio of predicted losses; if a model is timed 25% too slow, its predicted loss is at most 6% too high
+CLOSE = 1.06  # ratio of predicted losses to the lowest; timing a model 25% too slow raises its own by at most 6%
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # chosen by --minutes, so refused as flags
 
 # Tokens per second of training that many seconds with these settings; UserError if the model does not fit in memory
@@ -55,10 +55,10 @@ def choose_settings(
     check_flags(given)
     if dist.device.type == "cuda" and config.minutes < 10:
         config = unless_given(config, given, compile=False)  # compiling takes up to half a minute
-    seconds = TRAINING_SHARE * agreed_time_left(config.minutes, dist)
+    seconds = TRAINING_SHARE * time_left(config.minutes, dist)
     timed = time_candidates(config, given, seconds, data, dist, measure)
     best = min(timed, key=lambda c: predicted_loss(c, timed[c] * seconds, len(data.train)))
-    seconds = TRAINING_SHARE * agreed_time_left(config.minutes, dist)  # without those that timing took
+    seconds = TRAINING_SHARE * time_left(config.minutes, dist)  # without those that timing took
     config = with_schedule(best, given, timed[best] * seconds, data)
     tried = "; ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())
     note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
@@ -76,7 +76,7 @@ def time_candidates(
     timed, tokens = {}, 3e6  # tokens that the last candidate could train on; at first, a guess
 
     def late() -> bool:
-        return TRAINING_SHARE * agreed_time_left(config.minutes, dist) < 0.75 * seconds
+        return TRAINING_SHARE * time_left(config.minutes, dist) < 0.75 * seconds
 
     def promising() -> list[TrainConfig]:
         losses = {c: predicted_loss(c, rate * seconds, len(data.train)) for c, rate in timed.items()}
@@ -210,14 +210,9 @@ def check_flags(given: dict[str, str]) -> None:
             raise UserError(f"--minutes determines {name}: leave out --{name}, or --minutes")
 
 
-def time_left(minutes: float) -> float:
-    """Seconds until `minutes` after the start of the process."""
-    return STARTED + 60 * minutes - time.monotonic()
-
-
-def agreed_time_left(minutes: float, dist: Distributed) -> float:
-    """`time_left`, equal on all processes so that they choose the same settings; at least one second."""
-    milliseconds = dist.max(int(1000 * time_left(minutes)))
+def time_left(minutes: float, dist: Distributed) -> float:
+    """Seconds until `minutes` after the start, equal on all processes so that they choose the same; at least one."""
+    milliseconds = dist.max(int(1000 * (STARTED + 60 * minutes - time.monotonic())))
     return max(1.0, milliseconds / 1000)
 
 
@@ -278,12 +273,13 @@ class Deadline:
 
     def seconds_for_steps(self, config: TrainConfig) -> float:
         """What is left of the time, without the evaluations that `seconds_per_step` does not include."""
+        left = time_left(config.minutes, self.dist)
         if not self.evaluation_seconds:
-            return TRAINING_SHARE * time_left(config.minutes)
+            return TRAINING_SHARE * left
         # It includes one per eval_interval steps. But the next one is nearer than that, the interval before the last
         # step is half as long on average, and the last step is evaluated too.
         to_next = -self.state.step % config.eval_interval / config.eval_interval
-        return time_left(config.minutes) - (1.5 - to_next) * self.evaluation_seconds
+        return left - (1.5 - to_next) * self.evaluation_seconds
 
     def with_steps(self, config: TrainConfig, steps: int) -> TrainConfig:
         """`config` with another number of steps, also in the state and, unless the run was resumed, in the recipe."""

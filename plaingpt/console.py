@@ -18,14 +18,14 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """A failure that no setting caused, whose message is one line."""
+    """A failure that is not a mistake in the command, whose message is one line."""
 
 
-def run_script(main: Callable[[], int | None], less_memory: str = "--batch_size") -> None:
+def run_script(main: Callable[[], int | None], less_memory: str = "model") -> None:
     """Run `main` and exit with the status it returns.
 
     An error that has an explanation ends the process with one line on standard error: a mistake of the user or a file
-    that cannot be used with status 2, other failures with status 1. `less_memory` is the flag that reduces memory use.
+    that cannot be used with status 2, other failures with status 1. less_memory: what to reduce if memory is too small.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `startup`
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -65,7 +65,7 @@ def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
         return 1, f"out of memory: {text.rpartition('DefaultCPUAllocator: ')[2]}; try a smaller {less_memory}"
     if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
         return 2, text
-    if "gloo/transport" in text or type(error).__name__ in ("DistBackendError", "DistNetworkError"):
+    if "gloo/transport" in text or type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return 1, f"the connection to the other processes failed; if one ended, its error is the cause: {text}"
     if type(error).__name__ == "PanicException":  # a Rust library's, and not an Exception
         return 1, f"a library failed: {text}"

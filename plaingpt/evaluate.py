@@ -15,7 +15,8 @@ from plaingpt.tokens import DataSet, Tokens
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed, stop: StopSignal | None = None) -> float | None:
-    """Mean loss in nats over all targets, divided among the ranks; None if `stop` is set meanwhile. All ranks."""
+    """Mean loss in nats over all targets; each rank computes some of the batches. None if `stop` is set meanwhile. All
+    ranks."""
     model.eval()
     losses, count = [], 0
     # The same number of passes on every rank, as a sharded model needs; a batch beyond the last has no targets.
@@ -50,7 +51,7 @@ def sample_text(model: GPT, data: DataSet, length: int, dist: Distributed, seed:
     """A short text that starts from the first token of the validation split; empty except on main. All ranks."""
     if any(map(is_sharded, model.parameters())):
         weights = gather(model.weights(), dist)
-        if dist.is_main:  # in 16 bits: a GPU that needs sharding has no room for more
+        if dist.is_main:  # in dist.dtype: a GPU that needs sharding has no room for a float32 copy
             model = model_with(model.config, weights).to(dist.device, dist.dtype)
     if not dist.is_main:
         return ""

@@ -12,10 +12,11 @@ from plaingpt.console import note, one_line
 class Captured:
     """`function` on a CUDA device, with one graph for each combination of its arguments.
 
-    function: takes tensors, of which only the values may differ between calls, and numbers. It returns a tensor, which
-    the next call overwrites. Everything else that it reads or changes on the device must keep its address.
+    function: takes tensors and numbers; each new combination of shapes and numbers gets its own graph. It returns a
+    tensor, which the next call overwrites. All other memory that it uses on the device must keep its address.
 
-    pool_of: another `Captured`, which never runs at the same time: both use one memory pool.
+    pool_of: another `Captured`, whose memory pool this one shares. The two must never run at the same time, and a call
+    of one may overwrite the last result of the other.
     """
 
     def __init__(self, function: Callable[..., Tensor], pool_of: "Captured | None" = None):
@@ -38,7 +39,7 @@ class Captured:
     def _capture(self, arguments: tuple) -> tuple[torch.cuda.CUDAGraph, list, Tensor]:
         graph, inputs = torch.cuda.CUDAGraph(), [v.clone() if isinstance(v, Tensor) else v for v in arguments]
         self.pool = self.pool or (self.pool_of and self.pool_of.pool) or torch.cuda.graph_pool_handle()
-        # thread_local: a thread that saves a checkpoint may use the device meanwhile
+        # thread_local: what other threads, such as a library's, do on the device does not end the capture
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 return graph, inputs, self.function(*inputs)

@@ -42,10 +42,7 @@ def make_optimizers(
     ]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if matrices:
-        qkv = [p for name, p in matrices.items() if name.endswith("c_attn.weight")]
-        rest = [p for name, p in matrices.items() if not name.endswith("c_attn.weight")]
-        groups = [{"params": qkv, "parts": 3}, {"params": rest, "parts": 1}]
-        optimizers.append(Muon(groups, learning_rate, weight_decay, momentum, dtype))
+        optimizers.append(Muon([*matrices.values()], learning_rate, weight_decay, momentum, dtype))
     return optimizers
 
 
@@ -53,8 +50,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized matrix by matrix (Jordan et al. 2024), with the step's size matched to AdamW's
     (0.2 sqrt(longer side), Liu et al. 2025), so that both share one learning rate.
 
-    Matrices of one shape are orthogonalized together: one batched product instead of many small ones. `parts`: how many
-    matrices are stacked in each parameter of a group (3 in c_attn: query, key and value are different maps).
+    Matrices of one shape are orthogonalized together: one batched product instead of many small ones. c_attn counts as
+    three matrices: query, key and value are different maps.
 
     With W processes (hybrid: the W of a node), each orthogonalizes a W-th of the matrices. Under DDP an all-gather in
     `dtype` then brings the other updates. Under FSDP a process stores some rows of every matrix: an all-to-all brings
@@ -62,27 +59,27 @@ class Muon(torch.optim.Optimizer):
     receives 2 N bytes per step under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
     """
 
-    def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float, dtype: torch.dtype):
-        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, parts=1))
+    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float, dtype: torch.dtype):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update. If `found_inf` is 1, a tensor that `apply_gradients` sets, parameters and state do not change."""
         skipped = getattr(self, "found_inf", torch.zeros((), device=self.param_groups[0]["params"][0].device)).bool()
-        for group in self.param_groups:
-            stacks = {}
-            for p in group["params"]:
-                stacks.setdefault(p.shape, []).append(p)
-            for shape, parameters in stacks.items():
-                # a multiple of the processes, so that none is idle
-                at_once = max(1, ELEMENTS_AT_ONCE // shape.numel() // processes()) * processes()
-                for i in range(0, len(parameters), at_once):
-                    self._step_together(parameters[i : i + at_once], group, skipped)
+        (group,), stacks = self.param_groups, {}
+        for p in group["params"]:
+            stacks.setdefault(p.shape, []).append(p)
+        for shape, parameters in stacks.items():
+            # a multiple of the processes, so that none is idle
+            at_once = max(1, ELEMENTS_AT_ONCE // shape.numel() // processes()) * processes()
+            for i in range(0, len(parameters), at_once):
+                self._step_together(parameters[i : i + at_once], group, skipped)
 
     def _step_together(self, parameters: list[Tensor], group: dict, skipped: Tensor) -> None:
         """One step of n parameters of one shape (R, C)."""
-        parts = group["parts"]
+        R, C = parameters[0].shape
+        parts = 3 if R == 3 * C else 1  # only c_attn has this shape
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -97,7 +94,7 @@ class Muon(torch.optim.Optimizer):
             return orthogonalize(x, self.dtype).unflatten(0, (-1, parts)).flatten(1, 2)
 
         update = split_among_processes(orthogonal, update, parameters[0]).to(old.dtype)
-        size = 0.2 * max(parameters[0].size(0) // parts, parameters[0].size(1)) ** 0.5
+        size = 0.2 * max(R // parts, C) ** 0.5
         torch._foreach_copy_(buffers, list(torch.where(skipped, old, new)))
         parameters = [local_rows(p) for p in parameters]
         decay_factor = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
@@ -147,8 +144,8 @@ def _split_sharded(function: Callable[[Tensor], Tensor], stack: Tensor, like: Te
 
 
 # Odd quintics a x + b x^3 + c x^5 of the Polar Express (Amsel et al. 2025; for singular values from 1e-3 to 1), each
-# optimal after the ones before. Four raise the smallest values by a factor of 444, like five with Jordan's
-# coefficients, with a fifth less work and equal losses (bench/LOG.md).
+# optimal after the ones before. Four raise the smallest values by a factor of about 430, almost as five with Jordan's
+# coefficients (485), with a fifth less work and equal losses (bench/LOG.md).
 QUINTICS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),

@@ -27,23 +27,24 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     Counts this process's weights, gradients and momentum (12 bytes per parameter), and the activations that are stored
     in any case: a run that fits must not be refused.
     """
-    if config.eval_only or (free := free_memory(dist)) is None:
+    if config.eval_only:
         return
     parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
     # bytes: for each block and channel, its input in float32, or half of the 34 that bf16 stores; half of a bf16 logit
     per_token = c.n_layer * c.n_embd * (4 if config.recompute else 17) + c.padded_vocab_size
     needed = 12 * parameters / shard_count(dist, config.sharding) + config.batch_size * c.block_size * per_token
-    free = -dist.max(-int(free))  # the least of all ranks, so that they agree
+    free = -dist.max(-free_memory(dist))  # the least of all ranks, so that they agree
     if needed > free:
         more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
         raise UserError(
             f"a model of {counted(c.n_layer, 'layer')} and width {c.n_embd} needs at least {gb(needed)} to train, but "
-            f"only {gb(free)} is free; try a smaller model, a smaller --batch_size or --recompute=True{more}"
+            f"only {gb(free)} is free for each process; try a smaller model, a smaller --batch_size or "
+            f"--recompute=True{more}"
         )
 
 
-def free_memory(dist: Distributed) -> float | None:
-    """Bytes that this process can still allocate on its device; None if unknown."""
+def free_memory(dist: Distributed) -> int:
+    """Bytes that this process can still allocate on its device; more than any machine has if unknown."""
     if dist.device.type == "cuda":  # what torch keeps of freed memory is free, too
         cached = torch.cuda.memory_reserved(dist.device) - torch.cuda.memory_allocated(dist.device)
         return torch.cuda.mem_get_info(dist.device)[0] + cached
@@ -57,8 +58,8 @@ def free_memory(dist: Distributed) -> float | None:
             stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
             free = min(free, int(text) - int(stat["anon"]))
     except (OSError, KeyError, ValueError, IndexError):  # not Linux
-        return None
-    return free / dist.local_world_size
+        free = 1 << 60
+    return free // dist.local_world_size
 
 
 def announce(config: TrainConfig, dist: Distributed, model: GPT, epoch_tokens: int) -> None:
@@ -105,14 +106,13 @@ def step_seconds(
 
 def median_seconds(dist: Distributed, step: Callable[[int], object], micro_steps: int, limit: float) -> float:
     """Median time of a step of that many micro-steps, repeated until `limit` seconds have passed. All ranks."""
-    times, enough = [], False
-    while not enough:
+    times = []
+    while not dist.max(sum(times) > limit):
         dist.synchronize()
         started = time.perf_counter()
         step(micro_steps)
         dist.synchronize()
         times.append(time.perf_counter() - started)
-        enough = dist.max(sum(times) > limit)
     return statistics.median(times)
 
 

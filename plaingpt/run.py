@@ -15,7 +15,7 @@ from plaingpt.distributed import Distributed
 from plaingpt.files import check_writable, existing, holds_run, json_or_empty, new_file
 from plaingpt.hub import model_path, read_config
 from plaingpt.plan import check_memory
-from plaingpt.run_state import RunState, load_state
+from plaingpt.run_state import RunState, is_below, load_state
 from plaingpt.settings import named
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.tokens import DataSet
@@ -46,7 +46,7 @@ def find_checkpoint(config: TrainConfig) -> tuple[RunState, Path | None]:
 def resumed_settings(
     config: TrainConfig, given: dict[str, str], state: RunState, directory: Path
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The settings of the run in `directory`, except those in LOCAL or given by a flag; and these flags.
+    """The settings of the run in `directory`, except those in LOCAL or given by a flag; and `given` without recipes'.
 
     UserError if the run cannot continue.
     """
@@ -73,9 +73,10 @@ def resumed_settings(
 
 
 def check_change(config: TrainConfig, name: str, source: str, trained: object) -> None:
-    """Print which value of a setting counts, that in `config` or the one it was trained with: only flags change it.
+    """Print which value of a setting is used, that in `config` or that of the checkpoint: a flag changes it, a recipe
+    does not.
 
-    UserError if a flag changes a setting in FIXED, or a recipe does under `auto`: it may be another run's.
+    UserError if a flag changes a setting in FIXED, or a recipe under `auto`, which may belong to another run.
     """
     fixed = name in FIXED and not (config.eval_only and name == "dataset")
     is_flag, value = source.startswith("--"), getattr(config, name)
@@ -91,7 +92,7 @@ def check_change(config: TrainConfig, name: str, source: str, trained: object) -
 
 
 def check_default(config: TrainConfig, given: dict[str, str], device_type: str) -> None:
-    """UserError if nobody asked for the default model or batch, nanoGPT's for GPUs, and there is no CUDA.
+    """UserError without CUDA if the default model or batch, which are nanoGPT's for GPUs, would be used unasked.
 
     GPT-2 124M for 600,000 steps would take two CPU cores twelve years, at 790 tokens/s.
     """
@@ -209,6 +210,8 @@ def finish_run(
     loss, step = best
     risen = state.evaluations_since_lowest > 1 and step < state.step  # one evaluation may be noise
     since = "; no lower since: the model may be overfitting" if risen else ""
+    if is_below(state.lowest_val_loss, loss):
+        since = f"; the model that training began with had {state.lowest_val_loss:.4f}"
     if step > state.step:
         since = ", before the run went back to an earlier step"
     note(f"lowest val_loss {loss:.4f} at step {step}, saved in {out_dir}/best{since}")

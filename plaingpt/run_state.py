@@ -38,7 +38,7 @@ class RunState:
     skipped: int = 0
     """steps whose gradients were not finite"""
     lowest_val_loss: float | None = None
-    """up to this step; `best` may have a lower one, from steps that were undone"""
+    """of the evaluations up to this step; `best` may have a lower one, from steps that were undone"""
     evaluations_since_lowest: int = 0
     evaluated_at: int | None = None
     """the step of the last evaluation"""

@@ -41,7 +41,8 @@ def id_dtype(largest_id: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A prepared data set: its two splits, its tokenizer, and a digest that identifies its content."""
+    """A prepared data set: its two splits, its tokenizer, and a digest of its content (of data sets without meta.json:
+    only of their lengths)."""
 
     train: "Tokens"
     val: "Tokens"

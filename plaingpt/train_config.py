@@ -40,7 +40,7 @@ class RunSettings:
     eval_iters: Annotated[int, Range("from 0 to 2**31", lambda n: 0 <= n <= 2**31)] = 200
     """batches per evaluation, the same ones each time (0: the entire validation split)"""
     patience: NonNegativeInt = 0
-    """stop after this many evaluations without improvement (0: never)"""
+    """stop after this many evaluations without improvement (0: never, except under --minutes)"""
     keep_every: NonNegativeInt = 0
     """steps between permanent checkpoints, out_dir/step-001000 and so on (0: none)"""
     eval_only: bool = False

@@ -52,7 +52,7 @@ def run(argument, **environment):
         ("permission", 2, "bread.txt: Permission denied"),
         ("long name", 2, f"{'x' * 199} … {'x' * 78}: File name too long"),
         ("failure", 1, "the oven went out"),
-        ("memory", 1, "out of memory: MemoryError; try a smaller --batch_size"),
+        ("memory", 1, "out of memory: MemoryError; try a smaller model"),
         ("panic", 1, "a library failed: index out of bounds"),
         (
             "lost",
@@ -72,7 +72,7 @@ def test_want_of_memory_on_a_cpu_is_one_line():
     ended = run("torch memory")
     assert ended.returncode == 1
     assert ended.stderr.startswith("a note\n-c: out of memory: ") and ended.stderr.count("\n") == 2
-    assert ended.stderr.endswith("; try a smaller --batch_size\n")
+    assert ended.stderr.endswith("; try a smaller model\n")
 
 
 def test_an_error_without_an_explanation_has_its_traceback():

@@ -133,7 +133,7 @@ def test_cuda_is_chosen_where_there_is_one():
 
 @needs_cuda
 def test_a_card_that_is_not_there_is_a_user_error():
-    with pytest.raises(UserError, match="there is no GPU"):
+    with pytest.raises(UserError, match="no GPU 99"):
         connect("cuda:99")
 
 
