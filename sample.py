@@ -55,7 +55,7 @@ class SampleConfig:
     interactive: bool = False
     """read prompts from the terminal; Ctrl-C stops a sample, Ctrl-D exits"""
     prompts: PathName | None = None
-    """file with one prompt per line, instead of start"""
+    """file with one prompt per line, instead of start; empty lines are skipped"""
     output: Literal["text", "jsonl"] = "text"
     """jsonl: one JSON object per sample"""
     batch_size: PositiveInt = 16
@@ -78,16 +78,16 @@ def main() -> None:
     modes = [f"--{name}" for name in MODES if name in given and getattr(config, name) not in (None, False)]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
+    starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
+    dist = connect(config.device, config.dtype)  # both before a model is downloaded
     model, tokenizer = load_model(Path(config.out_dir) if config.init_from in (None, "resume") else config.init_from)
-    if "start" not in given and tokenizer.vocabulary().keys().isdisjoint({"\n", "Ċ"}):  # Ċ: BPE's \n
-        config = dataclasses.replace(config, start="")  # made from text without line breaks
-    dist = connect(config.device, config.dtype)
+    if "start" not in given and not config.prompts and tokenizer.vocabulary().keys().isdisjoint({"\n", "Ċ"}):
+        starts = [""]  # made from text without line breaks; Ċ: BPE's \n
     fp16 = dist.device.type == "cpu" and config.dtype == "auto" and has_fp16_products()
     decoder = Decoder(model.to(dist.device), torch.float16 if fp16 else dist.dtype)
     if config.interactive:
         interact(decoder, tokenizer, config)
     else:
-        starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
         prompts = [encode_prompt(start, tokenizer) for start in starts]
         write_all(decoder, tokenizer, config, [prompt for prompt in prompts for _ in range(config.num_samples)])
 
@@ -115,7 +115,8 @@ def write_all(
 def start_samples(
     decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig, prompts: list[list[int]], first: int
 ) -> Iterator[tuple["Sample", Iterator[str]]]:
-    """A sample of each prompt, in batches, with an iterator that generates its text. Seed and number determine it."""
+    """Yield a sample of each prompt, with an iterator that generates its text. The text depends on the seed and on the
+    number of the sample, not on the batch."""
     sampling = Sampling(**{name: getattr(config, name) for name in SAMPLING})
     for start in range(0, len(prompts), config.batch_size):
         together = prompts[start : start + config.batch_size]
@@ -137,7 +138,7 @@ class Sample:
         parts = re.split(r"(?<!\\)\|", config.stop)
         self.stops = [part.replace("\\|", "|").replace("\\n", "\n") for part in parts if part]
         self.text, self.tokens, self.stop_reason = "", 0, None
-        self.final = 0  # characters of the text that no later token can make part of a stop string
+        self.final = 0  # length of the text that is certain: no stop string can begin before this
 
     def add(self, token: int) -> None:
         if token == self.end_of_text:
@@ -225,9 +226,9 @@ def read_start(start: str) -> str:
 def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
     prompt = tokenizer.encode(start, special=True)
     if not prompt and tokenizer.end_of_text is None:
-        raise UserError("this tokenizer has no end-of-text token, so a prompt is required: --start=…")
+        raise UserError("this tokenizer has no end-of-text token, so the prompt cannot be empty")
     return prompt or [tokenizer.end_of_text]
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, less_memory="--batch_size")

@@ -26,7 +26,7 @@ LOGITS_AT_ONCE_GPU = 1 << 26
 def speed_up(model: GPT) -> None:
     """Replace dropout and attention with versions that are faster on CPUs, the loss with one that needs less memory.
 
-    Under torch.compile, and on other devices, dropout and attention stay torch's.
+    On other devices dropout and attention stay torch's; under torch.compile dropout does.
     """
     faster = {nn.Dropout: FastDropout, CausalSelfAttention: FastAttention}
     for module in model.modules():
@@ -131,7 +131,8 @@ def pack(model: GPT, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
                 child.weight = None  # frees it now: the loop keeps the module
 
     parts = [part for block in model.transformer.h for part in (block.attn, block.mlp)]
-    # Packing one matrix uses one core; with more OpenMP threads than cores, all of them would be slow.
+    # Packing a matrix uses one core, so several are packed at once, by one OpenMP thread each: with more of these than
+    # cores, all would be slow.
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         head = pool.submit(PackedLinear, model.transformer.wte.weight.detach(), None, dtype)
         list(pool.map(pack_matrices, parts))
@@ -141,7 +142,7 @@ def pack(model: GPT, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 class PackedLinear(nn.Module):
     """nn.Linear without gradients, (..., in) to (..., out), its weights in the form that is read fastest.
 
-    On a CPU a row of the result does not depend on how many others there are (except float32 sums over 3,072 inputs),
+    On a CPU a row of the result is the same however many rows there are (in float32 only with fewer than 3,072 inputs),
     so a text is the same alone and in a batch.
     """
 

@@ -57,7 +57,7 @@ class Decoder:
     def hidden(self, idx: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """The input of the head for (B, T) ids at these positions: (B, T, C). attend: takes a layer, q, k and v."""
         attentions = [functools.partial(attend, layer) for layer in range(self.config.n_layer)]
-        # cuDNN would build a plan for each new length, 40 to 440 ms each.
+        # cuDNN would build a plan for each new length, 0.1 to 0.7 s each.
         backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         without_cudnn = sdpa_kernel(backends) if self.on_cuda else contextlib.nullcontext()
         with torch.autocast(self.device.type, enabled=False), without_cudnn:
@@ -83,9 +83,9 @@ class Decoder:
 class Batch:
     """Texts that are generated together. Each has its own length, its own end and its own random generator.
 
-    Row r of the cache belongs to text `rows[r]`; a text that has ended gives its row up. Positions end at block_size:
-    a longer text continues from its most recent half, which is read again from position 0. So the cost of a token is
-    bounded, and each token sees at least block_size / 2 tokens before it.
+    Row r of the cache belongs to text `rows[r]`; a text that has ended gives its row up. When a text fills block_size
+    positions, its most recent half is read again from position 0. So the cost of a token is bounded, and each token of
+    a long text sees at least block_size / 2 tokens before it.
     """
 
     @torch.inference_mode()
@@ -259,9 +259,9 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """The ids that can be drawn from logits (B, V), likeliest first, and their weights: (B, K) each.
+    """Weights and ids, (B, K) each, of the ids that can be drawn from logits (B, V), likeliest first.
 
-    With no filter, weights are in the order of the ids, and None stands for the ids.
+    With no filter, the ids are None, and the weights of all ids are in the order of the ids.
     """
     largest = torch.finfo(torch.float32).max
     logits = logits.float().nan_to_num(-largest, largest, -largest)  # after an overflow the likeliest id is drawn

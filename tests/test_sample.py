@@ -351,6 +351,12 @@ def test_bytes_that_are_no_text_do_not_end_interactive_mode(learned):
     assert ended.stdout.count(b"the sea") == 2
 
 
+@pytest.mark.parametrize("prompt", ["--prompts=missing.txt", "--start=FILE:missing.txt"])
+def test_a_prompt_that_cannot_be_read_is_reported_before_a_model_is_looked_for(prompt):
+    ended = run_main("sample", "--init_from=no/such-model", prompt)
+    assert (ended.status, ended.err) == (2, "sample.py: missing.txt: No such file or directory\n")
+
+
 def test_a_file_of_windows_has_the_same_prompt(learned, tmp_path):
     (tmp_path / "prompt.txt").write_bytes(b"the sea\r\n")
     assert sample(learned, start=f"FILE:{tmp_path}/prompt.txt") == sample(learned, start="the sea\n")

@@ -106,7 +106,7 @@ def main() -> None:
     path = Path(config.out)
     with new_file(path, "wb") as file:
         write_gguf(Path(file.name), model, tokenizer, config.dtype)
-    note(f"{path}: {path.stat().st_size / 1e6:.2f} MB; next: llama-cli -m {shlex.quote(str(path))}")
+    note(f"{path}: {path.stat().st_size / 1e6:.2f} MB; next: llama-completion -m {shlex.quote(str(path))} -p …")
 
 
 if __name__ == "__main__":
