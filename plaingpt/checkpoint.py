@@ -41,7 +41,7 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer, weights: dict[
     """Write a complete Hugging Face model into `directory`. Weights keep their precision; missing biases become 0.
 
     weights: a copy of the model's, because training goes on meanwhile. Names in the file have no `transformer.`, as
-    in OpenAI's GPT-2: MLX and mergekit require that, other tools accept both.
+    in OpenAI's GPT-2: MLX requires that, other tools accept both.
     """
     config, tensors = model.config, {}
     for name, tensor in with_biases(model.weights() if weights is None else weights).items():
