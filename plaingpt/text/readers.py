@@ -143,8 +143,9 @@ def parquet_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     import pyarrow.parquet
 
     try:
-        # not its name, which pyarrow requires to be UTF-8
-        with open(file.path, "rb") as raw, pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20) as parquet:
+        # as bytes: pyarrow refuses a str that is not UTF-8
+        raw = pyarrow.OSFile(os.fsencode(file.path))
+        with raw, pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20) as parquet:
             check_column(file.path, parquet.schema_arrow.names, config.column)
             for group in range(parquet.num_row_groups):
                 where, done = f"{file.path}, row group {group}", file.size * (group + 1) // parquet.num_row_groups
