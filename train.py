@@ -30,6 +30,7 @@ from plaingpt.plan import announce, check_memory, dry_run, step_seconds
 from plaingpt.run import (
     check_default,
     check_out_dir,
+    check_same,
     find_checkpoint,
     finish_run,
     initial_model,
@@ -222,9 +223,7 @@ def start_run(
     if not dist.all_equal(state.step):
         raise UserError(f"{config.out_dir} differs between processes: it must be on a disk that all nodes share")
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
-    settings = vars(config) | dict(out_dir="", data_dir="", init_from="", device="")  # these may differ between nodes
-    if not dist.all_equal(derive_seed(data.digest, settings)):
-        raise UserError("processes have different settings or data: start the same command on every node")
+    check_same(config, data, dist)
     if checkpoint and state.data != data.digest:
         note(f"the data set {config.dataset} is not the one that {checkpoint} was trained on")
     if dist.is_main and not (config.eval_only or config.dry_run):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
+from plaingpt.batches import derive_seed
 from plaingpt.checkpoint import load_model
 from plaingpt.console import RunFailed, UserError, counted, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
@@ -104,6 +105,15 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
             f"without a recipe {problem}, which needs a CUDA GPU: add --minutes=10, which chooses settings for that "
             "time, or name a recipe from config/"
         )
+
+
+def check_same(config: TrainConfig, data: DataSet, dist: Distributed) -> None:
+    """UserError if processes differ in data or settings, other than paths: their models would differ. All ranks."""
+    values = {name: value for name, value in vars(config).items() if name not in ("out_dir", "data_dir", "init_from")}
+    values["dataset"] = data.digest
+    if different := [name for name, value in values.items() if not dist.all_equal(derive_seed(value))]:
+        problem = f"processes have different values of {', '.join(different)}"
+        raise UserError(f"{problem}: start the same command on every node, with the same data")
 
 
 def check_out_dir(config: TrainConfig, checkpoint: Path | None, state: RunState) -> None:

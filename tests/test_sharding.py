@@ -157,8 +157,8 @@ def runs(tmp_path_factory, train, resume, tiny_flags) -> tuple[Path, subprocess.
     flags = tiny_flags(folder / "fsdp", **PLAN | MODES["fsdp"] | {"init_from": "auto"})
     refused = "differs between processes: it must be on a disk that all nodes share"
     jobs.append({"flags": flags, "of_rank_1": [f"--out_dir={folder / 'nothing'}"], "refused": refused})
-    flags, refused = tiny_flags(folder / "other", **PLAN), "processes have different settings or data"
-    jobs.append({"flags": flags, "of_rank_1": ["--grad_clip=2"], "refused": refused})
+    flags, refused = tiny_flags(folder / "other", **PLAN), "processes have different values of grad_clip, dataset: "
+    jobs.append({"flags": flags, "of_rank_1": ["--grad_clip=2", "--dataset=other"], "refused": refused})
     (folder / "held.py").write_text(HELD.format(done=str(folder / "held")))
     jobs.append({"script": str(folder / "held.py")})
     jobs.append({"flags": tiny_flags(folder / "fails", **PLAN), "of_rank_1": [f"--data_dir={folder / 'nowhere'}"]})
