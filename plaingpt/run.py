@@ -110,7 +110,7 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
 def check_same(config: TrainConfig, data: DataSet, dist: Distributed) -> None:
     """UserError if processes differ in data or settings, other than paths: their models would differ. All ranks."""
     values = {name: value for name, value in vars(config).items() if name not in ("out_dir", "data_dir", "init_from")}
-    values["dataset"] = data.digest
+    values["dataset"] = config.dataset, data.digest
     if different := [name for name, value in values.items() if not dist.all_equal(derive_seed(value))]:
         problem = f"processes have different values of {', '.join(different)}"
         raise UserError(f"{problem}: start the same command on every node, with the same data")
