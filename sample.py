@@ -78,8 +78,9 @@ def main() -> None:
     modes = [f"--{name}" for name in MODES if name in given and getattr(config, name) not in (None, False)]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
+    dist = connect(config.device, config.dtype)
+    # before a model is downloaded
     starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
-    dist = connect(config.device, config.dtype)  # both before a model is downloaded
     model, tokenizer = load_model(Path(config.out_dir) if config.init_from in (None, "resume") else config.init_from)
     if "start" not in given and not config.prompts and tokenizer.vocabulary().keys().isdisjoint({"\n", "Ċ"}):
         starts = [""]  # made from text without line breaks; Ċ: BPE's \n

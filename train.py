@@ -156,7 +156,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
                 state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
                 saver.save(val_loss, keeping)  # also counts evaluations_since_lowest
             elif is_below(val_loss, None):
-                state.lowest_val_loss = val_loss  # of the model that training begins with
+                state.initial_val_loss = val_loss
             metrics.draw()
             if val_loss is not None and config.sample_tokens:
                 text = sample_text(run.raw_model, data, config.sample_tokens, dist, seed=step)

@@ -55,10 +55,10 @@ def choose_settings(
     check_flags(given)
     if dist.device.type == "cuda" and config.minutes < 10:
         config = unless_given(config, given, compile=False)  # compiling takes up to half a minute
-    seconds = TRAINING_SHARE * time_left(config.minutes, dist)
+    seconds = TRAINING_SHARE * max(1.0, time_left(config.minutes, dist))
     timed = time_candidates(config, given, seconds, data, dist, measure)
     best = min(timed, key=lambda c: predicted_loss(c, timed[c] * seconds, len(data.train)))
-    seconds = TRAINING_SHARE * time_left(config.minutes, dist)  # without those that timing took
+    seconds = TRAINING_SHARE * max(1.0, time_left(config.minutes, dist))  # without those that timing took
     config = with_schedule(best, given, timed[best] * seconds, data)
     tried = "; ".join(f"{c.n_layer} x {c.n_embd}: {rate:,.0f}" for c, rate in timed.items())
     note(f"tokens/s of the models tried (layers x width, not compiled): {tried}")
@@ -211,9 +211,8 @@ def check_flags(given: dict[str, str]) -> None:
 
 
 def time_left(minutes: float, dist: Distributed) -> float:
-    """Seconds until `minutes` after the start, equal on all processes so that they choose the same; at least one."""
-    milliseconds = dist.max(int(1000 * (STARTED + 60 * minutes - time.monotonic())))
-    return max(1.0, milliseconds / 1000)
+    """Seconds until `minutes` after the start, equal on all processes so that they choose the same."""
+    return dist.max(int(1000 * (STARTED + 60 * minutes - time.monotonic()))) / 1000
 
 
 class Deadline:

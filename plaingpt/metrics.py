@@ -145,7 +145,7 @@ def log_line(record: dict, max_iters: int, seconds_left: float) -> str:
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl, without damaged lines, such as one cut short by a kill.
 
-    Records of steps that were made again after a resume are left out.
+    Records of steps that a resume undid are left out.
     """
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:

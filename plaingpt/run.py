@@ -108,12 +108,12 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
 
 
 def check_same(config: TrainConfig, data: DataSet, dist: Distributed) -> None:
-    """UserError if processes differ in data or settings, other than paths: their models would differ. All ranks."""
-    values = {name: value for name, value in vars(config).items() if name not in ("out_dir", "data_dir", "init_from")}
+    """UserError if processes differ in settings that change the model, or in the data set. All ranks."""
+    own = {"out_dir", "data_dir", "init_from", "timeout", "wandb_log", "wandb_project", "wandb_run_name"}
+    values = {name: value for name, value in vars(config).items() if name not in own}
     values["dataset"] = config.dataset, data.digest
     if different := [name for name, value in values.items() if not dist.all_equal(derive_seed(value))]:
-        problem = f"processes have different values of {', '.join(different)}"
-        raise UserError(f"{problem}: start the same command on every node, with the same data")
+        raise UserError(f"processes have different values of {', '.join(different)}: start all with the same command")
 
 
 def check_out_dir(config: TrainConfig, checkpoint: Path | None, state: RunState) -> None:
@@ -220,8 +220,8 @@ def finish_run(
     loss, step = best
     risen = state.evaluations_since_lowest > 1 and step < state.step  # one evaluation may be noise
     since = "; no lower since: the model may be overfitting" if risen else ""
-    if is_below(state.lowest_val_loss, loss):
-        since = f"; the model that training began with had {state.lowest_val_loss:.4f}"
+    if is_below(state.initial_val_loss, loss):
+        since += f"; the model that training began with had {state.initial_val_loss:.4f}"
     if step > state.step:
         since = ", before the run went back to an earlier step"
     note(f"lowest val_loss {loss:.4f} at step {step}, saved in {out_dir}/best{since}")

@@ -37,6 +37,8 @@ class RunState:
     """of training, without evaluations and saves"""
     skipped: int = 0
     """steps whose gradients were not finite"""
+    initial_val_loss: float | None = None
+    """of the model that training began with, which is not saved"""
     lowest_val_loss: float | None = None
     """of the evaluations up to this step; `best` may have a lower one, from steps that were undone"""
     evaluations_since_lowest: int = 0
@@ -54,6 +56,7 @@ class RunState:
         `best` is missing."""
         same = (self.data, self.eval_sequences) == (data, eval_sequences)
         self.data, self.eval_sequences = data, eval_sequences
+        self.initial_val_loss = self.initial_val_loss if same else None
         if not (same and read_best(out_dir, self)):
             self.lowest_val_loss, self.evaluations_since_lowest, self.evaluated_at = None, 0, None
 

@@ -301,6 +301,13 @@ def test_a_slow_first_step_of_few_does_not_end_a_resumed_run(clock, evaluated_at
     assert 150 < clock.seconds < 190
 
 
+def test_a_run_whose_time_is_over_ends_after_the_next_step(tmp_path, clock):
+    config = TrainConfig(minutes=0.2, max_iters=240, eval_interval=60, warmup_iters=12, out_dir=str(tmp_path))
+    state = RunState(settings=dataclasses.asdict(config))
+    simulated(clock, config, state, lambda now: 0.05, 13.0, 0.5, 0.5)
+    assert state.step == 12 + 1  # the number is first corrected after a twentieth of the steps
+
+
 def run_for(data_dir, out_dir, minutes, *more, **settings):
     here = dict(out_dir=out_dir, data_dir=data_dir, device="cpu", dtype="float32", sample_tokens=0, minutes=minutes)
     ended = run_main("train", *more, *flags(**here | settings))

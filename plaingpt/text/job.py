@@ -112,8 +112,10 @@ def make_part(job: Job) -> Part:
         remove_other_work(job)
     try:
         source = job.source.fetched(job.partial, job.config)
-        tokenizer = Tokenizer.load(job.partial) if has_begun else make_plan(job, source)
-        tokenizer = gpt2() if job.kind == "gpt2" else tokenizer  # a loaded one would encode more slowly
+        if not has_begun:
+            tokenizer = make_plan(job, source)
+        else:  # GPT-2's own encodes faster than a loaded one
+            tokenizer = gpt2() if job.kind == "gpt2" else Tokenizer.load(job.partial)
     except BaseException:
         if job.parts == 1 and not has_begun:  # nothing has been encoded
             remove(job)

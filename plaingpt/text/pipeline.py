@@ -8,6 +8,7 @@ import collections
 import contextlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ import xxhash
 from tqdm import tqdm
 
 from plaingpt.console import RunFailed, note
-from plaingpt.files import fsync, json_or_empty, new_file, sha256
+from plaingpt.files import json_or_empty, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.config import PrepareConfig
@@ -83,6 +84,7 @@ class Part:
                 shard.unlink()
         self.position, self.splits, self.finished = tuple(found["position"]), found["splits"], found["finished"]
         self.dtype = id_dtype(self.tokenizer.vocab_size - 1)
+        self.open_files: dict[str, IO[bytes]] = {}  # the shards that are being written
         self.unsaved = 0  # ids written since the last save
 
     def open_shard(self, split: str) -> IO[bytes]:
@@ -90,10 +92,15 @@ class Part:
         index, filled = divmod(self.splits[split]["tokens"], self.config.shard_tokens)
         shard = open(self.shards / f"part{self.number}_{split}_{index:06}.bin", "ab")  # noqa: SIM115
         if shard.tell() < filled * self.dtype.itemsize:
-            self.progress.unlink(missing_ok=True)
+            self.progress.unlink()
             raise RunFailed(f"{shard.name} was cut; run again: this part starts over")
         shard.truncate(filled * self.dtype.itemsize)
         return shard
+
+    def close_shard(self, split: str) -> None:
+        with self.open_files.pop(split) as shard:
+            shard.flush()
+            os.fsync(shard.fileno())
 
     def write(self, batch: Batch, encoded: dict[str, np.ndarray]) -> None:
         for split, ids in encoded.items():
@@ -104,25 +111,28 @@ class Part:
             figures["documents"] += len(texts) - (split in batch.continued)
             self.unsaved += len(ids)
             while len(ids):
+                if split not in self.open_files:
+                    self.open_files[split] = self.open_shard(split)
                 room = self.config.shard_tokens - figures["tokens"] % self.config.shard_tokens
                 fitting, ids = ids[:room], ids[room:]
-                with self.open_shard(split) as shard:
-                    shard.write(fitting)
+                self.open_files[split].write(fitting)
                 figures["tokens"] += len(fitting)
+                if len(fitting) == room:
+                    self.close_shard(split)
         self.position = batch.position
         if self.unsaved >= SAVE_TOKENS:
             self.save()
 
     def save(self) -> None:
-        for shard in self.shards.glob(f"part{self.number}_*.bin"):
-            fsync(shard)
+        for split in list(self.open_files):
+            self.close_shard(split)
         with new_file(self.progress) as file:
             found = {"position": self.position, "splits": self.splits, "finished": self.finished}
             json.dump(found | {"bad_files": self.config.bad_files}, file)
         self.unsaved = 0
 
     def seal(self) -> None:
-        """Compute the checksums of the shards. `finish` saves this under a lock: then one part is the last."""
+        """Close the shards and compute their checksums. `finish` saves this under a lock: then one part is the last."""
         self.save()
         for split in SPLITS:
             self.splits[split]["files"] = [
@@ -138,7 +148,7 @@ def encode_part(part: Part, threads: int) -> None:
         note(f"continuing after {sum(part.splits[split]['tokens'] for split in SPLITS):,} tokens")
     for split in SPLITS:  # truncate the last shard to what was saved, even if nothing is added to it
         if part.splits[split]["tokens"] % part.config.shard_tokens:
-            part.open_shard(split).close()
+            part.open_files[split] = part.open_shard(split)
     in_shards = part.inputs and isinstance(part.inputs[0], HubShard)
     unit = {"unit": "shard"} if in_shards else {"unit": "B", "unit_scale": True}
     bytes_before = list(itertools.accumulate((text_input.size for text_input in part.inputs), initial=0))

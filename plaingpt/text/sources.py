@@ -135,18 +135,17 @@ def _matches(word: str) -> Iterable[str]:
     raise UserError(f"{word}: no such file, directory or source{closest(word, NAMED) or hub}")
 
 
-def walk(directory: str, left_out: Container[str] = ("node_modules",), entered: set | None = None) -> Iterator[str]:
+def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterator[str]:
     """The files in a directory and below, except hidden ones. Links are followed; no directory is entered twice."""
-    entered = set() if entered is None else entered
-    entered.add(os.path.realpath(directory))
-    for name in sorted(os.listdir(directory)):
-        path = os.path.join(directory, name)
-        if name.startswith("."):
-            continue
-        if os.path.isfile(path):  # no pipe, device or broken link
-            yield path
-        elif os.path.isdir(path) and name not in left_out and os.path.realpath(path) not in entered:
-            yield from walk(path, left_out, entered)
+    entered, to_enter = set(), [directory]
+    while to_enter:
+        real = os.path.realpath(folder := to_enter.pop())
+        if real not in entered:
+            entered.add(real)
+            names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+            yield from filter(os.path.isfile, (os.path.join(folder, name) for name in names))  # no pipe or broken link
+            folders = (os.path.join(folder, name) for name in reversed(names) if name not in left_out)
+            to_enter += filter(os.path.isdir, folders)
 
 
 def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | None:
