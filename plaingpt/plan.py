@@ -4,7 +4,6 @@ python train.py RECIPE --dry_run=True
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,14 +73,16 @@ def announce(config: TrainConfig, dist: Distributed, model: GPT, epoch_tokens: i
 
 
 def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object], steps_left: int) -> None:
-    """Time a few steps; print their memory and speed, and how long the remaining steps take. All ranks.
+    """Time a few steps; print their speed, how long the remaining steps take, and on CUDA the memory. All ranks.
 
     step: runs a training step with that many micro-steps per process.
     """
     seconds = step_seconds(config, dist, step, warmups=2, limit=1)
     if not dist.is_main:
         return
-    note(_measured_memory(dist))
+    if dist.device.type == "cuda":
+        peak, reserved = torch.cuda.max_memory_allocated(dist.device), torch.cuda.max_memory_reserved(dist.device)
+        note(f"measured: peak {gb(peak)}, reserved {gb(reserved)}")
     speed, run = f"{config.tokens_per_step / seconds:,.0f} tokens/s", tqdm.format_interval(seconds * steps_left)
     note(f"measured: {seconds:.3g} s per step, {speed}; {run} for {counted(steps_left, 'step')}")
 
@@ -114,18 +115,6 @@ def median_seconds(dist: Distributed, step: Callable[[int], object], micro_steps
         dist.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def _measured_memory(dist: Distributed) -> str:
-    if dist.device.type == "cuda":
-        peak, reserved = torch.cuda.max_memory_allocated(dist.device), torch.cuda.max_memory_reserved(dist.device)
-        return f"measured: peak {gb(peak)}, reserved {gb(reserved)}"
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return "memory is not measured on Windows"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"measured: peak {gb(peak)} with Python and torch"
 
 
 def gb(size: float) -> str:

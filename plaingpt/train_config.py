@@ -46,7 +46,7 @@ class RunSettings:
     eval_only: bool = False
     """evaluate once and exit; nothing is written"""
     dry_run: bool = False
-    """time a few steps, print memory, speed and hours, and exit; nothing is written"""
+    """time a few steps, print speed, hours and on CUDA the memory, and exit; nothing is written"""
     seed: NonNegativeInt = 1337
     """random seed of initialization, data order and dropout"""
 
