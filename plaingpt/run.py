@@ -108,7 +108,7 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
 
 
 def check_same(config: TrainConfig, data: DataSet, dist: Distributed) -> None:
-    """UserError if processes differ in settings that change the model, or in the data set. All ranks."""
+    """UserError if processes differ in the data set, or in settings other than a machine's own and W&B's. All ranks."""
     own = {"out_dir", "data_dir", "init_from", "timeout", "wandb_log", "wandb_project", "wandb_run_name"}
     values = {name: value for name, value in vars(config).items() if name not in own}
     values["dataset"] = config.dataset, data.digest
