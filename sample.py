@@ -79,7 +79,7 @@ def main() -> None:
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
     dist = connect(config.device, config.dtype)
-    # before a model is downloaded
+    # first, so that a mistake is reported before a model is downloaded
     starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
     model, tokenizer = load_model(Path(config.out_dir) if config.init_from in (None, "resume") else config.init_from)
     if "start" not in given and not config.prompts and tokenizer.vocabulary().keys().isdisjoint({"\n", "Ċ"}):
