@@ -24,10 +24,13 @@ TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of few epochs, and in longer ones
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the training tokens: 1% of the time
-CLOSE = 1.06  # ratio of predicted losses to the lowest; timing a model 25% too slow raises its own by at most 6%
+# While the predicted loss of the largest model is below CLOSE times the lowest, a larger one is timed. Up to PERHAPS,
+# models are timed again: at half its speed, as some machines have for seconds, a model's predicted loss is 15% higher.
+CLOSE, PERHAPS = 1.06, 1.15
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # chosen by --minutes, so refused as flags
 
-# Tokens per second of training that many seconds with these settings; UserError if the model does not fit in memory
+# Trains with these settings for about that many seconds and returns tokens per second; UserError if the model does not
+# fit in memory
 Measure = Callable[[TrainConfig, float], float]
 
 
@@ -78,16 +81,17 @@ def time_candidates(
     def late() -> bool:
         return TRAINING_SHARE * time_left(config.minutes, dist) < 0.75 * seconds
 
-    def promising() -> list[TrainConfig]:
+    def promising(factor: float) -> list[TrainConfig]:
         losses = {c: predicted_loss(c, rate * seconds, len(data.train)) for c, rate in timed.items()}
-        return [candidate for candidate, loss in losses.items() if loss < CLOSE * min(losses.values())]
+        return [candidate for candidate, loss in losses.items() if loss < factor * min(losses.values())]
 
     def speed(candidate: TrainConfig) -> float:
         """Tokens per second; 0 if memory is too small and there is another model or batch to choose."""
         try:
             return measure(candidate, period)
         except Exception as error:
-            needs_memory = isinstance(error, UserError) or out_of_memory(error)
+            # All processes raise the same UserError. If one of several runs out of memory, the others wait for it.
+            needs_memory = isinstance(error, UserError) or (dist.world_size == 1 and out_of_memory(error))
             if not needs_memory or not (timed or halved(candidate, given)):
                 raise
             return 0.0
@@ -109,10 +113,11 @@ def time_candidates(
         if not rate:
             break  # larger models need more memory still
         timed[fitted], tokens = rate, rate * seconds
-        if late() or fitted not in promising():
+        if late() or fitted not in promising(CLOSE):
             break
-    for candidate in promising():
-        if not late():  # in a slow second, a model looked slower than it is
+    # The largest takes the longest: only if it is close.
+    for candidate in dict.fromkeys([*promising(PERHAPS)[:-1], *promising(CLOSE)]):
+        if not late():
             timed[candidate] = max(timed[candidate], speed(candidate))
     return timed
 
@@ -221,9 +226,9 @@ class Deadline:
     The first correction comes after 5% of the steps, when the warmup of a new run ends. Until then, learning rates do
     not depend on the number of steps (if there are at least 40), so the corrected recipe trains the same model from its
     first step on. After that, the number is corrected if the run would miss its time by 2%; this is checked at each
-    evaluation, and four times as often after the last but one. If two evaluations in a row find no lower loss after a
-    few epochs of a new run, the run ends early: the learning rate drops, and decays within an eighth of the steps made
-    so far.
+    evaluation, and four times as often after the last evaluation but one. If two evaluations in a row find no lower
+    loss after a few epochs of a new run, the run ends early: the learning rate drops, and decays within an eighth of
+    the steps made so far.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch, epoch_tokens: int):

@@ -55,16 +55,23 @@ def test_more_time_or_a_faster_machine_trains_a_larger_model(data):
     assert block_parameters(chosen(data, 1, None, 1e15)) > sizes[0]
 
 
-def test_a_slow_second_while_models_are_timed_does_not_change_the_choice(data):
-    best, widths = chosen(data, 3), []
+@pytest.mark.parametrize("until", [64, 128, 192])
+def test_slow_seconds_while_models_are_timed_do_not_change_the_choice(data, until):
+    """Half the speed, until a model of this width has been timed once."""
+    speeds = {64: 45_000, 128: 27_000, 192: 19_000, 256: 9_000, 320: 4_500, 384: 3_000}  # of two CPU cores
 
-    def tokens_per_second(config, seconds):
-        slow = config.n_embd == best.n_embd >= max(widths, default=0)  # no larger model has been timed yet
-        widths.append(config.n_embd)
-        return 1e12 / (6 * block_parameters(config)) * (0.7 if slow else 1)
+    def choose(slow_until: int) -> TrainConfig:
+        timed = set()
 
-    found = choose_settings(TrainConfig(minutes=3), {}, data, DIST, tokens_per_second)
-    assert found.n_embd == best.n_embd and abs(found.max_iters / best.max_iters - 1) < 0.01
+        def tokens_per_second(config, seconds):
+            slow = not timed.issuperset(width for width in speeds if width <= slow_until)
+            timed.add(config.n_embd)
+            return speeds[config.n_embd] * (0.5 if slow else 1)
+
+        return choose_settings(TrainConfig(minutes=1), {}, data, DIST, tokens_per_second)
+
+    best, found = choose(0), choose(until)
+    assert best.n_embd == 128 == found.n_embd and abs(found.max_iters / best.max_iters - 1) < 0.01
 
 
 def test_a_time_that_is_too_short_for_the_steps_is_refused(data):
@@ -134,6 +141,25 @@ def test_a_model_for_which_memory_is_short_is_not_chosen(data):
     assert choose_settings(TrainConfig(minutes=9), {}, data, DIST, tokens_per_second).n_layer == 2
     with pytest.raises(UserError, match="take at least"):
         choose_settings(TrainConfig(minutes=9, n_layer=3), {"n_layer": "--n_layer"}, data, DIST, tokens_per_second)
+
+
+@pytest.mark.parametrize("error", [UserError("take at least"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_only_what_all_processes_notice_is_survived_by_several(data, monkeypatch, error, processes):
+    """If one alone runs out of memory, the others wait for it in a collective operation."""
+    monkeypatch.setattr(Distributed, "max", lambda self, number: number)  # no other process is there
+    dist = dataclasses.replace(DIST, world_size=processes)
+
+    def tokens_per_second(config, seconds):
+        if config.n_layer > 2:
+            raise error
+        return 1e9
+
+    if processes == 2 and not isinstance(error, UserError):
+        with pytest.raises(torch.OutOfMemoryError):
+            choose_settings(TrainConfig(minutes=9), {}, data, dist, tokens_per_second)
+    else:
+        assert choose_settings(TrainConfig(minutes=9), {}, data, dist, tokens_per_second).n_layer == 2
 
 
 def test_short_runs_on_cuda_are_not_compiled(data):
