@@ -16,7 +16,7 @@ test: .venv/ready-dev
 
 # On Linux, torch and NVIDIA's libraries are 2.7 GB to download, torch for CPUs is 0.2 GB. The latter is installed if
 # there is no NVIDIA GPU and pip is not configured to use another index; if the download fails, the default build is used.
-CPU_TORCH := --index-url=https://download.pytorch.org/whl/cpu --retries=1 $(shell grep -o '^torch==[0-9.]*' requirements.txt)
+CPU_TORCH := --index-url=https://download.pytorch.org/whl/cpu --retries=1 $(shell grep -o -m1 '^torch==[0-9.]*' requirements.txt)
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and \
