@@ -20,6 +20,7 @@ from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job, prepare
 from plaingpt.text.sources import Source, find_source
 from plaingpt.tokenizer import resolve_tokenizer
+from plaingpt.tokens import data_dir_flag
 
 DATA_SET_FILES = re.compile(r"(train|val)(_\d+)?\.bin|meta\.json|tokenizer(_config)?\.json|SHA256SUMS|\.DS_Store")
 
@@ -54,7 +55,7 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"{directory} cannot be prepared: {one_line(error)}") from error
     except KeyboardInterrupt:
-        note("stopped" if source.once else "stopped; the same command continues")
+        note("stopped" if source.once else "stopped; run the same command to continue")
         raise
     if meta:
         report(directory, meta, config.tokenizer, config.val_fraction)
@@ -86,15 +87,15 @@ def report(directory: Path, meta: dict, tokenizer: str | None, val_fraction: flo
     amount = f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
     note(f"{directory}: {amount} of text, vocabulary of {meta['vocab_size']:,}")
     if (share := meta["splits"]["val"]["bytes"] / size) > 3 * val_fraction:
-        reason = "documents are few, short or of different sizes"
+        reason = "the documents are few or short, or differ in length"
         note(f"{share:.2%} of the text is in validation instead of {val_fraction:.2%}: {reason}")
     name = directory.name
-    place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
     if tokenizer is None and meta["tokenizer"] == "gpt2" and size < 1e8:
         note("GPT-2's tokenizer suits finetuning GPT-2; to train a new model on so little text, use --tokenizer=bpe")
     is_model = tokenizer and os.path.isfile(os.path.join(tokenizer, "config.json"))
     finetune = f" --init_from={shlex.quote(tokenizer)}" if is_model else ""
-    note(f"next: python train.py --dataset={name}{place}{finetune} --out_dir=out-{name} --minutes=10")
+    flags = f"--dataset={name}{data_dir_flag(directory)}{finetune} --out_dir=out-{name}"
+    note(f"next: python train.py {flags} --minutes=10")
 
 
 if __name__ == "__main__":

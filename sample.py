@@ -78,6 +78,9 @@ def main() -> None:
     modes = [f"--{name}" for name in MODES if name in given and getattr(config, name) not in (None, False)]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        remedy = "for more GPUs, start one for each, with its own --device=cuda:N and --prompts"
+        raise UserError(f"sampling uses one process, without torchrun and WORLD_SIZE; {remedy}")
     dist = connect(config.device, config.dtype)
     # first, so that a mistake is reported before a model is downloaded
     starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
@@ -232,4 +235,4 @@ def encode_prompt(start: str, tokenizer: Tokenizer) -> list[int]:
 
 
 if __name__ == "__main__":
-    run_script(main, less_memory="--batch_size")
+    run_script(main, less_memory="--batch_size or model")

@@ -18,19 +18,20 @@ from torch.distributed.elastic.multiprocessing import errors
 from model import GPT
 from plaingpt.batches import EvalBatches, TrainBatches, check_length, derive_seed
 from plaingpt.budget import Deadline, choose_settings, extend_run
-from plaingpt.console import UserError, note, run_script
+from plaingpt.console import note, run_script
 from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.evaluate import bits_per_byte, describe_loss, evaluate, sample_text
 from plaingpt.files import set_aside
 from plaingpt.graphs import Captured, graphs_work
 from plaingpt.metrics import Metrics, Stopwatch, log_line
-from plaingpt.optimizer import MAX_SKIPPED, SkippedSteps, apply_gradients, clear_gradients, make_optimizers
+from plaingpt.optimizer import SkippedSteps, apply_gradients, clear_gradients, make_optimizers
 from plaingpt.parallel import set_gradient_sync, wrap
 from plaingpt.plan import announce, check_memory, dry_run, step_seconds
 from plaingpt.run import (
     check_default,
     check_out_dir,
     check_same,
+    check_shared,
     find_checkpoint,
     finish_run,
     initial_model,
@@ -71,9 +72,9 @@ class Run:
 
 
 def uses_graphs(config: TrainConfig, dist: Distributed, model: GPT) -> bool:
-    """Whether micro-steps become CUDA graphs. That pays where launching the kernels from Python takes longer than
-    running them; larger micro-steps would only need more memory. Recomputation saves random states, which a graph
-    cannot.
+    """Whether to run micro-steps and updates as CUDA graphs. That pays where launching the kernels from Python takes
+    longer than running them; larger micro-steps would only need more memory. Recomputation saves random states, which
+    cannot be captured.
     """
     alone = dist.device.type == "cuda" and dist.world_size == 1 and not config.recompute
     small = config.batch_size * config.block_size * model.flop_per_token() < 4e12
@@ -124,7 +125,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
     """The training loop: evaluate, save, step, log. All ranks. Returns the exit status."""
     config, dist, start = run.config, run.dist, state.step
     metrics = Metrics(out_dir, dist.is_main, resumed_from=start or None)
-    # W&B gets numbers. A checkpoint keeps None, so that both follow a max_iters or learning_rate given on resume.
+    # W&B gets the derived values. A checkpoint keeps None, so that a resume derives them from its own settings.
     metrics.track(state.settings | {"lr_decay_iters": config.decay_end, "min_lr": config.final_lr})
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
@@ -169,15 +170,13 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
             state.step += 1
             loss, norm = update
             skipped.count(norm)
-            if state.step % MAX_SKIPPED == 0:
-                skipped.total(state.step)  # raises RunFailed if too many
             if state.step % config.log_interval == 0 or state.step == config.max_iters:
                 log(run, state.step, loss, norm, skipped, watch, metrics)
         stopping = dist.max(stop.number)
 
-    problem = saver.wait()
+    problem, stopping = saver.wait(), dist.max(stop.number)  # before W&B's uploads, for which only main waits
     metrics.close()
-    return finish_run(config, state, start, saver.best, dist.max(stop.number), problem)
+    return finish_run(config, state, start, saver.best, stopping, problem)
 
 
 def log(
@@ -186,27 +185,24 @@ def log(
     """Record and print a step. All ranks."""
     config, dist = run.config, run.dist
     train_loss = dist.sum(loss.item() / dist.world_size)  # waits for the device
-    rate = watch.rate(step)
+    rate, peak = watch.rate(step), dist.peak_flops
     speed = rate * config.tokens_per_step
-    record = dict(step=step, tokens=step * config.tokens_per_step, seconds=watch.seconds, tokens_per_second=speed)
-    record |= dict(train_loss=train_loss, lr=config.learning_rate_at(step - 1), grad_norm=norm.item())
-    record |= dict(skipped=skipped.total(step) or None)
-    if dist.peak_flops:
-        record |= dict(mfu=speed * run.raw_model.flop_per_token() / dist.peak_flops)
+    record = dict(step=step, tokens=step * config.tokens_per_step, seconds=watch.seconds, train_loss=train_loss)
+    record |= dict(lr=config.learning_rate_at(step - 1), grad_norm=norm.item(), tokens_per_second=speed)
+    record |= dict(mfu=peak and speed * run.raw_model.flop_per_token() / peak, skipped=skipped.total(step) or None)
     metrics.write(**record)
     note(log_line(record, config.max_iters, seconds_left=(config.max_iters - step) / rate))
 
 
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
-    """Training speed with the settings of `config`, not compiled, measured for that many seconds. All ranks."""
+    """Training speed with the settings of `config`, not compiled. All ranks. seconds: as `limit` in `step_seconds`."""
     shape, config = new_shape(config, data), dataclasses.replace(config, compile=False)
     check_length(data.val, config.block_size, "val")
     check_memory(config, dist, shape)
     run = Run(config, data.train, GPT(shape), dist)
     warmups = 2 if run.gradients else 1  # the first one allocates; the second one captures a graph
     per_step = step_seconds(config, dist, lambda n: train_step(run, 0, micro_steps=n), warmups, limit=seconds)
-    mean = dist.sum(per_step / dist.world_size)
-    return config.tokens_per_step / mean
+    return config.tokens_per_step / dist.sum(per_step / dist.world_size)
 
 
 def start_run(
@@ -220,8 +216,7 @@ def start_run(
     choosing = config.minutes and not checkpoint and not config.eval_only
     if not config.eval_only and (not choosing or "gradient_accumulation_steps" in given):
         dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
-    if not dist.all_equal(state.step):
-        raise UserError(f"{config.out_dir} differs between processes: it must be on a disk that all nodes share")
+    check_shared(config, dist, state.step)
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     check_same(config, data, dist)
     if checkpoint and state.data != data.digest:
@@ -231,12 +226,13 @@ def start_run(
     if choosing:
         config = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
-    # These two may follow from max_iters; as numbers, they stay if the run is extended.
+    # Both may be derived from max_iters. As numbers, they do not change if the run is extended.
     config = dataclasses.replace(config, learning_rate=config.peak_lr, warmup_iters=config.warmup_steps)
     sequences = state.eval_sequences
     if sequences is None or "eval_iters" in given:
         sequences = config.eval_iters * config.batch_size
     state.set_evaluation(data.digest, sequences, Path(config.out_dir))
+    check_shared(config, dist, state.evaluated_at, state.lowest_val_loss)  # read from `best`
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, sequences)
     if config.eval_only:
         model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
@@ -281,4 +277,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     # record: so that torchrun reports the error that came first, on whatever rank and node
-    run_script(errors.record(main), less_memory="--batch_size")
+    run_script(errors.record(main), less_memory="model, a smaller --batch_size or --recompute")

@@ -31,9 +31,10 @@ WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
 # Hugging Face's GPT-2 stores these matrices as (in, out), nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CONVERT = (
-    "pytorch_model.bin is a pickle, which can run code when it is read: if you trust it, load model and tokenizer with "
-    "transformers' from_pretrained and write both with save_pretrained"
+    "pytorch_model.bin is a pickle, which can execute code when it is read: if you trust it, load model and tokenizer "
+    "with transformers' from_pretrained and write both with save_pretrained"
 )
+NOT_PARAMETERS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks in old files, and the tied head
 NANOGPT_ROWS = (50257, 50304)  # GPT-2's ids, alone or padded to a multiple of 64
 
 
@@ -85,7 +86,7 @@ def load_model(
             config, weights, tokenizer = _read_directory(path, check)
         except UserError:  # a run may have replaced it meanwhile; if not, the second attempt fails like the first
             config, weights, tokenizer = _read_directory(model_path(path_or_name), check)
-    with errors_of_library(f"{path_or_name}: the weights do not fit the configuration"):
+    with errors_of_library(f"{path_or_name}: the weights do not match config.json"):
         if block_size is not None and block_size != config.block_size:
             if block_size > config.block_size:
                 raise UserError(f"block_size={block_size}: {path_or_name} has only {config.block_size} positions")
@@ -133,7 +134,7 @@ def _fp32_copy(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Te
     """
     rows, padded = (config.vocab_size, config.padded_vocab_size) if name == WTE else (len(tensor), len(tensor))
     if len(tensor) < rows:
-        raise UserError(f"{source}: the embedding has {len(tensor)} rows, but config.json or the tokenizer {rows}")
+        raise UserError(f"{source}: the embedding has {len(tensor)} rows; config.json or the tokenizer requires {rows}")
     copy = torch.zeros(padded, *tensor.shape[1:])
     copy[:rows] = tensor[:rows]
     if not tensor.is_floating_point() or not copy.isfinite().all():
@@ -145,18 +146,18 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
     shards = sorted(path.name for path in directory.glob("model-[0-9]*-of-[0-9]*.safetensors"))
     files = shards if shards and not (directory / "model.safetensors").exists() else ["model.safetensors"]
     if files == shards and len(shards) != (wanted := int(re.search(r"of-(\d+)", shards[0])[1])):
-        raise UserError(f"{directory} has {len(shards)} of the {wanted} files of the weights")
+        raise UserError(f"{directory} has {len(shards)} files of weights instead of {wanted}")
     if tokenizer.vocab_size > config.vocab_size:
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         raise UserError(f"{directory}: {problem}; remove the added tokens, or resize the embedding in transformers")
     if rows := config.vocab_size - tokenizer.vocab_size:
-        note(f"{directory}: dropped {counted(rows, 'row')} of the embedding, which no token uses")
+        note(f"{directory}: dropped {counted(rows, 'embedding row')} that no token uses")
     config, weights = dataclasses.replace(config, vocab_size=tokenizer.vocab_size), {}
     for file in files:
         with open_tensors(directory / file) as tensors:
             for theirs in tensors.keys():  # noqa: SIM118 (not a dictionary)
-                if theirs.endswith((".attn.bias", ".attn.masked_bias")) or theirs == "lm_head.weight":
-                    continue  # the causal mask in old files, and the tied head
+                if theirs.endswith(NOT_PARAMETERS):
+                    continue
                 name, tensor = f"transformer.{theirs.removeprefix('transformer.')}", tensors.get_tensor(theirs)
                 weights[name] = _fp32_copy(directory, name, tensor.mT if name.endswith(TRANSPOSED) else tensor, config)
     if config.bias:
@@ -189,7 +190,7 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
         note(f"{path}: only the weights are imported, and GELU is OpenAI's tanh form: the loss differs a little")
         config = dataclasses.replace(config, vocab_size=gpt2().vocab_size)
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
-        names = [name for name in tensors if name != "lm_head.weight" and not name.endswith(".attn.bias")]
+        names = [name for name in tensors if not name.endswith(NOT_PARAMETERS)]
         return config, {name: _fp32_copy(path, name, tensors[name], config) for name in names}, gpt2()
     except UserError:
         raise

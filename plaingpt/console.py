@@ -48,10 +48,11 @@ def run_script(main: Callable[[], int | None], less_memory: str = "model") -> No
         line = escaped(f"{script}: {message}").replace("\n", " ")
         with contextlib.suppress(OSError):  # a closed terminal
             print(line, file=sys.stderr)
-        _report_to_torchrun(line, is_cause=status == 2)
+        _report_to_torchrun(line, is_cause=not message.startswith(CONNECTION_FAILED))
         sys.exit(status)
 
 
+CONNECTION_FAILED = "the connection to the other processes failed"
 # RuntimeErrors of torch on CPUs (Linux, Windows) and on Apple's and NVIDIA's GPUs; OSErrors
 NO_MEMORY = re.compile("can't allocate memory|not enough memory|(backend|error:) out of memory|Cannot allocate memory")
 
@@ -66,7 +67,7 @@ def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
     if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
         return 2, text
     if "gloo/transport" in text or type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
-        return 1, f"the connection to the other processes failed; if one ended, its error is the cause: {text}"
+        return 1, f"{CONNECTION_FAILED}; if one ended, its error is the cause: {text}"
     if type(error).__name__ == "PanicException":  # a Rust library's, and not an Exception
         return 1, f"a library failed: {text}"
     return 1, ""

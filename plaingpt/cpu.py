@@ -106,12 +106,13 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (count,) = ctx.saved_tensors
-        return ctx.gradient.mul_(grad / count), None, None
+        (count,), gradient = ctx.saved_tensors, ctx.gradient
+        ctx.gradient = None  # else it would stay until all gradients are computed
+        return gradient.mul_(grad / count), None, None
 
 
 def has_fp16_products() -> bool:
-    """Whether torch can multiply by float16 weights fast on this CPU. torch will remove the operators after 2.13."""
+    """Whether torch can multiply by float16 weights fast on this CPU. A later torch will remove the operators."""
     quantized = torch.ops.quantized
     available = hasattr(quantized, "linear_prepack_fp16") and hasattr(quantized, "linear_dynamic_fp16")
     return available and "fbgemm" in torch.backends.quantized.supported_engines

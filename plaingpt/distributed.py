@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 
-from plaingpt.console import UserError, cores, counted, is_rank_0, one_line
+from plaingpt.console import UserError, cores, counted, is_rank_0, note, one_line
 from plaingpt.workarounds import rendezvous_store
 
 # Dense half-precision TFLOP/s of matrix products, from the makers' data sheets; the first name that matches counts
@@ -50,8 +50,8 @@ class Distributed:
         """Half-precision FLOP/s of the GPUs of all processes; None if unknown."""
         known = self.device.type == "cuda" and self.dtype != torch.float32
         name = torch.cuda.get_device_name(self.device) if known else ""
-        other = "(?! (Ti|D|Laptop))"  # slower or faster cards whose names begin in the same way
-        peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{card}\b{other}", name)), None)
+        another = "(?! (Ti|D|Laptop))"  # slower or faster GPUs whose names begin in the same way
+        peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b{another}", name)), None)
         return peak * 1e12 * self.world_size if peak else None
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -167,7 +167,7 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
 def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available() and world_size == 1  # several processes cannot share it
-        name = "cuda" if torch.cuda.is_available() or _has_card() else "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() or _has_gpu() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda":  # torchrun gives each process a GPU of its own
@@ -185,10 +185,13 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
     return device
 
 
-def _has_card() -> bool:
+def _has_gpu() -> bool:
     """Whether there is an NVIDIA GPU and a CUDA build of torch, even if they do not work together (an old driver)."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
-    return bool(torch.version.cuda and not hidden and glob.glob("/dev/nvidia[0-9]*"))
+    found = not hidden and bool(glob.glob("/dev/nvidia[0-9]*"))
+    if found and not torch.version.cuda:
+        note("the NVIDIA GPU is not used: this torch is built for CPUs only; docs/machines.md says how to replace it")
+    return found and torch.version.cuda is not None
 
 
 def _check_capability(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -55,7 +56,7 @@ def sample_text(model: GPT, data: DataSet, length: int, dist: Distributed, seed:
             model = model_with(model.config, weights).to(dist.device, dist.dtype)
     if not dist.is_main:
         return ""
-    prompt = [int(next(iter(data.val.all()))[0])]
+    prompt = data.val.windows(np.zeros(1, np.int64), 1)[0].tolist()
     generator, end = torch.Generator().manual_seed(seed), data.tokenizer.end_of_text
     model.eval()
     new = list(model.generate(prompt, length, temperature=0.8, top_k=200, end_of_text=end, generator=generator))

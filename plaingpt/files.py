@@ -99,7 +99,7 @@ def check_writable(directory: Path) -> None:
     try:
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except OSError as error:
-        raise UserError(f"{directory} cannot be written to: {error.strerror}; choose another one") from error
+        raise UserError(f"{directory} cannot be written to: {error.strerror}; choose another directory") from error
 
 
 def claim(out_dir: Path) -> FileLock:
@@ -129,7 +129,7 @@ def holds_run(out_dir: Path) -> bool:
     found = [directory for path in paths if (directory := existing(path))]
     is_run = any((place / name).exists() for place in found for name in ("config.json", "training.json"))
     if not is_run and (foreign := [path for path in paths if os.path.lexists(path)]):
-        raise UserError(f"{foreign[0]} is not a checkpoint of a run; choose another --out_dir")
+        raise UserError(f"{foreign[0]} exists and is not a checkpoint; choose another --out_dir")
     if out_dir.is_dir():
         release(claim(out_dir))
     return is_run
@@ -185,10 +185,15 @@ def read_json(path: Path) -> dict:
 
 
 def json_or_empty(path: Path) -> dict:
-    """The object in a file of ours; {} if it is missing, or was left empty or cut by a loss of power."""
-    with contextlib.suppress(UserError):
-        return read_json(path)
-    return {}
+    """The object in a file of ours; {} if it is missing, or was left empty or cut by a loss of power.
+
+    A file that cannot be read now is an error: it may record work of days.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sha256(path: Path) -> str:

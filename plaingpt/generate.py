@@ -28,10 +28,10 @@ from plaingpt.graphs import Captured, graphs_work
 class Sampling:
     """How an id is drawn. The filters apply in this order; with the defaults every id can be drawn.
 
-    temperature: logits are divided by it; 0 takes the likeliest id.
-    top_k: the k likeliest ids stay; 0: all.
-    top_p: the fewest likeliest ids with this total probability stay (Holtzman et al. 2020).
-    min_p: ids with at least this fraction of the likeliest one's probability stay (Nguyen et al. 2024).
+    temperature: logits are divided by it; 0 takes the most likely id.
+    top_k: the k most likely ids stay; 0: all.
+    top_p: the smallest set of most likely ids that reaches this total probability stays (Holtzman et al. 2020).
+    min_p: ids with at least this fraction of the highest probability stay (Nguyen et al. 2024).
     """
 
     temperature: float = 1.0
@@ -172,9 +172,8 @@ class Batch:
         """Upload the inputs of a step. Returns its shape: its rows, and the positions that it attends to."""
         inputs, n = torch.zeros(self.inputs.shape, dtype=torch.int64), len(self.rows)
         inputs[0, :n] = torch.tensor([self.lengths[i] for i in self.rows])
-        if self.sampling.temperature:
-            draws = [torch.rand(1, generator=self.generators[i], dtype=torch.float64) for i in self.rows]
-            inputs[1, :n] = torch.cat(draws).view(torch.int64)
+        draws = [torch.rand(1, generator=self.generators[i], dtype=torch.float64) for i in self.rows]
+        inputs[1, :n] = torch.cat(draws).view(torch.int64)
         pinned = self.inputs.is_cuda
         self.inputs.copy_(inputs.pin_memory() if pinned else inputs, non_blocking=pinned)
         for i in self.rows:
@@ -250,6 +249,8 @@ def masked_attention(cache: Tensor, positions: Tensor, length: int) -> Callable[
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """(B,) ids, one for each row of logits (B, V). uniform: (B,) float64 from 0 to 1."""
+    largest = torch.finfo(torch.float32).max
+    logits = logits.float().nan_to_num(-largest, largest, -largest)  # after an overflow the most likely id is drawn
     if sampling.temperature < 1e-6:  # float32 cannot divide by much less
         return logits.argmax(-1)
     p, ids = filtered(logits, sampling)
@@ -259,12 +260,10 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Weights and ids, (B, K) each, of the ids that can be drawn from logits (B, V), likeliest first.
+    """Weights and ids, (B, K) each, of the ids that can be drawn from logits (B, V), the most likely first.
 
     With no filter, the ids are None, and the weights of all ids are in the order of the ids.
     """
-    largest = torch.finfo(torch.float32).max
-    logits = logits.float().nan_to_num(-largest, largest, -largest)  # after an overflow the likeliest id is drawn
     ids = None
     if 0 < sampling.top_k < logits.size(-1):
         logits, ids = logits.topk(sampling.top_k)
@@ -272,7 +271,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]
         logits, ids = logits.sort(descending=True, stable=True)
     p = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
-        reached = p.cumsum(-1) - p >= sampling.top_p  # the likelier ids reach top_p without this one
+        reached = p.cumsum(-1) - p >= sampling.top_p  # more likely ids reach top_p without this one
         reached[:, 0] = False
         p = p.masked_fill(reached, 0)
     if sampling.min_p > 0:

@@ -39,7 +39,7 @@ def model_path(path_or_name: str | Path) -> Path:
         inner = existing(found / "best") or existing(found / "last") or found / "ckpt.pt"
         found = inner if inner.exists() else None
     if not found and (isinstance(path_or_name, Path) or os.path.isdir(path_or_name)):
-        raise UserError(f"{path_or_name} has no model; train one first, or name the directory of one")
+        raise UserError(f"{path_or_name} contains no model; train one first, or name the directory of one")
     return found or download(str(path_or_name))
 
 

@@ -26,7 +26,7 @@ class Metrics:
         self.active, self.path, self.wandb = active, out_dir / "metrics.jsonl", None
         self.resumed_from = resumed_from  # goes into the next record
         self._cut = ""  # a line break, after a record that was not written completely
-        self._drawn_at, self._news = time.monotonic(), False  # whether there are records that loss.png lacks
+        self._drawn_at, self._undrawn = time.monotonic(), False  # _undrawn: whether loss.png lacks a record
         if not active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,21 +54,21 @@ class Metrics:
         try:
             with open(self.path, "a") as file:
                 file.write(self._cut + json.dumps(record) + "\n")
-            self.resumed_from, self._cut, self._news = None, "", True
+            self.resumed_from, self._cut, self._undrawn = None, "", True
         except OSError as error:  # a full disk does not stop training
             self._cut = "\n"
-            note(f"{self.path}: {one_line(error)}")
+            note(f"cannot write {self.path}: {one_line(error)}")
         self._call_wandb("log", record)
 
     def draw(self, at_once: bool = False) -> None:
         """Draw loss.png if there is something new, and if it was not drawn in the last seconds (or `at_once`)."""
         recent = time.monotonic() - self._drawn_at < SECONDS_BETWEEN_PICTURES
-        if self.active and self._news and (at_once or not recent):
+        if self.active and self._undrawn and (at_once or not recent):
             try:
-                draw([self.path.parent], self.path.with_name("loss.png"))
+                draw_runs([self.path.parent], self.path.with_name("loss.png"))
             except Exception as error:  # a picture is no reason to end a run
-                note(f"loss.png: {one_line(error)}")
-            self._drawn_at, self._news = time.monotonic(), False
+                note(f"cannot draw loss.png: {one_line(error)}")
+            self._drawn_at, self._undrawn = time.monotonic(), False
 
     def close(self) -> None:
         self._call_wandb("finish")
@@ -81,7 +81,7 @@ class Metrics:
             try:
                 getattr(self.wandb, method)(*arguments)
             except Exception as error:  # of many kinds: the network, a full disk, wandb itself
-                note(f"wandb is off from now on: {one_line(error)}")
+                note(f"wandb is off: {one_line(error)}")
                 self.wandb = None
 
 
@@ -133,7 +133,7 @@ class Stopwatch:
 
 def log_line(record: dict, max_iters: int, seconds_left: float) -> str:
     """A log record as a line for the terminal."""
-    mfu = f", mfu {record['mfu']:.1%}" if "mfu" in record else ""
+    mfu = f", mfu {record['mfu']:.1%}" if record.get("mfu") else ""
     skipped = f" | {record['skipped']:,} skipped" if record.get("skipped") else ""
     return (
         f"step {record['step']}/{max_iters} | loss {record['train_loss']:.4f} | lr {record['lr']:.2e} "
@@ -159,7 +159,7 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def draw(out_dirs: list[Path], picture: Path) -> bool:
+def draw_runs(out_dirs: list[Path], picture: Path) -> bool:
     """Draw the losses of one or more runs, without a display; False if there are none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -61,13 +61,12 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float, dtype: torch.dtype):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.dtype = dtype
+        self.dtype, self.found_inf = dtype, torch.zeros((), device=matrices[0].device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update. If `found_inf` is 1, a tensor that `apply_gradients` sets, parameters and state do not change."""
-        skipped = getattr(self, "found_inf", torch.zeros((), device=self.param_groups[0]["params"][0].device)).bool()
-        (group,), stacks = self.param_groups, {}
+        (group,), stacks, skipped = self.param_groups, {}, self.found_inf.bool()
         for p in group["params"]:
             stacks.setdefault(p.shape, []).append(p)
         for shape, parameters in stacks.items():
@@ -144,8 +143,8 @@ def _split_sharded(function: Callable[[Tensor], Tensor], stack: Tensor, like: Te
 
 
 # Odd quintics a x + b x^3 + c x^5 of the Polar Express (Amsel et al. 2025; for singular values from 1e-3 to 1), each
-# optimal after the ones before. Four raise the smallest values by a factor of about 430, almost as five with Jordan's
-# coefficients (485), with a fifth less work and equal losses (bench/LOG.md).
+# optimal given the ones before it. Four raise the smallest values by a factor of about 430, almost as five with
+# Jordan's coefficients (485), with a fifth less work and equal losses (bench/LOG.md).
 QUINTICS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -217,7 +216,8 @@ class SkippedSteps:
         self._longest = torch.maximum(self._longest, self._in_a_row)
 
     def total(self, step: int) -> int:
-        """How many until `step`; a CPU-GPU sync point. RunFailed after MAX_SKIPPED or more in a row."""
+        """The number of skipped steps; a CPU-GPU sync point. RunFailed, with `step` in its message, if MAX_SKIPPED or
+        more were in a row."""
         if (failing := int(self._longest)) >= MAX_SKIPPED:
             raise RunFailed(
                 f"the gradients were not finite in {failing} consecutive steps, seen after step {step}; "

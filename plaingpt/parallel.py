@@ -133,7 +133,7 @@ def gather(tensors: dict[str, Tensor], dist: Distributed) -> dict[str, Tensor]:
 
 
 def fill(tensor: Tensor, values: Tensor) -> None:
-    """Copy `values` into `tensor`; into a shard, the values that belong there. This rank only."""
+    """Copy `values` into `tensor`, or this rank's part of them into its shard, without communication."""
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 

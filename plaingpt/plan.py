@@ -1,8 +1,9 @@
-"""What a run needs, before it starts: parameters, memory, tokens, and hours.
+"""Before a run: check its memory, describe it, and time a few steps.
 
 python train.py RECIPE --dry_run=True
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -23,15 +24,16 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     """UserError if training certainly needs more memory than is free. Call it before the model is created: otherwise
     the kernel kills the process. All ranks.
 
-    Counts this process's weights, gradients and momentum (12 bytes per parameter), and the activations that are stored
-    in any case: a run that fits must not be refused.
+    Counts this process's weights, gradients and moments (12 bytes per parameter, or 16 with AdamW alone), and only the
+    activations that are stored in any case, so that a run that fits is never refused.
     """
     if config.eval_only:
         return
     parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
     # bytes: for each block and channel, its input in float32, or half of the 34 that bf16 stores; half of a bf16 logit
     per_token = c.n_layer * c.n_embd * (4 if config.recompute else 17) + c.padded_vocab_size
-    needed = 12 * parameters / shard_count(dist, config.sharding) + config.batch_size * c.block_size * per_token
+    state = (16 if config.optimizer == "adamw" else 12) * parameters / shard_count(dist, config.sharding)
+    needed = state + config.batch_size * c.block_size * per_token
     free = -dist.max(-free_memory(dist))  # the least of all ranks, so that they agree
     if needed > free:
         more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
@@ -44,6 +46,8 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
 
 def free_memory(dist: Distributed) -> int:
     """Bytes that this process can still allocate on its device; more than any machine has if unknown."""
+    if dist.world_size > 1:
+        gc.collect()  # a sharded model that was timed is a reference cycle
     if dist.device.type == "cuda":  # what torch keeps of freed memory is free, too
         cached = torch.cuda.memory_reserved(dist.device) - torch.cuda.memory_allocated(dist.device)
         return torch.cuda.mem_get_info(dist.device)[0] + cached
@@ -84,7 +88,7 @@ def dry_run(config: TrainConfig, dist: Distributed, step: Callable[[int], object
         peak, reserved = torch.cuda.max_memory_allocated(dist.device), torch.cuda.max_memory_reserved(dist.device)
         note(f"measured: peak {gb(peak)}, reserved {gb(reserved)}")
     speed, run = f"{config.tokens_per_step / seconds:,.0f} tokens/s", tqdm.format_interval(seconds * steps_left)
-    note(f"measured: {seconds:.3g} s per step, {speed}; {run} for {counted(steps_left, 'step')}")
+    note(f"measured: {seconds:.3g} s per step, {speed}; estimated: {run} for {counted(steps_left, 'step')}")
 
 
 def step_seconds(

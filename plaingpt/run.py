@@ -47,9 +47,8 @@ def find_checkpoint(config: TrainConfig) -> tuple[RunState, Path | None]:
 def resumed_settings(
     config: TrainConfig, given: dict[str, str], state: RunState, directory: Path
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The settings of the run in `directory`, except those in LOCAL or given by a flag; and `given` without recipes'.
-
-    UserError if the run cannot continue.
+    """The saved settings of the run in `directory`, with `config`'s where LOCAL or given by a flag; and the flags in
+    `given`. UserError if the run cannot continue.
     """
     trained, flags = state.settings, {name: source for name, source in given.items() if source.startswith("--")}
     for name in sorted(given.keys() & (trained.keys() - LOCAL)):
@@ -68,7 +67,7 @@ def resumed_settings(
             "sequences per step: keep the product"
         )
     if config.max_iters < state.step:
-        found = f"the checkpoint in {directory} has {counted(state.step, 'step')}"
+        found = f"the checkpoint in {directory} is at step {state.step}"
         raise UserError(f"max_iters={config.max_iters}, but {found}: raise --max_iters")
     return config, flags
 
@@ -84,7 +83,9 @@ def check_change(config: TrainConfig, name: str, source: str, trained: object) -
     if fixed and (is_flag or (config.init_from == "auto" and not config.eval_only)):
         remedy = "leave it out" if is_flag else "choose another --out_dir"
         found = f"but the checkpoint was trained with {trained}"
-        raise UserError(f"{named(source, name)}={value}, {found}; {remedy}, or start a new run: --init_from=scratch")
+        best = f", or from these weights: --init_from={shlex.quote(config.out_dir)}/best --out_dir=…"
+        fresh = f"start a new run: --init_from=scratch{best if name == 'dataset' else ''}"
+        raise UserError(f"{named(source, name)}={value}, {found}; {remedy}, or {fresh}")
     if is_flag:
         note(f"changed on resume: {name}={value}, was {trained}")
     else:
@@ -102,8 +103,8 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
     if not (asked or config.minutes or config.dry_run or config.eval_only or device_type == "cuda"):
         problem = "this would train GPT-2 124M" if config.is_new_model else "a step would have 480 sequences"
         raise UserError(
-            f"without a recipe {problem}, which needs a CUDA GPU: add --minutes=10, which chooses settings for that "
-            "time, or name a recipe from config/"
+            f"without a recipe {problem}, which is too much for a CPU: add --minutes=10, which chooses settings for "
+            "that time, or name a recipe from config/"
         )
 
 
@@ -114,6 +115,12 @@ def check_same(config: TrainConfig, data: DataSet, dist: Distributed) -> None:
     values["dataset"] = config.dataset, data.digest
     if different := [name for name, value in values.items() if not dist.all_equal(derive_seed(value))]:
         raise UserError(f"processes have different values of {', '.join(different)}: start all with the same command")
+
+
+def check_shared(config: TrainConfig, dist: Distributed, *values: object) -> None:
+    """UserError if `values`, which come from files in out_dir, differ between processes. All ranks."""
+    if not dist.all_equal(derive_seed(*values)):
+        raise UserError(f"{config.out_dir} differs between processes: it must be on a disk that all nodes share")
 
 
 def check_out_dir(config: TrainConfig, checkpoint: Path | None, state: RunState) -> None:
@@ -127,8 +134,8 @@ def check_out_dir(config: TrainConfig, checkpoint: Path | None, state: RunState)
     elif is_run:
         sources = [Path(config.data_dir) / config.dataset, *([] if config.is_new_model else [Path(config.init_from)])]
         for path in sources:
-            if any(Path(place(path)).is_relative_to(place(out_dir)) for place in (os.path.abspath, os.path.realpath)):
-                raise UserError(f"{path} is in {out_dir}, which a new run renames: choose another --out_dir")
+            if any(Path(full(path)).is_relative_to(full(out_dir)) for full in (os.path.abspath, os.path.realpath)):
+                raise UserError(f"a new run would rename {out_dir}, which contains {path}: choose another --out_dir")
 
 
 def new_shape(config: TrainConfig, data: DataSet) -> GPTConfig:
@@ -178,13 +185,11 @@ def initial_model(
 def write_recipe(config: TrainConfig) -> None:
     """out_dir/recipe.py: the settings that differ from the defaults."""
     path = Path(config.out_dir) / "recipe.py"
-    init_from = "scratch" if config.init_from == "auto" else config.init_from
-    lines = [f"{FIRST_LINE}={config.minutes:g}; a copy of this file elsewhere is a recipe for the same training"]
-    lines += [f"out_dir = {config.out_dir!r}", f"init_from = {init_from!r}"]
-    for setting in dataclasses.fields(config):
-        value = getattr(config, setting.name)
-        if setting.name not in LOCAL and value != setting.default:
-            lines.append(f"{setting.name} = {value!r}")
+    chosen = {"out_dir": config.out_dir, "init_from": "scratch" if config.init_from == "auto" else config.init_from}
+    defaults = vars(TrainConfig())
+    chosen |= {name: value for name, value in vars(config).items() if name not in LOCAL and value != defaults[name]}
+    lines = [f"{FIRST_LINE}={config.minutes:g}; copy this file to config/ to train with these settings again"]
+    lines += [f"{name} = {value!r}" for name, value in chosen.items()]
     try:
         if path.exists() and not path.read_bytes().startswith(FIRST_LINE.encode()):
             return note(f"{path} was not written by --minutes, so it is not replaced and the settings are not saved")
@@ -216,12 +221,12 @@ def finish_run(
         raise RunFailed("no evaluation gave a finite loss, so there is no best model; try a lower --learning_rate")
     if state.step < config.max_iters:
         reason = f"{counted(state.evaluations_since_lowest, 'evaluation')} without improvement"
-        note(f"ended early, after step {state.step}: {reason}; to go on: {resume} --patience=0")
+        note(f"ended early, after step {state.step}: {reason}; to continue: {resume} --patience=0")
     loss, step = best
     risen = state.evaluations_since_lowest > 1 and step < state.step  # one evaluation may be noise
-    since = "; no lower since: the model may be overfitting" if risen else ""
+    since = "; no later one is lower, so the model may be overfitting" if risen else ""
     if is_below(state.initial_val_loss, loss):
-        since += f"; the model that training began with had {state.initial_val_loss:.4f}"
+        since += f"; before training, val_loss was {state.initial_val_loss:.4f}"
     if step > state.step:
         since = ", before the run went back to an earlier step"
     note(f"lowest val_loss {loss:.4f} at step {step}, saved in {out_dir}/best{since}")

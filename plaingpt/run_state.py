@@ -75,9 +75,11 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
             remedy = f"to train on from nanoGPT's weights: --init_from={nanogpt} and another --out_dir"
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
     try:
-        if is_rank_0():  # one process is enough: if it exits, torchrun ends the others
-            check_sums(found)
-        return _read_state(found), found
+        try:
+            return _read_state(found), found
+        except UserError:  # a run may have replaced it meanwhile; if not, the second attempt fails like the first
+            found = existing(directory) or found
+            return _read_state(found), found
     except UserError as error:
         if not others:
             raise
@@ -95,9 +97,11 @@ def read_best(out_dir: Path, state: RunState) -> tuple[float, int] | None:
 
 
 def _read_state(directory: Path) -> RunState:
+    if is_rank_0():  # one process is enough: if it exits, torchrun ends the others
+        check_sums(directory)
     content = read_json(path := directory / "training.json")
     if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {content.get('format_version')}; this program reads {FORMAT_VERSION}")
+        raise UserError(f"{path}: format version {content.get('format_version')}; this plainGPT reads {FORMAT_VERSION}")
     with errors_of_library(f"{path} is damaged"):
         # Earlier versions saved the values of derived settings.
         content["settings"] |= dict.fromkeys({*content.get("derived", [])} - {"warmup_iters"})
@@ -124,8 +128,8 @@ class Saver:
         self._job: Future | None = None
 
     def save(self, val_loss: float | None = None, keep: bool = False) -> None:
-        """Replace `last` with the run as it is now, and `best` too if `val_loss` is the lowest so far; with `keep`,
-        also save a numbered checkpoint. All ranks; main writes."""
+        """Record `val_loss` in the state. Replace `last` with the run as it is now, and `best` too if `val_loss` is the
+        lowest so far; with `keep`, also save a numbered checkpoint. All ranks; main writes."""
         self.wait()
         weights = gather(self.model.weights(), self.dist)
         moments = gather(_optimizer_tensors(self.model, self.optimizers), self.dist)
@@ -145,10 +149,10 @@ class Saver:
     def _write(self, weights: dict, moments: dict, state: RunState, val_loss: float | None, keep: bool) -> None:
         self._problem = None
         if bad := next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None):
-            return self._failed(f"step {state.step} is not saved: {bad} has values that are not finite numbers")
+            return self._failed(f"step {state.step} was not saved: {bad} contains NaN or infinity")
         if val_loss is not None and not math.isfinite(val_loss) and existing(self.out_dir / "last"):
             problem = f"its validation loss is {val_loss}; try a lower --learning_rate"
-            return self._failed(f"step {state.step} is not saved: {problem}")
+            return self._failed(f"step {state.step} was not saved: {problem}")
 
         evaluation = dict(step=state.step, val_loss=val_loss, data=state.data, eval_sequences=state.eval_sequences)
         is_best = is_below(val_loss, self.best and self.best[0])
@@ -194,7 +198,7 @@ def load_optimizers(
     wanted = _optimizer_tensors(model, optimizers)
     with open_tensors(path) as saved:
         if {*saved.keys()} != wanted.keys():
-            raise UserError(f"{path} does not fit the model and the optimizer")
+            raise UserError(f"{path} does not match the model and the optimizer")
         for name, tensor in wanted.items():
             fill(tensor, saved.get_tensor(name))
     if saved_scaler and scaler.is_enabled():

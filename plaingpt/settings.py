@@ -34,8 +34,8 @@ class Range(NamedTuple):
 PositiveInt = Annotated[int, Range("at least 1", lambda n: 1 <= n < 2**63)]
 Size = Annotated[int, Range("from 1 to 1,048,576", lambda n: 1 <= n <= 2**20)]
 NonNegativeInt = Annotated[int, Range("at least 0", lambda n: 0 <= n < 2**63)]
-Positive = Annotated[float, Range("above 0", lambda x: 0 < x <= 1e30)]
-NonNegative = Annotated[float, Range("at least 0", lambda x: 0 <= x <= 1e30)]
+Positive = Annotated[float, Range("above 0, at most 1e30", lambda x: 0 < x <= 1e30)]
+NonNegative = Annotated[float, Range("from 0 to 1e30", lambda x: 0 <= x <= 1e30)]
 Fraction = Annotated[float, Range("from 0 to 1", lambda x: 0 <= x <= 1)]
 BelowOne = Annotated[float, Range("from 0 to 0.999999", lambda x: 0 <= x <= 0.999999)]
 PathName = Annotated[str, os.path.expanduser]  # ~ is the home directory, as in a shell
@@ -101,7 +101,7 @@ def _split(argv: list[str], hints: dict[str, Any]) -> tuple[list[str], list[tupl
 
 def _no_setting(name: str, source: str, names: Iterable[str]) -> str:
     own = "" if source.startswith("--") else f" (for a variable of your own, write _{name})"
-    return f"{source}: there is no setting {name}{closest(name, names) or '; --help lists them'}{own}"
+    return f"{source}: unknown setting {name}{closest(name, names) or '; --help lists them'}{own}"
 
 
 def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
     if not os.path.isfile(path):
         example = f", such as --out_dir={path}" if os.path.isdir(path) else ""
         near = closest(os.path.basename(path), glob.glob("*.py", root_dir="config")).replace("mean ", "mean config/")
-        raise UserError(f"{path}: no such recipe file{near}; settings are written --name=value{example}")
+        raise UserError(f"{path}: recipe not found{near}; settings are written --name=value{example}")
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     modules = {name: sys.modules.get(name) for name in ("os", "sys", "time", "math", "torch", "numpy")}
     modules["np"] = modules.pop("numpy")
@@ -118,7 +118,7 @@ def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"{path}{line}: the recipe does not run: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"{path}{line}: the recipe failed: {type(error).__name__}: {one_line(error)}") from error
     skipped = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     kept = {name: value for name, value in names.items() if name[0] != "_" and not isinstance(value, skipped)}
     # NumPy's and torch's numbers become Python's

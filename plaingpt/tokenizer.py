@@ -31,7 +31,7 @@ class Tokenizer:
     """`encode`, `decode`, `vocab_size` (largest id + 1) and `end_of_text` (an id, or None)."""
 
     def __init__(self, backend: tokenizers.Tokenizer, is_gpt2: bool = False):
-        self._backend, self.is_gpt2 = backend, is_gpt2  # is_gpt2: made by `gpt2`
+        self._backend, self.is_gpt2 = backend, is_gpt2  # is_gpt2: for tiktoken and gigatoken
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self.end_of_text = backend.token_to_id(END_OF_TEXT)
 
@@ -50,10 +50,10 @@ class Tokenizer:
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, with several threads; all of it is ordinary text."""
-        if self.is_gpt2:  # tiktoken gives the same ids
-            return gpt2_by_tiktoken().encode_ordinary_batch(texts)
         self._backend.encode_special_tokens = True
         with errors_of_library("the tokenizer cannot encode a document"):
+            if self.is_gpt2:  # tiktoken gives the same ids
+                return gpt2_by_tiktoken().encode_ordinary_batch(texts)
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -193,7 +193,8 @@ def tokenizer_from_vocab(model_type: str, vocab: dict[str, int], merges: list) -
 
 
 def as_ours(description: dict) -> dict | None:
-    """Our own tokenizer.json, parsed, that encodes as the tokenizer of `description` does; None if there is none.
+    """The parsed tokenizer.json of a tokenizer of ours that gives the same ids as `description`, another parsed
+    tokenizer.json; None if there is none.
 
     A tokenizer that comes with a model, such as OpenAI's GPT-2, may be written otherwise. The order of its ids has to
     be that of its merges, which is how gigatoken and other programs rank them.
@@ -252,12 +253,13 @@ def gpt2() -> Tokenizer:
 def gpt2_by_tiktoken():
     """tiktoken's GPT-2 encoding, built from the merges beside this file instead of a download."""
     import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
 
     bytes_of = {symbol: bytes([byte]) for byte, symbol in byte_symbols().items()}
     tokens = [*bytes_of.values(), *(b"".join(map(bytes_of.get, left + right)) for left, right in _gpt2_merges())]
     return tiktoken.Encoding(
         name="gpt2",
-        pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+        pat_str=r50k_pat_str,
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
         special_tokens={END_OF_TEXT: len(tokens)},
     )

@@ -1,9 +1,9 @@
 """Token files: raw ids in train.bin and val.bin, described by meta.json.
 
-What opening a data set promises: each file has the size and the dtype that meta.json gives; data sets of at most
+What opening a data set guarantees: each file has the size and the dtype that meta.json gives; data sets of at most
 HASHED bytes are compared with their checksums each time, which takes a fraction of a second; and no id outside the
 vocabulary ever reaches a model, because ids are checked as they are read. A larger corpus therefore opens at once,
-and a change of its bytes into other valid ids is found only by tools/inspect_data.py, which reads everything.
+and a change of its bytes into other valid ids is detected only by tools/inspect_data.py, which reads everything.
 """
 
 import bisect
@@ -41,8 +41,8 @@ def id_dtype(largest_id: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A prepared data set: its two splits, its tokenizer, and a digest of its content (of data sets without meta.json:
-    only of their lengths)."""
+    """A prepared data set: its two splits, its tokenizer, and a digest of its content (without meta.json, only of its
+    lengths)."""
 
     train: "Tokens"
     val: "Tokens"
@@ -75,14 +75,17 @@ class Tokens:
                 ids = self._files[i][position - self._ends[i] :][: length - filled]  # counted from the file's end
                 window[filled : filled + len(ids)] = ids
                 filled += len(ids)
-        return self._checked(windows)
+        return _check_ids("the data set", windows, self._vocab_size)
 
     def all(self) -> Iterable[np.ndarray]:
         """All ids in order, in arrays of bounded size."""
-        return (self._checked(file[i : i + CHUNK]) for file in self._files for i in range(0, len(file), CHUNK))
+        chunks = (file[i : i + CHUNK] for file in self._files for i in range(0, len(file), CHUNK))
+        return (_check_ids("the data set", ids, self._vocab_size) for ids in chunks)
 
-    def _checked(self, ids: np.ndarray) -> np.ndarray:
-        return _check_ids("the data set", ids, self._vocab_size)
+
+def data_dir_flag(directory: Path) -> str:
+    """The --data_dir of a data set, unless it is the default."""
+    return "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
 
 
 def how_to_get(directory: Path) -> str:
@@ -90,8 +93,8 @@ def how_to_get(directory: Path) -> str:
     name = directory.name
     if name == "fineweb10B-gpt2":  # llm.c's token files
         return f"hf download kjj0/{name} --repo-type=dataset --local-dir={shlex.quote(str(directory))}"
-    place = "" if directory.parent == Path("data") else f" --data_dir={shlex.quote(str(directory.parent))}"
-    return f"python prepare_data.py {name if name in NAMED else f'FILES --name={shlex.quote(name)}'}{place}"
+    source = name if name in NAMED else f"FILES --name={shlex.quote(name)}"
+    return f"python prepare_data.py {source}{data_dir_flag(directory)}"
 
 
 def open_data_set(directory: Path, check: bool = True, check_all: bool = False) -> DataSet:
@@ -104,9 +107,9 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
         is_path = (directory.parent.parent / directory.name / "meta.json").exists()  # --dataset=data/books
         remedy = f"did you mean --dataset={directory.name}?" if is_path else f"to get it: {how_to_get(directory)}"
         if directory.with_name(f".{directory.name}.partial").exists():
-            remedy = "its preparation is not complete: run its command again (with --part: the command of each part)"
+            remedy = "its preparation was not finished: run its prepare_data.py command again (with --part: each)"
         others = sorted(path.parent.name for path in directory.parent.glob("[!.]*/meta.json"))
-        there = f"; prepared already: {', '.join(others[:20])}" if others else ""
+        there = f"; available: {', '.join(others[:20])}" if others else ""
         raise UserError(f"{directory}: no such data set; {remedy}{there}")
     if not (found / "meta.json").exists():
         return _open_foreign(found, check_all)
@@ -131,7 +134,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
                 raise UserError(f"{path} was changed since meta.json was written; prepare the data again")
             _check_ids(path, ids[path], tokenizer.vocab_size)
     train, val = (
-        Tokens([ids[path] for name, path, _, _ in files if name == split], n_bytes[split], tokenizer.vocab_size)
+        Tokens([ids[path] for of, path, *_ in files if of == split], n_bytes[split], tokenizer.vocab_size)
         for split in SPLITS
     )
     digest = hashlib.sha256("".join(digest for _, _, _, digest in files).encode()).hexdigest()
@@ -145,7 +148,7 @@ def _open_ids(path: Path, dtype: np.dtype, tokens: int | None = None, header: in
     found = size // dtype.itemsize
     if size % dtype.itemsize or (tokens is not None and found != tokens):
         expected = f"a multiple of {dtype.itemsize}" if tokens is None else f"the {tokens:,} ids that were written"
-        raise UserError(f"{path} was cut or changed: its {size:,} bytes are not {expected}; prepare the data again")
+        raise UserError(f"{path} was truncated or changed: its {size:,} bytes are not {expected}; prepare it again")
     return np.memmap(path, dtype, mode="r", offset=header) if found else np.zeros(0, dtype)
 
 
@@ -163,7 +166,7 @@ def _open_foreign(directory: Path, check_all: bool) -> DataSet:
     if (directory / "meta.pkl").exists():
         text = str(directory / "input.txt") if (directory / "input.txt").is_file() else "FILES"
         raise UserError(
-            f"{directory}/meta.pkl is a pickle, which can run code: it is not read; prepare the text again: "
+            f"{directory}/meta.pkl is a pickle, which can execute code, so it is not read; prepare the text again: "
             + shlex.join(["python", "prepare_data.py", text, "--tokenizer=char", f"--name={directory.name}-new"])
         )
     if any(directory.glob("tokenizer*.json")):  # a model, or ours: as GPT-2's, its ids would mean something else
@@ -185,7 +188,7 @@ def _open_foreign(directory: Path, check_all: bool) -> DataSet:
     for path, array in ids.items():
         _check_ids(path, array[: None if check_all else SAMPLE], tokenizer.vocab_size)
     lengths = tokenizer.byte_lengths()
-    val.n_bytes = sum(int(lengths[ids].sum()) for ids in val.all())
+    val.n_bytes = sum(int(lengths[chunk].sum()) for chunk in val.all())
     return DataSet(train, val, tokenizer, hashlib.sha256(f"{len(train)} {len(val)}".encode()).hexdigest())
 
 

@@ -28,7 +28,7 @@ class RunSettings:
     init_from: PathName = "scratch"
     """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); gpt2 or another model"""
     minutes: Annotated[float, Range("above 0, at most 1,000,000", lambda x: 0 < x <= 1e6)] | None = None
-    """minutes for the entire command: sets the number of steps and, unless given, model, batch and learning rate"""
+    """end after about this many minutes; sets the steps and, unless given, model, batch and learning rate"""
     max_iters: PositiveInt = 600000
     """number of training steps"""
     batch_size: Size = 12
@@ -46,7 +46,7 @@ class RunSettings:
     eval_only: bool = False
     """evaluate once and exit; nothing is written"""
     dry_run: bool = False
-    """time a few steps, print speed, hours and on CUDA the memory, and exit; nothing is written"""
+    """time a few steps, print the speed, the estimated time and (on CUDA) the memory, and exit; nothing is written"""
     seed: NonNegativeInt = 1337
     """random seed of initialization, data order and dropout"""
 
@@ -54,7 +54,7 @@ class RunSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     n_layer: Size = 12
-    """number of blocks"""
+    """number of layers (blocks)"""
     n_head: Size = 12
     """attention heads per block"""
     n_embd: Size = 768
@@ -118,7 +118,7 @@ class HardwareSettings:
     compile: bool | None = None
     """compile the forward and backward pass with torch.compile (None: on CUDA)"""
     recompute: bool = False
-    """activation checkpointing: less memory for a third more compute"""
+    """activation checkpointing: saves memory at the cost of about a third more computation"""
     sharding: Literal["ddp", "fsdp", "hybrid"] = "ddp"
     """ddp: each process holds the full model; fsdp: one shard of it; hybrid: fsdp within a node, ddp across nodes"""
     timeout: Annotated[float, Range("from 1 to 1,000,000", lambda x: 1 <= x <= 1e6)] = 600

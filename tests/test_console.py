@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,21 @@ def test_want_of_memory_on_a_cpu_is_one_line():
     assert ended.returncode == 1
     assert ended.stderr.startswith("a note\n-c: out of memory: ") and ended.stderr.count("\n") == 2
     assert ended.stderr.endswith("; try a smaller model\n")
+
+
+def test_torchrun_is_told_that_a_lost_connection_follows_from_other_errors(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setattr("time.time", lambda: 1000.5)
+    times = []
+    for error in (UserError("a mistake"), MemoryError(), RuntimeError("gloo/transport/tcp/pair.cc: reset by peer")):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(SystemExit):
+            run_script(main)
+        times.append(json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["timestamp"])
+    assert times == ["999", "999", "1000"]
 
 
 def test_an_error_without_an_explanation_has_its_traceback():

@@ -48,6 +48,17 @@ def test_auto_is_the_cpu_where_there_is_nothing_else():
     assert connect("auto").device.type == "cpu"
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="not a build for CPUs")
+def test_a_gpu_that_a_build_for_cpus_cannot_use_is_noted(monkeypatch, capsys):
+    monkeypatch.setattr("glob.glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
+    assert connect("auto").device.type != "cuda"
+    assert "the NVIDIA GPU is not used: this torch is built for CPUs only" in capsys.readouterr().err
+    connect("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    connect("auto")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("cpu", "dtype"),
     [

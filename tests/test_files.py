@@ -251,7 +251,7 @@ def test_what_is_not_a_checkpoint_is_neither_renamed_nor_replaced(tmp_path, name
         path = tmp_path / "out" / name
         path.parent.mkdir()
         make(path)
-        with pytest.raises(UserError, match=f"{name} is not a checkpoint of a run; choose another --out_dir"):
+        with pytest.raises(UserError, match=f"{name} exists and is not a checkpoint; choose another --out_dir"):
             set_aside(tmp_path / "out")
         assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == [name]
         shutil.rmtree(tmp_path / "out")

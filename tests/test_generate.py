@@ -280,6 +280,6 @@ def test_draws_follow_the_settings(sampling):
 
 @pytest.mark.parametrize("values", [[0.0, float("inf"), 1.0], [0.0, 9.0, float("nan")], [-3e38, 3e38, float("-inf")]])
 def test_overflown_logits_draw_the_likeliest_id_and_no_error(values):
-    for sampling in (Sampling(), Sampling(0.01, 2, 0.9)):
+    for sampling in (Sampling(), Sampling(0.01, 2, 0.9), Sampling(0.0)):
         uniform = torch.tensor([0.999], dtype=torch.float64)
         assert draw(torch.tensor([values]), sampling, uniform) == 1

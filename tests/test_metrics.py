@@ -9,7 +9,7 @@ import pytest
 from conftest import run_main
 
 from plaingpt.console import note
-from plaingpt.metrics import Metrics, Stopwatch, curves, draw, log_line, read_metrics
+from plaingpt.metrics import Metrics, Stopwatch, curves, draw_runs, log_line, read_metrics
 
 PNG = b"\x89PNG"
 
@@ -183,7 +183,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path, capsys):
     metrics = Metrics(tmp_path, active=True)
     metrics.write(step=1, train_loss=1.0)
     metrics.close()
-    assert capsys.readouterr().err.startswith("loss.png: ")
+    assert capsys.readouterr().err.startswith("cannot draw loss.png: ")
 
 
 def test_numbers_too_large_to_draw_are_left_out(tmp_path):
@@ -194,7 +194,7 @@ def test_numbers_too_large_to_draw_are_left_out(tmp_path):
 
 def test_a_name_with_dollar_signs_is_not_mathematics(tmp_path):
     write_run(tmp_path / r"a$\frac{$")
-    assert draw([tmp_path / r"a$\frac{$", tmp_path / r"a$\frac{$"], tmp_path / "picture.png")
+    assert draw_runs([tmp_path / r"a$\frac{$", tmp_path / r"a$\frac{$"], tmp_path / "picture.png")
 
 
 def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_the_script_names_a_folder_without_a_run(tmp_path):
 def test_the_script_does_not_say_that_it_drew_what_it_did_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
-    assert run_main("tools.compare_runs", ".").err == "compare_runs.py: the runs have no loss to draw yet\n"
+    assert run_main("tools.compare_runs", ".").err == "compare_runs.py: the runs have no losses to plot yet\n"
     write_run(tmp_path / "run")
     (tmp_path / "compare.png").mkdir()
     ended = run_main("tools.compare_runs", "run")

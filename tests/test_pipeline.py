@@ -267,7 +267,7 @@ def test_a_shard_that_was_cut_before_going_on_is_made_anew(tmp_path, text, small
     shard = tmp_path / ".set.partial" / "shards" / "part1_train_000000.bin"
     assert shard.stat().st_size > 1000
     os.truncate(shard, 1000)
-    assert f"{shard} was cut; run again" in prepare(text, tmp_path, status=1).err
+    assert f"{shard} was truncated; run the command again" in prepare(text, tmp_path, status=1).err
     prepare(text, tmp_path)
     assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed" / "set")
 
@@ -280,7 +280,7 @@ def test_a_cut_shard_is_noticed_where_nothing_would_be_added_to_it(tmp_path, sma
     shards = tmp_path / ".set.partial" / "shards"
     assert (shards / "part1_val_000000.bin").stat().st_size > 1000, "it was killed in the tail, which is for validation"
     os.truncate(shards / "part1_train_000000.bin", 1000)
-    assert "was cut; run again" in prepare(text, tmp_path, "--val_fraction=0.5", status=1).err
+    assert "was truncated; run the command again" in prepare(text, tmp_path, "--val_fraction=0.5", status=1).err
     prepare(text, tmp_path, "--val_fraction=0.5")
     assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed" / "set")
 
@@ -291,6 +291,20 @@ def test_progress_that_a_loss_of_power_left_empty_counts_as_none(tmp_path, text,
     (tmp_path / ".set.partial" / "part-1.json").write_text("")
     prepare(text, tmp_path)
     assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed" / "set")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "part-1.json"])
+def test_progress_that_cannot_be_read_now_costs_no_work(tmp_path, text, small, name):
+    assert killed(lambda: prepare(text, tmp_path), tmp_path, 30)
+    path, shards = tmp_path / ".set.partial" / name, tmp_path / ".set.partial" / "shards"
+    before = contents(shards)
+    content = path.read_bytes()
+    path.unlink()
+    path.mkdir()  # as good as a file that may not be read, even for root
+    assert f"{path}: Is a directory" in prepare(text, tmp_path, status=2).err and contents(shards) == before
+    path.rmdir()
+    path.write_bytes(content)
+    assert "continuing after" in prepare(text, tmp_path).err
 
 
 @pytest.mark.parametrize("flags", [[], ["--part=1/2"]])
@@ -569,6 +583,7 @@ def test_the_split_is_the_same_in_another_form_order_and_size_of_the_source(tmp_
         return set(documents(tmp_path / name, "val"))
 
     first = val("first", DOCUMENTS)
+    assert documents(tmp_path / "first", "train") == [text for text in DOCUMENTS if text not in first]  # in order
     assert first == val("backward", DOCUMENTS[::-1])
     grown = val("grown", [f"before {i}" for i in range(50)] + DOCUMENTS)
     assert grown & set(DOCUMENTS) == first
@@ -604,7 +619,7 @@ def test_who_stops_it_hears_whether_the_same_command_goes_on(tmp_path, text, sma
     def work() -> None:
         at_each_change(tmp_path, lambda count: count % 20 or os.kill(os.getpid(), signal.SIGINT))
         printed = [prepare(given, tmp_path, status=130, stdin="some text " * 1000).err for given in (text, "-")]
-        assert printed[0].endswith("stopped; the same command continues\n")
+        assert printed[0].endswith("stopped; run the same command to continue\n")
         assert printed[1].endswith("stopped\n")
         (tmp_path / "done").touch()
 
@@ -631,8 +646,8 @@ def test_standard_input_whose_preparation_is_stopped_at_its_end_leaves_nothing(t
 
 def test_standard_input_must_be_text(tmp_path):
     binary = "some text\0" * 100
-    assert "there is no text in it" in prepare("-", tmp_path, status=2).err
-    refused = "prepare_data.py: standard input is not text but binary: convert it to text, or name its --encoding\n"
+    assert "contains no text" in prepare("-", tmp_path, status=2).err
+    refused = "prepare_data.py: standard input is binary, not text: convert it to text, or name its --encoding\n"
     assert prepare("-", tmp_path, status=2, stdin=binary).err == refused
     assert contents(tmp_path) == {}
 

@@ -25,6 +25,12 @@ def test_a_model_that_cannot_fit_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"needs at least .* is free for each process; try a smaller model,"):
         check_memory(config, CPU, GPTConfig(n_layer=too_many))
     check_memory(config, CPU, GPTConfig(n_layer=too_many // 2))
+    with monkeypatch.context() as fixed:
+        fixed.setattr("plaingpt.plan.free_memory", lambda dist: 25e9)  # of 1.5B parameters, AdamW alone needs 25.5 GB
+        xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
+        check_memory(config, CPU, xl)
+        with pytest.raises(UserError, match="needs at least"):
+            check_memory(dataclasses.replace(config, optimizer="adamw"), CPU, xl)
     four = dataclasses.replace(CPU, world_size=4)
     monkeypatch.setattr(Distributed, "max", lambda self, number: number)  # no other process is there
     check_memory(dataclasses.replace(config, sharding="fsdp"), four, GPTConfig(n_layer=too_many))

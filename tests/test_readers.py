@@ -15,7 +15,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 
 from plaingpt.console import RunFailed, UserError
 from plaingpt.text import pipeline, streams
@@ -38,7 +37,7 @@ def read(*wanted, **options) -> list[str]:
 
 def batches(*wanted, by_content: bool = True) -> list[pipeline.Batch]:
     inputs, config = source(*wanted).inputs(), PrepareConfig(val_fraction=0.05)
-    return list(pipeline.batches(pipeline.Part(Path(), Path(), 1, inputs, config, gpt2(), by_content)))
+    return list(pipeline.batches(pipeline.Part(Path(), Path("none"), 1, inputs, config, gpt2(), by_content)))
 
 
 @contextlib.contextmanager
@@ -88,18 +87,10 @@ def test_each_line_is_a_document_plain_or_compressed(tmp_path, suffix):
     assert read(path) == WHOLE
 
 
-@pytest.mark.parametrize("size", [2, 7, 100, 5000])
-def test_blocks_have_each_line_once(tmp_path, size):
-    with pieces(size):
-        assert read(compressed(tmp_path, "jsonl", json_lines(TEXTS))) == WHOLE
-
-
 @pytest.mark.parametrize("suffix", ["json", "JSON", "json.gz", "jsonl"])
 def test_an_array_of_objects_is_read_too(tmp_path, suffix):
     data = json.dumps([{"text": text} for text in [*TEXTS, None]], indent=1)
-    for size in (10, 1 << 20):
-        with pieces(size):
-            assert read(compressed(tmp_path, suffix, b" \n" + data.encode())) == WHOLE
+    assert read(compressed(tmp_path, suffix, b" \n" + data.encode())) == WHOLE
     with pytest.raises(UserError, match=r"the array, has no 'text'; name the --column: other"):
         read(compressed(tmp_path, suffix, b'[{"text": "one"}, {"other": "two"}]'))
     with pytest.raises(UserError, match="the array, is not JSON"):
@@ -156,8 +147,9 @@ def test_documents_that_cannot_be_read_stop_a_folder_and_are_not_left_out(tmp_pa
     assert read(tmp_path, bad_files="skip") == ["text"]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "CSV", "tsv", "csv.gz", "tsv.zst"])
-@pytest.mark.parametrize("size", [10, 1 << 20])
+@pytest.mark.parametrize(
+    ("suffix", "size"), [("csv", 10), ("CSV", 10), ("tsv", 10), ("csv.gz", 10), ("csv.gz", 1 << 20), ("tsv.zst", 10)]
+)
 def test_each_row_of_csv_and_tsv_is_a_document(tmp_path, suffix, size):
     file = io.StringIO(newline="")
     writer = csv.writer(file, delimiter="\t" if suffix.startswith("t") else ",")
@@ -200,11 +192,14 @@ def test_the_column_is_named_and_a_missing_one_refused_with_the_nearest(tmp_path
     ("line", "message"),
     [
         (b'{"text": "one"', "the line at byte 16, is not JSON"),
-        (b'"one"', "has no 'text'; it has to be a JSON object"),
+        (b'"one"', "has no 'text'; it must be a JSON object"),
         (b'{"text": 1}', "'text' is not text"),
         (b'{"text": "\xff"}', "is not UTF-8 text (byte 0xff at 10)"),
         (b'{"text": "\\ud800"}', "is not UTF-8 text (byte 0xed at 0)"),
         (b"[" * 100_000, "is not JSON"),
+        (b'{"text": "one"}{"text": "two"}', "the line at byte 16, is not JSON: Extra data"),
+        (b'{"text": "one"}\r{"text": "two"}\r', "the line at byte 16, is not JSON: Extra data"),
+        (b'{\n"text":\n"one"\n}', "the line at byte 16, is not JSON"),
     ],
 )
 def test_a_line_that_is_no_document_is_refused_with_its_place(tmp_path, line, message):
@@ -212,20 +207,6 @@ def test_a_line_that_is_no_document_is_refused_with_its_place(tmp_path, line, me
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         read(path)
     assert str(caught.value).startswith(str(path))
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (b'{"text": "one"}{"text": "two"}', "the line at byte 0, is not JSON: Extra data"),
-        (b'{"text": "one"}\r{"text": "two"}\r', "the line at byte 0, is not JSON: Extra data"),
-        (b'{\n"text":\n"one"\n}\n{"text": "two"}', "the line at byte 0, is not JSON"),
-    ],
-)
-def test_what_is_refused_does_not_hang_on_the_lines_around(tmp_path, lines, message):
-    for around in (b"", b'\n{"text": null}'):  # which has all of them looked at one by one
-        with pytest.raises(UserError, match=re.escape(message)):
-            read(compressed(tmp_path, "jsonl", lines + around))
 
 
 def test_a_column_that_cannot_be_a_name_is_missing(tmp_path):
@@ -266,12 +247,10 @@ def test_a_compressed_file_that_is_cut_or_damaged_is_refused(tmp_path, suffix):
         pa.dictionary(pa.int32(), pa.string()),
     ],
 )
-@pytest.mark.parametrize("size", [1, 200, 1 << 20])
-def test_each_row_is_a_document(tmp_path, kind, size):
+def test_each_row_is_a_document(tmp_path, kind):
     texts = [text.encode() for text in TEXTS] if kind in (pa.binary(), pa.large_binary()) else TEXTS
     path = write_parquet(tmp_path / "texts.parquet", [*texts, None], kind=kind)
-    with pieces(size):
-        assert read(path) == WHOLE
+    assert read(path) == WHOLE
 
 
 def test_a_file_without_the_column_or_without_text_in_it_is_refused(tmp_path):
@@ -439,9 +418,7 @@ def test_an_unknown_encoding_and_text_in_another_are_refused(tmp_path):
 
 def test_utf_16_without_a_mark_is_binary(tmp_path):
     (tmp_path / "b.txt").write_bytes("UTF-16 without a mark".encode("utf-16-le"))
-    with pytest.raises(
-        UserError, match=r"b\.txt is not text but a binary file: convert it to text, name its --encoding"
-    ):
+    with pytest.raises(UserError, match=r"b\.txt is binary, not text: convert it to text, name its --encoding"):
         read(tmp_path / "b.txt", bad_files="replace")
 
 
@@ -467,15 +444,6 @@ def test_what_is_longer_than_any_document_is_refused_while_it_is_read(tmp_path, 
     path = compressed(tmp_path, suffix, start + b"a" * 100_000)
     with pieces(100), pytest.raises(UserError, match=r"texts\..*(longer|more|larger) than "):
         read(path, split_documents=True)
-
-
-def test_a_refusal_within_a_csv_file_ends_the_process_in_one_line(tmp_path):
-    """A reader with a thread of its own can abort the process as it ends."""
-    path = compressed(tmp_path, "csv.zst", b'text\none\n"' + b"a" * (streams.MAX_RECORD + 100))
-    command = [sys.executable, ROOT / "prepare_data.py", path, "--name=x", f"--data_dir={tmp_path}"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
-    assert re.search(r"texts\.csv\.zst, line \d cannot be read: field larger than field limit", ended.stderr)
 
 
 def test_equal_rows_that_take_little_room_in_a_file_make_batches_of_bounded_size(tmp_path):

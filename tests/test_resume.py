@@ -91,6 +91,7 @@ def test_a_recipe_of_another_run_does_not_continue_this_one_by_itself(short_run,
     recipe.write_text('dataset = "other"\n')
     ended = run_main("train", recipe, f"--out_dir={short_run}", "--init_from=auto")
     assert ended.status == 2 and f"{recipe}: dataset=other, but the checkpoint was trained with tiny" in ended.err
+    assert ended.err.endswith(f", or from these weights: --init_from={short_run}/best --out_dir=…\n")
 
 
 def test_a_setting_that_agrees_with_the_checkpoint_may_be_given(tmp_path, train, resume):
@@ -278,7 +279,7 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
         assert "is not a checkpoint of out_dir=" in printed
     before = (tmp_path / "run" / "last" / "training.json").read_bytes()
     printed = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
-    assert "max_iters=3, but the checkpoint in" in printed and "has 4 steps" in printed
+    assert "max_iters=3, but the checkpoint in" in printed and "is at step 4" in printed
     printed = resume(tmp_path / "run", max_iters=3).err
     assert "the run is complete at step 3; to train longer: --init_from=resume with --minutes or a higher" in printed
     assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
@@ -291,7 +292,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path,
     assert len(losses) == best + 1 + 3 < 30
     assert f"ended early, after step {len(losses)}: 3 evaluations without improvement" in ended.err
     lowest = f"lowest val_loss {min(losses):.4f} at step {best + 1}"
-    assert f"{lowest}, saved in {tmp_path}/run/best; no lower since" in ended.err
+    assert f"{lowest}, saved in {tmp_path}/run/best; no later one is lower" in ended.err
     assert load_state(tmp_path / "run" / "last")[0].step == len(losses)
     train(tmp_path / "parts", patience=3, **GETS_WORSE | {"max_iters": best + 2})
     resume(tmp_path / "parts", max_iters=30)
@@ -308,7 +309,7 @@ def test_a_best_loss_of_zero_counts(tmp_path, train, resume):
     edit_json(tmp_path / "run" / "last" / "training.json", **changes)
     edit_json(tmp_path / "run" / "best" / "evaluation.json", val_loss=0.0)
     ended = resume(tmp_path / "run", max_iters=9, patience=3)
-    reason = "3 evaluations without improvement; to go on: --init_from=resume --out_dir="
+    reason = "3 evaluations without improvement; to continue: --init_from=resume --out_dir="
     assert f"ended early, after step 3: {reason}" in ended.err
     assert "lowest val_loss 0.0000 at step" in ended.err
 

@@ -116,7 +116,7 @@ def test_an_unknown_character_is_one_line_and_status_2(learned):
 
 def test_a_folder_without_a_model_is_one_line_and_status_2(tmp_path):
     error = sample(tmp_path / "none", status=2)
-    assert error.startswith(f"sample.py: {tmp_path / 'none'} has no model")
+    assert error.startswith(f"sample.py: {tmp_path / 'none'} contains no model")
     assert error.count("\n") == 1
 
 
@@ -371,3 +371,10 @@ def test_only_a_line_feed_ends_a_prompt_in_a_file(emoji, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(f"{text}\r\na road\n".encode())
     lines = sample(emoji, output="jsonl", prompts=tmp_path / "prompts.txt").split("\n")
     assert [json.loads(line)["prompt"] for line in lines if line] == [text, "a road"]
+
+
+def test_several_processes_are_refused(learned, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = run_main("sample", f"--out_dir={learned}")
+    assert (ended.status, ended.out) == (2, "")
+    assert "sampling uses one process, without torchrun and WORLD_SIZE" in ended.err

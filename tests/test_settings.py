@@ -111,7 +111,7 @@ def test_positional_arguments_can_be_a_field_instead_of_recipes():
 
 @pytest.mark.parametrize("flag", ["--suger=1", "--suger"])
 def test_a_misspelled_flag_is_refused_with_the_flag_and_the_nearest_name(flag):
-    assert refusal(flag) == "--suger: there is no setting suger; did you mean sugar?"
+    assert refusal(flag) == "--suger: unknown setting suger; did you mean sugar?"
 
 
 def test_a_flag_without_a_value_is_refused_with_the_remedy():
@@ -119,12 +119,12 @@ def test_a_flag_without_a_value_is_refused_with_the_remedy():
 
 
 def test_an_abbreviated_flag_is_refused():
-    assert "no setting layer;" in refusal("--layer=2")
+    assert "unknown setting layer;" in refusal("--layer=2")
 
 
 def test_a_misspelled_name_in_a_file_is_refused_with_the_file_and_the_nearest_name(recipe):
     path = recipe("glazeshare = 0.1")
-    assert refusal(path) == f"{path}: there is no setting glazeshare; did you mean glaze_share? {own('glazeshare')}"
+    assert refusal(path) == f"{path}: unknown setting glazeshare; did you mean glaze_share? {own('glazeshare')}"
 
 
 def own(name: str) -> str:
@@ -132,9 +132,9 @@ def own(name: str) -> str:
 
 
 def test_a_name_similar_to_none_is_refused_with_a_hint_to_help(recipe):
-    assert refusal("--qqq=1") == "--qqq: there is no setting qqq; --help lists them"
+    assert refusal("--qqq=1") == "--qqq: unknown setting qqq; --help lists them"
     path = recipe("qqq = 1")
-    assert refusal(path) == f"{path}: there is no setting qqq; --help lists them {own('qqq')}"
+    assert refusal(path) == f"{path}: unknown setting qqq; --help lists them {own('qqq')}"
 
 
 def test_a_flag_with_one_dash_is_refused():
@@ -149,7 +149,7 @@ def test_a_retired_flag_gives_a_note_only(capsys):
 def test_a_retired_switch_needs_no_value(capsys):
     assert load("--lard", "--layers=2") == Cake(layers=2)
     assert "lard: not needed" in capsys.readouterr().err
-    assert refusal("--lard", "nothing.py").startswith("nothing.py: no such recipe file")
+    assert refusal("--lard", "nothing.py").startswith("nothing.py: recipe not found")
 
 
 def test_an_empty_path_is_refused():
@@ -222,11 +222,11 @@ def test_a_tilde_is_the_home_directory_in_a_path_and_a_tilde_in_a_text(recipe, m
         ("--layers=True", "--layers must be int (at least 1), not 'True'"),
         ("--layers=None", "--layers must be int (at least 1), not 'None'"),
         ("--candles=-1", "--candles must be int (at least 0), not -1"),
-        ("--sugar=0", "--sugar must be float (above 0), not 0.0"),
-        ("--sugar=-1e-9", "--sugar must be float (above 0), not -1e-09"),
-        ("--sugar=inf", "--sugar must be float (above 0), not inf"),
-        ("--sugar=nan", "--sugar must be float (above 0), not nan"),
-        ("--sugar=much", "--sugar must be float (above 0), not 'much'"),
+        ("--sugar=0", "--sugar must be float (above 0, at most 1e30), not 0.0"),
+        ("--sugar=-1e-9", "--sugar must be float (above 0, at most 1e30), not -1e-09"),
+        ("--sugar=inf", "--sugar must be float (above 0, at most 1e30), not inf"),
+        ("--sugar=nan", "--sugar must be float (above 0, at most 1e30), not nan"),
+        ("--sugar=much", "--sugar must be float (above 0, at most 1e30), not 'much'"),
         ("--glaze_share=1.01", "--glaze_share must be float (from 0 to 1), not 1.01"),
         ("--glaze_share=nan", "--glaze_share must be float (from 0 to 1), not nan"),
         ("--flour=2.1", "--flour must be float (above 0, at most 2), not 2.1"),
@@ -292,9 +292,9 @@ def test_an_impossible_value_in_a_file_is_refused_with_file_setting_and_value(re
 
 def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
     assert refusal(tmp_path).endswith(f"settings are written --name=value, such as --out_dir={tmp_path}")
-    assert refusal("config/nowhere.py") == "config/nowhere.py: no such recipe file; settings are written --name=value"
+    assert refusal("config/nowhere.py") == "config/nowhere.py: recipe not found; settings are written --name=value"
     assert refusal("config/quikstart.py").startswith(
-        "config/quikstart.py: no such recipe file; did you mean config/quickstart.py?"
+        "config/quikstart.py: recipe not found; did you mean config/quickstart.py?"
     )
 
 
@@ -309,7 +309,7 @@ def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
 )
 def test_a_recipe_that_does_not_run_is_refused_with_its_error(recipe, text, line, error):
     path = recipe(text)
-    assert refusal(path).startswith(f"{path}{line}: the recipe does not run: {error}: ")
+    assert refusal(path).startswith(f"{path}{line}: the recipe failed: {error}: ")
 
 
 def test_a_recipe_in_nanogpts_style_loads(recipe):
@@ -406,5 +406,5 @@ def test_help_shows_a_percent_sign_and_a_line_break_as_they_are_written(capsys):
 def test_a_misspelled_flag_of_a_script_is_status_2_and_one_line():
     command = [sys.executable, str(ROOT / "prepare_data.py"), "--vocab=3"]
     ended = subprocess.run(command, capture_output=True, text=True)
-    line = "prepare_data.py: --vocab: there is no setting vocab; did you mean vocab_size?\n"
+    line = "prepare_data.py: --vocab: unknown setting vocab; did you mean vocab_size?\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)

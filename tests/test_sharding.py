@@ -74,8 +74,10 @@ run_script(record(work))
 HELD = """
 from dataclasses import replace
 from types import SimpleNamespace
+import numpy as np
 import torch
 from plaingpt.console import UserError
+from plaingpt.tokens import Tokens
 from plaingpt.distributed import connect
 from plaingpt.checkpoint import model_with
 from plaingpt.evaluate import sample_text
@@ -111,7 +113,7 @@ def work(dist):
     assert sum(p.to_local().numel() for p in model.parameters()) == held  # also after a pass without gradients
     assert not full(model.transformer.wte.weight)[65:].any()
     tokenizer = SimpleNamespace(end_of_text=None, decode=str)
-    data = SimpleNamespace(val=SimpleNamespace(all=lambda: iter([[1]])), tokenizer=tokenizer)
+    data = SimpleNamespace(val=Tokens([np.ones(1, np.uint16)]), tokenizer=tokenizer)
     text, weights = sample_text(model, data, 9, dist, seed=3), gather(model.weights(), dist)
     alone = replace(dist, world_size=1)
     whole = model_with(model.config, weights).bfloat16() if weights else None

@@ -7,6 +7,7 @@ import os
 import re
 import sysconfig
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -107,11 +108,6 @@ def test_names_that_no_system_has_are_refused(here):
             source(name)
 
 
-def test_documents_can_be_read_again(here):
-    b, options = source("b"), PrepareConfig()
-    assert list(b.texts(options)) == list(b.texts(options)) != []
-
-
 def test_empty_files_are_no_documents(here):
     (here / "b/0.txt").write_text("")
     assert documents("b") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
@@ -207,6 +203,9 @@ def test_an_unreadable_file_is_refused(here):
     (here / "b/deep").chmod(0)
     with pytest.raises(PermissionError, match="deep"):
         source("b")
+    (here / "b/deep").chmod(0o600)  # its files can be listed, but not opened
+    with pytest.raises(PermissionError, match="deep"):
+        source("b")
     (here / "b/deep").chmod(0o700)
 
 
@@ -268,7 +267,7 @@ def test_a_good_download_is_kept_and_not_fetched_again(server, monkeypatch):
     for _ in range(2):
         assert downloaded() == BODY.decode()
     assert server.asked == ["/good"]
-    assert os.listdir(sources.SHAKESPEARE.parent) == ["text.txt"]
+    assert [name for name in os.listdir(sources.SHAKESPEARE.parent) if name != "text.lock"] == ["text.txt"]
     sources.SHAKESPEARE.write_text("<html>put there by hand")
     assert downloaded() == BODY.decode()
 
@@ -290,3 +289,10 @@ def test_a_failed_download_is_refused_with_address_reason_and_remedy_and_leaves_
     assert str(caught.value).startswith(f"{server.url}/{page} cannot be downloaded")
     assert f"put it at {sources.SHAKESPEARE}" in str(caught.value)
     assert os.listdir(sources.SHAKESPEARE.parent) == []
+
+
+def test_first_downloads_at_once_do_not_disturb_each_other(server, monkeypatch):
+    monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server.url}/good")
+    with ThreadPoolExecutor(4) as threads:
+        texts = [*threads.map(lambda _: downloaded(), range(4))]
+    assert texts == [BODY.decode()] * 4

@@ -126,12 +126,6 @@ def test_gpt2_has_50257_ids(made):
     assert made["gpt2"].vocab_size == 50257
 
 
-def test_byte_ids_are_the_bytes_of_the_text(made):
-    assert made["byte"].vocab_size == 257
-    for text in TEXTS.values():
-        assert made["byte"].encode(text) == list(text.encode())
-
-
 def test_char_ids_are_the_sorted_characters():
     tokenizer = make_tokenizer("char", ["hello", "world\n"], vocab_size=1)
     assert tokenizer.encode("\ndehlorw") == list(range(8))

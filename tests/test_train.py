@@ -179,7 +179,7 @@ def test_eval_only_needs_no_training_split(tmp_path, train, tiny_run, data_dir):
 def test_a_run_does_not_read_what_is_in_the_directory_that_it_renames(tmp_path, train, data_dir, monkeypatch):
     train(tmp_path / "run", max_iters=1)
     ended = train(tmp_path / "run", init_from=tmp_path / "run" / "best", status=2)
-    assert f"{tmp_path / 'run' / 'best'} is in {tmp_path / 'run'}, which a new run renames" in ended.err
+    assert f"a new run would rename {tmp_path / 'run'}, which contains {tmp_path / 'run' / 'best'}" in ended.err
     assert not (tmp_path / "run.1").exists()
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -189,7 +189,7 @@ def test_a_run_does_not_read_what_is_in_the_directory_that_it_renames(tmp_path, 
     (tmp_path / "in").symlink_to(tmp_path / "run" / "data")
     for place in ("run/data", "run/out", "in"):
         ended = train(tmp_path / "run", data_dir=tmp_path / place, status=2)
-        assert f"{tmp_path / place / 'tiny'} is in {tmp_path / 'run'}, which a new run renames" in ended.err
+        assert f"a new run would rename {tmp_path / 'run'}, which contains {tmp_path / place / 'tiny'}" in ended.err
     assert (tmp_path / "scratch.1").exists()
 
 
@@ -257,7 +257,7 @@ def test_finetuning_that_only_makes_a_model_worse_says_so(tmp_path, train, resum
     first, *later = [line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line]
     assert len(later) == 2 and first < min(later)
     note = f"lowest val_loss {min(later):.4f} at step "
-    assert note in ended.err and f"; the model that training began with had {first:.4f}\n" in ended.err
+    assert note in ended.err and f"; before training, val_loss was {first:.4f}\n" in ended.err
 
 
 def test_finetuning_can_crop_the_block(tmp_path, train, tiny_run):
@@ -298,7 +298,7 @@ def test_each_process_reads_its_own_sequences_alone():
 
 
 def test_a_run_of_nothing_but_nans_ends_with_status_1_and_is_not_saved(tmp_path, train):
-    """However rarely it logs, evaluates and saves."""
+    """The evaluation sees them even if nothing is logged."""
     changes = dict(max_iters=60, eval_interval=40, log_interval=50, learning_rate=1e30, warmup_iters=0, grad_clip=0)
     ended = train(tmp_path / "run", status=1, **changes)
     assert "the gradients were not finite in 39 consecutive steps, seen after step 40" in ended.err.splitlines()[-1]

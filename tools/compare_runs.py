@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plaingpt.startup
 
 from plaingpt.console import UserError, note, run_script
-from plaingpt.metrics import draw
+from plaingpt.metrics import draw_runs
 from plaingpt.settings import PathName, load_settings
 
 
@@ -29,8 +29,8 @@ def main() -> None:
     for out_dir in out_dirs:
         if not (out_dir / "metrics.jsonl").exists():
             raise UserError(f"{out_dir} has no metrics.jsonl")
-    if not draw(out_dirs, picture):
-        raise UserError("the runs have no loss to draw yet")
+    if not draw_runs(out_dirs, picture):
+        raise UserError("the runs have no losses to plot yet")
     note(f"wrote {picture}")
 
 

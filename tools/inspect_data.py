@@ -13,7 +13,7 @@ import plaingpt.startup
 import numpy as np
 
 from plaingpt.console import UserError, counted, note, run_script
-from plaingpt.files import json_or_empty
+from plaingpt.files import existing, json_or_empty
 from plaingpt.settings import PathName, load_settings
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, Tokens, open_data_set
@@ -39,7 +39,7 @@ def main() -> None:
 
 def inspect(directory: Path) -> None:
     data = open_data_set(directory, check_all=True)
-    source = json_or_empty(directory / "meta.json").get("source")
+    source = json_or_empty((existing(directory) or directory) / "meta.json").get("source")
     found = f"from {source!s:.300}; checksums and ids are correct" if source else "no checksums; ids are correct"
     note(f"{directory}: {found}")
     for split in SPLITS:

@@ -23,7 +23,8 @@ class PrepareConfig:
     val_fraction: Annotated[float, Range("from 0.00001 to 0.5", lambda x: 1e-5 <= x <= 0.5)] | None = None
     """fraction of the text held out for validation (default: 0.05 for files, 0.01 for hf:; named sources differ)"""
     dedup: bool = False
-    """drop exact copies of documents, except text files over 1 MB; takes about 100 bytes of memory per document"""
+    """drop documents that are exact copies of earlier ones (text files over 1 MB are never dropped); needs about 100
+    bytes of memory per document"""
     split_documents: bool = False
     """split text files into documents at <|endoftext|>"""
     bad_files: Literal["stop", "skip", "replace"] | None = None
@@ -37,13 +38,13 @@ class PrepareConfig:
     config: str | None = None
     """configuration of a Hugging Face data set, such as sample-10BT"""
     split: str = "train"
-    """split of a Hugging Face data set to read; a part, such as train[:10%], is read after all of it is downloaded"""
+    """split of a Hugging Face data set; for a slice, such as train[:10%], the entire data set is downloaded first"""
     revision: str | None = None
     """revision of a Hugging Face data set (default: the newest)"""
     shard_tokens: PositiveInt = 1 << 28
     """maximum number of ids per file; a larger split is written to several files"""
     part: str = "1/1"
-    """part of the work, for several machines: 3/16 is the third of 16; files are not divided; the last part to finish
+    """this machine's part of the work: 3/16 is the third of 16; single files are not divided; the last part to finish
     completes the data set"""
     threads: PositiveInt | None = None
     """number of encoding threads (default: one per core)"""

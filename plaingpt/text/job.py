@@ -55,14 +55,14 @@ class Job:
 
     @functools.cached_property
     def digests(self) -> list[str]:
-        """Digests of the source and the settings, the same on every machine. A plan.json or meta.json with either is
-        this job's. The second is that of --bad_files=stop: what invalid text stopped may continue with another one."""
+        """Two digests of the source and the settings, equal on every machine: with this --bad_files, and with
+        --bad_files=stop. Work with either is continued: after invalid text, another --bad_files may finish it."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
         ignored = dict(sources=[], name=None, part="", threads=None, data_dir="")  # no effect on ids, or in `source`
         config = dataclasses.replace(self.config, tokenizer=self.kind, **ignored)
         configs = config, dataclasses.replace(config, bad_files="stop")
         keys = [repr((FORMAT, source, config, self.parts)) for config in configs]
-        return [hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest() for key in keys]
+        return [hashlib.sha256(key.encode()).hexdigest() for key in keys]
 
     def is_done(self) -> bool:
         return json_or_empty(self.directory / "meta.json").get("plan") in self.digests
@@ -89,7 +89,8 @@ def prepare(job: Job, threads: int) -> dict | None:
             if job.parts > 1 and job.is_done():
                 if job.has_begun() or not job.shards.exists():  # else `partial` is the work of another command
                     remove(job)
-                return note(f"{job.directory} is already prepared; to prepare it again, delete it first")
+                note(f"{job.directory} is already prepared; to prepare it again, delete it first")
+                return None
             job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.partial / f"part-{job.part}.lock"))
             part = make_part(job)
@@ -153,7 +154,7 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
         if len(digests) >= many:
             break
     if not digests:
-        raise UserError(f"{source.description:.300}: there is no text in it")
+        raise UserError(f"{source.description:.300} contains no text")
     if source.summary:
         note(source.summary)
     tokenizer = job.tokenizer or make_tokenizer(job.kind, source.texts(job.config), job.config.vocab_size)
@@ -171,13 +172,14 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
 
 
 def finish(job: Job, part: Part) -> dict | None:
-    """Complete the data set if this was the last part. It appears complete, or not at all."""
+    """Complete the data set if this was the last part: its meta.json, or None. It appears complete, or not at all."""
     if not job.has_begun():
         raise UserError(f"{job.partial} was removed or replaced by another process; run again")
     part.save()
     progress = [json_or_empty(job.partial / f"part-{number}.json") for number in range(1, job.parts + 1)]
     if missing := sum(not found.get("finished") for found in progress):
-        return note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")
+        note(f"part {job.part} of {job.parts} is done; {counted(missing, 'part')} left")
+        return None
     splits, shards, tokenizer = {}, job.shards, part.tokenizer
     for split in SPLITS:
         files = [file for found in progress for file in found["splits"][split]["files"]]
@@ -211,6 +213,7 @@ def finish(job: Job, part: Part) -> dict | None:
 
 
 def remove(job: Job) -> None:
+    """Delete `partial` and the lock of its plan."""
     with contextlib.suppress(OSError):  # Windows cannot delete an open file: there it stays
         job.partial.with_suffix(".lock").unlink(missing_ok=True)
     delete(job.partial)

@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass
 class Part:
-    """What one process has to do, and how far it has come. Other processes do other parts.
+    """The inputs that one process encodes, and its progress. Other processes encode other parts.
 
     Shard i begins with id i * shard_tokens of its split: the number of ids written says where the next one goes.
     """
@@ -93,7 +93,7 @@ class Part:
         shard = open(self.shards / f"part{self.number}_{split}_{index:06}.bin", "ab")  # noqa: SIM115
         if shard.tell() < filled * self.dtype.itemsize:
             self.progress.unlink()
-            raise RunFailed(f"{shard.name} was cut; run again: this part starts over")
+            raise RunFailed(f"{shard.name} was truncated; run the command again: this part starts over")
         shard.truncate(filled * self.dtype.itemsize)
         return shard
 
@@ -163,16 +163,16 @@ def encode_part(part: Part, threads: int) -> None:
 def encoded_batches(part: Part, threads: int) -> Iterator[tuple[Batch, Future[dict[str, np.ndarray]]]]:
     """Batches in order, each with its ids, while a bounded amount of text after it is encoded."""
     encoder, encoding = BulkEncoder(part.tokenizer), collections.deque()
-    with ThreadPoolExecutor(threads) as pool:  # gigatoken releases the GIL
-        try:
-            for batch in batches(part):
-                encoding.append((batch, pool.submit(encode, batch, part, encoder)))
-                while sum(batch.size for batch, _ in encoding) > 16 * threads * streams.PIECE:
-                    yield encoding.popleft()
-            while encoding:
+    pool = ThreadPoolExecutor(threads)  # gigatoken releases the GIL
+    try:
+        for batch in batches(part):
+            encoding.append((batch, pool.submit(encode, batch, part, encoder)))
+            while sum(batch.size for batch, _ in encoding) > 16 * threads * streams.PIECE:
                 yield encoding.popleft()
-        finally:  # also after a failure or Ctrl-C
-            pool.shutdown(cancel_futures=True)
+        while encoding:
+            yield encoding.popleft()
+    finally:  # also after a failure or Ctrl-C
+        pool.shutdown(cancel_futures=True)
 
 
 def encode(batch: Batch, part: Part, encoder: BulkEncoder) -> dict[str, np.ndarray]:
@@ -207,21 +207,20 @@ def divided_texts(part: Part) -> Iterator[tuple[tuple[int, int], Text, int]]:
     """
     seen = set()  # 64-bit hashes: with ten million documents, the chance that any is wrongly dropped is 1 in 400,000
     first = 0 if part.config.dedup else part.position[0]
-    for i, text_input in enumerate(part.inputs):
-        texts = text_input.texts(part.config) if i >= first else ()
-        for n, text in enumerate(texts, 1):
+    for i, text_input in enumerate(part.inputs[first:], first):
+        for n, text in enumerate(text_input.texts(part.config), 1):
             if text.start == 0:
                 digest = xxhash.xxh3_64_intdigest(text.data)
                 if part.config.dedup and text.ends:
                     if digest in seen:
                         continue
                     seen.add(digest)
-                train_end = training_share(part, text_input, text, digest)
+                train_end = training_bytes(part, text_input, text, digest)
             yield (i, n), text, train_end
 
 
-def training_share(part: Part, text_input: File | HubShard, text: Text, digest: int) -> int:
-    """How many bytes of the document that begins with `text` belong to training. The rest is for validation."""
+def training_bytes(part: Part, text_input: File | HubShard, text: Text, digest: int) -> int:
+    """How many bytes of the document that begins with `text` are for training. The rest is for validation."""
     if part.by_content:  # the hash decides, so order and growth of the source change nothing
         return 0 if digest < part.config.val_fraction * 2**64 else sys.maxsize
     # A large file is read twice: where its tail begins follows from its size in UTF-8.

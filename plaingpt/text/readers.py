@@ -107,10 +107,10 @@ def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
 def _text_of(row: Any, where: str, column: str) -> bytes:
     """The column of a JSON object."""
     if not isinstance(row, dict) or column not in row:
-        remedy = f"name the --column: {', '.join(row)[:300]}" if isinstance(row, dict) else "it has to be a JSON object"
+        remedy = f"name the --column: {', '.join(row)[:300]}" if isinstance(row, dict) else "it must be a JSON object"
         raise NotDocuments(f"{where}, has no {column!r}; {remedy}")
     if not isinstance(row[column], str | None):
-        raise NotDocuments(f"{where}: {column!r} is not text; name the --column")
+        raise NotDocuments(f"{where}: {column!r} is not text: name another --column, or write it as text")
     return (row[column] or "").encode("utf-8", "surrogatepass")  # "\ud800" is JSON, but not text
 
 
@@ -160,7 +160,8 @@ def parquet_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
 def _column_texts(column: Any, where: str, done: int, config: PrepareConfig) -> Iterator[Text]:
     """The values of an Arrow array."""
     if not re.match("(dictionary<values=)?(large_)?(string|binary|null)", str(column.type)):
-        raise UserError(f"{where}: column {config.column!r} is {column.type}, not text; name the --column")
+        problem = f"column {config.column!r} is {column.type}, not text"
+        raise UserError(f"{where}: {problem}: name another --column, or write it as text")
     for text in column.cast("large_binary").to_pylist():  # as bytes: to str, text that is not UTF-8 would fail
         yield Text(text and checked(text, f"{where}: a row", config.bad_files), done)
 

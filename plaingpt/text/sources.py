@@ -15,6 +15,8 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from plaingpt.console import UserError, closest, counted, errors_of_library
 from plaingpt.files import SUMS, new_file, sha256
 from plaingpt.text.config import PrepareConfig
@@ -53,8 +55,8 @@ class Source:
         if not self.fetch:
             return self
         path = str(self.fetch(directory))
-        if self.once and is_binary(path, config):
-            raise UserError(f"{self.description} is not text but binary: convert it to text, or name its --encoding")
+        if self.once:
+            check_is_text(path, config, self.description, "convert it to text, or name its --encoding")
         return dataclasses.replace(self, files=(File.at(path),))
 
     def inputs(self) -> list[File | HubShard]:
@@ -73,7 +75,7 @@ class Source:
 
 
 def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
-    """The source that the command line names. json_lines: standard input has them."""
+    """The source that the command line names. json_lines: read standard input as JSON Lines."""
     wanted = config.sources
     try:
         "".encode(config.encoding or "utf-8")
@@ -109,7 +111,7 @@ def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...
     # by inode and device: each file once, whatever links there are; some file systems give 0 for every inode
     by_inode = {(os.stat(path).st_dev, os.stat(path).st_ino or path): path for path in sorted(found, reverse=True)}
     paths = sorted(by_inode.values(), key=lambda path: path.split(os.sep))
-    reasons = {path: _not_documents(path, config, path in given) for path in paths}
+    reasons = {path: why_skipped(path, config, path in given) for path in paths}
     skipped = [reason for reason in reasons.values() if reason]
     files = tuple(File.at(path) for path, reason in reasons.items() if not reason)
 
@@ -142,24 +144,25 @@ def walk(directory: str, left_out: Container[str] = ("node_modules",)) -> Iterat
         real = os.path.realpath(folder := to_enter.pop())
         if real not in entered:
             entered.add(real)
+            os.stat(os.path.join(folder, "."))  # without permission to enter it, isfile and isdir would return False
             names = [name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
             yield from filter(os.path.isfile, (os.path.join(folder, name) for name in names))  # no pipe or broken link
             folders = (os.path.join(folder, name) for name in reversed(names) if name not in left_out)
             to_enter += filter(os.path.isdir, folders)
 
 
-def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | None:
-    """Why a file in a directory is left out, or None. UserError for a file that is named on the command line, or that
-    has the column but cannot be read."""
+def why_skipped(path: str, config: PrepareConfig, is_named: bool) -> str | None:
+    """Why a file is skipped, or None if it is read. UserError if it must not be skipped: it was named on the command
+    line, or contains the column but cannot be read."""
     kind = kind_of(path)
     if os.path.basename(path) == SUMS and not is_named:
         return "checksums"  # of a data set or a model
     try:
-        if kind == "text" and is_binary(path, config):
+        if kind == "text":
             remedy = "convert it to text, name its --encoding, or leave it out: --bad_files=skip"
-            raise UserError(f"{path} is not text but a binary file: {remedy}")  # caught below
+            check_is_text(path, config, path, remedy)
         # JSON and tables are often something else, such as settings; JSON Lines and Parquet seldom
-        elif kind in ("json", "csv", "tsv") or (kind != "text" and config.bad_files == "skip"):
+        elif kind in ("json", "csv", "tsv") or config.bad_files == "skip":
             next(File.at(path).texts(dataclasses.replace(config, bad_files="replace")), None)
     except UserError as error:
         maybe_text = kind != "text" and not isinstance(error, NotDocuments)  # skipping it could lose text
@@ -170,10 +173,12 @@ def _not_documents(path: str, config: PrepareConfig, is_named: bool) -> str | No
     return None
 
 
-def is_binary(path: str, config: PrepareConfig) -> bool:
+def check_is_text(path: str, config: PrepareConfig, name: str, remedy: str) -> None:
+    """UserError if the file is binary."""
     with open_utf8(path, config) as (_, stream):
         head = stream.read(HEAD)
-    return b"\0" in head or head.startswith((b"%PDF-", b"{\\rtf"))
+    if b"\0" in head or head.startswith((b"%PDF-", b"{\\rtf")):
+        raise UserError(f"{name} is binary, not text: {remedy}")
 
 
 def _hub(named: str, config: PrepareConfig) -> Source:
@@ -227,6 +232,7 @@ def _shakespeare(_: Path) -> Path:
             data = response.read()
             if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
                 raise OSError(f"the {len(data):,} bytes received are not the expected file")
-        with new_file(SHAKESPEARE, "wb") as file:
+        # locked: two data sets are made from it, perhaps at the same time
+        with FileLock(SHAKESPEARE.with_suffix(".lock")), new_file(SHAKESPEARE, "wb") as file:
             file.write(data)
     return SHAKESPEARE

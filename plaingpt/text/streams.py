@@ -55,8 +55,8 @@ def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[
 
 
 def checked(text: bytes, where: str, bad_files: str | None, position: int = 0) -> bytes:
-    """`text`, at `position` of a file, if it is valid UTF-8. Otherwise --bad_files decides: UserError, nothing and a
-    note, or U+FFFD."""
+    """`text`, which is at byte `position` of a file, if it is valid UTF-8. If not: UserError (stop), b"" and a note
+    (skip), or `text` with U+FFFD for invalid bytes (replace)."""
     try:
         if not text.isascii():
             text.decode()
