@@ -1,6 +1,6 @@
 # Evaluate OpenAI's GPT-2 124M on a data set of GPT-2 tokens. Downloads the weights once.
 #
-#   python train.py config/eval_gpt2.py --dataset=openwebtext
+#   python train.py config/eval_gpt2.py --dataset=fineweb10B-gpt2
 
 init_from = "gpt2"
 eval_only = True

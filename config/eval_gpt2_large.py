@@ -1,6 +1,6 @@
 # Evaluate OpenAI's GPT-2 774M on a data set of GPT-2 tokens. Downloads the weights once.
 #
-#   python train.py config/eval_gpt2_large.py --dataset=openwebtext
+#   python train.py config/eval_gpt2_large.py --dataset=fineweb10B-gpt2
 
 init_from = "gpt2-large"
 eval_only = True

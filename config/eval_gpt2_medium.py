@@ -1,6 +1,6 @@
 # Evaluate OpenAI's GPT-2 355M on a data set of GPT-2 tokens. Downloads the weights once.
 #
-#   python train.py config/eval_gpt2_medium.py --dataset=openwebtext
+#   python train.py config/eval_gpt2_medium.py --dataset=fineweb10B-gpt2
 
 init_from = "gpt2-medium"
 eval_only = True

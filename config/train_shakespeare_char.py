@@ -20,6 +20,6 @@ gradient_accumulation_steps = 1
 dropout = 0.2
 
 learning_rate = 2.6e-3  # for Muon, by the rule in docs/scaling.md; nanoGPT has 1e-3, for AdamW
-max_iters = 1500  # with Muon; it overfits from then on. nanoGPT has 5000
+max_iters = 1500  # with Muon; after that it overfits. nanoGPT has 5000
 beta2 = 0.99  # with only 16,384 tokens per step, average longer
 warmup_iters = 100
