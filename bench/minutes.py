@@ -1,4 +1,4 @@
-"""Does `train.py --minutes` choose well, and does it keep its word? Each run is the command that a user would type.
+"""Does `train.py --minutes` choose well and finish in time? Each run is the command that a user would type.
 
 python bench/minutes.py --texts=python,shakespeare_char --minutes=1 --shapes=auto,2x128,4x128,3x256
 python bench/minutes.py --texts=python --minutes=1 --search=20

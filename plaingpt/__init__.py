@@ -1,1 +1,1 @@
-"""The library that train.py, sample.py, prepare_data.py and tools/ stand on."""
+"""The library of train.py, sample.py, prepare_data.py and tools/."""

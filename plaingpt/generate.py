@@ -240,7 +240,7 @@ def masked_attention(cache: Tensor, positions: Tensor, length: int) -> Callable[
         keys, values = all_keys[layer], all_values[layer]
         exact = dict(out_dtype=torch.float32) if q.is_cuda and q.dtype != torch.float32 else {}
         if exact and q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):
-            q, keys, exact = q.float(), keys.float(), {}  # older cards lack this product
+            q, keys, exact = q.float(), keys.float(), {}  # older GPUs lack this product
         scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT, **exact).view(*q.shape[:3], -1)
         return torch.add(mask, scores, alpha=q.size(-1) ** -0.5).softmax(-1).to(values.dtype) @ values
 

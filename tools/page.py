@@ -1,4 +1,4 @@
-"""A trained model as one web page: it writes text, and shows what it computes. No server, no network.
+"""A trained model as one web page: it generates text and shows how. No server, no network.
 
 python tools/page.py out-quickstart/best --out=model.html
 
