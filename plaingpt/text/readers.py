@@ -107,7 +107,8 @@ def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
 def _text_of(row: Any, where: str, column: str) -> bytes:
     """The column of a JSON object."""
     if not isinstance(row, dict) or column not in row:
-        remedy = f"name the --column: {', '.join(row)[:300]}" if isinstance(row, dict) else "it must be a JSON object"
+        names = ", ".join(row)[:300] if isinstance(row, dict) else ""
+        remedy = f"name the --column: {names}" if names else "it must be a JSON object that has it"
         raise NotDocuments(f"{where}, has no {column!r}; {remedy}")
     if not isinstance(row[column], str | None):
         raise NotDocuments(f"{where}: {column!r} is not text: name another --column, or write it as text")
