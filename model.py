@@ -178,7 +178,7 @@ class GPT(nn.Module):
     ) -> Iterator[int]:
         """Yield new token ids until `max_new_tokens` or `end_of_text`, which is not yielded.
 
-        temperature: 0 takes the most likely id. top_k: draw from the k most likely ids and ties; 0: from all. A text
+        temperature: 0 takes the most likely id. top_k: draw from the k most likely ids; 0: from all. A text
         longer than block_size continues from its last half. Recomputes the context for every id;
         plaingpt/generate.py caches keys and values.
         """

@@ -24,9 +24,9 @@ TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of few epochs, and in longer ones
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the training tokens: 1% of the time
-# While the predicted loss of the largest model is below CLOSE times the lowest, a larger one is timed. Up to PERHAPS,
-# models are timed again: at half its speed, as some machines have for seconds, a model's predicted loss is 15% higher.
-CLOSE, PERHAPS = 1.06, 1.15
+# Ratios of predicted losses to the lowest. If the last model is below CLOSE, a larger one is timed. All below UNCERTAIN
+# are timed again: some machines slow down for seconds, and half the speed raises a predicted loss by up to 15%.
+CLOSE, UNCERTAIN = 1.06, 1.15
 STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # chosen by --minutes, so refused as flags
 
 # Trains with these settings for about that many seconds and returns tokens per second; UserError if the model does not
@@ -115,8 +115,8 @@ def time_candidates(
         timed[fitted], tokens = rate, rate * seconds
         if late() or fitted not in promising(CLOSE):
             break
-    # The largest takes the longest: only if it is close.
-    for candidate in dict.fromkeys([*promising(PERHAPS)[:-1], *promising(CLOSE)]):
+    # Timing the largest takes longest, so it is timed again only if it is close.
+    for candidate in dict.fromkeys([*promising(UNCERTAIN)[:-1], *promising(CLOSE)]):
         if not late():
             timed[candidate] = max(timed[candidate], speed(candidate))
     return timed

@@ -106,9 +106,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (count,), gradient = ctx.saved_tensors, ctx.gradient
-        ctx.gradient = None  # else it would stay until all gradients are computed
-        return gradient.mul_(grad / count), None, None
+        (count,) = ctx.saved_tensors
+        return ctx.gradient.mul_(grad / count), None, None
 
 
 def has_fp16_products() -> bool:

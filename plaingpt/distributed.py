@@ -186,7 +186,8 @@ def _choose_device(name: str, local_rank: int, world_size: int) -> torch.device:
 
 
 def _has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU and a CUDA build of torch, even if they do not work together (an old driver)."""
+    """Whether there is an NVIDIA GPU and a CUDA build of torch, even if they do not work together (an old driver).
+    Prints a note if only the build is missing."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
     found = not hidden and bool(glob.glob("/dev/nvidia[0-9]*"))
     if found and not torch.version.cuda:

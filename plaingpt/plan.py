@@ -47,7 +47,7 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
 def free_memory(dist: Distributed) -> int:
     """Bytes that this process can still allocate on its device; more than any machine has if unknown."""
     if dist.world_size > 1:
-        gc.collect()  # a sharded model that was timed is a reference cycle
+        gc.collect()  # DDP's and FSDP's models are reference cycles; one may have been timed
     if dist.device.type == "cuda":  # what torch keeps of freed memory is free, too
         cached = torch.cuda.memory_reserved(dist.device) - torch.cuda.memory_allocated(dist.device)
         return torch.cuda.mem_get_info(dist.device)[0] + cached
