@@ -7,6 +7,7 @@ from plaingpt.startup import STARTED
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
 
@@ -21,13 +22,13 @@ from plaingpt.train_config import TrainConfig, muon_learning_rate
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
 SEQUENCES_PER_STEP = 32
 TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
+END = 1.0  # seconds for the last picture and the exit
 EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of few epochs, and in longer ones
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the training tokens: 1% of the time
 # Ratios of predicted losses to the lowest. If the last model is below CLOSE, a larger one is timed. All below UNCERTAIN
-# are timed again: some machines slow down for seconds, and half the speed raises a predicted loss by up to 15%.
+# are timed again: the speed of some machines changes for seconds, and half of it raises a predicted loss by up to 15%.
 CLOSE, UNCERTAIN = 1.06, 1.15
-STEPS = ("max_iters", "warmup_iters", "lr_decay_iters")  # chosen by --minutes, so refused as flags
 
 # Trains with these settings for about that many seconds and returns tokens per second; UserError if the model does not
 # fit in memory
@@ -75,14 +76,14 @@ def time_candidates(
     config: TrainConfig, given: dict[str, str], seconds: float, data: DataSet, dist: Distributed, measure: Measure
 ) -> dict[TrainConfig, float]:
     """Tokens per second of candidates, until larger ones look worse or time is short. seconds: of training."""
-    period = min(0.5, 0.01 * seconds / TRAINING_SHARE)  # of one timing: 1% of the time
+    period = min(0.5, 0.15 * config.minutes)  # seconds of one timing: at most 0.25% of the time
     timed, tokens = {}, 3e6  # tokens that the last candidate could train on; at first, a guess
 
     def late() -> bool:
         return TRAINING_SHARE * time_left(config.minutes, dist) < 0.75 * seconds
 
     def promising(factor: float) -> list[TrainConfig]:
-        losses = {c: predicted_loss(c, rate * seconds, len(data.train)) for c, rate in timed.items()}
+        losses = {c: predicted_loss(c, statistics.median(timed[c]) * seconds, len(data.train)) for c in timed}
         return [candidate for candidate, loss in losses.items() if loss < factor * min(losses.values())]
 
     def speed(candidate: TrainConfig) -> float:
@@ -112,14 +113,16 @@ def time_candidates(
             fitted, rate = fitting(second) if second != first else (fitted, rate)
         if not rate:
             break  # larger models need more memory still
-        timed[fitted], tokens = rate, rate * seconds
+        timed[fitted], tokens = [rate], rate * seconds
         if late() or fitted not in promising(CLOSE):
             break
-    # Timing the largest takes longest, so it is timed again only if it is close.
-    for candidate in dict.fromkeys([*promising(UNCERTAIN)[:-1], *promising(CLOSE)]):
-        if not late():
-            timed[candidate] = max(timed[candidate], speed(candidate))
-    return timed
+    for _ in range(2):  # in turn, so that a change of the machine's speed concerns all of them
+        # Timing the largest takes longest, so it is timed again only if it is close.
+        for candidate in dict.fromkeys([*promising(UNCERTAIN)[:-1], *promising(CLOSE)]):
+            agree = len(timed[candidate]) > 1 and max(timed[candidate]) < 1.05 * min(timed[candidate])
+            if not agree and not late() and (rate := speed(candidate)):
+                timed[candidate].append(rate)
+    return {candidate: statistics.median(rates) for candidate, rates in timed.items()}
 
 
 def halved(config: TrainConfig, given: dict[str, str]) -> TrainConfig | None:
@@ -210,7 +213,7 @@ def extend_run(config: TrainConfig, given: dict[str, str], state: RunState) -> t
 
 
 def check_flags(given: dict[str, str]) -> None:
-    for name in STEPS:
+    for name in ("max_iters", "warmup_iters", "lr_decay_iters"):
         if given.get(name, "").startswith("--"):
             raise UserError(f"--minutes determines {name}: leave out --{name}, or --minutes")
 
@@ -277,7 +280,7 @@ class Deadline:
 
     def seconds_for_steps(self, config: TrainConfig) -> float:
         """What is left of the time, without the evaluations that `seconds_per_step` does not include."""
-        left = time_left(config.minutes, self.dist)
+        left = time_left(config.minutes, self.dist) - END
         if not self.evaluation_seconds:
             return TRAINING_SHARE * left
         # It includes one per eval_interval steps. But the next one is nearer than that, the interval before the last

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from plaingpt.console import note, one_line
 from plaingpt.files import claim, new_file, release, rename_aside
 
-SECONDS_BETWEEN_PICTURES = 10  # drawing one takes a third of a second, and the first one a second
+SECONDS_BETWEEN_PICTURES = 60  # drawing one takes a third of a second, and the first one a second
 WANDB_REMEDY = "pip install wandb; `wandb offline` or WANDB_MODE=offline needs no account"
 
 

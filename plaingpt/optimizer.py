@@ -4,6 +4,7 @@ optimizers = make_optimizers(model, "muon", 1e-3, weight_decay=0.1, betas=(0.9, 
 norm = apply_gradients(list(model.parameters()), optimizers, scaler, lr=1e-3, grad_clip=1.0)
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -40,10 +41,18 @@ def make_optimizers(
         {"params": [p for p in others if p.dim() == 2], "weight_decay": weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    optimizers = [AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if matrices:
         optimizers.append(Muon([*matrices.values()], learning_rate, weight_decay, momentum, dtype))
     return optimizers
+
+
+class AdamW(torch.optim.AdamW):
+    """Torch's methods without their wrappers, which load torch's compiler, over a second, to say what it must not
+    compile."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,6 +67,8 @@ class Muon(torch.optim.Optimizer):
     the rows of its matrices in float32, and another returns their updates in `dtype`. For N parameters each process
     receives 2 N bytes per step under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
     """
+
+    add_param_group = AdamW.add_param_group
 
     def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float, dtype: torch.dtype):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -196,6 +207,17 @@ def apply_gradients(
     scaler.update()
     clear_gradients(parameters)
     return norm
+
+
+def create_state(parameters: list[Tensor], optimizers: list) -> None:
+    """Create the state of optimizers that have made no step: one with learning rate 0 changes no parameter."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+    clear_gradients(parameters)
 
 
 def clear_gradients(parameters: list[Tensor]) -> None:

@@ -22,6 +22,7 @@ from plaingpt.checkpoint import open_tensors, save_model
 from plaingpt.console import UserError, errors_of_library, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
 from plaingpt.files import check_sums, existing, json_or_empty, new_directory, read_json, rename_aside
+from plaingpt.optimizer import create_state
 from plaingpt.parallel import fill, gather
 from plaingpt.tokenizer import Tokenizer
 
@@ -191,10 +192,8 @@ def load_optimizers(
 
     Reads one tensor at a time and keeps this process's shard, so no process needs memory for the full state.
     """
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict  # takes a second to import
-
     path = directory / "optimizer.safetensors"
-    get_optimizer_state_dict(model, optimizers)  # creates the state of optimizers that have made no step
+    create_state(list(model.parameters()), optimizers)
     wanted = _optimizer_tensors(model, optimizers)
     with open_tensors(path) as saved:
         if {*saved.keys()} != wanted.keys():

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import edit_json, run_main
+from conftest import child_environment, edit_json, run_main
 from runs import GETS_WORSE, PLAN, largest_difference, records, same_run, weights
 
 import train as train_script
@@ -33,6 +35,15 @@ def test_a_run_can_be_resumed_twice(tmp_path, train, resume):
     resume(tmp_path / "parts", max_iters=3)
     resume(tmp_path / "parts", max_iters=6)
     assert largest_difference(weights(tmp_path / "straight"), weights(tmp_path / "parts")) == 0
+
+
+def test_neither_a_run_nor_its_resume_imports_torchs_compiler(tmp_path, tiny_flags):
+    """That takes over a second."""
+    code = "import sys, train; status = train.main(); sys.exit(status or 'torch._dynamo' in sys.modules)"
+    for changes in (dict(max_iters=1), dict(max_iters=2, init_from="resume")):
+        command = [sys.executable, "-c", code, *tiny_flags(tmp_path / "run", **changes)]
+        ended = subprocess.run(command, env=child_environment(), stderr=subprocess.PIPE, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, train, resume):
