@@ -114,7 +114,8 @@ def train_step(
             return None
         index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in a step
         inputs, targets = dist.to_device(*run.batches.micro_batch(step, index, config.batch_size))
-        torch.manual_seed(derive_seed(config.seed, step, index))  # dropout: no random state has to be saved
+        if config.dropout:  # which alone uses random numbers; so no random state has to be saved
+            torch.manual_seed(derive_seed(config.seed, step, index))
         set_gradient_sync(run.model, last=i == micro_steps - 1)
         total += run.micro_step(inputs, targets, count)
     lr = config.learning_rate_at(step)
@@ -174,6 +175,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
                 log(run, state.step, loss, norm, skipped, watch, metrics)
         stopping = dist.max(stop.number)
 
+    metrics.draw(at_once=True)  # while the last save is being written
     problem, stopping = saver.wait(), dist.max(stop.number)  # before W&B's uploads, for which only main waits
     metrics.close()
     return finish_run(config, state, start, saver.best, stopping, problem)
@@ -199,7 +201,9 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
     shape, config = new_shape(config, data), dataclasses.replace(config, compile=False)
     check_length(data.val, config.block_size, "val")
     check_memory(config, dist, shape)
-    run = Run(config, data.train, GPT(shape), dist)
+    with dist.device:
+        model = GPT(shape)
+    run = Run(config, data.train, model, dist)
     warmups = 2 if run.gradients else 1  # the first one allocates; the second one captures a graph
     per_step = step_seconds(config, dist, lambda n: train_step(run, 0, micro_steps=n), warmups, limit=seconds)
     return config.tokens_per_step / dist.sum(per_step / dist.world_size)

@@ -127,6 +127,11 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
                 sums.result()  # replaces another error, as a failed checksum explains it
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Several times as fast as `tensor.isfinite().all()`, and without a copy."""
+    return all(bound.isfinite() for bound in tensor.aminmax())
+
+
 def _fp32_copy(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     """A copy of the parameter in fp32; `wte` gets its padding here, so that it is copied only once.
 
@@ -137,7 +142,7 @@ def _fp32_copy(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Te
         raise UserError(f"{source}: the embedding has {len(tensor)} rows; config.json or the tokenizer requires {rows}")
     copy = torch.zeros(padded, *tensor.shape[1:])
     copy[:rows] = tensor[:rows]
-    if not tensor.is_floating_point() or not copy.isfinite().all():
+    if not tensor.is_floating_point() or not all_finite(copy):
         raise UserError(f"{source}: {name} ({tensor.dtype}) has weights that are not finite floating-point numbers")
     return copy
 

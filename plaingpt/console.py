@@ -32,6 +32,8 @@ def run_script(main: Callable[[], int | None], less_memory: str = "model") -> No
     for stream, errors in (sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"):
         if hasattr(stream, "reconfigure"):  # not in Jupyter
             stream.reconfigure(encoding="utf-8", errors=errors)
+    gc.freeze()  # the collector skips what has been imported
+    gc.enable()
     try:
         status = main()
         gc.freeze()  # skips Python's last garbage collection: half a second for torch's 300,000 objects

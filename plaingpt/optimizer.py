@@ -41,18 +41,25 @@ def make_optimizers(
         {"params": [p for p in others if p.dim() == 2], "weight_decay": weight_decay},
         {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizers = [AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    optimizers = [AdamW(groups, learning_rate, betas)]
     if matrices:
         optimizers.append(Muon([*matrices.values()], learning_rate, weight_decay, momentum, dtype))
     return optimizers
 
 
 class AdamW(torch.optim.AdamW):
-    """Torch's methods without their wrappers, which load torch's compiler, over a second, to say what it must not
-    compile."""
+    """Torch's, with its state from the beginning, as a resumed run fills it."""
 
+    # Without their wrappers, which load torch's compiler, over a second, only to say what it must not compile
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float]):
+        super().__init__(groups, lr, betas, fused=True)
+        for group in groups:
+            for p in group["params"]:
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p] = {"step": torch.zeros((), device=p.device)} | moments
 
 
 class Muon(torch.optim.Optimizer):
@@ -73,6 +80,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float, dtype: torch.dtype):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.dtype, self.found_inf = dtype, torch.zeros((), device=matrices[0].device)
+        for p in matrices:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -90,9 +99,6 @@ class Muon(torch.optim.Optimizer):
         """One step of n parameters of one shape (R, C)."""
         R, C = parameters[0].shape
         parts = 3 if R == 3 * C else 1  # only c_attn has this shape
-        for p in parameters:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [local_rows(self.state[p]["momentum_buffer"]) for p in parameters]
         gradients = torch.stack([local_rows(p.grad) for p in parameters])  # (n, R, C); sharded: this process's rows
         old = torch.stack(buffers)
@@ -207,17 +213,6 @@ def apply_gradients(
     scaler.update()
     clear_gradients(parameters)
     return norm
-
-
-def create_state(parameters: list[Tensor], optimizers: list) -> None:
-    """Create the state of optimizers that have made no step: one with learning rate 0 changes no parameter."""
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        optimizer.step()
-    clear_gradients(parameters)
 
 
 def clear_gradients(parameters: list[Tensor]) -> None:

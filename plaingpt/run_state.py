@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT
-from plaingpt.checkpoint import open_tensors, save_model
+from plaingpt.checkpoint import all_finite, open_tensors, save_model
 from plaingpt.console import UserError, errors_of_library, is_rank_0, note, one_line
 from plaingpt.distributed import Distributed
 from plaingpt.files import check_sums, existing, json_or_empty, new_directory, read_json, rename_aside
-from plaingpt.optimizer import create_state
 from plaingpt.parallel import fill, gather
 from plaingpt.tokenizer import Tokenizer
 
@@ -149,7 +148,7 @@ class Saver:
 
     def _write(self, weights: dict, moments: dict, state: RunState, val_loss: float | None, keep: bool) -> None:
         self._problem = None
-        if bad := next((name for name, tensor in (weights | moments).items() if not tensor.isfinite().all()), None):
+        if bad := next((name for name, tensor in (weights | moments).items() if not all_finite(tensor)), None):
             return self._failed(f"step {state.step} was not saved: {bad} contains NaN or infinity")
         if val_loss is not None and not math.isfinite(val_loss) and existing(self.out_dir / "last"):
             problem = f"its validation loss is {val_loss}; try a lower --learning_rate"
@@ -193,7 +192,6 @@ def load_optimizers(
     Reads one tensor at a time and keeps this process's shard, so no process needs memory for the full state.
     """
     path = directory / "optimizer.safetensors"
-    create_state(list(model.parameters()), optimizers)
     wanted = _optimizer_tensors(model, optimizers)
     with open_tensors(path) as saved:
         if {*saved.keys()} != wanted.keys():

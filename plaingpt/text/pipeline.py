@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from plaingpt.console import RunFailed, note
+from plaingpt.console import RunFailed, cores, note
 from plaingpt.files import json_or_empty, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
@@ -135,9 +135,12 @@ class Part:
         """Close the shards and compute their checksums. `finish` saves this under a lock: then one part is the last."""
         self.save()
         for split in SPLITS:
+            paths = sorted(self.shards.glob(f"part{self.number}_{split}_*.bin"))
+            with ThreadPoolExecutor(cores()) as pool:
+                sums = list(pool.map(sha256, paths))
             self.splits[split]["files"] = [
-                {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": sha256(path)}
-                for path in sorted(self.shards.glob(f"part{self.number}_{split}_*.bin"))
+                {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": digest}
+                for path, digest in zip(paths, sums)
             ]
         self.finished = True
 
