@@ -175,7 +175,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
                 log(run, state.step, loss, norm, skipped, watch, metrics)
         stopping = dist.max(stop.number)
 
-    metrics.draw(at_once=True)  # while the last save is being written
+    metrics.draw(at_once=True)  # during the last save
     problem, stopping = saver.wait(), dist.max(stop.number)  # before W&B's uploads, for which only main waits
     metrics.close()
     return finish_run(config, state, start, saver.best, stopping, problem)
@@ -201,9 +201,7 @@ def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, sec
     shape, config = new_shape(config, data), dataclasses.replace(config, compile=False)
     check_length(data.val, config.block_size, "val")
     check_memory(config, dist, shape)
-    with dist.device:
-        model = GPT(shape)
-    run = Run(config, data.train, model, dist)
+    run = Run(config, data.train, GPT(shape), dist)
     warmups = 2 if run.gradients else 1  # the first one allocates; the second one captures a graph
     per_step = step_seconds(config, dist, lambda n: train_step(run, 0, micro_steps=n), warmups, limit=seconds)
     return config.tokens_per_step / dist.sum(per_step / dist.world_size)

@@ -116,7 +116,7 @@ def time_candidates(
         timed[fitted], tokens = [rate], rate * seconds
         if late() or fitted not in promising(CLOSE):
             break
-    for _ in range(2):  # in turn, so that a change of the machine's speed concerns all of them
+    for _ in range(2 if len(timed) > 1 else 0):  # in turn, so that a change of the machine's speed concerns all of them
         # Timing the largest takes longest, so it is timed again only if it is close.
         for candidate in dict.fromkeys([*promising(UNCERTAIN)[:-1], *promising(CLOSE)]):
             agree = len(timed[candidate]) > 1 and max(timed[candidate]) < 1.05 * min(timed[candidate])

@@ -129,7 +129,7 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
 
 def all_finite(tensor: Tensor) -> bool:
     """Several times as fast as `tensor.isfinite().all()`, and without a copy."""
-    return all(bound.isfinite() for bound in tensor.aminmax())
+    return not tensor.numel() or all(bound.isfinite() for bound in tensor.aminmax())
 
 
 def _fp32_copy(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Tensor:

@@ -72,7 +72,6 @@ class Metrics:
 
     def close(self) -> None:
         self._call_wandb("finish")
-        self.draw(at_once=True)
         if self.active:
             release(self.lock)
 

@@ -48,7 +48,7 @@ def make_optimizers(
 
 
 class AdamW(torch.optim.AdamW):
-    """Torch's, with its state from the beginning, as a resumed run fills it."""
+    """Torch's, with its state from the beginning, so that `load_optimizers` only has to fill it."""
 
     # Without their wrappers, which load torch's compiler, over a second, only to say what it must not compile
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
     receives 2 N bytes per step under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
     """
 
-    add_param_group = AdamW.add_param_group
+    add_param_group = AdamW.add_param_group  # torch's own, without its wrapper
 
     def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float, dtype: torch.dtype):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))

@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # On macOS, this logger would warn every user that redirects, which we do not use, are not supported.
 logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").disabled = True
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPT = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")
+SCRIPT = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or os.devnull)  # none in Jupyter
 
 
 def refuse(problem: str) -> None:
@@ -46,6 +46,6 @@ if os.path.dirname(SCRIPT) in (ROOT, os.path.join(ROOT, "tools")):  # and not fo
     if sys.version_info < (3, 11):  # noqa: UP036
         refuse(f"needs Python 3.11 or later, and this is {sys.version.split()[0]}")
     sys.excepthook = explain
-    gc.disable()  # until `run_script`: imports leave no garbage, and searching for it takes a tenth of their time
+    gc.disable()  # until `run_script`: imports leave little garbage, and searching for it takes a tenth of their time
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run_script`

@@ -82,7 +82,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_the_picture_of_a_run(tmp_path):
-    write_run(tmp_path)
+    write_run(tmp_path).draw(at_once=True)
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
@@ -100,7 +100,7 @@ def test_a_picture_is_drawn_from_time_to_time_and_at_the_end(tmp_path, monkeypat
     metrics.write(step=9, train_loss=1.0)
     metrics.draw()
     assert not picture.exists()
-    metrics.close()
+    metrics.draw(at_once=True)
     assert picture.exists()
 
 
@@ -182,7 +182,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path, capsys):
     (tmp_path / "loss.png").mkdir()
     metrics = Metrics(tmp_path, active=True)
     metrics.write(step=1, train_loss=1.0)
-    metrics.close()
+    metrics.draw(at_once=True)
     assert capsys.readouterr().err.startswith("cannot draw loss.png: ")
 
 

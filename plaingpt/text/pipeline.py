@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 from tqdm import tqdm
 
-from plaingpt.console import RunFailed, cores, note
+from plaingpt.console import RunFailed, note
 from plaingpt.files import json_or_empty, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
@@ -131,17 +131,16 @@ class Part:
             json.dump(found | {"bad_files": self.config.bad_files}, file)
         self.unsaved = 0
 
-    def seal(self) -> None:
+    def seal(self, threads: int) -> None:
         """Close the shards and compute their checksums. `finish` saves this under a lock: then one part is the last."""
         self.save()
-        for split in SPLITS:
-            paths = sorted(self.shards.glob(f"part{self.number}_{split}_*.bin"))
-            with ThreadPoolExecutor(cores()) as pool:
-                sums = list(pool.map(sha256, paths))
-            self.splits[split]["files"] = [
-                {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": digest}
-                for path, digest in zip(paths, sums)
-            ]
+        with ThreadPoolExecutor(threads) as pool:
+            for split in SPLITS:
+                paths = sorted(self.shards.glob(f"part{self.number}_{split}_*.bin"))
+                self.splits[split]["files"] = [
+                    {"name": path.name, "tokens": path.stat().st_size // self.dtype.itemsize, "sha256": digest}
+                    for path, digest in zip(paths, pool.map(sha256, paths))
+                ]
         self.finished = True
 
 
@@ -160,7 +159,7 @@ def encode_part(part: Part, threads: int) -> None:
         for batch, ids in encoded:
             part.write(batch, ids.result())
             bar.update(bytes_before[batch.position[0]] + batch.done - bar.n)
-    part.seal()
+    part.seal(threads)
 
 
 def encoded_batches(part: Part, threads: int) -> Iterator[tuple[Batch, Future[dict[str, np.ndarray]]]]:
