@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from plaingpt.console import RunFailed, UserError
-from plaingpt.text import pipeline, streams
+from plaingpt.text import pipeline, readers, streams
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.sources import find_source
 from plaingpt.tokenizer import gpt2, make_tokenizer
@@ -347,6 +347,16 @@ def test_of_few_documents_the_tail_of_a_large_one_goes_to_validation(tmp_path, e
     for split in ("train", "val"):
         continued = [split in part.continued for part in parts if part.splits[split]]
         assert continued == [False] + [True] * (len(continued) - 1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_size_of_a_large_text_is_that_of_its_pieces(tmp_path, encoding):
+    path, config = tmp_path / "large.txt", PrepareConfig()
+    path.write_bytes("".join(random.Random(0).choices(["\r\n", "\r", "\n", "a ", "ß"], k=2000)).encode(encoding))
+    (file,) = source(path).inputs()
+    for size in range(300, 320):
+        with pieces(size):
+            assert readers.text_size(file, config) == sum(len(piece.data) for piece in file.texts(config))
 
 
 def test_a_text_without_spaces_is_cut_between_characters(tmp_path):

@@ -25,7 +25,7 @@ from plaingpt.files import json_or_empty, new_file, sha256
 from plaingpt.text import streams
 from plaingpt.text.bulk import BulkEncoder
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.readers import SEPARATOR, File, HubShard, Text
+from plaingpt.text.readers import SEPARATOR, File, HubShard, Text, text_size
 from plaingpt.text.streams import character_boundary, note_once
 from plaingpt.tokenizer import Tokenizer
 from plaingpt.tokens import SPLITS, id_dtype
@@ -225,6 +225,10 @@ def training_bytes(part: Part, text_input: File | HubShard, text: Text, digest: 
     """How many bytes of the document that begins with `text` are for training. The rest is for validation."""
     if part.by_content:  # the hash decides, so order and growth of the source change nothing
         return 0 if digest < part.config.val_fraction * 2**64 else sys.maxsize
-    # A large file is read twice: where its tail begins follows from its size in UTF-8.
-    document = [text] if text.ends else text_input.texts(part.config)
-    return int(sum(len(piece.data) for piece in document) * (1 - part.config.val_fraction))
+    if text.ends:
+        size = len(text.data)
+    elif part.config.bad_files == "stop":  # a large file is read twice: where its tail begins follows from its size
+        size = text_size(text_input, part.config)
+    else:
+        size = sum(len(piece.data) for piece in text_input.texts(part.config))
+    return int(size * (1 - part.config.val_fraction))

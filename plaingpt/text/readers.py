@@ -67,6 +67,16 @@ def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
             position += cut
 
 
+def text_size(file: File, config: PrepareConfig) -> int:
+    """Bytes of the document in a text file, if all of it is valid; much faster than `text_pieces`."""
+    size, last = 0, b""
+    with open_utf8(file.path, config) as (_, stream):
+        while block := stream.read(streams.PIECE):
+            size += len(with_unix_lines(block)) - (last == b"\r" and block[:1] == b"\n")
+            last = block[-1:]
+    return size
+
+
 def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
     """Documents with <|endoftext|> between them."""
     with open_utf8(file.path, config) as (raw, stream):
