@@ -60,15 +60,6 @@ def test_another_name_of_gpt2s_gelu_is_read(saved):
     assert load_model(saved)[0].config.n_layer == config["n_layer"]
 
 
-def test_loading_a_model_does_not_import_torchs_compiler(saved):
-    """That takes over a second."""
-    code = (
-        "import sys; from plaingpt.checkpoint import load_model; load_model(sys.argv[1]); "
-        "sys.exit('torch._dynamo' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code, saved], cwd=ROOT).returncode == 0
-
-
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_model_comes_back_bit_for_bit(tmp_path, bias):
     tokenizer = of_kind("char")
