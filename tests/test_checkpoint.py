@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, edit_json, made_text
+from conftest import edit_json, made_text
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
