@@ -114,7 +114,7 @@ def train_step(
             return None
         index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in a step
         inputs, targets = dist.to_device(*run.batches.micro_batch(step, index, config.batch_size))
-        if config.dropout:  # nothing else in a step is random, so no random state has to be saved
+        if config.dropout:  # all that is random in a step; with a seed for each, no random state has to be saved
             torch.manual_seed(derive_seed(config.seed, step, index))
         set_gradient_sync(run.model, last=i == micro_steps - 1)
         total += run.micro_step(inputs, targets, count)

@@ -27,7 +27,7 @@ EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of 
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the training tokens: 1% of the time
 # Ratios of predicted losses to the lowest. If the last model is below CLOSE, a larger one is timed. All below UNCERTAIN
-# are timed again: the speed of some machines changes for seconds, and half of it raises a predicted loss by up to 15%.
+# are timed again: the speed of some machines changes for seconds, and half the speed raises a predicted loss by 15%.
 CLOSE, UNCERTAIN = 1.06, 1.15
 
 # Trains with these settings for about that many seconds and returns tokens per second; UserError if the model does not
@@ -76,7 +76,7 @@ def time_candidates(
     config: TrainConfig, given: dict[str, str], seconds: float, data: DataSet, dist: Distributed, measure: Measure
 ) -> dict[TrainConfig, float]:
     """Tokens per second of candidates, until larger ones look worse or time is short. seconds: of training."""
-    period = min(0.5, 0.15 * config.minutes)  # seconds of one timing: at most 0.25% of the time
+    period = min(0.5, 0.15 * config.minutes)  # a timing ends after these seconds: 0.25% of the time, or less
     timed, tokens = {}, 3e6  # tokens that the last candidate could train on; at first, a guess
 
     def late() -> bool:
@@ -116,7 +116,7 @@ def time_candidates(
         timed[fitted], tokens = [rate], rate * seconds
         if late() or fitted not in promising(CLOSE):
             break
-    for _ in range(2 if len(timed) > 1 else 0):  # in turn, so that a change of the machine's speed concerns all of them
+    for _ in range(2 if len(timed) > 1 else 0):  # in turn, so that a change of the machine's speed affects all of them
         # Timing the largest takes longest, so it is timed again only if it is close.
         for candidate in dict.fromkeys([*promising(UNCERTAIN)[:-1], *promising(CLOSE)]):
             agree = len(timed[candidate]) > 1 and max(timed[candidate]) < 1.05 * min(timed[candidate])

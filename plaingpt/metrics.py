@@ -61,7 +61,7 @@ class Metrics:
         self._call_wandb("log", record)
 
     def draw(self, at_once: bool = False) -> None:
-        """Draw loss.png if there is something new, and if it was not drawn in the last seconds (or `at_once`)."""
+        """Draw loss.png if there is something new, and if it was not drawn in the last minute (or `at_once`)."""
         recent = time.monotonic() - self._drawn_at < SECONDS_BETWEEN_PICTURES
         if self.active and self._undrawn and (at_once or not recent):
             try:

@@ -50,7 +50,7 @@ def make_optimizers(
 class AdamW(torch.optim.AdamW):
     """Torch's, with its state from the beginning, so that `load_optimizers` only has to fill it."""
 
-    # Without their wrappers, which load torch's compiler, over a second, only to say what it must not compile
+    # Without their wrappers, which import torch's compiler only to tell it what not to compile: over a second
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
@@ -58,8 +58,8 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr, betas, fused=True)
         for group in groups:
             for p in group["params"]:
-                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+                step = torch.zeros((), device=p.device)
+                self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 class Muon(torch.optim.Optimizer):

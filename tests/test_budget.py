@@ -56,22 +56,24 @@ def test_more_time_or_a_faster_machine_trains_a_larger_model(data):
 
 
 @pytest.mark.parametrize("until", [64, 128, 192])
-def test_slow_seconds_while_models_are_timed_do_not_change_the_choice(data, until):
-    """Half the speed, until a model of this width has been timed once."""
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_another_speed_for_seconds_while_models_are_timed_does_not_change_the_choice(data, until, factor):
+    """Half or twice the speed, until a model of this width has been timed once."""
     speeds = {64: 45_000, 128: 27_000, 192: 19_000, 256: 9_000, 320: 4_500, 384: 3_000}  # of two CPU cores
 
-    def choose(slow_until: int) -> TrainConfig:
+    def choose(changed_until: int) -> TrainConfig:
         timed = set()
 
         def tokens_per_second(config, seconds):
-            slow = not timed.issuperset(width for width in speeds if width <= slow_until)
+            changed = not timed.issuperset(width for width in speeds if width <= changed_until)
             timed.add(config.n_embd)
-            return speeds[config.n_embd] * (0.5 if slow else 1)
+            return speeds[config.n_embd] * (factor if changed else 1)
 
         return choose_settings(TrainConfig(minutes=1), {}, data, DIST, tokens_per_second)
 
     best, found = choose(0), choose(until)
-    assert best.n_embd == 128 == found.n_embd and abs(found.max_iters / best.max_iters - 1) < 0.01
+    tokens = [config.max_iters * config.tokens_per_step for config in (best, found)]
+    assert best.n_embd == 128 == found.n_embd and abs(tokens[1] / tokens[0] - 1) < 0.01
 
 
 def test_a_time_that_is_too_short_for_the_steps_is_refused(data):

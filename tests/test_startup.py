@@ -37,6 +37,15 @@ def test_an_old_python_is_one_line(script):
     assert ended.stderr == f"train.py: needs Python 3.11 or later, and this is {version}\n"
 
 
+def test_the_garbage_collector_rests_only_during_imports(script, tmp_path):
+    shutil.copy(ROOT / "plaingpt" / "console.py", tmp_path / "plaingpt")
+    path = script(
+        "import plaingpt.startup, gc\nfrom plaingpt.console import run_script\n"
+        "print(gc.isenabled())\nrun_script(lambda: print(gc.isenabled()))"
+    )
+    assert run(sys.executable, path).stdout == "False\nTrue\n"
+
+
 def test_threads_spin_for_a_short_time_unless_the_user_decides_otherwise(script, monkeypatch):
     path = script("import plaingpt.startup, os\nprint(os.environ['GOMP_SPINCOUNT'])")
     monkeypatch.delitem(ENVIRONMENT, "GOMP_SPINCOUNT", raising=False)

@@ -225,9 +225,10 @@ def training_bytes(part: Part, text_input: File | HubShard, text: Text, digest: 
     """How many bytes of the document that begins with `text` are for training. The rest is for validation."""
     if part.by_content:  # the hash decides, so order and growth of the source change nothing
         return 0 if digest < part.config.val_fraction * 2**64 else sys.maxsize
+    # A large file is read twice: where its tail begins follows from its size in UTF-8.
     if text.ends:
         size = len(text.data)
-    elif part.config.bad_files == "stop":  # a large file is read twice: where its tail begins follows from its size
+    elif part.config.bad_files == "stop":  # all of it is valid, or encoding it will fail
         size = text_size(text_input, part.config)
     else:
         size = sum(len(piece.data) for piece in text_input.texts(part.config))
