@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # On macOS, this logger would warn every user that redirects, which we do not use, are not supported.
 logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").disabled = True
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPT = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or os.devnull)  # none in Jupyter
+SCRIPT = os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or os.devnull)  # Jupyter has none
 
 
 def refuse(problem: str) -> None:
