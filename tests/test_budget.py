@@ -1,5 +1,6 @@
 """--minutes: what it chooses, that the run ends in time, and that its recipe repeats it."""
 
+import collections
 import dataclasses
 import gc
 import math
@@ -74,6 +75,18 @@ def test_another_speed_for_seconds_while_models_are_timed_does_not_change_the_ch
     best, found = choose(0), choose(until)
     tokens = [config.max_iters * config.tokens_per_step for config in (best, found)]
     assert best.n_embd == 128 == found.n_embd and abs(tokens[1] / tokens[0] - 1) < 0.01
+
+
+@pytest.mark.parametrize(("change", "given", "most"), [(1.2, {}, 3), (1, {}, 2), (1.2, dict(n_embd=128), 1)])
+def test_a_model_is_timed_until_two_speeds_agree_if_there_is_a_choice(data, change, given, most):
+    timings = collections.Counter()
+
+    def tokens_per_second(config, seconds):
+        timings[config] += 1
+        return 3e9 / block_parameters(config) * (change if timings[config] == 2 else 1)
+
+    choose_settings(TrainConfig(minutes=1, **given), dict.fromkeys(given, "--n_embd"), data, DIST, tokens_per_second)
+    assert max(timings.values()) == most
 
 
 def test_a_time_that_is_too_short_for_the_steps_is_refused(data):

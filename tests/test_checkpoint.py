@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from conftest import edit_json, made_text
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
-from plaingpt.checkpoint import load_model, save_model
+from plaingpt.checkpoint import all_finite, load_model, save_model
 from plaingpt.console import UserError
 from plaingpt.files import new_directory
 from plaingpt.tokenizer import Tokenizer, gpt2, make_tokenizer
@@ -258,6 +259,11 @@ def test_a_model_loaded_while_a_run_saves_is_one_of_those_saved(tmp_path):
         stop.set()
         thread.join()
     assert all(len(numbers) == 1 for numbers in found)
+
+
+def test_a_tensor_is_finite_without_nan_and_infinity_and_also_if_it_is_empty():
+    assert all_finite(torch.zeros(0)) and all_finite(torch.tensor([-3e38, 3e38]))
+    assert not any(all_finite(torch.tensor([0.0, bad, 1.0])) for bad in (math.nan, math.inf, -math.inf))
 
 
 def nanogpt_checkpoint(path: Path, bias: bool = True, rows: int = 50304) -> GPT:
