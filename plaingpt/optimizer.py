@@ -6,7 +6,6 @@ norm = apply_gradients(list(model.parameters()), optimizers, scaler, lr=1e-3, gr
 
 import inspect
 import math
-from collections.abc import Callable
 
 import torch
 import torch.distributed as torch_dist
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from plaingpt.console import RunFailed
 from plaingpt.parallel import full, is_sharded
 
-ELEMENTS_AT_ONCE = 2**27  # of matrices: 0.5 GB in float32 for each of five temporary tensors
-
+ELEMENTS_AT_ONCE = 2**27  # of matrices: 0.5 GB in float32 for each of three temporary tensors
+SMALL_MODEL = 2**22  # elements of its matrices: the work takes no longer than the calls
 MAX_SKIPPED = 20  # consecutive steps with non-finite gradients after which a run ends
 
 
@@ -66,9 +65,6 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized matrix by matrix (Jordan et al. 2024), with the step's size matched to AdamW's
     (0.2 sqrt(longer side), Liu et al. 2025), so that both share one learning rate.
 
-    Matrices of one shape are orthogonalized together: one batched product instead of many small ones. c_attn counts as
-    three matrices: query, key and value are different maps.
-
     With W processes (hybrid: the W of a node), each orthogonalizes a W-th of the matrices. Under DDP an all-gather in
     `dtype` then brings the other updates. Under FSDP a process stores some rows of every matrix: an all-to-all brings
     the rows of its matrices in float32, and another returns their updates in `dtype`. For N parameters each process
@@ -85,37 +81,40 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update. If `found_inf` is 1, a tensor that `apply_gradients` sets, parameters and state do not change."""
-        (group,), stacks, skipped = self.param_groups, {}, self.found_inf.bool()
-        for p in group["params"]:
-            stacks.setdefault(p.shape, []).append(p)
-        for shape, parameters in stacks.items():
-            # a multiple of the processes, so that none is idle
-            at_once = max(1, ELEMENTS_AT_ONCE // shape.numel() // processes()) * processes()
-            for i in range(0, len(parameters), at_once):
-                self._step_together(parameters[i : i + at_once], group, skipped)
+        """Update. If `found_inf` is 1, a tensor that `apply_gradients` sets, parameters and state do not change.
+        Overwrites the gradients."""
+        (group,), skipped = self.param_groups, self.found_inf.bool()
+        matrices, lr, momentum = group["params"], group["lr"], group["momentum"]
+        weights, gradients = [local_rows(p) for p in matrices], [local_rows(p.grad) for p in matrices]
+        buffers = [local_rows(self.state[p]["momentum_buffer"]) for p in matrices]
+        for gradient, buffer in zip(gradients, buffers):
+            torch.where(skipped, buffer, gradient, out=gradient)  # the average of a buffer and itself is the same
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov momentum
+        torch._foreach_mul_(weights, torch.where(skipped, 1.0, 1 - lr * group["weight_decay"]))
+        for batch in batches(matrices):
+            stacks = [take_share(torch.stack([local_rows(p.grad) for p in same]), same[0]) for same in batch]
+            orthogonalize(stacks, self.dtype)
+            for same, share in zip(batch, stacks):
+                R, C = same[0].shape
+                size = 0.2 * (C if R == 3 * C else max(R, C)) ** 0.5
+                update = return_share(share, len(same), same[0], self.dtype)
+                update.mul_(torch.where(skipped, 0.0, lr * size))
+                torch._foreach_sub_([local_rows(p) for p in same], list(update))
 
-    def _step_together(self, parameters: list[Tensor], group: dict, skipped: Tensor) -> None:
-        """One step of n parameters of one shape (R, C)."""
-        R, C = parameters[0].shape
-        parts = 3 if R == 3 * C else 1  # only c_attn has this shape
-        buffers = [local_rows(self.state[p]["momentum_buffer"]) for p in parameters]
-        gradients = torch.stack([local_rows(p.grad) for p in parameters])  # (n, R, C); sharded: this process's rows
-        old = torch.stack(buffers)
-        new = old.lerp(gradients, 1 - group["momentum"])
-        update = gradients.lerp_(new, group["momentum"])  # Nesterov momentum
 
-        def orthogonal(x: Tensor) -> Tensor:  # (n, R, C)
-            x = x.unflatten(1, (parts, -1)).flatten(0, 1)  # (n parts, R / parts, C)
-            return orthogonalize(x, self.dtype).unflatten(0, (-1, parts)).flatten(1, 2)
-
-        update = split_among_processes(orthogonal, update, parameters[0]).to(old.dtype)
-        size = 0.2 * max(R // parts, C) ** 0.5
-        torch._foreach_copy_(buffers, list(torch.where(skipped, old, new)))
-        parameters = [local_rows(p) for p in parameters]
-        decay_factor = torch.where(skipped, 1.0, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_mul_(parameters, decay_factor)
-        torch._foreach_sub_(parameters, list(torch.where(skipped, 0.0, update * (group["lr"] * size))))
+def batches(matrices: list[Tensor]) -> list[list[list[Tensor]]]:
+    """What is orthogonalized at once: lists of matrices of one shape. Of a small model all, as few large products are
+    faster than many small ones; otherwise one list, of at most ELEMENTS_AT_ONCE."""
+    of_shape, stacks = {}, []
+    for matrix in matrices:
+        of_shape.setdefault(matrix.shape, []).append(matrix)
+    for shape, same in of_shape.items():
+        # a multiple of the processes, so that none is idle
+        at_once = max(1, ELEMENTS_AT_ONCE // shape.numel() // processes()) * processes()
+        stacks += [same[i : i + at_once] for i in range(0, len(same), at_once)]
+    is_small = sum(matrix.numel() for matrix in matrices) <= SMALL_MODEL
+    return [stacks] if is_small else [[stack] for stack in stacks]
 
 
 def processes() -> int:
@@ -127,36 +126,44 @@ def local_rows(matrix: Tensor) -> Tensor:
     return matrix.to_local() if is_sharded(matrix) else matrix
 
 
-def split_among_processes(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor) -> Tensor:
-    """function(stack) for a stack (n, R, C) of matrices, of which each process computes some. All ranks.
+def take_share(stack: Tensor, like: Tensor) -> Tensor:
+    """Of a stack (n, R, C) of matrices, those that this process orthogonalizes. All ranks.
 
     like: a parameter that says how the stack is distributed: by rows, or a copy in each process.
     """
     if is_sharded(like):
-        return _split_sharded(function, stack, like)
+        return redistribute(stack, len(stack), like, 1, 0)
     if processes() == 1:
-        return function(stack)
+        return stack
     count = math.ceil(len(stack) / processes())
     mine = torch.arange(count, device=stack.device) + torch_dist.get_rank() * count
-    done = function(stack[mine % len(stack)])  # modulo: the last process may compute some again
-    gathered = done.new_empty(processes() * count, *done.shape[1:])
+    return stack[mine % len(stack)]  # modulo: the last process may take some again
+
+
+def return_share(share: Tensor, n: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The stack of n matrices of which `take_share` has given this process a share, exchanged in `dtype`. All ranks."""
+    if is_sharded(like):
+        return redistribute(share.to(dtype), n, like, 0, 1).to(share.dtype)
+    if processes() == 1:
+        return share
+    gathered = share.new_empty(processes() * len(share), *share.shape[1:], dtype=dtype)
     # its name in torch 2.13; 2.11 has only the old one
     all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
-    all_gather(gathered, done.contiguous())
-    return gathered[: len(stack)]
+    all_gather(gathered, share.to(dtype))
+    return gathered[:n].to(share.dtype)
 
 
-def _split_sharded(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor) -> Tensor:
+def redistribute(local: Tensor, n: int, like: Tensor, before: int, after: int) -> Tensor:
+    """This process's shard of a stack (n, R, C) of matrices in the shape of `like`. `local` is its shard if the stack
+    is sharded along dimension `before`, the result that along dimension `after`. All ranks."""
     from torch.distributed.tensor import DTensor, Shard  # takes two seconds to import
 
-    mesh, size = like.device_mesh, torch.Size([len(stack), *like.shape])
-    stride = (like.numel(), like.size(1), 1)
-    by_row = [Shard(1) if placement.is_shard() else placement for placement in like.placements]
-    by_matrix = [Shard(0) if placement.is_shard() else placement for placement in like.placements]
-    stack = DTensor.from_local(stack, mesh, by_row, run_check=False, shape=size, stride=stride)
-    done = function(stack.redistribute(placements=by_matrix).to_local()).contiguous()
-    done = DTensor.from_local(done, mesh, by_matrix, run_check=False, shape=size, stride=stride)
-    return done.redistribute(placements=by_row).to_local()
+    def along(dim: int) -> list:
+        return [Shard(dim) if placement.is_shard() else placement for placement in like.placements]
+
+    shape, stride = torch.Size([n, *like.shape]), (like.numel(), like.size(1), 1)
+    stack = DTensor.from_local(local, like.device_mesh, along(before), run_check=False, shape=shape, stride=stride)
+    return stack.redistribute(placements=along(after)).to_local().contiguous()
 
 
 # Odd quintics a x + b x^3 + c x^5 of the Polar Express (Amsel et al. 2025; for singular values from 1e-3 to 1), each
@@ -171,20 +178,31 @@ QUINTICS = (
 SAFETY = 1.01  # bf16 rounds: keep values this much below the bound beyond which the quintics diverge
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, R, C) to nearly orthogonal matrices with the same singular vectors, in `dtype`.
+def orthogonalize(stacks: list[Tensor], dtype: torch.dtype) -> None:
+    """Make the matrices in contiguous stacks, (n, R, C) each, nearly orthogonal, in place, with products in `dtype`.
+    Singular vectors stay the same.
 
     Singular values above a thousandth of the matrix's norm become 0.4 to 1.6, which trains as well as exactly 1.
     """
-    x = matrices / (SAFETY * matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    tall = x.size(1) > x.size(2)
-    x = (x.mT if tall else x).to(dtype).contiguous()
-    for i, (a, b, c) in enumerate(QUINTICS):
-        if i > 0:
-            a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    of_shape = {}
+    for maps in map(wide_maps, stacks):
+        of_shape.setdefault(maps.shape[1:], []).append(maps)
+    for same in of_shape.values():
+        norms = [SAFETY * maps.norm(dim=(1, 2), keepdim=True) + 1e-7 for maps in same]
+        x = torch.cat([(maps / norm).to(dtype) for maps, norm in zip(same, norms)])
+        for i, (a, b, c) in enumerate(QUINTICS):
+            if i > 0:
+                a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        torch._foreach_copy_(same, x.split([len(maps) for maps in same]))
+
+
+def wide_maps(stack: Tensor) -> Tensor:
+    """A view (m, r, c) of the linear maps in matrices (n, R, C), with at most as many rows as columns. Only c_attn has
+    R = 3 C: it is three maps, to query, key and value."""
+    R, C = stack.shape[1:]
+    return stack.view(-1, C, C) if R == 3 * C else stack.mT if R > C else stack
 
 
 def apply_gradients(

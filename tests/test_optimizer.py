@@ -11,6 +11,7 @@ from plaingpt.optimizer import (
     SAFETY,
     SkippedSteps,
     apply_gradients,
+    batches,
     make_optimizers,
     orthogonalize,
 )
@@ -183,15 +184,67 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_their_direction
     """float16 on cards without bfloat16: its smallest numbers are still far below the products of a large matrix."""
     generator = torch.Generator().manual_seed(0)
     u, values, vh = torch.linalg.svd(torch.randn(3, *shape, generator=generator), full_matrices=False)
-    matrices = u @ torch.diag_embed(values.clamp(min=values.max() / 200)) @ vh * 100
-    result = orthogonalize(matrices, dtype)
-    assert result.dtype == dtype
-    result = result.float()
+    result = u @ torch.diag_embed(values.clamp(min=values.max() / 200)) @ vh * 100
+    orthogonalize([result], dtype)
+    assert torch.equal(result, result.to(dtype).float())
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.35
     assert values.max() < 1.65
     inner = u.mT @ result @ vh.mT  # diagonal where the directions are the same
     assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 0.1
+
+
+def test_matrices_are_orthogonalized_alike_alone_and_together():
+    """In few large products, or in many: with several layers, tall and wide matrices and c_attn's three maps."""
+    shapes = [(2, 48, 16), (3, 16, 16), (2, 64, 16), (1, 16, 64), (1, 80, 16)]
+    alone = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    together = [stack.clone() for stack in alone]
+    orthogonalize(together, torch.float32)
+    for stack, same in zip(alone, together):
+        n, R, C = stack.shape
+        for i in range(n):
+            for part in range(3 if R == 3 * C else 1):
+                one = stack[i].view(-1, C, C)[part].clone() if R == 3 * C else stack[i].clone()
+                expected = one[None]
+                orthogonalize([expected], torch.float32)
+                found = same[i].view(-1, C, C)[part] if R == 3 * C else same[i]
+                assert torch.allclose(found, expected[0], atol=1e-5)
+                assert (one * found).sum() > 0.5 * one.norm()  # and it is the matrix's own
+
+
+def test_a_small_model_and_a_large_one_are_updated_alike(monkeypatch):
+    """In one batch, or in several of at most so many elements."""
+    updated = []
+    for small, at_once in ((2**22, 2**27), (0, 2**27), (0, 2000), (0, 1)):
+        monkeypatch.setattr("plaingpt.optimizer.SMALL_MODEL", small)
+        monkeypatch.setattr("plaingpt.optimizer.ELEMENTS_AT_ONCE", at_once)
+        model, _ = make("muon")
+        optimizers = make_optimizers(model, "muon", 0.02, 0.1, (0.9, 0.95), dtype=torch.float32)
+        sizes = [[len(stack) for stack in batch] for batch in batches(optimizers[1].param_groups[0]["params"])]
+        assert len(sizes) == {2**22: 1, 2**27: 4, 2000: 8, 1: 8}[small or at_once], sizes
+        set_gradients(model, 0)
+        apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 1.0)
+        updated.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    assert all(torch.allclose(weights, updated[0], atol=1e-6) for weights in updated)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_muon_changes_nothing_if_a_tensor_on_the_device_says_so(bad):
+    """On CUDA the host does not wait for the norm of the gradients."""
+    model, (_, muon) = make("muon")
+    for seed, found_inf in (0, 0.0), (1, 1.0), (2, 0.0):
+        before = snapshot(model, [muon])
+        set_gradients(model, seed)
+        muon.param_groups[0]["lr"], muon.found_inf = torch.tensor(0.02), torch.tensor(found_inf)
+        if found_inf:
+            model.transformer.h[1].mlp.c_fc.weight.grad[3, 4] = bad
+        muon.step()
+        assert equal(before, snapshot(model, [muon])) == bool(found_inf)
+    plain, (_, other) = make("muon")
+    for seed in (0, 2):
+        set_gradients(plain, seed)
+        other.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(snapshot(model, [muon]), snapshot(plain, [other])))
 
 
 @KINDS

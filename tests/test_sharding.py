@@ -83,16 +83,15 @@ from plaingpt.checkpoint import model_with
 from plaingpt.evaluate import sample_text
 from model import GPT, GPTConfig
 from plaingpt.parallel import full, gather, wrap
-from plaingpt.optimizer import apply_gradients, make_optimizers, split_among_processes
+from plaingpt.optimizer import apply_gradients, make_optimizers, return_share, take_share
 
 def split(dist):
-    # of three matrices each process computes two, the second process one of them again; both get all
-    stack, seen = torch.arange(24.0).view(3, 2, 4), []
-    def double(x):
-        seen.extend(x[:, 0, 0].tolist())
-        return 2 * x.bfloat16()
-    assert torch.equal(split_among_processes(double, stack, stack[0]), 2 * stack.bfloat16())
-    assert seen == [[0.0, 8.0], [16.0, 0.0]][dist.rank], seen
+    # of three matrices each process takes two, the second process one of them again; both get all
+    stack = torch.arange(24.0).view(3, 2, 4)
+    share = take_share(stack, stack[0])
+    assert share[:, 0, 0].tolist() == [[0.0, 8.0], [16.0, 0.0]][dist.rank], share
+    found = return_share(1.001 * share, 3, stack[0], torch.bfloat16)
+    assert found.dtype == torch.float32 and torch.equal(found, (1.001 * stack).bfloat16().float())
 
 def work(dist):
     model = GPT(GPTConfig(16, 65, 2, 2, 16))
