@@ -105,7 +105,7 @@ def write_all(
         if config.output == "jsonl":
             record = {"prompt": sample.prompt, "text": "".join(pieces)}  # generates the sample
             record |= {"tokens": sample.tokens, "stop_reason": sample.stop_reason}
-            print(json.dumps(record, ensure_ascii=False), flush=True)
+            print(printable(json.dumps(record, ensure_ascii=False)), flush=True)
             continue
         if i:
             print("---------------")

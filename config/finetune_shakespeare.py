@@ -1,4 +1,4 @@
-# Finetune GPT-2 1558M on Tiny Shakespeare, in about 28 GB of GPU memory: AdamW takes 16 bytes per parameter.
+# Finetune GPT-2 1558M on Tiny Shakespeare, in about 32 GB of GPU memory: AdamW takes 16 bytes per parameter.
 # Smaller: --init_from=gpt2, gpt2-medium or gpt2-large, or a model directory with GPT-2's tokenizer.
 #
 #   python prepare_data.py shakespeare

@@ -34,7 +34,8 @@ CONVERT = (
     "pytorch_model.bin is a pickle, which can execute code when it is read: if you trust it, load model and tokenizer "
     "with transformers' from_pretrained and write both with save_pretrained"
 )
-NOT_PARAMETERS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks in old files, and the tied head
+HEAD = "lm_head.weight"
+NOT_PARAMETERS = (".attn.bias", ".attn.masked_bias", HEAD)  # causal masks in old files, and the tied head
 NANOGPT_ROWS = (50257, 50304)  # GPT-2's ids, alone or padded to a multiple of 64
 
 
@@ -157,20 +158,30 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
         raise UserError(f"{directory}: {problem}; remove the added tokens, or resize the embedding in transformers")
     if rows := config.vocab_size - tokenizer.vocab_size:
         note(f"{directory}: dropped {counted(rows, 'embedding row')} that no token uses")
-    config, weights = dataclasses.replace(config, vocab_size=tokenizer.vocab_size), {}
+    config, weights, head = dataclasses.replace(config, vocab_size=tokenizer.vocab_size), {}, None
     for file in files:
         with open_tensors(directory / file) as tensors:
             for theirs in tensors.keys():  # noqa: SIM118 (not a dictionary)
+                if theirs == HEAD:
+                    head = tensors.get_tensor(theirs)
                 if theirs.endswith(NOT_PARAMETERS):
                     continue
                 name, tensor = f"transformer.{theirs.removeprefix('transformer.')}", tensors.get_tensor(theirs)
                 weights[name] = _fp32_copy(directory, name, tensor.mT if name.endswith(TRANSPOSED) else tensor, config)
+    _check_tied(directory, head, weights, config)
     if config.bias:
         return config, weights
     biases = [name for name in weights if name.endswith("bias")]
     if any(weights[name].any() for name in biases):  # `save_model` wrote zeros; another tool has trained them
         return dataclasses.replace(config, bias=True), weights
     return config, {name: tensor for name, tensor in weights.items() if name not in biases}
+
+
+def _check_tied(source: Path, head: Tensor | None, weights: dict[str, Tensor], config: GPTConfig) -> None:
+    """UserError if a model has its own head, which config.json often does not say."""
+    n = config.vocab_size
+    if head is not None and WTE in weights and not torch.equal(head[:n].float(), weights[WTE][:n]):
+        raise UserError(f"{source}: {HEAD} differs from {WTE}, but GPT-2's head is its embedding")
 
 
 @contextlib.contextmanager
@@ -196,8 +207,10 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
         config = dataclasses.replace(config, vocab_size=gpt2().vocab_size)
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in checkpoint["model"].items()}
         names = [name for name in tensors if not name.endswith(NOT_PARAMETERS)]
-        return config, {name: _fp32_copy(path, name, tensors[name], config) for name in names}, gpt2()
-    except UserError:
+        weights = {name: _fp32_copy(path, name, tensors[name], config) for name in names}
+        _check_tied(path, tensors.get(HEAD), weights, config)
+        return config, weights, gpt2()
+    except (UserError, OSError):
         raise
     except Exception as error:  # torch's messages advise to read it unsafely
         problem = f"not a nanoGPT checkpoint that can be read safely: {type(error).__name__}"

@@ -26,8 +26,8 @@ from plaingpt.workarounds import rendezvous_store
 # Dense half-precision TFLOP/s of matrix products, from the makers' data sheets; the first name that matches counts
 PEAK_TFLOPS = {
     "B200": 2250, "H200 NVL": 835, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989,
-    "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "V100": 125, "T4": 65, "RTX 5090": 209, "RTX 4090": 165,
-    "RTX 3090": 71, "MI300X": 1307,
+    "A100": 312, "L40S": 362, "L4": 121, "A10": 125, "V100-PCIE": 112, "V100": 125, "T4": 65, "RTX 5090": 209,
+    "RTX 4090": 165, "RTX 3090": 71, "MI300X": 1307,
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ class Distributed:
         """Half-precision FLOP/s of the GPUs of all processes; None if unknown."""
         known = self.device.type == "cuda" and self.dtype != torch.float32
         name = torch.cuda.get_device_name(self.device) if known else ""
-        another = "(?! (Ti|D|Laptop))"  # slower or faster GPUs whose names begin in the same way
+        another = "(?! (Ti|D|Laptop)|.* MIG )"  # slower or faster GPUs whose names begin so, and parts of a GPU
         peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b{another}", name)), None)
         return peak * 1e12 * self.world_size if peak else None
 

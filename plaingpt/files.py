@@ -170,7 +170,7 @@ def check_sums(directory: Path) -> None:
     with errors_of_library(f"{directory} is damaged"):
         for line in sums.read_text().splitlines():
             digest, _, name = line.partition("  ")
-            if sha256(path := directory / name) != digest:
+            if sha256(path := directory / Path(name).name) != digest:  # and nothing outside of it
                 problem = f"{path} is damaged: it differs from its checksum"
                 raise UserError(f"{problem}; if you changed it on purpose, delete {sums}")
 

@@ -8,7 +8,7 @@ from plaingpt.console import UserError, one_line
 from plaingpt.files import existing, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-FILES = ["config.json", "*.safetensors", *TOKENIZER_FILES, "tokenizer_config.json"]
+FILES = ["config.json", "*.safetensors", *TOKENIZER_FILES, "tokenizer_config.json", "added_tokens.json"]
 CONFIG_NAMES = {
     "block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
     "n_embd": "n_embd", "dropout": "resid_pdrop", "bias": "bias",

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plaingpt.console import UserError, errors_of_library
-from plaingpt.files import read_json
+from plaingpt.files import json_or_empty, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 # A new kind is made in `make_tokenizer`. Three conditions: no token contains a place where text/streams.py cuts texts
@@ -107,6 +107,8 @@ class Tokenizer:
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
             backend.no_padding()
             tokenizer = cls(backend)
+            if len({*(vocabulary := tokenizer.vocabulary()).values()}) < len(vocabulary):
+                raise ValueError("two tokens have the same id")
         if (directory / "tokenizer_config.json").is_file():
             token = read_json(directory / "tokenizer_config.json").get("eos_token")
             token = token.get("content") if isinstance(token, dict) else token
@@ -139,9 +141,17 @@ class TextStream:
 
 def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:
     vocab, merges, config = (directory / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json"))
-    prefix = config.exists() and read_json(config).get("add_prefix_space") is True
+    settings = json_or_empty(config)
+    prefix = settings.get("add_prefix_space") is True
     with errors_of_library(f"{vocab} or merges.txt is damaged"):
         model = models.BPE.from_file(str(vocab), str(merges))
+        added = [token["content"] for token in settings.get("added_tokens_decoder", {}).values()]
+        for token in [*added, *json_or_empty(directory / "added_tokens.json")]:
+            if model.token_to_id(token) is None:
+                raise UserError(
+                    f"{directory}: the token {token!r} was added to GPT-2's: load the tokenizer with transformers' "
+                    "from_pretrained and write it with save_pretrained, as tokenizer.json"
+                )
         return _byte_level(model, prefix, model.token_to_id(END_OF_TEXT) is not None)
 
 

@@ -177,6 +177,50 @@ def test_the_vocab_and_merges_of_a_model_are_its_tokenizer(tmp_path, kind):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_were_added_to_an_older_directory_are_not_lost(tmp_path, file):
+    """transformers splits <|user|> off before it encodes the rest: vocab.json does not have it."""
+    description = json.loads(of_kind("bpe").to_json())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(description["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, description["merges"])), "utf-8")
+    size = len(description["vocab"])
+    transformers_model(size + 1).save_pretrained(tmp_path)
+    for token, refused in ("e", False), ("<|user|>", True):
+        decoder = {"added_tokens_decoder": {str(size): {"content": token}}}
+        (tmp_path / file).write_text(json.dumps({token: size} if file == "added_tokens.json" else decoder))
+        if not refused:
+            load_model(tmp_path)
+            continue
+        with pytest.raises(UserError, match=r"the token '<\|user\|>' was added to GPT-2's: .* save_pretrained"):
+            load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "nanogpt"])
+def test_a_model_with_a_head_of_its_own_is_refused(tmp_path, kind):
+    """As some tools write it, although config.json does not say so."""
+    if kind == "nanogpt":
+        path = tmp_path / "ckpt.pt"
+        nanogpt_checkpoint(path)
+        content = torch.load(path, weights_only=True)
+        weights, name = content["model"], "_orig_mod.lm_head.weight"
+    else:
+        path = tmp_path
+        of_kind("bpe").save(path)
+        transformers_model(of_kind("bpe").vocab_size).save_pretrained(path)
+        weights, name = load_file(path / "model.safetensors"), "lm_head.weight"
+        weights[name] = weights["transformer.wte.weight"].clone()
+
+    def load():
+        torch.save(content, path) if kind == "nanogpt" else save_file(weights, path / "model.safetensors")
+        return load_model(path)
+
+    load()
+    weights[name] = weights[name].clone()
+    weights[name][7, 3] += 1
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
+        load()
+
+
 def test_rows_of_the_embedding_without_a_token_are_dropped(tmp_path, capsys):
     """Nobody can draw them, and an exported model has as many rows as its tokenizer has ids."""
     tokenizer = of_kind("byte")

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, child_environment
 
 from plaingpt.console import RunFailed, UserError
-from plaingpt.distributed import StopSignal, connect
+from plaingpt.distributed import Distributed, StopSignal, connect
 from plaingpt.parallel import wrap
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -41,6 +41,22 @@ def test_matrix_products_are_in_the_chosen_precision(name):
     with dist.autocast():
         assert model(torch.ones(1, 2)).dtype == dist.dtype == getattr(torch, name)
     assert model.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("Tesla V100-PCIE-16GB", 112),
+        ("Tesla V100-SXM2-32GB", 125),
+    ]
+    + [(name, None) for name in ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 D", "NVIDIA A10G")],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    dist = Distributed(torch.device("cuda"), torch.bfloat16, world_size=2)
+    assert dist.peak_flops == (tflops and 2 * tflops * 1e12)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has an accelerator")

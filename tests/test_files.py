@@ -148,6 +148,15 @@ def test_damaged_checksums_are_a_user_error(tmp_path, text):
         check_sums(tmp_path / "final")
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../outside.txt"])
+def test_checksums_of_files_elsewhere_are_damage_and_not_read(tmp_path, name):
+    (tmp_path / "outside.txt").write_text("x")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / SUMS).write_text(f"{sha256(tmp_path / 'outside.txt')}  {name}\n")
+    with pytest.raises(UserError, match=r"final is damaged: .*No such file"):
+        check_sums(tmp_path / "final")
+
+
 def test_a_directory_without_checksums_and_files_added_later_are_accepted(tmp_path):
     write(tmp_path / "final", "as it was")
     (tmp_path / "final" / "notes.md").write_text("mine")

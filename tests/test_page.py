@@ -223,6 +223,19 @@ def test_sampling_follows_the_distribution(opened):
             assert chi_squared < freedom + 4 * math.sqrt(2 * freedom) + 4, (sampling, vary)  # by chance once in 10,000
 
 
+def test_the_end_of_a_text_is_not_counted_as_a_token(opened, tiny_run):
+    model, tokenizer = load_model(tiny_run / "best")
+    page = opened(model, tokenizer, start="tree and")
+    page.evaluate("model.end_of_text = -1")
+    page.click("#go")
+    sync_api.expect(page.locator("#status")).to_contain_text("200 tokens")
+    new = page.evaluate("story.ids")[-200:]
+    last = next(i for i in range(1, 200) if new[i] not in new[:i])
+    page.evaluate(f"model.end_of_text = {new[last]}")
+    page.click("#go")
+    sync_api.expect(page.locator("#status")).to_contain_text(f"The model ended the text. {last} token")
+
+
 def test_tokens_their_alternatives_and_a_branch(opened, tiny_run):
     model, tokenizer = load_model(tiny_run / "best")
     page = opened(model, tokenizer, start="tree and")

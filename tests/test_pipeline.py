@@ -1,5 +1,6 @@
 """Preparing in one pass: killed anywhere and started again, the result is that of an undisturbed process."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -7,7 +8,9 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from conftest import Ended, run_main
+from conftest import ROOT, Ended, child_environment, run_main
 from filelock import FileLock
 
 from plaingpt.text import pipeline, streams
@@ -151,6 +154,30 @@ def test_an_earlier_data_set_stays_complete_until_the_new_one_is(tmp_path, text,
     assert contents(tmp_path / "set") == old and (tmp_path / ".set.partial").exists()
     prepare(text, tmp_path)
     assert len(documents(tmp_path, "train")) > 200 and not (tmp_path / ".set.partial").exists()
+
+
+def test_the_progress_bar_of_a_data_set_of_the_hub_counts_all_its_shards(tmp_path):
+    (tmp_path / "hub").mkdir()
+    for i in range(2):
+        write(tmp_path / "hub" / f"train-{i}.jsonl", ["a road", "the sea"] * 50)
+    terminal, process_side = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    command = [
+        sys.executable,
+        "prepare_data.py",
+        f"hf:{tmp_path}/hub",
+        f"--data_dir={tmp_path}/data",
+        "--tokenizer=byte",
+    ]
+    environment = child_environment(HF_HOME=str(tmp_path / "cache"))
+    subprocess.run(command, cwd=ROOT, env=environment, stderr=process_side, check=True)
+    os.close(process_side)
+    shown = b""
+    with contextlib.suppress(OSError):  # at the end
+        while block := os.read(terminal, 1 << 16):
+            shown += block
+    os.close(terminal)
+    assert b"encoding: 100%" in shown and b"2/2" in shown, shown
 
 
 def test_work_on_other_shards_of_a_data_set_is_not_continued(tmp_path):

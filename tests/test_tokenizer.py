@@ -364,6 +364,16 @@ def test_vocab_and_merges_are_read_where_there_is_no_tokenizer_file(made, tmp_pa
     assert loaded.end_of_text is None and loaded.vocab_size == made["bpe"].vocab_size - 1
 
 
+def test_two_tokens_with_one_id_are_refused(tmp_path):
+    tokenizer = make_tokenizer("char", ["abc"], 1)
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["c"] = content["model"]["vocab"]["b"]
+    broken(tmp_path / "tokenizer.json", model=content["model"])
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged: two tokens have the same id"):
+        Tokenizer.load(tmp_path)
+
+
 def test_the_vocabulary_ends_after_the_largest_id(tmp_path):
     """With gaps there are fewer ids than that."""
     tokenizer = make_tokenizer("char", ["abc"], 1)

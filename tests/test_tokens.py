@@ -6,11 +6,13 @@ import os
 import pickle
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_main
+from conftest import ROOT, child_environment, run_main
 
 import plaingpt.tokens
 from plaingpt.console import UserError
@@ -360,6 +362,32 @@ def test_shards_of_llm_c_are_read_as_one_without_their_headers(llm_c):
 def test_a_shard_of_another_kind_or_length_is_refused(llm_c, header, message):
     llm_c_shard(llm_c / "fineweb_train_000002.bin", [1, 2, 3], **header)
     assert refusal(llm_c).startswith(f"{llm_c / 'fineweb_train_000002.bin'} {message}")
+
+
+OPENS = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from pathlib import Path
+from plaingpt.tokens import open_data_set
+print(len(open_data_set(Path(sys.argv[1])).train))
+"""
+
+
+@pytest.mark.parametrize("kind", ["llm.c", "ours"])
+def test_more_shards_than_a_process_may_open_files_are_read(llm_c, data_set, kind):
+    directory = llm_c if kind == "llm.c" else data_set
+    for i in range(3, 100):
+        llm_c_shard(llm_c / f"fineweb_train_{i:06}.bin", [50256, i])
+    if kind == "ours":
+        (data_set / "train.bin").unlink()
+        files = []
+        for i in range(100):
+            (data_set / f"train_{i}.bin").write_bytes(bytes([i, 0]))
+            files.append({"name": f"train_{i}.bin", "tokens": 1, "sha256": hashlib.sha256(bytes([i, 0])).hexdigest()})
+        edit_meta(data_set, lambda meta: meta["splits"]["train"].update(files=files))
+    command = [sys.executable, "-c", OPENS, str(directory)]
+    opened = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True)
+    assert opened.stdout == {"llm.c": "199\n", "ours": "100\n"}[kind], opened.stderr
 
 
 @pytest.mark.parametrize("corpus", ["medieval", "my_val", "training", "val_and_train"])

@@ -53,6 +53,7 @@ def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str) -> None
     writer.add_head_count(c.n_head)
     writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(c.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{kind.name}"])
     add_tokenizer(writer, tokenizer)
     for name, weight in with_biases(model.weights()).items():
         raw = kind if weight.dim() == 2 and "wpe" not in name else gguf.GGMLQuantizationType.F32

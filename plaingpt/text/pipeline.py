@@ -154,11 +154,14 @@ def encode_part(part: Part, threads: int) -> None:
     in_shards = part.inputs and isinstance(part.inputs[0], HubShard)
     unit = {"unit": "shard"} if in_shards else {"unit": "B", "unit_scale": True}
     bytes_before = list(itertools.accumulate((text_input.size for text_input in part.inputs), initial=0))
-    bar = tqdm(total=bytes_before[-1], desc="encoding", disable=None, **unit)  # None: only on a terminal
+    begun = bytes_before[part.position[0]]
+    # disable=None: only on a terminal
+    bar = tqdm(total=bytes_before[-1], initial=begun, desc="encoding", disable=None, **unit)
     with bar, contextlib.closing(encoded_batches(part, threads)) as encoded:
         for batch, ids in encoded:
             part.write(batch, ids.result())
             bar.update(bytes_before[batch.position[0]] + batch.done - bar.n)
+        bar.update(bar.total - bar.n)
     part.seal(threads)
 
 
