@@ -76,7 +76,7 @@ def memory(
         copies = 8 * embeddings + 4 * of_block
     else:
         copies = 2 * (embeddings + of_block if recompute and compiled else parameters)
-    muon = 22 * min(ELEMENTS_AT_ONCE, 4 * c.n_embd**2 * c.n_layer) / shards if optimizer == "muon" else 0
+    muon = 16 * min(ELEMENTS_AT_ONCE, 4 * c.n_embd**2 * c.n_layer) / shards if optimizer == "muon" else 0
     parts |= {"16-bit copies": copies, "activations": max(activations, muon - copies)}
     # Gradients are allocated where the logits were, which then need new space: the allocator does not move blocks.
     unused = (0.08 if recompute else 0.04) * sum(parts.values()) + (1.4 * logits if compiled else 0)

@@ -181,7 +181,7 @@ def _check_tied(source: Path, head: Tensor | None, weights: dict[str, Tensor], c
     """UserError if a model has its own head, which config.json often does not say."""
     n = config.vocab_size
     if head is not None and WTE in weights and not torch.equal(head[:n].float(), weights[WTE][:n]):
-        raise UserError(f"{source}: {HEAD} differs from {WTE}, but GPT-2's head is its embedding")
+        raise UserError(f"{source}: {HEAD} differs from {WTE}, so this is not a GPT-2, whose head is its embedding")
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from plaingpt.console import RunFailed
 from plaingpt.parallel import full, is_sharded
 
-ELEMENTS_AT_ONCE = 2**27  # of matrices: 0.5 GB in float32 for each of three temporary tensors
-SMALL_MODEL = 2**22  # elements of its matrices: the work takes no longer than the calls
+ELEMENTS_AT_ONCE = 2**27  # of matrices: 0.5 GB in float32 for each of four temporary tensors
+SMALL_MODEL = 2**22  # elements of its matrices; below, calling the kernels takes longer than their work
 MAX_SKIPPED = 20  # consecutive steps with non-finite gradients after which a run ends
 
 
@@ -104,8 +104,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def batches(matrices: list[Tensor]) -> list[list[list[Tensor]]]:
-    """What is orthogonalized at once: lists of matrices of one shape. Of a small model all, as few large products are
-    faster than many small ones; otherwise one list, of at most ELEMENTS_AT_ONCE."""
+    """Lists of stacks; those of one list are orthogonalized together. A stack: matrices of one shape, of at most
+    ELEMENTS_AT_ONCE. A small model is one list: few large products are faster than many small ones."""
     of_shape, stacks = {}, []
     for matrix in matrices:
         of_shape.setdefault(matrix.shape, []).append(matrix)

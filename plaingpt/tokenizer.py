@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from plaingpt.console import UserError, errors_of_library
-from plaingpt.files import json_or_empty, read_json
+from plaingpt.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 # A new kind is made in `make_tokenizer`. Three conditions: no token contains a place where text/streams.py cuts texts
@@ -96,14 +96,15 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
         """Read tokenizer.json, or the vocab.json and merges.txt of older GPT-2 directories. UserError if damaged."""
-        if not os.path.lexists(directory / "tokenizer.json"):
-            if (directory / "vocab.json").exists() or (directory / "merges.txt").exists():
-                return cls(_from_vocab_and_merges(directory))
+        path = directory / "tokenizer.json"
+        is_old = not os.path.lexists(path)
+        if is_old and not any((directory / name).exists() for name in ("vocab.json", "merges.txt")):
             best = f"; did you mean {directory / 'best'}?" if (directory / "best").is_dir() else ""
             raise UserError(f"{directory} has no tokenizer.json{best}")
-        path = directory / "tokenizer.json"
-        with errors_of_library(f"{path} is damaged"):
-            backend = tokenizers.Tokenizer.from_file(str(path))
+        with errors_of_library(
+            f"{directory / 'vocab.json'} or merges.txt is damaged" if is_old else f"{path} is damaged"
+        ):
+            backend = _from_vocab_and_merges(directory) if is_old else tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
             backend.no_padding()
             tokenizer = cls(backend)
@@ -140,19 +141,19 @@ class TextStream:
 
 
 def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:
-    vocab, merges, config = (directory / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json"))
-    settings = json_or_empty(config)
-    prefix = settings.get("add_prefix_space") is True
-    with errors_of_library(f"{vocab} or merges.txt is damaged"):
-        model = models.BPE.from_file(str(vocab), str(merges))
-        added = [token["content"] for token in settings.get("added_tokens_decoder", {}).values()]
-        for token in [*added, *json_or_empty(directory / "added_tokens.json")]:
-            if model.token_to_id(token) is None:
-                raise UserError(
-                    f"{directory}: the token {token!r} was added to GPT-2's: load the tokenizer with transformers' "
-                    "from_pretrained and write it with save_pretrained, as tokenizer.json"
-                )
-        return _byte_level(model, prefix, model.token_to_id(END_OF_TEXT) is not None)
+    config, added = (
+        read_json(path) if (path := directory / name).exists() else {}
+        for name in ("tokenizer_config.json", "added_tokens.json")
+    )
+    model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
+    prefix, has_end = config.get("add_prefix_space") is True, model.token_to_id(END_OF_TEXT) is not None
+    backend = _byte_level(model, prefix, has_end)
+    added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    for token in sorted(added, key=added.get):
+        backend.add_special_tokens([token])
+        if backend.token_to_id(token) != added[token]:
+            raise ValueError(f"the added token {token!r} cannot have the id {added[token]}")
+    return backend
 
 
 def make_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tokenizer:

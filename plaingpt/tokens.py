@@ -149,7 +149,7 @@ def _allow_open_files(count: int) -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count + 512), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, count + 512), hard), hard))
 
 
 def _open_ids(path: Path, dtype: np.dtype, tokens: int | None = None, header: int = 0) -> np.ndarray:

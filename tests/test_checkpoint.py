@@ -178,21 +178,27 @@ def test_the_vocab_and_merges_of_a_model_are_its_tokenizer(tmp_path, kind):
 
 
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
-def test_tokens_that_were_added_to_an_older_directory_are_not_lost(tmp_path, file):
-    """transformers splits <|user|> off before it encodes the rest: vocab.json does not have it."""
+def test_tokens_that_were_added_to_an_older_directory_are_known(tmp_path, file):
+    """vocab.json does not have them."""
     description = json.loads(of_kind("bpe").to_json())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(description["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, description["merges"])), "utf-8")
     size = len(description["vocab"])
-    transformers_model(size + 1).save_pretrained(tmp_path)
-    for token, refused in ("e", False), ("<|user|>", True):
-        decoder = {"added_tokens_decoder": {str(size): {"content": token}}}
-        (tmp_path / file).write_text(json.dumps({token: size} if file == "added_tokens.json" else decoder))
-        if not refused:
-            load_model(tmp_path)
-            continue
-        with pytest.raises(UserError, match=r"the token '<\|user\|>' was added to GPT-2's: .* save_pretrained"):
-            load_model(tmp_path)
+    transformers_model(size + 2).save_pretrained(tmp_path)
+
+    def load(added: dict[str, int]):
+        decoder = {"added_tokens_decoder": {str(i): {"content": token} for token, i in added.items()}}
+        (tmp_path / file).write_text(json.dumps(added if file == "added_tokens.json" else decoder))
+        return load_model(tmp_path)
+
+    model, tokenizer = load({"<|user|>": size + 1, "<|endoftext|>": size})
+    assert (model.config.vocab_size, tokenizer.end_of_text) == (size + 2, size)
+    assert tokenizer.encode("e<|user|>", special=True) == [*tokenizer.encode("e"), size + 1]
+    with pytest.raises(UserError, match=r"the added token '<\|user\|>' cannot have the id"):
+        load({"<|user|>": size + 1})
+    (tmp_path / file).write_text('{"<')
+    with pytest.raises(UserError, match=rf"{file} is missing or damaged"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["transformers", "nanogpt"])

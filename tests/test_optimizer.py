@@ -205,7 +205,7 @@ def test_matrices_are_orthogonalized_alike_alone_and_together():
         for i in range(n):
             for part in range(3 if R == 3 * C else 1):
                 one = stack[i].view(-1, C, C)[part].clone() if R == 3 * C else stack[i].clone()
-                expected = one[None]
+                expected = one.clone()[None]
                 orthogonalize([expected], torch.float32)
                 found = same[i].view(-1, C, C)[part] if R == 3 * C else same[i]
                 assert torch.allclose(found, expected[0], atol=1e-5)

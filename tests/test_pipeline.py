@@ -170,13 +170,14 @@ def test_the_progress_bar_of_a_data_set_of_the_hub_counts_all_its_shards(tmp_pat
         "--tokenizer=byte",
     ]
     environment = child_environment(HF_HOME=str(tmp_path / "cache"))
-    subprocess.run(command, cwd=ROOT, env=environment, stderr=process_side, check=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=process_side)
     os.close(process_side)
     shown = b""
     with contextlib.suppress(OSError):  # at the end
         while block := os.read(terminal, 1 << 16):
             shown += block
     os.close(terminal)
+    assert process.wait() == 0
     assert b"encoding: 100%" in shown and b"2/2" in shown, shown
 
 
