@@ -145,9 +145,10 @@ def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: 
         widths = [n_embd for n_embd in widths if n_embd % config.n_head == 0]
         if not widths:
             raise UserError(f"--n_head={config.n_head} needs an --n_embd that is a multiple of it")
+    more = 0.3 * max(0, 11 - math.log2(data.tokenizer.vocab_size))  # layers that combine characters
     for n_embd in widths:
         heads = [n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0]
-        yield unless_given(config, given, n_layer=max(2, round(n_embd / 80)), n_embd=n_embd, n_head=heads[-1])
+        yield unless_given(config, given, n_layer=max(2, round(n_embd / 80 + more)), n_embd=n_embd, n_head=heads[-1])
 
 
 def unless_given(config: TrainConfig, given: Collection[str], **chosen) -> TrainConfig:
@@ -226,12 +227,11 @@ def time_left(minutes: float, dist: Distributed) -> float:
 class Deadline:
     """Makes a run with --minutes end in time, by correcting the number of steps.
 
-    The first correction comes after 5% of the steps, when the warmup of a new run ends. Until then, learning rates do
-    not depend on the number of steps (if there are at least 40), so the corrected recipe trains the same model from its
-    first step on. After that, the number is corrected if the run would miss its time by 2%; this is checked at each
-    evaluation, and four times as often after the last evaluation but one. If two evaluations in a row find no lower
-    loss after a few epochs of a new run, the run ends early: the learning rate drops, and decays within an eighth of
-    the steps made so far.
+    The first correction comes after 5% of the steps, at the end of a new run's warmup. Learning rates before it do not
+    depend on their number (if it is 40 or more), so the corrected recipe trains the same model. Later ones come if the
+    run would miss its time by 2%, which is checked at each evaluation, and four times as often after the last but one.
+    If two evaluations in a row find no lower loss after a few epochs of a new run, it ends early: the learning rate
+    drops, and decays within an eighth of the steps made so far.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch, epoch_tokens: int):

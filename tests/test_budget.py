@@ -36,7 +36,7 @@ def starts_now(monkeypatch):
 @pytest.fixture
 def data():
     """A text of so many tokens: more is not needed to choose."""
-    return SimpleNamespace(train=range(10**9), val=range(10**7))
+    return SimpleNamespace(train=range(10**9), val=range(10**7), tokenizer=SimpleNamespace(vocab_size=2048))
 
 
 def chosen(data, minutes: float, given: dict | None = None, flop_per_second: float = 1e12) -> TrainConfig:
@@ -125,8 +125,15 @@ def test_what_is_given_stays(data):
     assert chosen(data, 1, dict(n_head=6)).n_embd % 6 == 0
 
 
-def test_only_wide_models_in_very_long_runs_get_dropout():
-    text = SimpleNamespace(train=range(10**6), val=range(10**5))
+@pytest.mark.parametrize(("ids", "layers"), [(66, 3), (257, 2), (2048, 2), (50257, 2)])
+def test_characters_get_more_layers(data, ids, layers):
+    data.tokenizer.vocab_size = ids
+    assert chosen(data, 1, dict(n_embd=128)).n_layer == layers
+    assert chosen(data, 1, dict(n_embd=640)).n_layer == 8 + (ids < 2048)
+
+
+def test_only_wide_models_in_very_long_runs_get_dropout(data):
+    text = SimpleNamespace(train=range(10**6), val=range(10**5), tokenizer=data.tokenizer)
     found = [chosen(text, 10, dict(n_embd=width), speed) for width in (128, 512) for speed in (1e11, 1e13)]
     assert [config.dropout for config in found] == [0, 0, 0, 0.2]
     epochs = [config.max_iters * config.tokens_per_step / 1e6 for config in found]
