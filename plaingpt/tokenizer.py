@@ -101,9 +101,7 @@ class Tokenizer:
         if is_old and not any((directory / name).exists() for name in ("vocab.json", "merges.txt")):
             best = f"; did you mean {directory / 'best'}?" if (directory / "best").is_dir() else ""
             raise UserError(f"{directory} has no tokenizer.json{best}")
-        with errors_of_library(
-            f"{directory / 'vocab.json'} or merges.txt is damaged" if is_old else f"{path} is damaged"
-        ):
+        with errors_of_library(f"{directory / 'vocab.json' if is_old else path} {'or merges.txt ' * is_old}is damaged"):
             backend = _from_vocab_and_merges(directory) if is_old else tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
             backend.no_padding()
@@ -141,10 +139,8 @@ class TextStream:
 
 
 def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:
-    config, added = (
-        read_json(path) if (path := directory / name).exists() else {}
-        for name in ("tokenizer_config.json", "added_tokens.json")
-    )
+    names = "tokenizer_config.json", "added_tokens.json"
+    config, added = (read_json(directory / name) if (directory / name).exists() else {} for name in names)
     model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     prefix, has_end = config.get("add_prefix_space") is True, model.token_to_id(END_OF_TEXT) is not None
     backend = _byte_level(model, prefix, has_end)
