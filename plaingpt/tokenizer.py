@@ -101,7 +101,8 @@ class Tokenizer:
         if is_old and not any((directory / name).exists() for name in ("vocab.json", "merges.txt")):
             best = f"; did you mean {directory / 'best'}?" if (directory / "best").is_dir() else ""
             raise UserError(f"{directory} has no tokenizer.json{best}")
-        with errors_of_library(f"{directory / 'vocab.json' if is_old else path} {'or merges.txt ' * is_old}is damaged"):
+        name = "vocab.json or merges.txt" if is_old else "tokenizer.json"
+        with errors_of_library(f"{directory / name} is damaged"):
             backend = _from_vocab_and_merges(directory) if is_old else tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
             backend.no_padding()
