@@ -180,7 +180,7 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
 def _check_tied(source: Path, head: Tensor | None, weights: dict[str, Tensor], config: GPTConfig) -> None:
     """UserError if a model has its own head, which config.json often does not say."""
     n = config.vocab_size
-    if head is not None and WTE in weights and not torch.equal(head[:n].float(), weights[WTE][:n]):
+    if head is not None and WTE in weights and not (head.dim() and torch.equal(head[:n].float(), weights[WTE][:n])):
         raise UserError(f"{source}: {HEAD} differs from {WTE}, so this is not a GPT-2, whose head is its embedding")
 
 

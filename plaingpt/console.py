@@ -66,6 +66,8 @@ def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
         return 2 if isinstance(error, UserError) else 1, str(error)
     if out_of_memory(error):
         return 1, f"out of memory: {text.rpartition('DefaultCPUAllocator: ')[2]}; try a smaller {less_memory}"
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return 2, f"{text}; raise the limit: ulimit -n 10000"
     if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
         return 2, text
     if "gloo/transport" in text or type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):

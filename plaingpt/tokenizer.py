@@ -101,8 +101,7 @@ class Tokenizer:
         if is_old and not any((directory / name).exists() for name in ("vocab.json", "merges.txt")):
             best = f"; did you mean {directory / 'best'}?" if (directory / "best").is_dir() else ""
             raise UserError(f"{directory} has no tokenizer.json{best}")
-        name = "vocab.json or merges.txt" if is_old else "tokenizer.json"
-        with errors_of_library(f"{directory / name} is damaged"):
+        with errors_of_library(f"{directory}/{'vocab.json or merges.txt' if is_old else 'tokenizer.json'} is damaged"):
             backend = _from_vocab_and_merges(directory) if is_old else tokenizers.Tokenizer.from_file(str(path))
             backend.no_truncation()  # transformers stores how a text was last cut or padded: we never do either
             backend.no_padding()
@@ -145,11 +144,14 @@ def _from_vocab_and_merges(directory: Path) -> tokenizers.Tokenizer:
     model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     prefix, has_end = config.get("add_prefix_space") is True, model.token_to_id(END_OF_TEXT) is not None
     backend = _byte_level(model, prefix, has_end)
-    added |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    for token in sorted(added, key=added.get):
-        backend.add_special_tokens([token])
-        if backend.token_to_id(token) != added[token]:
-            raise ValueError(f"the added token {token!r} cannot have the id {added[token]}")
+    tokens = {i: {"content": token, "special": token == END_OF_TEXT} for token, i in added.items()}
+    tokens |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    for i, token in sorted(tokens.items()):
+        flags = {flag: token.get(flag, False) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        new = tokenizers.AddedToken(token["content"], **flags)
+        (backend.add_special_tokens if new.special else backend.add_tokens)([new])
+        if backend.token_to_id(new.content) != i:
+            raise UserError(f"{directory}: the added token {new.content!r} cannot have the id {i}")
     return backend
 
 

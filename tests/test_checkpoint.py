@@ -187,13 +187,16 @@ def test_tokens_that_were_added_to_an_older_directory_are_known(tmp_path, file):
     transformers_model(size + 2).save_pretrained(tmp_path)
 
     def load(added: dict[str, int]):
-        decoder = {"added_tokens_decoder": {str(i): {"content": token} for token, i in added.items()}}
+        described = {str(i): {"content": token, "special": token[0] == "<"} for token, i in added.items()}
+        decoder = {"added_tokens_decoder": described}
         (tmp_path / file).write_text(json.dumps(added if file == "added_tokens.json" else decoder))
         return load_model(tmp_path)
 
     model, tokenizer = load({"<|user|>": size + 1, "<|endoftext|>": size})
     assert (model.config.vocab_size, tokenizer.end_of_text) == (size + 2, size)
     assert tokenizer.encode("e<|user|>", special=True) == [*tokenizer.encode("e"), size + 1]
+    plain = load({"<|endoftext|>": size, "hello": size + 1})[1]
+    assert plain.encode("e hello") == [*tokenizer.encode("e "), size + 1] != tokenizer.encode("e hello")
     with pytest.raises(UserError, match=r"the added token '<\|user\|>' cannot have the id"):
         load({"<|user|>": size + 1})
     (tmp_path / file).write_text('{"<')

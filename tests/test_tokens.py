@@ -366,10 +366,11 @@ def test_a_shard_of_another_kind_or_length_is_refused(llm_c, header, message):
 
 OPENS = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2]) or resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 from pathlib import Path
+from plaingpt.console import run_script
 from plaingpt.tokens import open_data_set
-print(len(open_data_set(Path(sys.argv[1])).train))
+run_script(lambda: print(len(open_data_set(Path(sys.argv[1])).train)))
 """
 
 
@@ -385,8 +386,11 @@ def test_more_shards_than_a_process_may_open_files_are_read(llm_c, data_set, kin
             (data_set / f"train_{i}.bin").write_bytes(bytes([i, 0]))
             files.append({"name": f"train_{i}.bin", "tokens": 1, "sha256": hashlib.sha256(bytes([i, 0])).hexdigest()})
         edit_meta(data_set, lambda meta: meta["splits"]["train"].update(files=files))
-    command = [sys.executable, "-c", OPENS, str(directory)]
-    opened = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True)
+    command, run = [sys.executable, "-c", OPENS, str(directory)], dict(cwd=ROOT, env=child_environment())
+    opened = subprocess.run([*command, "80"], **run, capture_output=True, text=True)
+    assert re.fullmatch("-c: .*Too many open files; raise the limit: ulimit -n 10000\n", opened.stderr)
+    assert opened.returncode == 2
+    opened = subprocess.run([*command, "0"], **run, capture_output=True, text=True)
     assert opened.stdout == {"llm.c": "199\n", "ours": "100\n"}[kind], opened.stderr
 
 
