@@ -96,8 +96,7 @@ class Muon(torch.optim.Optimizer):
             stacks = [take_share(torch.stack([local_rows(p.grad) for p in same]), same[0]) for same in batch]
             orthogonalize(stacks, self.dtype)
             for same, share in zip(batch, stacks):
-                R, C = same[0].shape
-                size = 0.2 * (C if R == 3 * C else max(R, C)) ** 0.5
+                size = 0.2 * wide_maps(share).size(2) ** 0.5
                 update = return_share(share, len(same), same[0], self.dtype)
                 update.mul_(torch.where(skipped, 0.0, lr * size))
                 torch._foreach_sub_([local_rows(p) for p in same], list(update))

@@ -379,6 +379,17 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_error_of_the_system_is_not_taken_for_a_damaged_nanogpt_checkpoint(tmp_path, monkeypatch):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "ckpt.pt"))
+
+    monkeypatch.setattr(torch, "load", refused)
+    with pytest.raises(PermissionError):
+        load_model(tmp_path / "ckpt.pt")
+
+
 def test_a_missing_nanogpt_checkpoint_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="ckpt"):
         load_model(tmp_path / "ckpt.pt")
