@@ -70,12 +70,12 @@ class SampleConfig:
 
 SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
 INTERACTIVE = (*SAMPLING, "num_samples", "max_new_tokens", "stop", "seed", "output")
-MODES = ("start", "prompts", "interactive")  # mutually exclusive
 
 
 def main() -> None:
     config, given = load_settings(SampleConfig)
-    modes = [f"--{name}" for name in MODES if name in given and getattr(config, name) not in (None, False)]
+    exclusive = ("start", "prompts", "interactive")
+    modes = [f"--{name}" for name in exclusive if name in given and getattr(config, name) not in (None, False)]
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -152,7 +152,8 @@ class Sample:
             self.text += self.stream.add(token)
             if self.tokens == self.max_tokens:
                 self.stop_reason = "length"
-        text, delay = self.text + self.stream.rest(), max(map(len, self.stops), default=1) - 1
+        text = self.text + self.stream.rest()
+        delay = max(map(len, self.stops), default=1) - 1  # a stop string may have begun in that many last characters
         if found := [(at + len(stop), at) for stop in self.stops if (at := text.find(stop, self.final)) >= 0]:
             text = text[: min(found)[1]]  # before the stop string that ends first
             self.stop_reason = "stop"
@@ -180,7 +181,8 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401 (gives `input` line editing and history)
     note("type a prompt, or /temperature 0.7 to change a setting; Ctrl-C stops a sample, Ctrl-D exits")
-    terminal, number = sys.stdin.isatty() and sys.stdout.isatty(), 0
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    number = 0  # of the next sample
     while True:
         try:
             if not terminal:  # where `input` would print its prompt among the samples

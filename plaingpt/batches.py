@@ -27,7 +27,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     A four-round Feistel network permutes the next power of four; applying it again until the value is
     below n ("cycle walking") permutes range(n) (Black and Rogaway 2002).
     """
-    bits = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    bits = math.ceil(math.log2(max(n, 2)) / 2)
     half, mask = np.uint64(bits), np.uint64((1 << bits) - 1)
     keys = [np.uint64(derive_seed(key, turn)) for turn in range(4)]
     value, outside = index.astype(np.uint64), np.arange(len(index))

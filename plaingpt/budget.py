@@ -44,8 +44,8 @@ def predicted_loss(config: TrainConfig, tokens: float, text_tokens: int) -> floa
     """
     repeated = max(tokens / text_tokens - 1, 0)
     effective_tokens = min(tokens, text_tokens) + text_tokens * 5 * (1 - math.exp(-repeated / 5))
-    size, data, p = (block_parameters(config) / 1e6) ** -0.18, 1.7 * (effective_tokens / 1e6) ** -0.2, 3.7
-    return (size**p + data**p) ** (1 / p)
+    size, data = (block_parameters(config) / 1e6) ** -0.18, 1.7 * (effective_tokens / 1e6) ** -0.2
+    return (size**3.7 + data**3.7) ** (1 / 3.7)
 
 
 def block_parameters(config: TrainConfig) -> int:
@@ -136,6 +136,7 @@ def halved(config: TrainConfig, given: dict[str, str]) -> TrainConfig | None:
 def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: Distributed) -> Iterator[TrainConfig]:
     """Models of one layer per 80 channels, at least two, and heads of about 64; or the shape of a trained model."""
     if not config.is_new_model:
+        # batch_size=1: memory is checked again for the batch that is chosen
         model, found = initial_model(dataclasses.replace(config, batch_size=1), given, data, None, dist)
         del model  # timing needs the memory
         yield dataclasses.replace(found, batch_size=config.batch_size)

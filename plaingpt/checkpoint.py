@@ -104,7 +104,6 @@ def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     if missing := config.padded_vocab_size - len(wte):
         wte = F.pad(wte, (0, 0, 0, missing))
     model.load_state_dict(weights | {WTE: wte}, assign=True)
-    model.requires_grad_(True)
     model.padding = torch.empty(config.padded_vocab_size)
     model.init_padding()
     return model
@@ -156,9 +155,9 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
     if tokenizer.vocab_size > config.vocab_size:
         problem = f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         raise UserError(f"{directory}: {problem}; remove the added tokens, or resize the embedding in transformers")
-    if rows := config.vocab_size - tokenizer.vocab_size:
-        note(f"{directory}: dropped {counted(rows, 'embedding row')} that no token uses")
-    config, weights, head = dataclasses.replace(config, vocab_size=tokenizer.vocab_size), {}, None
+    unused_rows = config.vocab_size - tokenizer.vocab_size
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    weights, head = {}, None
     for file in files:
         with open_tensors(directory / file) as tensors:
             for theirs in tensors.keys():  # noqa: SIM118 (not a dictionary)
@@ -169,6 +168,8 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
                 name, tensor = f"transformer.{theirs.removeprefix('transformer.')}", tensors.get_tensor(theirs)
                 weights[name] = _fp32_copy(directory, name, tensor.mT if name.endswith(TRANSPOSED) else tensor, config)
     _check_tied(directory, head, weights, config)
+    if unused_rows:
+        note(f"{directory}: dropped {counted(unused_rows, 'embedding row')} that no token uses")
     if config.bias:
         return config, weights
     biases = [name for name in weights if name.endswith("bias")]

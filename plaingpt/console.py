@@ -66,9 +66,7 @@ def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
         return 2 if isinstance(error, UserError) else 1, str(error)
     if out_of_memory(error):
         return 1, f"out of memory: {text.rpartition('DefaultCPUAllocator: ')[2]}; try a smaller {less_memory}"
-    if isinstance(error, OSError) and error.errno == errno.EMFILE:
-        return 2, f"{text}; raise the limit: ulimit -n 10000"
-    if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EMFILE)):
         return 2, text
     if "gloo/transport" in text or type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return 1, f"{CONNECTION_FAILED}; if one ended, its error is the cause: {text}"
@@ -130,6 +128,7 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without the error number
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        text += "; raise the limit: ulimit -n 10000" if error.errno == errno.EMFILE else ""
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:199]} … {text[-98:]}"  # the reason is often at the end
 

@@ -48,8 +48,9 @@ class Distributed:
     @property
     def peak_flops(self) -> float | None:
         """Half-precision FLOP/s of the GPUs of all processes; None if unknown."""
-        known = self.device.type == "cuda" and self.dtype != torch.float32
-        name = torch.cuda.get_device_name(self.device) if known else ""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.device)
         another = "(?! (Ti|D|Laptop)|.* MIG )"  # GPUs of other speed with the same beginning, and parts of a GPU
         peak = next((tflops for gpu, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b{another}", name)), None)
         return peak * 1e12 * self.world_size if peak else None

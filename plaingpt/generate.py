@@ -161,9 +161,9 @@ class Batch:
 
     def _start(self) -> tuple[list[int], Tensor, torch.cuda.Event | None]:
         """Start a step: the indices of its texts, their next ids, and what to wait for before those are read."""
-        ids, ready = self.next_ids(*self._prepare()).to("cpu", non_blocking=True, copy=True), None
-        if self.inputs.is_cuda:
-            ready = torch.cuda.Event()
+        ids = self.next_ids(*self._prepare()).to("cpu", non_blocking=True, copy=True)
+        ready = torch.cuda.Event() if self.inputs.is_cuda else None
+        if ready:
             ready.record()
         self.steps_left -= 1
         return list(self.rows), ids, ready

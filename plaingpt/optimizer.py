@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
         weights, gradients = [local_rows(p) for p in matrices], [local_rows(p.grad) for p in matrices]
         buffers = [local_rows(self.state[p]["momentum_buffer"]) for p in matrices]
         for gradient, buffer in zip(gradients, buffers):
-            torch.where(skipped, buffer, gradient, out=gradient)  # the average of a buffer and itself is the same
+            torch.where(skipped, buffer, gradient, out=gradient)  # averaging a buffer with itself changes nothing
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov momentum
         torch._foreach_mul_(weights, torch.where(skipped, 1.0, 1 - lr * group["weight_decay"]))

@@ -54,7 +54,8 @@ def resumed_settings(
     for name in sorted(given.keys() & (trained.keys() - LOCAL)):
         if getattr(config, name) != trained[name]:
             check_change(config, name, given[name], trained[name])
-    saved = {name: trained[name] for name in trained.keys() & (vars(config).keys() - flags.keys() - LOCAL)}
+    kept = vars(config).keys() - flags.keys() - LOCAL
+    saved = {name: value for name, value in trained.items() if name in kept}
     saved["init_from"] = trained.get("init_from", "scratch")  # what the run began from, no longer `resume` or `auto`
     config = dataclasses.replace(config, **saved)
     if config.eval_only:

@@ -42,8 +42,8 @@ def id_dtype(largest_id: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A prepared data set: its two splits, its tokenizer, and a digest of its content (without meta.json, only of its
-    lengths)."""
+    """A prepared data set: its two splits, its tokenizer, and a digest of its content (without a meta.json, of its
+    lengths only)."""
 
     train: "Tokens"
     val: "Tokens"
@@ -206,7 +206,7 @@ def _open_foreign(directory: Path, check_all: bool) -> DataSet:
 
 def _open_foreign_ids(path: Path) -> np.ndarray:
     """The ids of a file without meta.json: uint16, after a header of llm.c or from the start."""
-    start, uint16 = np.fromfile(path, "<i4", 3) if os.path.isfile(path) else np.empty(0), np.dtype("<u2")
+    start, uint16 = np.fromfile(path, "<i4", 3), np.dtype("<u2")
     if len(start) == 3 and tuple(start[:2]) == (LLM_C_GPT2, 1):
         return _open_ids(path, uint16, int(start[2]), LLM_C_HEADER)
     ids = _open_ids(path, uint16)

@@ -37,7 +37,7 @@ class RunSettings:
     """micro-steps per training step over all processes, so that adding GPUs does not change the recipe"""
     eval_interval: PositiveInt = 2000
     """steps between evaluations; each, except at step 0, is followed by a checkpoint"""
-    eval_iters: Annotated[int, Range("from 0 to 2**31", lambda n: 0 <= n <= 2**31)] = 200
+    eval_iters: NonNegativeInt = 200
     """batches per evaluation, the same ones each time (0: the entire validation split)"""
     patience: NonNegativeInt = 0
     """stop after this many evaluations without improvement (0: never, except under --minutes)"""

@@ -84,7 +84,8 @@ def write_page(path: Path, name: str, model: GPT, tokenizer: Tokenizer, bits: in
     for key, (scale, integers) in matrices.items():
         tensors[key] = F.pad(integers, (0, -integers.size(1) % 4))  # so that all tensors are aligned to 4 bytes
         tensors[key.replace("weight", "scale")] = scale
-    first_words = model.generate([tokenizer.end_of_text], 12, 0.8, 200, generator=torch.Generator().manual_seed(1337))
+    end, generator = tokenizer.end_of_text, torch.Generator().manual_seed(1337)
+    first_words = model.generate([end], 12, 0.8, 200, end_of_text=end, generator=generator)
     place = Path(os.path.abspath(name))
     header = {
         "name": (place.parent if re.fullmatch(r"best|last|step-\d+", place.name) else place).name,
