@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import edit_json, made_text
 from safetensors.torch import load_file, save_file
+from test_model import random_model
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import all_finite, load_model, save_model
@@ -21,29 +22,19 @@ TEXT = "The road, and the sea: 3 stones, ein Baum.\n\n  naïve 🙂 don't" + mad
 
 
 def make_model(tokenizer: Tokenizer, bias: bool = True, seed: int = 0) -> GPT:
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(24, tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=8, dropout=0.1, bias=bias)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.transformer.wte.weight[tokenizer.vocab_size :] = 0
-    return model
+    config = GPTConfig(24, tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=8, dropout=0.1, bias=bias)
+    return random_model(config, std=0.1, seed=seed)
 
 
 def of_kind(kind: str) -> Tokenizer:
     return make_tokenizer(kind, [TEXT], 300)
 
 
-def logits(model: GPT, length: int = 24) -> torch.Tensor:
+def logits(model, length: int = 24) -> torch.Tensor:
+    """Of a model of ours or of transformers."""
     idx = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model(idx)[0]
-
-
-def their_logits(model, length: int = 24) -> torch.Tensor:
-    idx = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return model.eval()(idx).logits
+        return model.eval()(idx)[0]
 
 
 @pytest.fixture
@@ -54,9 +45,8 @@ def saved(tmp_path) -> Path:
 
 
 def test_another_name_of_gpt2s_gelu_is_read(saved):
-    config = json.loads((saved / "config.json").read_text()) | {"activation_function": "gelu_pytorch_tanh"}
-    (saved / "config.json").write_text(json.dumps(config))
-    assert load_model(saved)[0].config.n_layer == config["n_layer"]
+    edit_json(saved / "config.json", activation_function="gelu_pytorch_tanh")
+    assert load_model(saved)[0].config.n_layer == 2
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -68,9 +58,9 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, bias):
     assert loaded.config == model.config
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+    assert not loaded.training
     assert torch.equal(logits(loaded), logits(model))
     assert loaded_tokenizer.same_as(tokenizer)
-    assert not loaded.training
 
 
 def test_saved_files_are_those_of_a_hugging_face_model_and_no_pickle(saved):
@@ -85,7 +75,7 @@ def test_transformers_loads_model_and_tokenizer(tmp_path, kind):
     tokenizer = of_kind(kind)
     model = make_model(tokenizer, bias=kind != "byte")
     save_model(tmp_path, model, tokenizer)
-    assert torch.allclose(logits(model), their_logits(AutoModelForCausalLM.from_pretrained(tmp_path)), atol=1e-5)
+    assert torch.allclose(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path)), atol=1e-5)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer.encode(TEXT)
     assert theirs(TEXT)["input_ids"] == ids
@@ -108,15 +98,15 @@ def transformers_model(vocab_size: int, **changes):
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, initializer_range=0.3, **sizes))
 
 
-# layers and heads of gpt2, -medium, -large, -xl and distilgpt2, all their positions and ids; two channels a head
-@pytest.mark.parametrize(("layers", "heads"), [(12, 12), (24, 16), (36, 20), (48, 25), (6, 12)])
+# layers and heads of gpt2 and gpt2-xl, all their positions and ids; two channels a head
+@pytest.mark.parametrize(("layers", "heads"), [(12, 12), (48, 25)])
 def test_each_size_of_gpt2_comes_in_and_goes_out_bit_for_bit(tmp_path, layers, heads):
     theirs = transformers_model(50257, n_layer=layers, n_head=heads, n_embd=2 * heads, n_positions=1024)
     theirs.save_pretrained(tmp_path / "in", max_shard_size="3MB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
     model, tokenizer = load_model(tmp_path / "in")
     assert (model.config.n_layer, model.config.n_head, model.config.block_size) == (layers, heads, 1024)
-    assert torch.allclose(logits(model), their_logits(theirs), atol=1e-3)
+    assert torch.allclose(logits(model), logits(theirs), atol=1e-3)
     (tmp_path / "out").mkdir()
     save_model(tmp_path / "out", model, tokenizer)
     before = {}
@@ -130,8 +120,7 @@ def test_each_size_of_gpt2_comes_in_and_goes_out_bit_for_bit(tmp_path, layers, h
         load_model(tmp_path / "in")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shard", ["1GB", "4KB"])
+@pytest.mark.parametrize(("dtype", "shard"), [(torch.float32, "1GB"), (torch.float16, "4KB"), (torch.bfloat16, "4KB")])
 def test_a_model_that_transformers_wrote_loads(tmp_path, dtype, shard):
     tokenizer = of_kind("byte")
     theirs = transformers_model(tokenizer.vocab_size).to(dtype)
@@ -140,7 +129,7 @@ def test_a_model_that_transformers_wrote_loads(tmp_path, dtype, shard):
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "4KB")
     model, _ = load_model(tmp_path)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert torch.allclose(logits(model), their_logits(theirs.float()), atol=1e-4)
+    assert torch.allclose(logits(model), logits(theirs.float()), atol=1e-4)
 
 
 def test_a_gpt2_without_tokenizer_files_has_gpt2s(tmp_path):
@@ -148,20 +137,25 @@ def test_a_gpt2_without_tokenizer_files_has_gpt2s(tmp_path):
     assert load_model(tmp_path)[1].same_as(of_kind("gpt2"))
 
 
+def save_vocab_and_merges(directory: Path, tokenizer: Tokenizer, changes: dict[str, int] | None = None) -> None:
+    """Write the files that older directories have instead of tokenizer.json, with these ids changed or added."""
+    model = json.loads(tokenizer.to_json())["model"]
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"] | (changes or {})))
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]), "utf-8")
+
+
 @pytest.mark.parametrize("kind", ["bpe", "gpt2"])
 def test_the_vocab_and_merges_of_a_model_are_its_tokenizer(tmp_path, kind):
     """An older directory, without tokenizer.json; as many ids as GPT-2 has are not always GPT-2's."""
-    description = json.loads(of_kind(kind).to_json())["model"]
-    a, b = (description["vocab"][token] for token in ("e", "r"))
-    vocabulary = description["vocab"] | {"e": b, "r": a, "<|endoftext|>": len(description["vocab"])}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in description["merges"]]
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    old = of_kind(kind)
+    a, b = map(old.vocabulary().get, "er")
+    vocabulary = old.vocabulary() | {"e": b, "r": a}
+    save_vocab_and_merges(tmp_path, old, vocabulary)
     transformers_model(len(vocabulary)).save_pretrained(tmp_path)
     _, tokenizer = load_model(tmp_path)
     assert tokenizer.vocabulary() == vocabulary and tokenizer.end_of_text == len(vocabulary) - 1
     swapped = {a: b, b: a}
-    assert tokenizer.encode(TEXT) == [swapped.get(i, i) for i in of_kind(kind).encode(TEXT)]
+    assert tokenizer.encode(TEXT) == [swapped.get(i, i) for i in old.encode(TEXT)]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     from transformers import GPT2Tokenizer
 
@@ -180,10 +174,8 @@ def test_the_vocab_and_merges_of_a_model_are_its_tokenizer(tmp_path, kind):
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
 def test_tokens_that_were_added_to_an_older_directory_are_known(tmp_path, file):
     """vocab.json does not have them."""
-    description = json.loads(of_kind("bpe").to_json())["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps(description["vocab"]))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, description["merges"])), "utf-8")
-    size = len(description["vocab"])
+    size = of_kind("bpe").end_of_text
+    save_vocab_and_merges(tmp_path, of_kind("bpe"))
     transformers_model(size + 2).save_pretrained(tmp_path)
 
     def load(added: dict[str, int]):
@@ -248,13 +240,6 @@ def test_rows_of_the_embedding_without_a_token_are_dropped(tmp_path, capsys):
     assert load_file(tmp_path / "again" / "model.safetensors")["wte.weight"].shape == (257, 8)
 
 
-def test_a_model_with_fewer_rows_than_its_tokenizer_has_ids_is_refused(tmp_path):
-    transformers_model(256).save_pretrained(tmp_path)
-    of_kind("byte").save(tmp_path)
-    with pytest.raises(UserError, match="the tokenizer has 257 ids, the model 256"):
-        load_model(tmp_path)
-
-
 def test_weights_in_a_pickle_are_refused_and_can_be_converted(tmp_path):
     folder = tmp_path / "it's mine"
     theirs = transformers_model(257)
@@ -270,7 +255,7 @@ def test_weights_in_a_pickle_are_refused_and_can_be_converted(tmp_path):
     for kind in AutoModelForCausalLM, AutoTokenizer:
         kind.from_pretrained(folder).save_pretrained(tmp_path / "converted")
     model, _ = load_model(tmp_path / "converted")
-    assert torch.allclose(logits(model), their_logits(theirs), atol=1e-5)
+    assert torch.allclose(logits(model), logits(theirs), atol=1e-5)
 
 
 def test_a_model_that_is_replaced_before_it_is_read_is_read_again(tmp_path, monkeypatch):
@@ -355,7 +340,7 @@ def test_a_nanogpt_checkpoint_with_what_is_no_weight_is_refused(tmp_path, way):
         load_model(tmp_path / "ckpt.pt")
 
 
-@pytest.mark.parametrize("rows", [50256, 50258, 65, 100288])
+@pytest.mark.parametrize("rows", [50256, 50258, 100288])
 def test_only_gpt2s_vocabulary_is_imported_from_nanogpt(tmp_path, rows):
     nanogpt_checkpoint(tmp_path / "ckpt.pt", rows=rows)
     with pytest.raises(UserError, match=rf"has {rows} ids, and its tokenizer is in a pickle elsewhere"):
@@ -390,26 +375,13 @@ def test_an_error_of_the_system_is_not_taken_for_a_damaged_nanogpt_checkpoint(tm
         load_model(tmp_path / "ckpt.pt")
 
 
-def test_a_missing_nanogpt_checkpoint_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="ckpt"):
-        load_model(tmp_path / "ckpt.pt")
-
-
-def test_a_smaller_block_crops_the_positions(saved):
-    full, cropped = load_model(saved)[0], load_model(saved, block_size=10)[0]
-    assert cropped.config.block_size == 10
+def test_block_size_crops_the_positions_and_adds_none_and_dropout_is_the_loaders_choice(saved):
+    full, cropped = load_model(saved)[0], load_model(saved, block_size=10, dropout=0.3)[0]
+    assert (full.config.dropout, cropped.config.dropout, cropped.config.block_size) == (0.0, 0.3, 10)
     assert cropped.transformer.wpe.weight.shape[0] == 10
     assert torch.allclose(logits(cropped, 10), logits(full, 10), atol=1e-6)
-
-
-def test_a_larger_block_is_refused(saved):
     with pytest.raises(UserError, match=r"block_size=25.* 24 positions"):
         load_model(saved, block_size=25)
-
-
-def test_dropout_is_the_loaders_choice(saved):
-    assert load_model(saved)[0].config.dropout == 0.0
-    assert load_model(saved, dropout=0.3)[0].config.dropout == 0.3
 
 
 @pytest.mark.parametrize(
@@ -419,34 +391,46 @@ def test_dropout_is_the_loaders_choice(saved):
         ({"activation_function": "relu"}, "activation_function is relu"),
         ({"n_head": 3}, "does not describe a GPT-2"),
         ({"n_head": 0}, "does not describe a GPT-2"),
+        ({"n_head": ...}, "n_head missing"),
         ({"n_layer": "two"}, "does not describe a GPT-2"),
+        ({"n_layer": 10**9}, "does not describe a GPT-2"),  # before a model of that size is made
         ({"n_layer": 3}, "weights do not match"),
         ({"n_embd": 16}, "weights do not match"),
         ({"vocab_size": 5}, "the tokenizer has .* ids, the model 5"),
     ],
 )
 def test_a_config_that_is_not_this_gpt2s_is_one_clear_line(saved, changes, message):
-    edit_json(saved / "config.json", **changes)
+    content = json.loads((saved / "config.json").read_text()) | changes
+    content = {name: value for name, value in content.items() if value is not ...}  # that one is missing
+    (saved / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as caught:
         load_model(saved)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("config.json", "contains no model"),
+        ("model.safetensors", "has no weights in safetensors"),
+        ("tokenizer.json", r"has no tokenizer\.json"),
+    ],
+)
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "noise"])
-def test_a_damaged_model_file_is_a_user_error(saved, name, damage):
+def test_a_damaged_model_file_is_a_user_error(saved, name, missing, damage):
     path = saved / name
     content = path.read_bytes()
     path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "noise": b"\xff" * 999}.get(damage, b""))
     if damage == "missing":
         path.unlink()
-    with pytest.raises(UserError, match=str(saved)):
+    message = f" {missing}" if damage == "missing" else f"/{name} is (missing or )?damaged"
+    with pytest.raises(UserError, match=f"^{saved}{message}"):
         load_model(saved)
 
 
 @pytest.mark.parametrize("name", ["nowhere/at/all", "n" * 300, "n" * 300 + ".pt"])
 def test_a_name_of_nothing_is_a_user_error(tmp_path, name):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match="no such file" if name.endswith(".pt") else "contains no model") as caught:
         load_model(tmp_path / name)
     assert "\n" not in str(caught.value)
 
@@ -468,15 +452,6 @@ def test_of_the_folder_of_a_run_best_is_taken_or_last_or_nanogpts_file(tmp_path)
 
 def test_the_files_of_a_model_have_the_same_permissions(tiny_run):
     assert len({path.stat().st_mode for folder in ("best", "last") for path in (tiny_run / folder).iterdir()}) == 1
-
-
-def test_weights_that_are_not_numbers_are_refused(tmp_path):
-    model = make_model(of_kind("char"))
-    with torch.no_grad():
-        model.transformer.wpe.weight[0, 0] = float("nan")
-    save_model(tmp_path, model, of_kind("char"))
-    with pytest.raises(UserError, match="not finite"):
-        load_model(tmp_path)
 
 
 def test_links_are_followed(saved, tmp_path_factory):
@@ -510,44 +485,24 @@ def test_biases_that_another_tool_has_trained_are_loaded(tmp_path):
     assert model.transformer.ln_f.bias.eq(0).all()
 
 
-@pytest.mark.parametrize("change", ["integers", "a layer more", "a size missing"])
-def test_tensors_that_are_not_this_models_are_refused(tmp_path, change):
-    tokenizer = of_kind("char")
-    save_model(tmp_path, make_model(tokenizer, bias=False), tokenizer)
-    path = tmp_path / "model.safetensors"
-    tensors = load_file(path)
-    if change == "integers":
-        tensors["wte.weight"] = tensors["wte.weight"].view(torch.int32)
-    elif change == "a layer more":
-        tensors["h.2.ln_1.weight"] = tensors["h.1.ln_1.weight"].clone()
-    else:
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "n_head"}))
-    save_file(tensors, path)
-    with pytest.raises(UserError):
-        load_model(tmp_path)
+MATRIX = "h.1.mlp.c_fc.weight"
+NO_MATRIX = r"missing or damaged|size mismatch for .*mlp\.c_fc\.weight"
 
 
-@pytest.mark.parametrize("way", ["flat", "one dimension more"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda old: {"wpe.weight": old["wpe.weight"].index_fill(0, torch.tensor([0]), math.nan)}, "not finite"),
+        (lambda old: {"wte.weight": old["wte.weight"].view(torch.int32)}, "not finite"),
+        (lambda old: {"wte.weight": old["wte.weight"][:1].clone()}, "the embedding has 1 rows"),
+        (lambda old: {"h.2.ln_1.weight": old["h.1.ln_1.weight"].clone()}, "weights do not match"),
+        (lambda old: {MATRIX: old[MATRIX].flatten()}, NO_MATRIX),
+        (lambda old: {MATRIX: old[MATRIX][None].clone()}, NO_MATRIX),
+    ],
+)
 @pytest.mark.filterwarnings("error")
-def test_a_weight_that_is_not_a_matrix_is_refused(saved, way):
+def test_tensors_that_are_not_this_models_are_refused(saved, change, message):
     tensors = load_file(saved / "model.safetensors")
-    weight = tensors["h.1.mlp.c_fc.weight"]
-    tensors["h.1.mlp.c_fc.weight"] = weight.flatten() if way == "flat" else weight[None].clone()
-    save_file(tensors, saved / "model.safetensors")
-    with pytest.raises(UserError, match=r"missing or damaged|size mismatch for .*mlp\.c_fc\.weight"):
-        load_model(saved)
-
-
-def test_an_absurd_size_is_refused_before_a_model_of_it_is_made(saved):
-    edit_json(saved / "config.json", n_layer=10**9)
-    with pytest.raises(UserError, match="does not describe a GPT-2"):
-        load_model(saved)
-
-
-def test_an_embedding_with_too_few_rows_is_refused_and_not_broadcast(saved):
-    tensors = load_file(saved / "model.safetensors")
-    tensors["wte.weight"] = tensors["wte.weight"][:1].clone()
-    save_file(tensors, saved / "model.safetensors")
-    with pytest.raises(UserError, match="the embedding has 1 rows"):
+    save_file(tensors | change(tensors), saved / "model.safetensors")
+    with pytest.raises(UserError, match=message):
         load_model(saved)

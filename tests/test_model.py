@@ -14,9 +14,9 @@ from plaingpt.tokenizer import make_tokenizer
 SMALL = GPTConfig(block_size=12, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
 
 
-def random_model(config: GPTConfig, std: float = 0.2) -> GPT:
+def random_model(config: GPTConfig, std: float = 0.2, seed: int = 0) -> GPT:
     """A model in which every parameter matters: biases and LayerNorms too are random."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = GPT(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -46,15 +46,6 @@ def test_logits_and_loss_equal_those_of_transformers(tmp_path, shape, bias):
     assert logits.shape == expected.logits.shape
     assert torch.allclose(logits, expected.logits, atol=1e-4)
     assert loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
-
-
-def test_loss_is_the_cross_entropy_over_the_real_vocabulary():
-    model = random_model(SMALL)
-    idx, targets = random_ids(SMALL, 2, 13).split([12, 1], dim=1)[0], random_ids(SMALL, 2, 12).flip(1)
-    logits, loss = model(idx, targets)
-    chosen = logits.double().log_softmax(-1).gather(2, targets[..., None])
-    assert logits.shape == (2, 12, 65)
-    assert loss.item() == pytest.approx(-chosen.mean().item(), abs=1e-5)
 
 
 def test_ignored_targets_do_not_count():
@@ -116,18 +107,6 @@ def test_initial_weights_are_gpt2s():
             expected = 0.02 / math.sqrt(8) if name.endswith("c_proj.weight") else 0.02
             assert weights.std().item() == pytest.approx(expected, rel=0.05), name
             assert abs(weights.mean().item()) < 0.1 * expected, name
-
-
-def test_bias_false_leaves_no_bias():
-    model = GPT(GPTConfig(block_size=4, vocab_size=9, n_layer=1, n_head=1, n_embd=8, bias=False))
-    assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
-
-
-def test_loss_at_the_start_is_that_of_a_guess():
-    torch.manual_seed(0)
-    config = GPTConfig(block_size=32, vocab_size=1000, n_layer=2, n_head=2, n_embd=32)
-    idx = random_ids(config, 8, 33)
-    assert GPT(config)(idx[:, :-1], idx[:, 1:])[1].item() == pytest.approx(math.log(1000), abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
