@@ -94,6 +94,10 @@ def edit_json(path: Path, **changes) -> None:
     (path.parent / "SHA256SUMS").unlink(missing_ok=True)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def child_environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 

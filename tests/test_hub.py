@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, child_environment
+from conftest import ROOT, child_environment, contents
 from safetensors.torch import load_file
-from test_checkpoint import of_kind, transformers_model
+from test_checkpoint import of_kind, save_vocab_and_merges, transformers_model
 
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError
@@ -119,10 +119,6 @@ def client(hub, tmp_path: Path, *command, **environment: str) -> subprocess.Comp
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
 
 
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 def test_a_checkpoint_goes_to_the_hub_and_comes_back(tmp_path, hub, tiny_run):
     """`hf upload`, then `load_model` by name, by tag, and once more without a network, from the cache."""
     hf = Path(sys.executable).with_name("hf")
@@ -131,7 +127,7 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(tmp_path, hub, tiny_run):
     uploaded = client(hub, tmp_path, hf, "upload", "me/mine", tiny_run / "best")
     assert uploaded.returncode == 0, uploaded.stderr
     (_, (commit, files)) = hub.repositories["me/mine"].items()
-    assert files == files_of(tiny_run / "best")
+    assert files == contents(tiny_run / "best")
     total = sum(t.double().abs().sum() for t in load_file(tiny_run / "best" / "model.safetensors").values())
     other = files | {"config.json": json.dumps({"model_type": "llama"}).encode()}
     hub.repositories["some/llama"] = {"1" * 40: other}
@@ -177,14 +173,10 @@ def test_a_file_of_a_model_is_refused_with_its_directory(tmp_path, tiny_run, mon
 
 def test_a_model_on_the_hub_has_the_tokenizer_that_is_there_with_it(tmp_path, hub):
     """vocab.json and merges.txt alone, of as many ids as GPT-2 has."""
-    description = json.loads(of_kind("gpt2").to_json())["model"]
-    a, b = (description["vocab"][token] for token in ("e", "r"))
-    vocabulary = description["vocab"] | {"e": b, "r": a, "<|endoftext|>": 50256}
+    a, b = map(of_kind("gpt2").vocabulary().get, "er")
     transformers_model(50257).save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "vocab.json").write_text(json.dumps(vocabulary))
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in description["merges"]]
-    (tmp_path / "model" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
-    hub.repositories["some/gpt2"] = {"4" * 40: files_of(tmp_path / "model")}
+    save_vocab_and_merges(tmp_path / "model", of_kind("gpt2"), {"e": b, "r": a, "<|endoftext|>": 50256})
+    hub.repositories["some/gpt2"] = {"4" * 40: contents(tmp_path / "model")}
     code = "from plaingpt.checkpoint import load_model; print(load_model('some/gpt2')[1].encode('e'))"
     found = client(hub, tmp_path, sys.executable, "-c", code, PYTHONPATH=str(ROOT))
     assert found.stdout == f"{[{a: b, b: a}.get(i, i) for i in of_kind('gpt2').encode('e')]}\n", found.stderr
