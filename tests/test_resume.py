@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import child_environment, edit_json, run_main
+from conftest import child_environment, contents, edit_json, run_main
 from runs import GETS_WORSE, PLAN, largest_difference, records, same_run, weights
 
 import train as train_script
@@ -20,21 +20,14 @@ TWICE = {"batch_size": 2, "gradient_accumulation_steps": 2}
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, train, resume, optimizer, dtype):
-    settings = dict(optimizer=optimizer, dtype=dtype, dropout=0.2, gradient_accumulation_steps=2, batch_size=2) | PLAN
+def test_a_run_that_is_resumed_twice_is_the_straight_run_bit_for_bit(tmp_path, train, resume, optimizer, dtype):
+    settings = TWICE | PLAN | dict(optimizer=optimizer, dtype=dtype, dropout=0.2, eval_interval=1)
     train(tmp_path / "straight", **settings)
-    train(tmp_path / "halves", max_iters=3, **settings)
-    assert not same_run(tmp_path / "straight", tmp_path / "halves")
-    resume(tmp_path / "halves", max_iters=6, dtype=dtype)
-    assert same_run(tmp_path / "straight", tmp_path / "halves")
-
-
-def test_a_run_can_be_resumed_twice(tmp_path, train, resume):
-    train(tmp_path / "straight", **PLAN)
-    train(tmp_path / "parts", max_iters=2, **PLAN)
-    resume(tmp_path / "parts", max_iters=3)
-    resume(tmp_path / "parts", max_iters=6)
-    assert largest_difference(weights(tmp_path / "straight"), weights(tmp_path / "parts")) == 0
+    train(tmp_path / "parts", max_iters=3, **settings)
+    assert not same_run(tmp_path / "straight", tmp_path / "parts")
+    for steps in (4, 6):
+        resume(tmp_path / "parts", max_iters=steps, dtype=dtype)
+    assert same_run(tmp_path / "straight", tmp_path / "parts")
 
 
 def test_neither_a_new_nor_a_resumed_run_imports_torchs_compiler(tmp_path, tiny_flags):
@@ -46,14 +39,6 @@ def test_neither_a_new_nor_a_resumed_run_imports_torchs_compiler(tmp_path, tiny_
     command = [sys.executable, "-c", code, *tiny_flags(tmp_path / "run", max_iters=1, init_from="scratch")]
     ended = subprocess.run(command, env=child_environment(), stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-
-
-def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, train, resume):
-    train(tmp_path / "run", max_iters=2)
-    before, lines = weights(tmp_path / "run"), records(tmp_path / "run")
-    resume(tmp_path / "run")
-    assert largest_difference(before, weights(tmp_path / "run")) == 0
-    assert records(tmp_path / "run") == lines
 
 
 def test_what_was_derived_from_max_iters_is_derived_again(tmp_path, train, resume):
@@ -76,6 +61,7 @@ def test_what_was_derived_from_max_iters_is_derived_again(tmp_path, train, resum
 def test_what_an_interrupted_save_left_is_resumed(tmp_path, train, resume):
     train(tmp_path / "run", max_iters=2)
     (tmp_path / "run" / "last").rename(tmp_path / "run" / ".last.old")
+    assert load_model(tmp_path / "run" / "last")[0]
     resume(tmp_path / "run", max_iters=4)
     assert load_state(tmp_path / "run" / "last")[0].step == 4
 
@@ -105,12 +91,6 @@ def test_a_recipe_of_another_run_does_not_continue_this_one_by_itself(short_run,
     ended = run_main("train", recipe, f"--out_dir={short_run}", "--init_from=auto")
     assert ended.status == 2 and f"{recipe}: dataset=other, but the checkpoint was trained with tiny" in ended.err
     assert ended.err.endswith(f", or from these weights: --init_from={short_run}/best --out_dir=…\n")
-
-
-def test_a_setting_that_agrees_with_the_checkpoint_may_be_given(tmp_path, train, resume):
-    train(tmp_path / "run", max_iters=2)
-    resume(tmp_path / "run", max_iters=3, n_embd=16)
-    assert load_state(tmp_path / "run" / "last")[0].step == 3
 
 
 def test_a_resume_with_another_learning_rate_is_used_and_reported(tmp_path, train, resume):
@@ -155,12 +135,6 @@ def test_a_recipe_given_again_on_resume_changes_neither_evaluations_nor_what_is_
     assert ended.status == 0, ended.err
     state, _ = load_state(tmp_path / "run" / "last")
     assert state.eval_sequences == 2 * 4 and state.settings["min_lr"] is None
-
-
-def test_a_resume_on_other_data_is_reported(tmp_path, train, resume, data_dir):
-    train(tmp_path / "run", max_iters=1)
-    edit_json(tmp_path / "run" / "last" / "training.json", data="another")
-    assert "is not the one that" in resume(tmp_path / "run", max_iters=2).err
 
 
 def test_the_best_loss_on_other_data_is_forgotten(tmp_path, train, resume):
@@ -290,12 +264,12 @@ def test_numbered_checkpoints_are_kept_and_can_be_resumed_from(tmp_path, train, 
     for elsewhere in ("../run/last", tiny_run / "last"):
         printed = resume(tmp_path / "run", status=2, init_from=f"resume:{elsewhere}").err
         assert "is not a checkpoint of out_dir=" in printed
-    before = (tmp_path / "run" / "last" / "training.json").read_bytes()
+    before = contents(tmp_path / "run")
     printed = resume(tmp_path / "run", status=2, init_from="resume:step-000004", max_iters=3).err
     assert "max_iters=3, but the checkpoint in" in printed and "is at step 4" in printed
     printed = resume(tmp_path / "run", max_iters=3).err
     assert "the run is complete at step 3; to train longer: --init_from=resume with --minutes or a higher" in printed
-    assert (tmp_path / "run" / "last" / "training.json").read_bytes() == before
+    assert contents(tmp_path / "run") == before
 
 
 def test_patience_ends_a_run_that_gets_no_better_and_survives_a_resume(tmp_path, train, resume):
@@ -361,6 +335,7 @@ def test_a_damaged_last_is_refused_with_the_names_of_other_checkpoints(tmp_path,
     train(tmp_path / "run", keep_every=2)
     (tmp_path / "run" / "last" / "optimizer.safetensors").write_bytes(b"")
     (message,) = resume(tmp_path / "run", status=2).err.splitlines()
+    assert "optimizer.safetensors is damaged" in message
     assert message.endswith("; available: step-000002, step-000004, step-000006 (--init_from=resume:NAME)")
     resume(tmp_path / "run", init_from="resume:step-000004")
     resume(tmp_path / "run")

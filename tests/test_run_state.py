@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, child_environment, edit_json
-from test_checkpoint import logits, of_kind
+from test_checkpoint import of_kind
 
 from model import GPT, GPTConfig
 from plaingpt import run_state
@@ -53,29 +53,10 @@ def steps(model: GPT, optimizers: list, count: int) -> None:
         apply_gradients(list(model.parameters()), optimizers, scaler, 0.01, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_optimizer_state_comes_back_bit_for_bit(tmp_path, kind):
-    model, optimizers = trained(kind)
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), step=3)
-    loaded = load_model(tmp_path / "last")[0].train()
-    loaded_optimizers = make_optimizers(loaded, kind, 0.01, 0.1, (0.9, 0.95))
-    load(tmp_path / "last", loaded, loaded_optimizers)
-    steps(model, optimizers, 2)
-    steps(loaded, loaded_optimizers, 2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
-
-
 def test_training_comes_back(tmp_path):
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=3, seconds=0.1 + 0.2)
     state, _ = load_state(tmp_path / "last")
     assert (state.step, state.seconds, state.lowest_val_loss) == (3, 0.1 + 0.2, None)
-
-
-def test_a_later_checkpoint_replaces_the_earlier_one(tmp_path):
-    for step in (1, 2):
-        save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=step)
-    assert load_state(tmp_path / "last")[0].step == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
 def test_optimizer_state_of_another_model_or_optimizer_is_refused(tmp_path):
@@ -90,17 +71,8 @@ def test_a_damaged_training_file_is_a_user_error(tmp_path, content):
     save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=1)
     path = tmp_path / "last" / "training.json"
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match="last"):
+    with pytest.raises(UserError, match=r"training\.json"):
         load_state(tmp_path / "last")
-
-
-def test_a_truncated_optimizer_file_is_a_user_error(tmp_path):
-    model, optimizers = trained()
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), step=1)
-    path = tmp_path / "last" / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"optimizer\.safetensors is .*damaged"):
-        load(tmp_path / "last", model, optimizers)
 
 
 def test_no_checkpoint_is_a_user_error(tmp_path):
@@ -111,15 +83,6 @@ def test_no_checkpoint_is_a_user_error(tmp_path):
         UserError, match=f"from nanoGPT's weights: --init_from={tmp_path / 'ckpt.pt'} and another --out_dir"
     ):
         load_state(tmp_path / "last")
-
-
-def test_what_an_interrupted_save_left_is_used(tmp_path):
-    model, optimizers = trained()
-    save_checkpoint(tmp_path / "last", model, optimizers, of_kind("char"), step=7)
-    (tmp_path / "last").rename(tmp_path / ".last.old")
-    assert load_state(tmp_path / "last")[0].step == 7
-    assert torch.equal(logits(load_model(tmp_path / "last")[0]), logits(model.eval()))
-    load(tmp_path / "last", model, optimizers)
 
 
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_refused(tmp_path):
