@@ -2,23 +2,20 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, child_environment, edit_json
+from conftest import TINY, edit_json
 from runs import GETS_WORSE, largest_difference, records, same_run, weights
 
 from model import GPT, GPTConfig
 from plaingpt.checkpoint import load_model
-from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
 from plaingpt.metrics import read_metrics
-from plaingpt.run_state import RunState, load_state, read_best
+from plaingpt.run_state import load_state, read_best
 from plaingpt.tokens import Tokens, open_data_set
-from train import Run, TrainConfig, start_run, train_step
+from train import Run, TrainConfig, train_step
 
 
 def test_a_run_leaves_its_files(tiny_run):
@@ -39,6 +36,8 @@ def test_metrics_have_the_keys_of_the_contract(tiny_run):
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6]
     assert all(line["tokens"] == line["step"] * 4 * 16 for line in lines)
     assert all(math.isfinite(value) for line in lines for value in line.values())
+    # here a token is a byte
+    assert all(line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2)) for line in lines if "val_loss" in line)
 
 
 def test_a_run_learns(tiny_run, data_dir):
@@ -46,17 +45,6 @@ def test_a_run_learns(tiny_run, data_dir):
     vocab_size = open_data_set(data_dir / "tiny").tokenizer.vocab_size
     assert losses[0] == pytest.approx(math.log(vocab_size), abs=0.2)
     assert losses[2] < losses[1] < losses[0] - 0.1
-
-
-def test_bits_per_byte_are_the_loss_in_bits_of_a_character(tiny_run):
-    for line in records(tiny_run):
-        if "val_loss" in line:
-            assert line["val_bpb"] == pytest.approx(line["val_loss"] / math.log(2))  # here a token is a byte
-
-
-def test_the_learning_rate_of_each_update_is_the_schedules(tiny_run):
-    rates = [line["lr"] for line in records(tiny_run) if "lr" in line]
-    assert rates == pytest.approx([1e-2 * (1 - step / 6) for step in range(6)])
 
 
 def test_the_last_learning_rate_is_nanogpts_under_its_schedule_and_0_under_ours():
@@ -124,15 +112,11 @@ def test_accumulated_micro_steps_equal_one_large_batch(tmp_path, train):
         assert one == pytest.approx(four, rel=1e-4)
 
 
-def test_evaluation_and_samples_do_not_change_the_run(tmp_path, train):
+def test_evaluation_and_samples_do_not_change_the_run_but_dropout_does(tmp_path, train, tiny_run):
     train(tmp_path / "often", dropout=0.3, eval_interval=1, sample_tokens=9)
     train(tmp_path / "once", dropout=0.3, eval_interval=100, sample_tokens=0, log_interval=4)
     assert largest_difference(weights(tmp_path / "often"), weights(tmp_path / "once")) == 0
-
-
-def test_dropout_changes_the_run(tmp_path, train, tiny_run):
-    train(tmp_path / "run", dropout=0.3)
-    assert largest_difference(weights(tiny_run), weights(tmp_path / "run")) > 1e-4
+    assert largest_difference(weights(tiny_run), weights(tmp_path / "often")) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -224,32 +208,6 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, train, changes, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_cuda_without_cuda_is_one_line_and_status_2(tmp_path, tiny_flags):
-    """As a process of its own: what a shell sees."""
-    command = [sys.executable, ROOT / "train.py", *tiny_flags(tmp_path / "run", device="cuda")]
-    ended = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("train.py: --device=cuda")
-    assert ended.stderr.count("\n") == 1
-
-
-def test_micro_steps_that_do_not_divide_among_the_processes_are_refused():
-    two = Distributed(torch.device("cpu"), torch.float32, rank=0, world_size=2)
-    with pytest.raises(UserError, match="gradient_accumulation_steps=3 must be a multiple of"):
-        start_run(TrainConfig(gradient_accumulation_steps=3), {}, RunState(), None, two)
-
-
-def test_finetuning_starts_from_the_pretrained_model(tmp_path, train, tiny_run):
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
-    train(tmp_path / "run", init_from=tiny_run / "last", max_iters=2, learning_rate=1e-3, **shape)
-    before = [line["val_loss"] for line in records(tiny_run) if "val_loss" in line]
-    after = [line["val_loss"] for line in records(tmp_path / "run") if "val_loss" in line]
-    assert after[0] == pytest.approx(before[-1], abs=1e-6)
-    assert after[-1] != after[0]
-    assert load_state(tmp_path / "run" / "last")[0].step == 2
-
-
 def test_finetuning_that_only_makes_a_model_worse_says_so(tmp_path, train, resume, tiny_run):
     worse = dict(init_from=tiny_run / "best", learning_rate=1)
     train(tmp_path / "run", **worse | {"max_iters": 3, "lr_decay_iters": 6})
@@ -258,11 +216,6 @@ def test_finetuning_that_only_makes_a_model_worse_says_so(tmp_path, train, resum
     assert len(later) == 2 and first < min(later)
     note = f"lowest val_loss {min(later):.4f} at step "
     assert note in ended.err and f"; before training, val_loss was {first:.4f}\n" in ended.err
-
-
-def test_finetuning_can_crop_the_block(tmp_path, train, tiny_run):
-    train(tmp_path / "run", init_from=tiny_run / "last", max_iters=1, block_size=8)
-    assert load_model(tmp_path / "run" / "last")[0].config.block_size == 8
 
 
 def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tiny_run):
