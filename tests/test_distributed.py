@@ -1,6 +1,5 @@
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -10,8 +9,7 @@ import torch
 from conftest import ROOT, child_environment
 
 from plaingpt.console import RunFailed, UserError
-from plaingpt.distributed import Distributed, StopSignal, connect
-from plaingpt.parallel import wrap
+from plaingpt.distributed import Distributed, connect
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -27,11 +25,6 @@ def test_one_process_is_main_and_sums_are_its_own():
     assert dist.peak_flops is None
     dist.synchronize()
     dist.close()
-
-
-def test_one_process_trains_the_model_as_it_is():
-    model = torch.nn.Linear(2, 2)
-    assert wrap(model, connect("cpu")) is model
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
@@ -90,39 +83,18 @@ def test_a_cpu_trains_in_bfloat16_where_that_is_faster(monkeypatch, cpu, dtype):
     assert connect("cpu").dtype == dtype
 
 
-def test_tensors_go_to_the_device():
-    first, second = connect("cpu").to_device(torch.ones(2), torch.zeros(3))
-    assert (first.tolist(), second.tolist()) == ([1, 1], [0, 0, 0])
-
-
-@pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x"])
+@pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x", "cuda", "cuda:99", "mps"])
 def test_a_device_that_does_not_exist_is_a_user_error(name):
-    with pytest.raises(UserError, match="use cpu, cuda, cuda:1 or mps"):
+    if (name == "cuda" and torch.cuda.is_available()) or (name == "mps" and torch.backends.mps.is_available()):
+        pytest.skip("it exists")
+    reason = "no GPU 99" if name == "cuda:99" and torch.cuda.is_available() else ""
+    with pytest.raises(UserError, match=f"--device={name}: {reason}.*; use cpu, cuda, cuda:1 or mps"):
         connect(name)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_cuda_without_cuda_is_a_user_error():
-    with pytest.raises(UserError, match=r"--device=cuda: .*; use cpu, cuda, "):
-        connect("cuda")
-
-
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="has an Apple GPU")
-def test_mps_without_mps_is_a_user_error():
-    with pytest.raises(UserError, match="--device=mps: "):
-        connect("mps")
 
 
 def test_a_rank_without_other_processes_is_a_user_error(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match="RANK=1 and WORLD_SIZE=1 in the environment: start processes with torchrun"):
-        connect("cpu")
-
-
-def test_launchers_need_not_say_how_many_processes_are_on_a_node(monkeypatch):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(RunFailed, match="could not connect at MASTER_ADDR=None MASTER_PORT=None"):
         connect("cpu")
 
 
@@ -156,26 +128,6 @@ def test_cuda_is_chosen_where_there_is_one():
     assert dist.dtype in (torch.bfloat16, torch.float16)
     (there,) = dist.to_device(torch.ones(2))
     assert there.device == dist.device
-
-
-@needs_cuda
-def test_a_card_that_is_not_there_is_a_user_error():
-    with pytest.raises(UserError, match="no GPU 99"):
-        connect("cuda:99")
-
-
-def test_a_signal_is_noted_and_reported_and_a_second_interrupt_is_not_held_back(capfd):
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        stop = StopSignal()
-        assert stop.number == 0
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.number == signal.SIGUSR1
-        assert capfd.readouterr().err == "\nsaving and stopping; Ctrl-C now exits at once\n"
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # ends the process, whatever it waits for
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def test_two_processes_sum_and_average_gradients_and_wait_for_the_work_of_one(tmp_path):

@@ -190,6 +190,7 @@ def apart(left: Path, right: Path) -> float:
 def test_two_processes_make_the_run_of_one(runs, name):
     folder, ended = runs
     assert len(losses(folder / "one", "train_loss")) == 8
+    assert losses(folder / "one", "grad_norm") == pytest.approx(losses(folder / name, "grad_norm"), rel=1e-3)
     assert apart(folder / "one", folder / name) < 1e-5, ended.stderr
 
 
