@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, child_environment, flags, made_text, run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoint import make_model, nanogpt_checkpoint
+from test_checkpoint import make_model
 
 import sample as script
 from plaingpt.batches import derive_seed
@@ -53,10 +53,12 @@ def test_a_seed_names_a_text(learned):
     assert sample(learned, seed=1) == sample(learned, seed=1) != sample(learned, seed=2)
 
 
-def test_top_k_one_and_top_p_zero_are_the_likeliest(learned):
+def test_settings_that_leave_one_token_take_the_likeliest(learned):
     expected = sample(learned, temperature=0)
+    assert sample(learned, temperature=1e-46) == expected  # float32 cannot divide by that
     assert sample(learned, temperature=5, top_k=1) == expected
     assert sample(learned, temperature=5, top_k=0, top_p=0) == expected
+    assert sample(learned, temperature=5, top_k=0, min_p=1) == expected
     assert sample(learned, temperature=5, top_k=0) != expected
 
 
@@ -93,25 +95,14 @@ def test_a_prompt_from_a_file_and_from_standard_input(learned, tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     assert sample(learned, start="FILE:~/prompt.txt") == expected
     assert sample(learned, start="-", stdin="and the sea") == expected
+    (tmp_path / "prompt.txt").write_bytes(b"the sea\r\n")  # as on Windows
+    assert sample(learned, start=f"FILE:{tmp_path}/prompt.txt") == sample(learned, start="the sea\n")
 
 
 def test_no_prompt_starts_from_nothing(learned):
     text = sample(learned, start="", max_new_tokens=30)
     assert text.endswith("\n")
     assert "endoftext" not in text
-
-
-def test_a_prompt_file_that_is_missing_is_one_line_and_status_2(learned, tmp_path):
-    error = sample(learned, status=2, start=f"FILE:{tmp_path / 'nothing.txt'}")
-    assert "nothing.txt" in error
-    assert error.count("\n") == 1
-
-
-def test_an_unknown_character_is_one_line_and_status_2(learned):
-    error = sample(learned, status=2, start="the Ω")
-    assert error.startswith("sample.py: ")
-    assert "Ω" in error
-    assert error.count("\n") == 1
 
 
 def test_a_folder_without_a_model_is_one_line_and_status_2(tmp_path):
@@ -124,12 +115,6 @@ def test_out_dir_may_be_a_model_directory_and_init_from_names_one(learned):
     expected = sample(learned)
     assert sample(learned / "best") == expected
     assert sample("nowhere", init_from=learned / "best") == expected
-
-
-def test_last_is_used_where_there_is_no_best(learned, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "last").symlink_to(learned / "last")
-    assert sample(tmp_path / "run") == sample(learned)
 
 
 @pytest.fixture(scope="module")
@@ -264,11 +249,6 @@ def test_interactive_answers_line_by_line(learned):
     assert "Ω" in ended.err  # printed, and asked again
 
 
-def test_more_of_the_settings_of_drawing_reach_it(learned):
-    expected = sample(learned, temperature=0)
-    assert sample(learned, temperature=5, top_k=0, min_p=1) == expected
-
-
 def test_a_setting_can_be_changed_in_interactive_mode(learned):
     stdin = "the sea\n/temperature 0\nthe sea\n/max_new_tokens=2\nthe sea\n/temprature 1\n/top_k -1\n/dtype float32\n"
     arguments = [f"--out_dir={learned}", "--max_new_tokens=20", "--device=cpu", "--dtype=float32", "--interactive"]
@@ -312,12 +292,6 @@ def test_interactive_makes_as_many_samples_at_once_as_allowed(learned, monkeypat
     assert ended.out.count("the sea") == 3
 
 
-def test_the_checkpoint_in_a_directory_of_nanogpt_is_sampled(tmp_path):
-    nanogpt_checkpoint(tmp_path / "ckpt.pt")
-    ended = run_main("sample", f"--out_dir={tmp_path}", "--max_new_tokens=2", "--num_samples=1", "--device=cpu")
-    assert ended.status == 0 and ended.out.strip(), ended.err
-
-
 def test_a_model_of_text_without_line_breaks_begins_without_one(tmp_path):
     tokenizer = make_tokenizer("char", ["emma", "olivia"], 0)
     (tmp_path / "model").mkdir()
@@ -325,7 +299,7 @@ def test_a_model_of_text_without_line_breaks_begins_without_one(tmp_path):
     arguments = [f"--out_dir={tmp_path / 'model'}", "--device=cpu", "--max_new_tokens=5"]
     assert run_main("sample", *arguments).status == 0
     ended = run_main("sample", *arguments, "--start=\n")
-    assert ended.status == 2 and "the tokenizer does not know '\\n'" in ended.err
+    assert ended.status == 2 and "the tokenizer does not know '\\n'" in ended.err and ended.err.count("\n") == 1
 
 
 def test_a_seed_given_again_gives_the_same_text_again(learned):
@@ -355,15 +329,6 @@ def test_bytes_that_are_no_text_do_not_end_interactive_mode(learned):
 def test_a_prompt_that_cannot_be_read_is_reported_before_a_model_is_looked_for(prompt):
     ended = run_main("sample", "--init_from=no/such-model", prompt)
     assert (ended.status, ended.err) == (2, "sample.py: missing.txt: No such file or directory\n")
-
-
-def test_a_file_of_windows_has_the_same_prompt(learned, tmp_path):
-    (tmp_path / "prompt.txt").write_bytes(b"the sea\r\n")
-    assert sample(learned, start=f"FILE:{tmp_path}/prompt.txt") == sample(learned, start="the sea\n")
-
-
-def test_a_temperature_that_float32_cannot_divide_by_takes_the_likeliest(learned):
-    assert sample(learned, temperature=1e-46) == sample(learned, temperature=0)
 
 
 def test_only_a_line_feed_ends_a_prompt_in_a_file(emoji, tmp_path):
