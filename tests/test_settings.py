@@ -90,12 +90,6 @@ def test_files_override_defaults_later_files_earlier_ones_and_flags_all(recipe):
     assert given == {"layers": str(first), "sugar": str(second), "label": "--label"}
 
 
-def test_files_apply_in_the_order_given(recipe):
-    first, second = recipe("layers = 1", "first.py"), recipe("layers = 2", "second.py")
-    assert load(first, second).layers == 2
-    assert load(second, first).layers == 1
-
-
 def test_a_flag_with_its_default_value_still_overrides_a_file(recipe):
     assert load(recipe("layers = 7"), "--layers=3").layers == 3
 
@@ -109,19 +103,6 @@ def test_positional_arguments_can_be_a_field_instead_of_recipes():
 # names
 
 
-@pytest.mark.parametrize("flag", ["--suger=1", "--suger"])
-def test_a_misspelled_flag_is_refused_with_the_flag_and_the_nearest_name(flag):
-    assert refusal(flag) == "--suger: unknown setting suger; did you mean sugar?"
-
-
-def test_a_flag_without_a_value_is_refused_with_the_remedy():
-    assert refusal("--sugar") == refusal("--sugar", "--sliced") == "--sugar needs a value: --sugar=…"
-
-
-def test_an_abbreviated_flag_is_refused():
-    assert "unknown setting layer;" in refusal("--layer=2")
-
-
 def test_a_misspelled_name_in_a_file_is_refused_with_the_file_and_the_nearest_name(recipe):
     path = recipe("glazeshare = 0.1")
     assert refusal(path) == f"{path}: unknown setting glazeshare; did you mean glaze_share? {own('glazeshare')}"
@@ -132,13 +113,8 @@ def own(name: str) -> str:
 
 
 def test_a_name_similar_to_none_is_refused_with_a_hint_to_help(recipe):
-    assert refusal("--qqq=1") == "--qqq: unknown setting qqq; --help lists them"
     path = recipe("qqq = 1")
     assert refusal(path) == f"{path}: unknown setting qqq; --help lists them {own('qqq')}"
-
-
-def test_a_flag_with_one_dash_is_refused():
-    assert refusal("-sugar=2") == "-sugar=2: flags begin with --"
 
 
 def test_a_retired_flag_gives_a_note_only(capsys):
@@ -150,10 +126,6 @@ def test_a_retired_switch_needs_no_value(capsys):
     assert load("--lard", "--layers=2") == Cake(layers=2)
     assert "lard: not needed" in capsys.readouterr().err
     assert refusal("--lard", "nothing.py").startswith("nothing.py: recipe not found")
-
-
-def test_an_empty_path_is_refused():
-    assert refusal("--recipe_book=") == "--recipe_book is empty"
 
 
 def test_a_retired_name_in_a_file_gives_a_note_only(recipe, capsys):
@@ -174,7 +146,6 @@ def test_a_retired_name_in_a_file_gives_a_note_only(recipe, capsys):
         ("--sugar=1", "sugar", 1.0),
         ("--sugar=2e-3", "sugar", 0.002),
         ("--glaze_share=1", "glaze_share", 1.0),
-        ("--glaze_share=0", "glaze_share", 0.0),
         ("--flour=2", "flour", 2.0),
         ("--icing=lemon", "icing", "lemon"),
         ("--sliced=True", "sliced", True),
@@ -183,7 +154,6 @@ def test_a_retired_name_in_a_file_gives_a_note_only(recipe, capsys):
         ("--warm=0", "warm", False),
         ("--label=12", "label", "12"),
         ("--label=None", "label", "None"),
-        ("--label=True", "label", "True"),
         ("--label=a=b=c", "label", "a=b=c"),
         ("--label=--layers=9", "label", "--layers=9"),
         ("--label=", "label", ""),
@@ -214,30 +184,34 @@ def test_a_tilde_is_the_home_directory_in_a_path_and_a_tilde_in_a_text(recipe, m
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("flags", "message"),
     [
+        ("--suger=1", "--suger: unknown setting suger; did you mean sugar?"),
+        ("--suger", "--suger: unknown setting suger; did you mean sugar?"),
+        ("--layer=2", "--layer: unknown setting layer; did you mean layers?"),  # not an abbreviation
+        ("--qqq=1", "--qqq: unknown setting qqq; --help lists them"),
+        ("-sugar=2", "-sugar=2: flags begin with --"),
+        ("--sugar", "--sugar needs a value: --sugar=…"),
+        ("--sugar --sliced", "--sugar needs a value: --sugar=…"),
+        ("--recipe_book=", "--recipe_book is empty"),
         ("--layers=0", "--layers must be int (at least 1), not 0"),
-        ("--layers=-2", "--layers must be int (at least 1), not -2"),
         ("--layers=2.5", "--layers must be int (at least 1), not 2.5"),
         ("--layers=True", "--layers must be int (at least 1), not 'True'"),
         ("--layers=None", "--layers must be int (at least 1), not 'None'"),
         ("--candles=-1", "--candles must be int (at least 0), not -1"),
         ("--sugar=0", "--sugar must be float (above 0, at most 1e30), not 0.0"),
-        ("--sugar=-1e-9", "--sugar must be float (above 0, at most 1e30), not -1e-09"),
         ("--sugar=inf", "--sugar must be float (above 0, at most 1e30), not inf"),
         ("--sugar=nan", "--sugar must be float (above 0, at most 1e30), not nan"),
         ("--sugar=much", "--sugar must be float (above 0, at most 1e30), not 'much'"),
         ("--glaze_share=1.01", "--glaze_share must be float (from 0 to 1), not 1.01"),
         ("--glaze_share=nan", "--glaze_share must be float (from 0 to 1), not nan"),
-        ("--flour=2.1", "--flour must be float (above 0, at most 2), not 2.1"),
         ("--icing=rum", "--icing must be plain|lemon, not 'rum'"),
         ("--sliced=yes", "--sliced must be True|False, not 'yes'"),
-        ("--sliced=None", "--sliced must be True|False, not 'None'"),
         (f"--layers={'9' * 5000}", f"--layers must be int (at least 1), not '{'9' * 99}"),
     ],
 )
-def test_an_impossible_flag_is_refused_with_setting_bounds_and_value(flag, message):
-    assert refusal(flag) == message
+def test_an_impossible_flag_is_refused_with_what_is_possible(flags, message):
+    assert refusal(*flags.split()) == message
 
 
 def test_a_bare_switch_is_true_and_takes_nothing_that_follows():
@@ -272,11 +246,8 @@ def test_a_file_gives_python_values(recipe, assignment, name, value):
         ("layers = 0", "0"),
         ("layers = [3]", "[3]"),
         ("sugar = float('nan')", "nan"),
-        ("sugar = float('inf')", "inf"),
-        ("sugar = '0.5'", "'0.5'"),
         ("sugar = True", "True"),
         ("sliced = 1", "1"),
-        ("sliced = 'False'", "'False'"),
         ("icing = 'rum'", "'rum'"),
         ("label = 5", "5"),
     ],
