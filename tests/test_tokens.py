@@ -113,30 +113,19 @@ def test_a_split_may_be_several_files(data_set):
 # damage
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-@pytest.mark.parametrize("check", [True, False])
-def test_a_missing_file_is_refused(data_set, name, check):
-    (data_set / name).unlink()
-    assert refusal(data_set, check=check) == f"{data_set / name} is missing; prepare the data again"
-
-
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-@pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("cut", [1, 2])
-def test_a_truncated_file_is_refused(data_set, name, check, cut):
+@pytest.mark.parametrize(("name", "n"), [("train.bin", 24), ("val.bin", 8)])
+def test_a_truncated_missing_or_changed_file_is_refused(data_set, name, n):
     path = data_set / name
-    os.truncate(path, path.stat().st_size - cut)
-    written = {"train.bin": 24, "val.bin": 8}[name]
-    message = refusal(data_set, check=check)
-    assert message.startswith(f"{path} was truncated or changed: its ") and f" not the {written} ids" in message
-
-
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
-def test_a_changed_file_of_the_same_size_is_refused(data_set, name):
-    data = bytearray((data_set / name).read_bytes())
-    data[4] ^= 1
-    (data_set / name).write_bytes(data)
-    assert refusal(data_set).startswith(f"{data_set / name} was changed since meta.json was written")
+    sound = path.read_bytes()
+    for check in (True, False):
+        for cut in (1, 2):
+            path.write_bytes(sound[:-cut])
+            message = refusal(data_set, check=check)
+            assert message.startswith(f"{path} was truncated or changed: its ") and f" not the {n} ids" in message
+        path.unlink()
+        assert refusal(data_set, check=check) == f"{path} is missing; prepare the data again"
+    path.write_bytes(sound[:4] + bytes([sound[4] ^ 1]) + sound[5:])
+    assert refusal(data_set).startswith(f"{path} was changed since meta.json was written")
 
 
 def test_a_large_data_set_opens_without_being_read_and_is_compared_on_request(data_set, monkeypatch):
@@ -289,11 +278,6 @@ def test_a_folder_of_nanogpt_without_a_split_is_refused(nanogpt, name):
     assert refusal(nanogpt).startswith(f"{nanogpt} is not a prepared data set")
 
 
-def test_an_id_outside_gpt2s_vocabulary_is_refused(nanogpt):
-    np.array([1, 50257], "<u2").tofile(nanogpt / "val.bin")
-    assert refusal(nanogpt).startswith(f"{nanogpt / 'val.bin'} has the id 50257, but the vocabulary ends at 50256")
-
-
 @pytest.mark.parametrize("dtype", ["<u4", "<i8"])
 def test_wider_integers_are_refused_with_a_remedy(nanogpt, dtype):
     np.arange(1, 100, dtype=dtype).tofile(nanogpt / "train.bin")
@@ -354,7 +338,6 @@ def test_shards_of_llm_c_are_read_as_one_without_their_headers(llm_c):
     ("header", "message"),
     [
         ({"magic": 20240521}, "has the id 55433, but the vocabulary ends at 50256"),
-        ({"magic": 20240801, "version": 7}, "has the id 55713, but the vocabulary ends at 50256"),
         ({"version": 2}, "has the id 55432, but the vocabulary ends at 50256"),
         ({"tokens": 4}, "was truncated or changed: its 6 bytes are not the 4 ids"),
     ],
@@ -394,7 +377,7 @@ def test_more_shards_than_a_process_may_open_files_are_read(llm_c, data_set, kin
     assert opened.stdout == {"llm.c": "199\n", "ours": "100\n"}[kind], opened.stderr
 
 
-@pytest.mark.parametrize("corpus", ["medieval", "my_val", "training", "val_and_train"])
+@pytest.mark.parametrize("corpus", ["medieval", "val_and_train"])
 def test_the_name_of_the_corpus_does_not_decide_about_the_split_of_a_shard(llm_c, corpus):
     for path in llm_c.iterdir():
         path.rename(llm_c / path.name.replace("fineweb", corpus))
