@@ -59,19 +59,6 @@ def test_an_update_has_the_same_sequences_in_the_same_order_however_it_is_divide
     assert torch.equal(torch.cat([targets for _, targets in parts]), whole[1])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_together_read_each_sequence_of_an_update_once(ranks):
-    accumulation, batch_size = 4, 2
-    read = [
-        row
-        for rank in range(ranks)
-        for micro_step in range(rank, accumulation, ranks)
-        for row in batches(1000, sequences=8).micro_batch(7, micro_step, batch_size)[0][:, 0].tolist()
-    ]
-    assert sorted(read) == sorted(batches(1000, sequences=8).starts(7).tolist())
-    assert len(set(read)) == 8
-
-
 @pytest.mark.parametrize("length", [96, 97, 100, 103])
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_an_epoch_reads_every_window_once(length, epoch):
@@ -88,10 +75,6 @@ def test_each_epoch_has_an_order_and_a_shift_of_its_own():
     shifts = {min(starts) for starts in epochs}
     assert len(orders) == 6 and tuple(range(50)) not in orders
     assert len(shifts) > 2 and all(0 <= shift < BLOCK for shift in shifts)
-
-
-def test_another_seed_has_another_order():
-    assert np.argsort(epoch_starts(400, 0, seed=1)).tolist() != np.argsort(epoch_starts(400, 0, seed=2)).tolist()
 
 
 def test_an_update_that_goes_past_the_end_of_an_epoch_goes_on_with_the_next():

@@ -56,14 +56,6 @@ def test_two_dots_after_a_link_lead_above_its_target(here):
     assert documents("mine/link/../1.md") == ["b/1.md"]
 
 
-def test_a_file_is_one_document(here):
-    assert documents("a.txt") == ["a.txt"]
-
-
-def test_a_folder_is_all_its_files_in_order_without_hidden_ones(here):
-    assert documents("b") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
-
-
 def test_a_hidden_file_or_folder_is_read_when_it_is_named_itself(here):
     assert documents(".outside.txt") == [".outside.txt"]
     assert documents("b/.git") == ["b/.git/config"]
@@ -102,10 +94,20 @@ def test_links_are_followed_and_every_file_is_read_once(here):
     assert documents("far", "b/far/**/*.txt") == ["far/4.txt"]
 
 
-def test_names_that_no_system_has_are_refused(here):
-    for name in ("x" * 300, "x/" * 3000):
-        with pytest.raises(UserError, match="no such file, directory or source"):
-            source(name)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["x" * 300], "no such file, directory or source"),
+        (["x/" * 3000], "no such file, directory or source"),
+        (["a.txt", "c.txt"], r"^c\.txt: no such file, directory or source$"),
+        (["shakespear_char"], r"did you mean shakespeare_char\?"),
+        (["owner/name"], r"owner/name: no such file, directory or source; did you mean hf:owner/name\?"),
+        ([], "python, shakespeare, shakespeare_char"),
+    ],
+)
+def test_what_is_no_source_is_refused(here, words, message):
+    with pytest.raises(UserError, match=message):
+        source(*words)
 
 
 def test_empty_files_are_no_documents(here):
@@ -119,16 +121,6 @@ def test_the_source_is_named_after_what_was_given(here):
     assert source("My  notes, 2-3.txt").name == "My_notes_2-3"
 
 
-def test_a_missing_file_is_refused_with_its_name(here):
-    with pytest.raises(UserError, match=r"^c\.txt: no such file, directory or source$"):
-        source("a.txt", "c.txt")
-
-
-def test_a_misspelled_named_source_is_refused_with_the_nearest_one(here):
-    with pytest.raises(UserError, match=r"did you mean shakespeare_char\?"):
-        source("shakespear_char")
-
-
 def test_an_empty_folder_is_refused(here):
     (here / "empty").mkdir()
     (here / "link").symlink_to("nowhere")
@@ -136,13 +128,6 @@ def test_an_empty_folder_is_refused(here):
         pipe = "; a pipe is read with -, from standard input" if word == os.devnull else ""
         with pytest.raises(UserError, match=f"^{word}: no files there{pipe}$"):
             source("a.txt", word)
-    with pytest.raises(UserError, match=r"owner/name: no such file, directory or source; did you mean hf:owner/name\?"):
-        source("owner/name")
-
-
-def test_no_source_at_all_is_refused_with_the_named_ones():
-    with pytest.raises(UserError, match="python, shakespeare, shakespeare_char"):
-        source()
 
 
 # text
@@ -186,13 +171,6 @@ def test_a_file_that_is_not_utf8_text_is_refused_with_name_and_place_or_skipped_
         documents(path)
     assert documents(path, bad_files="skip") == []
     assert capsys.readouterr().err == f"skipped: {path} is not UTF-8 text ({where})\n"
-
-
-def test_skipping_goes_on_with_the_other_files(here, capsys):
-    (here / "b/1.bin").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"1\.bin"):
-        documents("b")
-    assert documents("b", bad_files="skip") == ["b/1.md", "b/2.txt", "b/deep/3.txt"]
 
 
 @pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="root may read all")
