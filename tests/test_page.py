@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import run_main
 from test_checkpoint import TEXT, make_model, of_kind
+from test_model import random_model
 
-from model import GPT, GPTConfig
+from model import GPTConfig
 from plaingpt.checkpoint import load_model, model_with, save_model
 from plaingpt.generate import Sampling, filtered
 from plaingpt.tokenizer import make_tokenizer
@@ -109,12 +110,7 @@ def show(page, view: str) -> None:
 def test_logits_are_torchs_at_every_position(opened, kind, bias, shape, bits):
     tokenizer = of_kind(kind)
     block_size, n_layer, n_head, n_embd = shape
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(block_size, tokenizer.vocab_size, n_layer, n_head, n_embd, bias=bias)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += torch.randn_like(parameter) * 0.15
-        model.transformer.wte.weight[tokenizer.vocab_size :] = 0
+    model = random_model(GPTConfig(block_size, tokenizer.vocab_size, n_layer, n_head, n_embd, bias=bias), 0.15, seed=1)
     page = opened(model, tokenizer, bits=bits, start="a")
     ids = torch.randint(tokenizer.vocab_size, (block_size,), generator=torch.Generator().manual_seed(2)).tolist()
     assert (all_logits(page, ids) - in_torch(model, ids)).abs().max() <= (0.01 if bits == 16 else 1)

@@ -11,8 +11,9 @@ import tokenizers
 import torch
 from conftest import run_main
 from test_checkpoint import TEXT, make_model, of_kind, transformers_model
+from test_model import random_model
 
-from model import GPT, GPTConfig
+from model import GPTConfig
 from plaingpt.checkpoint import load_model, save_model
 
 
@@ -59,12 +60,8 @@ def test_llama_cpp_writes_the_same_greedy_text_and_ids(tmp_path, kind):
         from plaingpt.tokenizer import make_tokenizer
 
         tokenizer = make_tokenizer("char", [text], 0)
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(64, tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=64, bias=kind != "byte")).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.transformer.wte.weight[tokenizer.vocab_size :] = 0
+    config = GPTConfig(64, tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=64, bias=kind != "byte")
+    model = random_model(config, std=0.1)
     (tmp_path / "model").mkdir()
     save_model(tmp_path / "model", model, tokenizer)
     ended = run_main("tools.to_gguf", tmp_path / "model", f"--out={tmp_path}/m.gguf", "--dtype=float32")
