@@ -405,12 +405,6 @@ def test_a_run_that_continues_another_is_compiled_if_that_was():
         assert config.compiles_on("cuda") == compiled
 
 
-def test_a_model_with_another_tokenizer_is_refused_before_it_is_timed(tmp_path, data_dir, tiny_run):
-    given = dict(out_dir=tmp_path / "run", data_dir=data_dir, dataset="other", device="cpu", minutes=1)
-    ended = run_main("train", *flags(init_from=tiny_run / "best", **given))
-    assert ended.status == 2 and "prepared with another tokenizer" in ended.err and "tokens/s" not in ended.err
-
-
 def test_a_model_that_is_timed_is_in_memory_once(tmp_path, data_dir, tiny_run):
     def models() -> int:
         return sum(type(thing) is GPT for thing in gc.get_objects())
@@ -433,19 +427,19 @@ def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_
     assert settings["beta2"] == 0.9 and settings["n_embd"] == 16 and settings["weight_decay"] == 0.1
 
 
-@pytest.mark.parametrize("changed", [dict(n_layer=5), dict(block_size=64)])
-def test_a_shape_that_the_model_does_not_have_is_refused_before_models_are_timed(tmp_path, data_dir, tiny_run, changed):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(dataset="other"), "prepared with another tokenizer than {}/best"),
+        (dict(n_layer=5), "n_layer=5, but {}/best has 2"),
+        (dict(block_size=64), "block_size=64: {}/best has only 16 positions"),
+        (dict(init_from="scratch", block_size=1000), "the val split has 400 tokens"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_models_are_timed(tmp_path, data_dir, tiny_run, changed, message):
     here = dict(dataset="tiny", data_dir=data_dir, out_dir=tmp_path / "run", device="cpu", minutes=1)
-    ended = run_main("train", *flags(init_from=tiny_run / "best", **here, **changed))
-    ((name, value),) = changed.items()
-    assert ended.status == 2 and f"{name}={value}" in ended.err and "models tried" not in ended.err
-    assert len(ended.err.splitlines()) == 1 and str(tiny_run) in ended.err
-
-
-def test_a_validation_split_that_is_too_short_is_refused_before_models_are_timed(tmp_path, data_dir):
-    here = dict(dataset="tiny", data_dir=data_dir, out_dir=tmp_path / "run", device="cpu", minutes=1)
-    ended = run_main("train", *flags(block_size=1000, **here))
-    assert ended.status == 2 and "the val split has 400 tokens" in ended.err and "models tried" not in ended.err
+    ended = run_main("train", *flags(**here | {"init_from": tiny_run / "best"} | changed))
+    assert ended.status == 2 and message.format(tiny_run) in ended.err and len(ended.err.splitlines()) == 1
 
 
 def test_the_dropout_of_a_pretrained_model_is_not_taken_over(tmp_path, data_dir, tiny_run):
