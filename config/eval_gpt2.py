@@ -5,4 +5,5 @@
 init_from = "gpt2"
 eval_only = True
 eval_iters = 500
+dtype = "float32"  # OpenAI's logits reach -100, where bfloat16 rounds to multiples of 0.5
 batch_size = 8
