@@ -137,7 +137,8 @@ class GPT(nn.Module):
         return self.head(self.hidden(idx), targets, need_logits)
 
     def head(self, hidden: Tensor, targets: Tensor | None, need_logits: bool) -> tuple[Tensor | None, Tensor | None]:
-        logits, loss = self.logits(hidden), None
+        logits = self.logits(hidden)
+        loss = None
         if targets is not None:
             cross_entropy = F.cross_entropy if need_logits else self.cross_entropy
             loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)

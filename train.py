@@ -103,7 +103,8 @@ def train_step(
     config, dist = run.config, run.dist
     micro_steps = micro_steps or dist.per_process(config.gradient_accumulation_steps)
     # `Captured` makes a graph for each number among its arguments, so `count` and the learning rate are tensors.
-    total, count = torch.zeros((), device=dist.device), torch.full((), float(micro_steps), device=dist.device)
+    total = torch.zeros((), device=dist.device)
+    count = torch.full((), float(micro_steps), device=dist.device)
     if run.gradients:
         torch._foreach_zero_(run.gradients)
         for parameter, gradient in zip(run.parameters, run.gradients, strict=True):
@@ -187,8 +188,9 @@ def log(
     """Record and print a step. All ranks."""
     config, dist = run.config, run.dist
     train_loss = dist.sum(loss.item() / dist.world_size)  # waits for the device
-    rate, peak = watch.rate(step), dist.peak_flops
+    rate = watch.rate(step)
     speed = rate * config.tokens_per_step
+    peak = dist.peak_flops
     record = dict(step=step, tokens=step * config.tokens_per_step, seconds=watch.seconds, train_loss=train_loss)
     record |= dict(lr=config.learning_rate_at(step - 1), grad_norm=norm.item(), tokens_per_second=speed)
     record |= dict(mfu=peak and speed * run.raw_model.flop_per_token() / peak, skipped=skipped.total(step) or None)
@@ -198,7 +200,8 @@ def log(
 
 def tokens_per_second(data: DataSet, dist: Distributed, config: TrainConfig, seconds: float) -> float:
     """Training speed with the settings of `config`, not compiled. All ranks. seconds: as `limit` in `step_seconds`."""
-    shape, config = new_shape(config, data), dataclasses.replace(config, compile=False)
+    config = dataclasses.replace(config, compile=False)
+    shape = new_shape(config, data)
     check_length(data.val, config.block_size, "val")
     check_memory(config, dist, shape)
     run = Run(config, data.train, GPT(shape), dist)

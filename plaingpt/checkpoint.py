@@ -137,9 +137,11 @@ def _fp32_copy(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Te
 
     Raises UserError if it has too few rows, or numbers that are not finite.
     """
-    rows, padded = (config.vocab_size, config.padded_vocab_size) if name == WTE else (len(tensor), len(tensor))
-    if len(tensor) < rows:
-        raise UserError(f"{source}: the embedding has {len(tensor)} rows; config.json or the tokenizer requires {rows}")
+    rows = padded = found = len(tensor)
+    if name == WTE:
+        rows, padded = config.vocab_size, config.padded_vocab_size
+    if found < rows:
+        raise UserError(f"{source}: the embedding has {found} rows; config.json or the tokenizer requires {rows}")
     copy = torch.zeros(padded, *tensor.shape[1:])
     copy[:rows] = tensor[:rows]
     if not tensor.is_floating_point() or not all_finite(copy):
@@ -165,7 +167,8 @@ def _read_weights(directory: Path, config: GPTConfig, tokenizer: Tokenizer) -> t
                     head = tensors.get_tensor(theirs)
                 if theirs.endswith(NOT_PARAMETERS):
                     continue
-                name, tensor = f"transformer.{theirs.removeprefix('transformer.')}", tensors.get_tensor(theirs)
+                name = f"transformer.{theirs.removeprefix('transformer.')}"
+                tensor = tensors.get_tensor(theirs)
                 weights[name] = _fp32_copy(directory, name, tensor.mT if name.endswith(TRANSPOSED) else tensor, config)
     _check_tied(directory, head, weights, config)
     if unused_rows:

@@ -93,7 +93,8 @@ class CrossEntropy(torch.autograd.Function):
         rows = max(1, (LOGITS_AT_ONCE_CPU if logits.device.type == "cpu" else LOGITS_AT_ONCE_GPU) // logits.size(1))
         total = torch.zeros((), device=logits.device)
         for x, target in zip(logits.split(rows), targets.split(rows)):
-            log_p = x.float().log_softmax(dim=1)
+            log_p = x.float()  # a copy, or x itself
+            torch.log_softmax(log_p, dim=1, out=log_p)
             total += F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="sum")
             if ctx.needs_input_grad[0]:
                 gradient = log_p.exp_()

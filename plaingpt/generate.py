@@ -170,7 +170,8 @@ class Batch:
 
     def _prepare(self) -> tuple[int, int]:
         """Upload the inputs of a step. Returns its shape: its rows, and the positions that it attends to."""
-        inputs, n = torch.zeros(self.inputs.shape, dtype=torch.int64), len(self.rows)
+        n = len(self.rows)
+        inputs = torch.zeros(self.inputs.shape, dtype=torch.int64)
         inputs[0, :n] = torch.tensor([self.lengths[i] for i in self.rows])
         draws = [torch.rand(1, generator=self.generators[i], dtype=torch.float64) for i in self.rows]
         inputs[1, :n] = torch.cat(draws).view(torch.int64)

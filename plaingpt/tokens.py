@@ -115,11 +115,13 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     if not (found / "meta.json").exists():
         return _open_foreign(found, check_all)
     check_sums(found)
-    meta, tokenizer = read_json(found / "meta.json"), Tokenizer.load(found)
+    meta = read_json(found / "meta.json")
+    tokenizer = Tokenizer.load(found)
     with errors_of_library(f"{found}/meta.json is damaged; prepare the data again"):
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(f"{found}/meta.json: format version {meta['format_version']}, expected {FORMAT_VERSION}")
-        vocab_size, dtype = int(meta["vocab_size"]), {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
+        vocab_size = int(meta["vocab_size"])
+        dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
         n_bytes = {split: int(meta["splits"][split]["bytes"]) for split in SPLITS}
         files = [
             (split, found / Path(file["name"]).name, int(file["tokens"]), str(file["sha256"]))
