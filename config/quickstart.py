@@ -1,4 +1,4 @@
-# Train a small GPT to write Python, in two to six minutes on two CPU cores: what `make quickstart` runs.
+# Train a small GPT to write Python, in one to six minutes on two CPU cores: what `make quickstart` runs.
 #
 #   python prepare_data.py python
 #   python train.py config/quickstart.py
