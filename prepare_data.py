@@ -14,7 +14,7 @@ import shlex
 from pathlib import Path
 
 from plaingpt.console import UserError, cores, counted, note, one_line, run_script
-from plaingpt.files import json_or_empty
+from plaingpt.files import check_writable, json_or_empty
 from plaingpt.settings import load_settings
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.job import Job, prepare
@@ -47,6 +47,7 @@ def main() -> None:
         raise UserError(f"--vocab_size is for --tokenizer=bpe, and this is {kind}")
     bad_files = config.bad_files or source.bad_files
     config = dataclasses.replace(config, val_fraction=config.val_fraction or source.val_fraction, bad_files=bad_files)
+    check_writable(directory.parent)
     job = Job(directory, source, config, kind, tokenizer, part, parts)
     if parts == 1 or not job.is_done():
         check_replaceable(directory, source, config.name)

@@ -89,8 +89,8 @@ def load_model(
             config, weights, tokenizer = _read_directory(model_path(path_or_name), check)
     with errors_of_library(f"{path_or_name}: the weights do not match config.json"):
         if block_size is not None and block_size != config.block_size:
-            if block_size > config.block_size:
-                raise UserError(f"block_size={block_size}: {path_or_name} has only {config.block_size} positions")
+            if not 1 <= block_size <= config.block_size:
+                raise UserError(f"block_size={block_size}: {path_or_name} has {config.block_size} positions")
             weights[WPE] = weights[WPE][:block_size].clone()
         config = dataclasses.replace(config, block_size=block_size or config.block_size, dropout=dropout)
         return model_with(config, weights).eval(), tokenizer

@@ -18,6 +18,7 @@ STARTED = time.monotonic()  # train.py --minutes counts from here
 # While torch's CPU threads wait for each other, they spin at most this often before they sleep. OpenMP's default,
 # 300,000, halves the training speed beside one busy process and gains 2% on an idle machine. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where the home directory is not writable
 # On macOS, this logger would warn every user that redirects, which we do not use, are not supported.
 logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").disabled = True
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

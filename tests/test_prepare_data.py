@@ -335,7 +335,7 @@ def test_what_the_system_refuses_is_named_with_its_reason(folder, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     folder({"a.txt": "text " * 100, "file": ""}, ".")
     line = failed("a.txt", "--name=set", "--data_dir=file")
-    assert line == "prepare_data.py: file/set cannot be prepared: file: File exists"
+    assert line == "prepare_data.py: file cannot be written to: Not a directory; choose another directory"
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", ".hidden", "with space", "-", "ends\n", "x" * 300, "é" * 150])
