@@ -77,7 +77,7 @@ class Part:
         found = json_or_empty(self.progress)
         # `position` does not count skipped texts, so progress with another --bad_files cannot be continued, except that
         # of "stop", which skips none.
-        continues = found and (found["finished"] or found["bad_files"] in ("stop", self.config.bad_files))
+        continues = found and (found.get("finished") or found.get("bad_files") in ("stop", self.config.bad_files))
         if not continues:
             none = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
             found = {"position": (0, 0), "splits": none, "finished": False}
