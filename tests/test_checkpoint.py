@@ -380,8 +380,9 @@ def test_block_size_crops_the_positions_and_adds_none_and_dropout_is_the_loaders
     assert (full.config.dropout, cropped.config.dropout, cropped.config.block_size) == (0.0, 0.3, 10)
     assert cropped.transformer.wpe.weight.shape[0] == 10
     assert torch.allclose(logits(cropped, 10), logits(full, 10), atol=1e-6)
-    with pytest.raises(UserError, match=r"block_size=25.* 24 positions"):
-        load_model(saved, block_size=25)
+    for size in (25, 0):
+        with pytest.raises(UserError, match=rf"block_size={size}: .* 24 positions"):
+            load_model(saved, block_size=size)
 
 
 @pytest.mark.parametrize(

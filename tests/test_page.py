@@ -339,6 +339,15 @@ def test_every_view_fits_its_screen(opened, tiny_run, size, dark, tmp_path):
         page.screenshot(path=tmp_path / f"{view}.png", full_page=True)
 
 
+def test_the_first_words_end_with_the_text(opened):
+    tokenizer = of_kind("bpe")
+    model = make_model(tokenizer, bias=True)
+    with torch.no_grad():  # whatever the model reads, the end of the text is most likely by far
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(1e4 * model.transformer.wte.weight[tokenizer.end_of_text])
+    assert opened(model, tokenizer).input_value("#prompt") == ""
+
+
 def test_what_cannot_be_a_page_is_refused_in_one_line(tmp_path, tiny_run, monkeypatch):
     foreign = tmp_path / "foreign"
     shutil.copytree(tiny_run / "best", foreign)
