@@ -487,6 +487,15 @@ def test_a_data_set_is_streamed_and_a_part_of_a_split_read_from_a_copy(repositor
     assert read(f"hf:{repository}", split=split.replace("train", "validation")) == ["for validation"]
 
 
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_data_set_in_compressed_files_is_read(repository, suffix):
+    for path in repository.glob("data/*.parquet"):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in pq.read_table(path)["text"].to_pylist())
+        compressed(path.parent, f"jsonl.{suffix}", lines.encode()).rename(path.with_suffix(f".jsonl.{suffix}"))
+        path.unlink()
+    assert read(f"hf:{repository}") == [text for i in range(3) for text in WHOLE[i::3]]
+
+
 def test_what_a_data_set_does_not_have_is_refused(repository):
     with pytest.raises(UserError, match=r"hf:.*stories cannot be opened: .*test"):
         read(f"hf:{repository}", split="test")
