@@ -130,7 +130,7 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (logits, loss) for token ids.
 
-        idx: (B, T) int64, below vocab_size; T is at most block_size. targets: (B, T), the next id of each, or IGNORED.
+        idx: (B, T) int64, below vocab_size; T is at most block_size. targets: (B, T), the ids that follow, or IGNORED.
         logits: (B, T, V), in the precision of the matrix products; None without `need_logits`, which saves memory.
         loss: the mean cross-entropy in nats over the targets that count; None without targets.
         """

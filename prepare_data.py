@@ -47,8 +47,8 @@ def main() -> None:
         raise UserError(f"--vocab_size is for --tokenizer=bpe, and this is {kind}")
     bad_files = config.bad_files or source.bad_files
     config = dataclasses.replace(config, val_fraction=config.val_fraction or source.val_fraction, bad_files=bad_files)
-    check_writable(directory.parent)
     job = Job(directory, source, config, kind, tokenizer, part, parts)
+    check_writable(job.partial.parent)
     if parts == 1 or not job.is_done():
         check_replaceable(directory, source, config.name)
     try:

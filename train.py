@@ -219,8 +219,8 @@ def start_run(
     run is resumed from, if it is.
     """
     choosing = config.minutes and not checkpoint and not config.eval_only
-    is_final = not choosing or "gradient_accumulation_steps" in given  # otherwise it will be chosen
-    if is_final and not config.eval_only:
+    will_be_chosen = choosing and "gradient_accumulation_steps" not in given
+    if not (will_be_chosen or config.eval_only):
         dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
     check_shared(config, dist, state.step)
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)

@@ -208,10 +208,10 @@ def _open_foreign(directory: Path, check_all: bool) -> DataSet:
 
 def _open_foreign_ids(path: Path) -> np.ndarray:
     """The ids of a file without meta.json: uint16, after a header of llm.c or from the start."""
-    start, uint16 = np.fromfile(path, "<i4", 3), np.dtype("<u2")
-    if len(start) == 3 and tuple(start[:2]) == (LLM_C_GPT2, 1):
-        return _open_ids(path, uint16, int(start[2]), LLM_C_HEADER)
-    ids = _open_ids(path, uint16)
+    ids = _open_ids(path, np.dtype("<u2"))
+    start = ids[:6].view("<i4") if len(ids) >= 6 else ()
+    if tuple(start[:2]) == (LLM_C_GPT2, 1):
+        return _open_ids(path, ids.dtype, int(start[2]), LLM_C_HEADER)
     if len(ids) >= 16 and not ids[-16:].any():
         raise UserError(f"{path} ends in zeros: its preparation was interrupted; prepare the text again")
     if len(ids) >= 16 and not ids[1:SAMPLE:2].any():  # in wider integers every second one would be 0

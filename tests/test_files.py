@@ -104,12 +104,13 @@ def test_sha256_is_the_digest_of_the_entire_file(tmp_path):
 
 
 def test_a_new_directory_has_checksums_in_the_format_of_sha256sum(tmp_path):
-    with new_directory(tmp_path / "final") as new:
+    final = tmp_path / "deep" / "final"
+    with new_directory(final) as new:
         for name in ("b.txt", "a.json", "huge.bin"):
             (new / name).write_text(name)
     expected = [f"{hashlib.sha256(name.encode()).hexdigest()}  {name}" for name in ("a.json", "b.txt")]
-    assert (tmp_path / "final" / "SHA256SUMS").read_text().splitlines() == expected
-    check_sums(tmp_path / "final")
+    assert (final / "SHA256SUMS").read_text().splitlines() == expected
+    check_sums(final)
 
 
 def test_a_changed_or_missing_file_is_detected_and_named(tmp_path):

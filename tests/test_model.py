@@ -94,7 +94,7 @@ def test_more_positions_than_the_block_are_refused():
         random_model(SMALL)(random_ids(SMALL, 1, 13))
 
 
-def test_initial_weights_are_gpt2s():
+def test_initial_weights_are_nanogpts():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=4, n_head=2, n_embd=64))
     for name, parameter in model.named_parameters():

@@ -268,7 +268,7 @@ def test_other_settings_or_another_text_begin_anew(tmp_path, text, small):
     assert documents(folder, "train")[0] == DOCUMENTS[-1]
 
 
-@pytest.mark.parametrize("n", range(3, 15, 4))
+@pytest.mark.parametrize("n", range(3, 15, 2))
 def test_killed_while_other_work_is_removed_that_work_can_be_done_after_all(tmp_path, text, small, n):
     prepare(text, tmp_path / "undisturbed")
     assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
