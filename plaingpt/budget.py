@@ -30,8 +30,7 @@ EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the trainin
 # are timed again: the speed of some machines changes for seconds, and half the speed raises a predicted loss by 15%.
 CLOSE, UNCERTAIN = 1.06, 1.15
 
-# Trains with these settings for about that many seconds and returns tokens per second; UserError if the model does not
-# fit in memory
+# Trains with these settings for that many seconds. Returns tokens per second; UserError if memory is too small
 Measure = Callable[[TrainConfig, float], float]
 
 
@@ -134,22 +133,22 @@ def halved(config: TrainConfig, given: dict[str, str]) -> TrainConfig | None:
 
 
 def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: Distributed) -> Iterator[TrainConfig]:
-    """Models of one layer per 80 channels, at least two, and heads of about 64; or the shape of a trained model."""
+    """Models of one layer per 80 channels, for characters also of more; or the shape of a trained model."""
     if not config.is_new_model:
-        # batch_size=1: memory is checked again for the batch that is chosen
-        model, found = initial_model(dataclasses.replace(config, batch_size=1), given, data, None, dist)
-        del model  # timing needs the memory
+        # [1]: without the model, as timing needs its memory; batch_size=1: a later check is for the chosen batch
+        found = initial_model(dataclasses.replace(config, batch_size=1), given, data, None, dist)[1]
         yield dataclasses.replace(found, batch_size=config.batch_size)
         return
     widths = [config.n_embd] if "n_embd" in given else WIDTHS
-    if "n_head" in given:
-        widths = [n_embd for n_embd in widths if n_embd % config.n_head == 0]
-        if not widths:
-            raise UserError(f"--n_head={config.n_head} needs an --n_embd that is a multiple of it")
-    more = 0.3 * max(0, 11 - math.log2(data.tokenizer.vocab_size))  # layers that combine characters
+    widths = [n_embd for n_embd in widths if "n_head" not in given or n_embd % config.n_head == 0]
+    if not widths:
+        raise UserError(f"--n_head={config.n_head} needs an --n_embd that is a multiple of it")
+    more = 0.3 * max(0, 11 - math.log2(data.tokenizer.vocab_size))  # layers that combine characters, if time allows
     for n_embd in widths:
         heads = [n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0]
-        yield unless_given(config, given, n_layer=max(2, round(n_embd / 80 + more)), n_embd=n_embd, n_head=heads[-1])
+        layers = [config.n_layer] if "n_layer" in given else [max(2, round(n_embd / 80 + extra)) for extra in (0, more)]
+        for n_layer in dict.fromkeys(layers):
+            yield unless_given(config, given, n_layer=n_layer, n_embd=n_embd, n_head=heads[-1])
 
 
 def unless_given(config: TrainConfig, given: Collection[str], **chosen) -> TrainConfig:

@@ -16,7 +16,7 @@ from conftest import edit_json, flags, run_main
 
 from model import GPT
 from plaingpt import budget
-from plaingpt.budget import Deadline, block_parameters, choose_settings, extend_run, write_recipe
+from plaingpt.budget import Deadline, block_parameters, candidates, choose_settings, extend_run, write_recipe
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed, connect
 from plaingpt.run import resumed_settings
@@ -125,11 +125,13 @@ def test_what_is_given_stays(data):
     assert chosen(data, 1, dict(n_head=6)).n_embd % 6 == 0
 
 
-@pytest.mark.parametrize(("ids", "layers"), [(66, 3), (257, 2), (2048, 2), (50257, 2)])
-def test_characters_get_more_layers(data, ids, layers):
+@pytest.mark.parametrize(("ids", "layers"), [(66, [2, 3]), (257, [2]), (2048, [2]), (50257, [2])])
+def test_characters_get_more_layers_where_there_is_time(data, ids, layers):
     data.tokenizer.vocab_size = ids
-    assert chosen(data, 1, dict(n_embd=128)).n_layer == layers
-    assert chosen(data, 1, dict(n_embd=640)).n_layer == 8 + (ids < 2048)
+    found = candidates(TrainConfig(n_embd=128), {"n_embd": "recipe.py"}, data, DIST)
+    assert [candidate.n_layer for candidate in found] == layers
+    assert chosen(data, 0.01, dict(n_embd=128)).n_layer == layers[0]
+    assert chosen(data, 10, dict(n_embd=128)).n_layer == layers[-1]
 
 
 def test_only_wide_models_in_very_long_runs_get_dropout(data):
