@@ -90,11 +90,12 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        rows = max(1, (LOGITS_AT_ONCE_CPU if logits.device.type == "cpu" else LOGITS_AT_ONCE_GPU) // logits.size(1))
+        on_cpu = logits.device.type == "cpu"
+        rows = max(1, (LOGITS_AT_ONCE_CPU if on_cpu else LOGITS_AT_ONCE_GPU) // logits.size(1))
         total = torch.zeros((), device=logits.device)
         for x, target in zip(logits.split(rows), targets.split(rows)):
             log_p = x.float()  # a copy, or x itself
-            torch.log_softmax(log_p, dim=1, out=log_p)
+            log_p = torch.log_softmax(log_p, dim=1, out=log_p if on_cpu else None)  # elsewhere in place is untested
             total += F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="sum")
             if ctx.needs_input_grad[0]:
                 gradient = log_p.exp_()
