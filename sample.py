@@ -153,7 +153,7 @@ class Sample:
             if self.tokens == self.max_tokens:
                 self.stop_reason = "length"
         text = self.text + self.stream.rest()
-        delay = max(map(len, self.stops), default=1) - 1  # a stop string may have begun in the last ones
+        delay = max(map(len, self.stops), default=1) - 1  # that many at the end may begin a stop string
         if found := [(at + len(stop), at) for stop in self.stops if (at := text.find(stop, self.final)) >= 0]:
             text = text[: min(found)[1]]  # before the stop string that ends first
             self.stop_reason = "stop"

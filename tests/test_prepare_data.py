@@ -197,6 +197,14 @@ def test_a_link_to_another_place_stays_one(prepare, folder, tmp_path):
     assert os.listdir(tmp_path / "data") == ["set"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which not even root can write")
+def test_a_link_to_where_nothing_can_be_written_is_refused(prepare, folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "set").symlink_to("/proc/far")
+    with pytest.raises(UserError, match=r"^/proc cannot be written to: .*; choose another directory$"):
+        prepare(folder({"a.txt": "text " * 100}))
+
+
 # which files
 
 
