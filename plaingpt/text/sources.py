@@ -223,16 +223,26 @@ def _standard_input(path: Path) -> Path:
 
 
 def _shakespeare(_: Path) -> Path:
+    if _needs_download():
+        SHAKESPEARE.parent.mkdir(parents=True, exist_ok=True)
+        # Two data sets are made from it, perhaps at the same time: neither may replace what the other one reads.
+        with FileLock(SHAKESPEARE.with_suffix(".lock")):
+            if _needs_download():
+                _download_shakespeare()
+    return SHAKESPEARE
+
+
+def _needs_download() -> bool:
+    return not SHAKESPEARE.exists() or sha256(SHAKESPEARE) != SHAKESPEARE_SHA256
+
+
+def _download_shakespeare() -> None:
     import urllib.request  # slow to import
 
-    if not SHAKESPEARE.exists() or sha256(SHAKESPEARE) != SHAKESPEARE_SHA256:
-        SHAKESPEARE.parent.mkdir(parents=True, exist_ok=True)
-        problem = f"{SHAKESPEARE_URL} cannot be downloaded (try again, or put it at {SHAKESPEARE})"
-        with errors_of_library(problem), urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
-            data = response.read()
-            if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
-                raise OSError(f"the {len(data):,} bytes received are not the expected file")
-        # locked: two data sets are made from it, perhaps at the same time
-        with FileLock(SHAKESPEARE.with_suffix(".lock")), new_file(SHAKESPEARE, "wb") as file:
-            file.write(data)
-    return SHAKESPEARE
+    problem = f"{SHAKESPEARE_URL} cannot be downloaded (try again, or put it at {SHAKESPEARE})"
+    with errors_of_library(problem), urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+        data = response.read()
+        if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
+            raise OSError(f"the {len(data):,} bytes received are not the expected file")
+    with new_file(SHAKESPEARE, "wb") as file:
+        file.write(data)
