@@ -135,7 +135,7 @@ def halved(config: TrainConfig, given: dict[str, str]) -> TrainConfig | None:
 def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: Distributed) -> Iterator[TrainConfig]:
     """Models of one layer per 80 channels, for characters also of more; or the shape of a trained model."""
     if not config.is_new_model:
-        # [1]: without the model, as timing needs its memory; batch_size=1: a later check is for the chosen batch
+        # [1] drops the model, whose memory timing needs. batch_size=1 because the chosen batch is checked later.
         found = initial_model(dataclasses.replace(config, batch_size=1), given, data, None, dist)[1]
         yield dataclasses.replace(found, batch_size=config.batch_size)
         return

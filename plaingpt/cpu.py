@@ -95,7 +95,7 @@ class CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=logits.device)
         for x, target in zip(logits.split(rows), targets.split(rows)):
             log_p = x.float()  # a copy, or x itself
-            log_p = torch.log_softmax(log_p, dim=1, out=log_p if on_cpu else None)  # elsewhere in place is untested
+            log_p = torch.log_softmax(log_p, dim=1, out=log_p if on_cpu else None)  # in place is untested elsewhere
             total += F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="sum")
             if ctx.needs_input_grad[0]:
                 gradient = log_p.exp_()

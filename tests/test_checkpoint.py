@@ -238,6 +238,12 @@ def test_rows_of_the_embedding_without_a_token_are_dropped(tmp_path, capsys):
     (tmp_path / "again").mkdir()
     save_model(tmp_path / "again", model, tokenizer)
     assert load_file(tmp_path / "again" / "model.safetensors")["wte.weight"].shape == (257, 8)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"] + 1}, tmp_path / "model.safetensors")
+    capsys.readouterr()
+    with pytest.raises(UserError, match="differs from"):
+        load_model(tmp_path)
+    assert "dropped" not in capsys.readouterr().err  # a refused model is read twice
 
 
 def test_weights_in_a_pickle_are_refused_and_can_be_converted(tmp_path):

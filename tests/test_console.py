@@ -26,6 +26,7 @@ def main():
         case "bug": raise KeyError("flour")
         case "permission": raise PermissionError(13, "Permission denied", "bread.txt")
         case "long name": open("x" * 300)
+        case "many files": raise OSError(24, "Too many open files", "bread.txt")
         case "memory": bytearray(1 << 60)
         case "torch memory":
             import torch
@@ -52,6 +53,7 @@ def run(argument, **environment):
         ("mistake", 2, "bread.txt: there is no flour in it"),
         ("permission", 2, "bread.txt: Permission denied"),
         ("long name", 2, f"{'x' * 199} … {'x' * 78}: File name too long"),
+        ("many files", 2, "bread.txt: Too many open files; raise the limit: ulimit -n 10000"),
         ("failure", 1, "the oven went out"),
         ("memory", 1, "out of memory: MemoryError; try a smaller model"),
         ("panic", 1, "a library failed: index out of bounds"),
