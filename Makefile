@@ -20,7 +20,7 @@ CPU_TORCH := --index-url=https://download.pytorch.org/whl/cpu --retries=1 $(shel
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and \
-	  f"plainGPT needs Python 3.11 to 3.14, and this is {sys.version.split()[0]}: make PYTHON=python3.13")'
+	  f"plainGPT needs Python 3.11 to 3.14, but this is {sys.version.split()[0]}; run: make PYTHON=python3.13")'
 	$(PYTHON) -m venv .venv
 	@if [ "$$(uname)" = Linux ] && ! ls /dev/nvidia* > /dev/null 2>&1 && ! command -v nvidia-smi > /dev/null \
 	    && ! $(BIN)/python -m pip config list | grep -qE 'index|find-links|constraint'; then \

@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     recompute = False  # activation checkpointing: the backward pass computes each block again
-    cross_entropy = staticmethod(F.cross_entropy)  # cpu.speed_up replaces it with one that overwrites the logits
+    cross_entropy = staticmethod(F.cross_entropy)  # cpu.speed_up replaces it
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -140,7 +140,7 @@ class GPT(nn.Module):
         logits = self.logits(hidden)
         loss = None
         if targets is not None:
-            cross_entropy = F.cross_entropy if need_logits else self.cross_entropy
+            cross_entropy = F.cross_entropy if need_logits else self.cross_entropy  # which may overwrite the logits
             loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         return logits[..., : self.config.vocab_size] if need_logits else None, loss
 

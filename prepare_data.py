@@ -44,7 +44,7 @@ def main() -> None:
     if source.dataset is None and (unused := {"config", "split", "revision"} & given.keys()):
         raise UserError(f"--{min(unused)} is for Hugging Face data sets (hf:owner/name)")
     if "vocab_size" in given and kind != "bpe":
-        raise UserError(f"--vocab_size is for --tokenizer=bpe, and this is {kind}")
+        raise UserError(f"--vocab_size is for --tokenizer=bpe, but this is {kind}")
     bad_files = config.bad_files or source.bad_files
     config = dataclasses.replace(config, val_fraction=config.val_fraction or source.val_fraction, bad_files=bad_files)
     job = Job(directory, source, config, kind, tokenizer, part, parts)
@@ -63,12 +63,12 @@ def main() -> None:
 
 
 def check_replaceable(directory: Path, source: Source, name: str | None) -> None:
-    """UserError if `directory` exists and is no data set, has other files, or is from another source without --name."""
+    """UserError if `directory` exists but is no data set, has other files, or is from another source without --name."""
     if not os.path.lexists(directory):
         return
     found = json_or_empty(directory / "meta.json")
     if not {"format_version", "splits"} <= found.keys():
-        raise UserError(f"{directory} exists and is not a plainGPT data set; choose another --name")
+        raise UserError(f"{directory} exists but is not a plainGPT data set; choose another --name")
     if name is None and (found.get("source") != source.description or source.once):
         replace = f"give --name=… (--name={directory.name} replaces it)"
         raise UserError(f"{directory} was made from {found.get('source')!s:.300}: {replace}")

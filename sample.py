@@ -79,8 +79,8 @@ def main() -> None:
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        remedy = "for more GPUs, start one for each, with its own --device=cuda:N and --prompts"
-        raise UserError(f"sampling uses one process, without torchrun and WORLD_SIZE; {remedy}")
+        remedy = "for more GPUs, start it once per GPU, with --device=cuda:N and --prompts"
+        raise UserError(f"sample.py runs as one process, without torchrun or WORLD_SIZE; {remedy}")
     dist = connect(config.device, config.dtype)
     # first, so that a mistake is reported before a model is downloaded
     starts = read_prompts(config.prompts) if config.prompts else [read_start(config.start)]
@@ -103,8 +103,8 @@ def write_all(
     printable = escaped if sys.stdout.isatty() else str  # terminals obey escape codes
     for i, (sample, pieces) in enumerate(start_samples(decoder, tokenizer, config, prompts, first)):
         if config.output == "jsonl":
-            record = {"prompt": sample.prompt, "text": "".join(pieces)}  # generates the sample
-            record |= {"tokens": sample.tokens, "stop_reason": sample.stop_reason}
+            text = "".join(pieces)  # generates the sample; only now are its tokens counted
+            record = dict(prompt=sample.prompt, text=text, tokens=sample.tokens, stop_reason=sample.stop_reason)
             print(printable(json.dumps(record, ensure_ascii=False)), flush=True)
             continue
         if i:

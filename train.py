@@ -115,7 +115,7 @@ def train_step(
             return None
         index = i * dist.world_size + dist.rank  # so any number of processes sees the same sequences in a step
         inputs, targets = dist.to_device(*run.batches.micro_batch(step, index, config.batch_size))
-        if config.dropout:  # all that is random in a step; with a seed for each, no random state has to be saved
+        if config.dropout:  # the only randomness in a step: with a seed for each micro-batch, no state has to be saved
             torch.manual_seed(derive_seed(config.seed, step, index))
         set_gradient_sync(run.model, last=i == micro_steps - 1)
         total += run.micro_step(inputs, targets, count)
@@ -127,7 +127,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
     """The training loop: evaluate, save, step, log. All ranks. Returns the exit status."""
     config, dist, start = run.config, run.dist, state.step
     metrics = Metrics(out_dir, dist.is_main, resumed_from=start or None)
-    # W&B gets the derived values. A checkpoint keeps None, so that a resume derives them from its own settings.
+    # W&B gets the derived values. A checkpoint keeps None, so that a resumed run derives them from its own settings.
     metrics.track(state.settings | {"lr_decay_iters": config.decay_end, "min_lr": config.final_lr})
     saver = Saver(out_dir, state, run.raw_model, run.optimizers, data.tokenizer, dist)
     watch, skipped = Stopwatch(state.seconds, start), SkippedSteps(state.skipped, dist.device)
@@ -135,7 +135,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
     if config.minutes and not start and dist.is_main:
         write_recipe(config)
     stop, stopping = StopSignal(), 0  # stopping: the number of a signal that some rank received; equal on all ranks
-    paused_at = None  # the step of the last evaluation or save, which a stop must not repeat
+    paused_at = None  # the step of the last evaluation or save: a stop during the step after it has nothing new to save
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
@@ -158,7 +158,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
             if step > start or (step and val_loss is not None):
                 state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
                 saver.save(val_loss, keeping)  # also counts evaluations_since_lowest
-            elif is_below(val_loss, None):
+            elif is_below(val_loss, None):  # finite
                 state.initial_val_loss = val_loss
             metrics.draw()
             if val_loss is not None and config.sample_tokens:
@@ -177,7 +177,8 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
         stopping = dist.max(stop.number)
 
     metrics.draw(at_once=True)  # during the last save
-    problem, stopping = saver.wait(), dist.max(stop.number)  # before W&B's uploads, for which only main waits
+    problem = saver.wait()
+    stopping = dist.max(stop.number)  # all ranks exchange this before W&B's uploads, for which only main waits
     metrics.close()
     return finish_run(config, state, start, saver.best, stopping, problem)
 
@@ -219,8 +220,8 @@ def start_run(
     run is resumed from, if it is.
     """
     choosing = config.minutes and not checkpoint and not config.eval_only
-    will_be_chosen = choosing and "gradient_accumulation_steps" not in given
-    if not (will_be_chosen or config.eval_only):
+    micro_steps_open = choosing and "gradient_accumulation_steps" not in given
+    if not (micro_steps_open or config.eval_only):
         dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
     check_shared(config, dist, state.step)
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
@@ -232,7 +233,8 @@ def start_run(
     if choosing:
         config = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
-    # Both may be derived from max_iters. As numbers, they do not change if the run is extended.
+    # As numbers, these two do not change if the run is extended. `min_lr` and `lr_decay_iters` may stay None: then the
+    # decay ends at the new last step.
     config = dataclasses.replace(config, learning_rate=config.peak_lr, warmup_iters=config.warmup_steps)
     sequences = state.eval_sequences
     if sequences is None or "eval_iters" in given:

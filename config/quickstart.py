@@ -10,7 +10,7 @@ init_from = "auto"  # a second run resumes
 eval_interval = 250
 eval_iters = 0  # the entire validation split
 
-# Model and batch as --minutes=3 chose them on two cores of a Xeon, with fewer steps. The learning rate follows.
+# Model and batch that --minutes=3 chose on two cores of a Xeon, with fewer steps. The learning rate is derived.
 n_layer = 2
 n_head = 2
 n_embd = 128

@@ -1,4 +1,4 @@
-# Train a small character-level GPT on Tiny Shakespeare in one to five minutes on two CPU cores, as nanoGPT does.
+# Train a small character-level GPT on Tiny Shakespeare, as in nanoGPT: one to five minutes on two CPU cores.
 #
 #   python prepare_data.py shakespeare_char
 #   python train.py config/train_shakespeare_cpu.py

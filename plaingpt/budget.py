@@ -27,7 +27,7 @@ EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of 
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the training tokens: 1% of the time
 # Ratios of predicted losses to the lowest. If the last model is below CLOSE, a larger one is timed. All below UNCERTAIN
-# are timed again: the speed of some machines changes for seconds, and half the speed raises a predicted loss by 15%.
+# are timed again: the speed of some machines varies briefly, and half the speed raises a predicted loss by 15%.
 CLOSE, UNCERTAIN = 1.06, 1.15
 
 # Trains with these settings for that many seconds. Returns tokens per second; UserError if memory is too small
@@ -75,7 +75,7 @@ def time_candidates(
     config: TrainConfig, given: dict[str, str], seconds: float, data: DataSet, dist: Distributed, measure: Measure
 ) -> dict[TrainConfig, float]:
     """Tokens per second of candidates, until larger ones look worse or time is short. seconds: of training."""
-    period = min(0.5, 0.15 * config.minutes)  # a timing ends after these seconds: 0.25% of the time, or less
+    period = min(0.5, 0.15 * config.minutes)  # seconds per timing: 0.25% of the time, at most 0.5
     timed, tokens = {}, 3e6  # tokens that the last candidate could train on; at first, a guess
 
     def late() -> bool:
@@ -135,7 +135,7 @@ def halved(config: TrainConfig, given: dict[str, str]) -> TrainConfig | None:
 def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: Distributed) -> Iterator[TrainConfig]:
     """Models of one layer per 80 channels, for characters also of more; or the shape of a trained model."""
     if not config.is_new_model:
-        # [1] drops the model, whose memory timing needs. batch_size=1 because the chosen batch is checked later.
+        # [1] drops the model: timing needs its memory. batch_size=1 because the chosen batch is checked later.
         found = initial_model(dataclasses.replace(config, batch_size=1), given, data, None, dist)[1]
         yield dataclasses.replace(found, batch_size=config.batch_size)
         return
@@ -227,9 +227,9 @@ def time_left(minutes: float, dist: Distributed) -> float:
 class Deadline:
     """Makes a run with --minutes end in time, by correcting the number of steps.
 
-    The first correction comes after 5% of the steps, at the end of a new run's warmup. Learning rates before it do not
-    depend on their number (if it is 40 or more), so the corrected recipe trains the same model. Later ones come if the
-    run would miss its time by 2%, which is checked at each evaluation, and four times as often after the last but one.
+    The first correction comes after 5% of the steps, at the end of a new run's warmup. Until then, learning rates do
+    not depend on the number of steps (if it is 40 or more), so the corrected recipe trains the same model. Later ones
+    come if the run would miss its time by 2%, which is checked at each evaluation, more often after the last but one.
     If two evaluations in a row find no lower loss after a few epochs of a new run, it ends early: the learning rate
     drops, and decays within an eighth of the steps made so far.
     """
@@ -271,8 +271,8 @@ class Deadline:
         self.dist.synchronize()
         before, self.last = self.last, (self.state.step, self.watch.seconds, time.monotonic())
         steps, trained, passed = (new - old for new, old in zip(self.last, before))
-        # This runs before a step's evaluation, so `passed` has that of step before[0], if any. The first one does not
-        # count: it is slow on a GPU, or was made before a resume.
+        # This runs before a step's evaluation, so `passed` includes that of step before[0], if any. The first one does
+        # not count: it is slow on a GPU, or was made before a resume.
         first = before[0] == self.start and (self.start or self.dist.device.type == "cuda")
         if self.state.evaluated_at == before[0] and not first:
             self.evaluation_seconds = passed - trained

@@ -63,7 +63,7 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer, weights: dict[
 
 
 def with_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` plus zeros for the biases of a model without: other tools expect biases in every GPT-2."""
+    """`weights` plus zeros for the biases of a model without them: other tools expect biases in every GPT-2."""
     layers = [name for name in weights if name.endswith(".weight") and name not in (WTE, WPE)]
     zeros = {name.removesuffix("weight") + "bias": weights[name].new_zeros(len(weights[name])) for name in layers}
     return weights | {name: zero for name, zero in zeros.items() if name not in weights}
@@ -73,7 +73,7 @@ def load_model(
     path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0, check: bool = True
 ) -> tuple[GPT, Tokenizer]:
     """(model, tokenizer) of a model directory, nanoGPT's ckpt.pt, the directory of a run that has either, or a GPT-2 on
-    the hub: `gpt2`, `owner/name@revision` (a Path is never a name there).
+    the hub: `gpt2`, `owner/name@revision` (a Path is always local).
 
     The model is in fp32 on the CPU, in evaluation mode. Loading maps the files, and copies the weights one by one.
     `model.config.vocab_size` is the tokenizer's: embedding rows that belong to no token are dropped. A smaller
@@ -128,7 +128,7 @@ def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, 
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether nothing is NaN, which would become both bounds, or infinite; faster than `tensor.isfinite().all()`."""
+    """Whether all is finite (a NaN becomes both bounds); faster than `tensor.isfinite().all()`."""
     return not tensor.numel() or all(bound.isfinite() for bound in tensor.aminmax())
 
 
@@ -190,7 +190,7 @@ def _check_tied(source: Path, head: Tensor | None, weights: dict[str, Tensor], c
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[safetensors.safe_open]:
-    """A safetensors file, of which tensors are read one at a time. UserError if it is missing or damaged."""
+    """A safetensors file, from which tensors are read one at a time. UserError if it is missing or damaged."""
     with errors_of_library(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as tensors:
         yield tensors
 
@@ -216,6 +216,6 @@ def _read_nanogpt(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
         return config, weights, gpt2()
     except (UserError, OSError):
         raise
-    except Exception as error:  # torch's messages advise to read it unsafely
+    except Exception as error:  # torch's messages advise reading it unsafely
         problem = f"not a nanoGPT checkpoint that can be read safely: {type(error).__name__}"
         raise UserError(f"{path} is {problem}") from error

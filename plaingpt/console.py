@@ -18,14 +18,14 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """A failure that is not a mistake in the command, whose message is one line."""
+    """A failure that is not the user's mistake; its message is one line."""
 
 
 def run_script(main: Callable[[], int | None], less_memory: str = "model") -> None:
     """Run `main` and exit with the status it returns.
 
-    An error that has an explanation ends the process with one line on standard error: a mistake of the user or a file
-    that cannot be used with status 2, other failures with status 1. less_memory: what to reduce if memory is too small.
+    An error that has an explanation ends the process with one line on standard error. The status is 2 for a user's
+    mistake or an unusable file, 1 for other failures. less_memory: what to reduce if memory is too small.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `startup`
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -69,7 +69,7 @@ def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
     if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EMFILE)):
         return 2, text
     if "gloo/transport" in text or type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
-        return 1, f"{CONNECTION_FAILED}; if one ended, its error is the cause: {text}"
+        return 1, f"{CONNECTION_FAILED}: {text}; if one ended, its error is the cause"
     if type(error).__name__ == "PanicException":  # a Rust library's, and not an Exception
         return 1, f"a library failed: {text}"
     return 1, ""

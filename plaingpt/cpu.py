@@ -26,7 +26,7 @@ LOGITS_AT_ONCE_GPU = 1 << 26
 def speed_up(model: GPT) -> None:
     """Replace dropout and attention with versions that are faster on CPUs, the loss with one that needs less memory.
 
-    On other devices dropout and attention stay torch's; under torch.compile dropout does.
+    On other devices, torch's dropout and attention are used; under torch.compile, its dropout.
     """
     faster = {nn.Dropout: FastDropout, CausalSelfAttention: FastAttention}
     for module in model.modules():

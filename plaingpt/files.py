@@ -29,7 +29,7 @@ def new_file(path: Path, mode: str = "w") -> Iterator[IO]:
     is removed, never written through. Until the block ends, and if anything fails, `path` stays as it was.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "it exists and is not a file", str(path))  # /dev/null would become one
+        raise OSError(errno.EINVAL, "it exists but is not a file", str(path))  # /dev/null would become one
     temporary = _sibling(path, "new")
     try:
         delete(temporary)
@@ -129,7 +129,7 @@ def holds_run(out_dir: Path) -> bool:
     found = [directory for path in paths if (directory := existing(path))]
     is_run = any((place / name).exists() for place in found for name in ("config.json", "training.json"))
     if not is_run and (foreign := [path for path in paths if os.path.lexists(path)]):
-        raise UserError(f"{foreign[0]} exists and is not a checkpoint; choose another --out_dir")
+        raise UserError(f"{foreign[0]} exists but is not a checkpoint; choose another --out_dir")
     if out_dir.is_dir():
         release(claim(out_dir))
     return is_run
@@ -185,9 +185,9 @@ def read_json(path: Path) -> dict:
 
 
 def json_or_empty(path: Path) -> dict:
-    """The object in a file of ours; {} if it is missing, or was left empty or cut by a loss of power.
+    """The object in one of our files; {} if it is missing, or was left empty or truncated by a power loss.
 
-    A file that cannot be read now is an error: it may record work of days.
+    A file that cannot be read now is an error: it may record days of work.
     """
     try:
         found = json.loads(path.read_bytes())

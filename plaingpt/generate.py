@@ -68,7 +68,7 @@ class Decoder:
         return self.head(hidden)[..., : self.config.vocab_size].float()
 
     def read(self, ids: dict[int, list[int]], cache: Tensor) -> None:
-        """Store keys and values in a batch's cache. ids: of each row, T ids each, from position 0 on."""
+        """Store keys and values in a batch's cache. ids: T ids for each row, from position 0 on."""
         idx, rows = torch.tensor([*ids.values()], device=self.device), torch.tensor([*ids], device=self.device)
         T = idx.size(1)
 
@@ -104,7 +104,7 @@ class Batch:
         self.rows = list(range(B))
         self.lengths = [0] * B  # positions of each text in the cache
         positions = min(c.block_size, max(map(len, prompts)) + max_new_tokens)
-        positions += -positions % 16  # as attention with a mask wants it on GPUs
+        positions += -positions % 16  # a multiple of 16, for masked attention on GPUs
         shape = (c.n_layer, 2, B, c.n_head, positions, c.n_embd // c.n_head)  # 2: key and value
         self.cache = torch.zeros(shape, dtype=decoder.cache_dtype, device=decoder.device)
         self.last_ids = torch.zeros(B, dtype=torch.int64, device=decoder.device)  # of each row
@@ -140,7 +140,7 @@ class Batch:
         row, last = self.rows.index(i), self.rows.pop()
         if last != i:
             self.rows[row] = last
-            # Positions that it has not reached are masked, but an infinity left there by the other would become NaN
+            # Positions that it has not reached are masked, but an infinity left there would become NaN
             self.cache[:, :, row] = self.cache[:, :, len(self.rows)]
             self.last_ids[row] = self.last_ids[len(self.rows)]
 
@@ -160,7 +160,7 @@ class Batch:
             self.decoder.read(ids, self.cache)
 
     def _start(self) -> tuple[list[int], Tensor, torch.cuda.Event | None]:
-        """Start a step: the indices of its texts, their next ids, and what to wait for before those are read."""
+        """Start a step. Returns the indices of its texts, their next ids, and what to wait for before reading those."""
         ids = self.next_ids(*self._prepare()).to("cpu", non_blocking=True, copy=True)
         ready = torch.cuda.Event() if self.inputs.is_cuda else None
         if ready:

@@ -1,4 +1,4 @@
-"""Where a model is, in a directory, in the directory of a run or on the Hugging Face hub, and its configuration."""
+"""Find a model in a directory, in a run's directory or on the Hugging Face hub, and read its configuration."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ REASONS = {  # huggingface_hub's own messages have many lines
 
 def model_path(path_or_name: str | Path) -> Path:
     """The model directory or the nanoGPT ckpt.pt of that name; in a run's directory, `best`, `last` or ckpt.pt; or the
-    cached copy of a model on the hub, which a Path never means."""
+    cached copy of a model on the hub. A Path is always local."""
     if Path(path_or_name).suffix == ".pt":
         return Path(path_or_name)
     if os.path.isfile(path_or_name) and (Path(path_or_name).parent / "config.json").exists():
@@ -80,5 +80,5 @@ def download(name: str) -> Path:
         raise
     except Exception as error:  # no such name, no network, no permission, not in the cache, …
         reason = REASONS.get(type(error).__name__) or one_line(error)
-        raise UserError(f"{name} is not a directory here, and cannot be loaded from the hub: {reason}") from error
+        raise UserError(f"{name} is not a local directory, and cannot be loaded from the hub: {reason}") from error
     return Path(found)

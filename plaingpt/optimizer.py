@@ -15,7 +15,7 @@ from plaingpt.console import RunFailed
 from plaingpt.parallel import full, is_sharded
 
 ELEMENTS_AT_ONCE = 2**27  # of matrices: 0.5 GB in float32 for each of four temporary tensors
-SMALL_MODEL = 2**22  # elements of its matrices; below, calling the kernels takes longer than their work
+SMALL_MODEL = 2**22  # elements of its matrices; below, launching the kernels takes longer than running them
 MAX_SKIPPED = 20  # consecutive steps with non-finite gradients after which a run ends
 
 
@@ -49,7 +49,7 @@ def make_optimizers(
 class AdamW(torch.optim.AdamW):
     """Torch's, with its state from the beginning, so that `load_optimizers` only has to fill it."""
 
-    # Without their wrappers, which import torch's compiler only to tell it what not to compile: over a second
+    # Without torch's wrappers, which exclude them from compilation: for that they import the compiler, over a second
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
@@ -65,10 +65,10 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized matrix by matrix (Jordan et al. 2024), with the step's size matched to AdamW's
     (0.2 sqrt(longer side), Liu et al. 2025), so that both share one learning rate.
 
-    With W processes (hybrid: the W of a node), each orthogonalizes a W-th of the matrices. Under DDP an all-gather in
+    With W processes (hybrid: the W of a node), each orthogonalizes 1/W of the matrices. Under DDP an all-gather in
     `dtype` then brings the other updates. Under FSDP a process stores some rows of every matrix: an all-to-all brings
     the rows of its matrices in float32, and another returns their updates in `dtype`. For N parameters each process
-    receives 2 N bytes per step under DDP and 6 N / W under FSDP, little beside the exchange of gradients and weights.
+    receives 2 N bytes per step under DDP and 6 N / W under FSDP, little compared with gradients and weights.
     """
 
     add_param_group = AdamW.add_param_group  # torch's own, without its wrapper
@@ -81,7 +81,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update. If `found_inf` is 1, a tensor that `apply_gradients` sets, parameters and state do not change.
+        """Update. If the tensor `found_inf`, which `apply_gradients` sets, is 1, parameters and state do not change.
         Overwrites the gradients."""
         (group,), skipped = self.param_groups, self.found_inf.bool()
         matrices, lr, momentum = group["params"], group["lr"], group["momentum"]
@@ -126,7 +126,7 @@ def local_rows(matrix: Tensor) -> Tensor:
 
 
 def take_share(stack: Tensor, like: Tensor) -> Tensor:
-    """Of a stack (n, R, C) of matrices, those that this process orthogonalizes. All ranks.
+    """The matrices of a stack (n, R, C) that this process orthogonalizes. All ranks.
 
     like: a parameter that says how the stack is distributed: by rows, or a copy in each process.
     """
@@ -140,7 +140,7 @@ def take_share(stack: Tensor, like: Tensor) -> Tensor:
 
 
 def return_share(share: Tensor, n: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The stack of n matrices of which `take_share` has given this process a share, exchanged in `dtype`. All ranks."""
+    """The inverse of `take_share`, for a stack of n matrices, exchanged in `dtype`. All ranks."""
     if is_sharded(like):
         return redistribute(share.to(dtype), n, like, 0, 1).to(share.dtype)
     if processes() == 1:
@@ -190,7 +190,7 @@ def orthogonalize(stacks: list[Tensor], dtype: torch.dtype) -> None:
         norms = [SAFETY * maps.norm(dim=(1, 2), keepdim=True) + 1e-7 for maps in same]
         x = torch.cat([(maps / norm).to(dtype) for maps, norm in zip(same, norms)])
         for i, (a, b, c) in enumerate(QUINTICS):
-            if i > 0:
+            if i > 0:  # the first one's input has been divided by SAFETY
                 a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -255,6 +255,6 @@ class SkippedSteps:
         if (failing := int(self._longest)) >= MAX_SKIPPED:
             raise RunFailed(
                 f"the gradients were not finite in {failing} consecutive steps, seen after step {step}; "
-                "no weights were changed: resume from the last save or start again, with a lower --learning_rate"
+                "they changed no weights: resume from the last save or start again, with a lower --learning_rate"
             )
         return int(self._total)

@@ -24,7 +24,8 @@ from plaingpt.train_config import TrainConfig
 
 FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 MODEL_SETTINGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-# A resumed run does not take these from its checkpoint: they belong to the machine or to the command.
+# A resumed run does not take these from its checkpoint: they belong to the machine or to the command. (`init_from`
+# becomes what the run began from.)
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "minutes"}
 # These decide what is trained: a resumed run keeps them.
 FIXED = {"dataset", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "beta1", "beta2"}
@@ -47,8 +48,8 @@ def find_checkpoint(config: TrainConfig) -> tuple[RunState, Path | None]:
 def resumed_settings(
     config: TrainConfig, given: dict[str, str], state: RunState, directory: Path
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The saved settings of the run in `directory`, with `config`'s where LOCAL or given by a flag; and the flags in
-    `given`. UserError if the run cannot continue.
+    """(settings, flags): the settings of the run in `directory`, overridden by `config`'s LOCAL ones and flags; and the
+    entries of `given` that are flags. UserError if the run cannot continue.
     """
     trained, flags = state.settings, {name: source for name, source in given.items() if source.startswith("--")}
     for name in sorted(given.keys() & (trained.keys() - LOCAL)):
@@ -77,7 +78,7 @@ def check_change(config: TrainConfig, name: str, source: str, trained: object) -
     """Print which value of a setting is used, that in `config` or that of the checkpoint: a flag changes it, a recipe
     does not.
 
-    UserError if a flag changes a setting in FIXED, or a recipe under `auto`, which may belong to another run.
+    UserError if a flag changes a setting in FIXED, or, under `auto`, a recipe does: it may belong to another run.
     """
     fixed = name in FIXED and not (config.eval_only and name == "dataset")
     is_flag, value = source.startswith("--"), getattr(config, name)
@@ -91,7 +92,7 @@ def check_change(config: TrainConfig, name: str, source: str, trained: object) -
         note(f"changed on resume: {name}={value}, was {trained}")
     else:
         override = "" if fixed else "; a flag overrides it"
-        note(f"using the checkpoint's {name}={trained}, not {value} of {source}{override}")
+        note(f"using the checkpoint's {name}={trained}, not {value} from {source}{override}")
 
 
 def check_default(config: TrainConfig, given: dict[str, str], device_type: str) -> None:
@@ -149,7 +150,7 @@ def check_tokenizer(config: TrainConfig, data: DataSet, tokenizer: Tokenizer, so
     if not tokenizer.same_as(data.tokenizer):
         wanted = "gpt2" if tokenizer.same_as(gpt2()) else shlex.quote(str(model_path(source)))
         raise UserError(
-            f"the data set {config.dataset} was prepared with another tokenizer than {source}; prepare its text again "
+            f"the data set {config.dataset} was not prepared with the tokenizer of {source}; prepare its text again "
             f"with --tokenizer={wanted}"
             + (" and another --name" if source == config.init_from else ", or choose another --out_dir")
         )
@@ -212,7 +213,8 @@ def finish_run(
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
     resume = f"--init_from=resume --out_dir={out_dir}"
-    if stopping and (state.step < config.max_iters or state.evaluated_at != state.step):
+    complete = state.step == config.max_iters == state.evaluated_at  # a signal came during the last save
+    if stopping and not complete:
         remedy = f"saved; to continue: {resume}" if state.step > start else "nothing new to save"
         note(f"stopped by {signal.Signals(stopping).name} after step {state.step}, {remedy}")
         return 128 + stopping

@@ -15,7 +15,7 @@ for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
     if getattr(sys, name) is None:  # closed: a file opened later would get its number
         setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 STARTED = time.monotonic()  # train.py --minutes counts from here
-# While torch's CPU threads wait for each other, they spin at most this often before they sleep. OpenMP's default,
+# While torch's CPU threads wait for each other, they spin at most this many times before they sleep. OpenMP's default,
 # 300,000, halves the training speed beside one busy process and gains 2% on an idle machine. Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where the home directory is not writable
@@ -45,7 +45,7 @@ def explain(kind: type, error: BaseException, traceback: object) -> None:
 
 if os.path.dirname(SCRIPT) in (ROOT, os.path.join(ROOT, "tools")):  # and not for a script imported as a module
     if sys.version_info < (3, 11):  # noqa: UP036
-        refuse(f"needs Python 3.11 or later, and this is {sys.version.split()[0]}")
+        refuse(f"needs Python 3.11 or later, but this is {sys.version.split()[0]}")
     sys.excepthook = explain
     gc.disable()  # until `run_script`: imports leave little garbage, and searching for it takes a tenth of their time
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -20,9 +20,9 @@ from plaingpt.console import UserError, errors_of_library
 from plaingpt.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
-# A new kind is made in `make_tokenizer`. Three conditions: no token contains a place where text/streams.py cuts texts
-# (SAFE_BOUNDARY); decoding gives back the text that was encoded; `byte_lengths` counts the text's bytes.
-# Kinds that `as_ours` does not know are encoded slowly, and tools/ cannot export their models.
+# A new kind is made in `make_tokenizer`. It must encode any text, also half a word: validation may begin within one. No
+# token may contain a place where text/streams.py cuts texts (SAFE_BOUNDARY). `decode` must return the text, and
+# `byte_lengths` its bytes. Kinds that `as_ours` does not know are encoded slowly; tools/ cannot export their models.
 KINDS = ("gpt2", "char", "byte", "bpe")
 TRAINING_CHARACTERS = 64_000_000  # of text that a BPE is trained on: more hardly changes it
 
@@ -46,7 +46,7 @@ class Tokenizer:
             unknown = "".join(sorted({c for c in text if c not in vocabulary}))
             if not isinstance(self._backend.model, models.WordLevel) or not unknown:
                 raise
-            raise UserError(f"the tokenizer does not know {unknown!r}; it was made from text without it") from error
+            raise UserError(f"the tokenizer does not know {unknown!r}: the text it was made from lacks it") from error
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, with several threads; all of it is ordinary text."""

@@ -108,7 +108,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
         is_path = (directory.parent.parent / directory.name / "meta.json").exists()  # --dataset=data/books
         remedy = f"did you mean --dataset={directory.name}?" if is_path else f"to get it: {how_to_get(directory)}"
         if directory.with_name(f".{directory.name}.partial").exists():
-            remedy = "its preparation was not finished: run its prepare_data.py command again (with --part: each)"
+            remedy = "its preparation is unfinished: run the same prepare_data.py command again (for each --part)"
         others = sorted(path.parent.name for path in directory.parent.glob("[!.]*/meta.json"))
         there = f"; available: {', '.join(others[:20])}" if others else ""
         raise UserError(f"{directory}: no such data set; {remedy}{there}")
@@ -135,7 +135,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     if check_all or (check and sum(array.nbytes for array in ids.values()) <= HASHED):
         for _, path, _, digest in files:
             if hashlib.sha256(ids[path]).hexdigest() != digest:
-                raise UserError(f"{path} was changed since meta.json was written; prepare the data again")
+                raise UserError(f"{path} has changed since meta.json was written; prepare the data again")
             _check_ids(path, ids[path], tokenizer.vocab_size)
     train, val = (
         Tokens([ids[path] for of, path, *_ in files if of == split], n_bytes[split], tokenizer.vocab_size)
@@ -195,7 +195,7 @@ def _open_foreign(directory: Path, check_all: bool) -> DataSet:
         )
     _allow_open_files(sum(map(len, paths.values())))
     ids = {path: _open_foreign_ids(path) for split in SPLITS for path in paths[split]}
-    note(f"{directory}: no meta.json: reading as GPT-2 tokens, uint16")
+    note(f"{directory} has no meta.json: reading it as GPT-2 tokens (uint16)")
     tokenizer = gpt2()
     train, val = (Tokens([ids[path] for path in paths[split]], None, tokenizer.vocab_size) for split in SPLITS)
     check_all |= sum(array.nbytes for array in ids.values()) <= HASHED

@@ -64,7 +64,7 @@ class ModelSettings:
     dropout: BelowOne = 0.0
     """dropout probability: 0 for pretraining, 0.1 or more for small data sets"""
     bias: bool = False
-    """biases in linear layers and LayerNorms: OpenAI's GPT-2 has them; nanoGPT's default is without"""
+    """biases in linear layers and LayerNorms: OpenAI's GPT-2 has them; nanoGPT, by default, does not"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class OptimizationSettings:
     lr_decay_iters: PositiveInt | None = None
     """step at which the learning rate reaches min_lr (None: max_iters)"""
     min_lr: NonNegative | None = None
-    """final learning rate (None: 0 for linear, learning_rate / 10 for cosine)"""
+    """final learning rate (None: learning_rate / 10 for cosine, else 0)"""
     weight_decay: NonNegative = 0.1
     """weight decay of matrices and embeddings; --minutes chooses it for a new model"""
     momentum: BelowOne = 0.95
@@ -136,7 +136,7 @@ class TrainConfig(RunSettings, ModelSettings, OptimizationSettings, LoggingSetti
     def is_new_model(self) -> bool:
         return self.init_from in ("scratch", "auto")
 
-    # The values of learning_rate, min_lr, warmup_iters and lr_decay_iters, also where these are None
+    # The values of learning_rate, min_lr, warmup_iters and lr_decay_iters, even where these are None
     @property
     def peak_lr(self) -> float:
         rule = self.optimizer == "muon" and self.is_new_model

@@ -1,4 +1,4 @@
-"""What torch 2.13 does not do by itself. Each part says why it exists; it can go once torch changes."""
+"""Workarounds for torch 2.13. Each says why it exists, and can go once torch changes."""
 
 import os
 from datetime import timedelta
@@ -35,7 +35,7 @@ def rendezvous_store(timeout: timedelta) -> torch_dist.Store:
 
 
 class SkipNormalInit(TorchFunctionMode):
-    """Within it no normal numbers are drawn: on the meta device that would import torch's compiler, over a second."""
+    """Skips drawing normal numbers: on the meta device that would import torch's compiler, over a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))

@@ -60,8 +60,8 @@ def run(argument, **environment):
         (
             "lost",
             1,
-            "the connection to the other processes failed; if one ended, its error is the cause: "
-            "[/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection reset by peer",
+            "the connection to the other processes failed: [/third_party/gloo/gloo/transport/tcp/pair.cc:537] "
+            "Connection reset by peer; if one ended, its error is the cause",
         ),
         ("escapes", 2, r"\x1b[31mred\x07, \u202ereversed, café ☃\t🙂".replace(r"\t", "\t")),
     ],

@@ -231,7 +231,7 @@ def test_what_is_not_a_checkpoint_is_neither_renamed_nor_replaced(tmp_path, name
         path = tmp_path / "out" / name
         path.parent.mkdir()
         make(path)
-        with pytest.raises(UserError, match=f"{name} exists and is not a checkpoint; choose another --out_dir"):
+        with pytest.raises(UserError, match=f"{name} exists but is not a checkpoint; choose another --out_dir"):
             set_aside(tmp_path / "out")
         assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == [name]
         shutil.rmtree(tmp_path / "out")
@@ -283,6 +283,6 @@ def test_a_folder_without_permission_is_refused(tmp_path):
 
 def test_what_is_not_a_file_is_not_replaced_by_one(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="it exists and is not a file"), new_file(tmp_path / "pipe"):
+    with pytest.raises(OSError, match="it exists but is not a file"), new_file(tmp_path / "pipe"):
         pass
     assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]

@@ -149,7 +149,7 @@ def test_a_checkpoint_goes_to_the_hub_and_comes_back(tmp_path, hub, tiny_run):
         ("some/gated", gated, "its owner has to grant you access, on the model's page; then log in: hf auth login"),
         ("a/b/c", no_name, "names on the hub have the form owner/name"),
     ):
-        assert printed == f"{name} is not a directory here, and cannot be loaded from the hub: {reason}"
+        assert printed == f"{name} is not a local directory, and cannot be loaded from the hub: {reason}"
     assert "a model of type llama, not a GPT-2" in llama
     assert not [path for path in hub.asked if path.endswith((".bin", "llama/resolve/main/model.safetensors"))]
     asked = len(hub.asked)

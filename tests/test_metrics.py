@@ -217,7 +217,7 @@ def test_the_script_does_not_say_that_it_drew_what_it_did_not(tmp_path, monkeypa
     write_run(tmp_path / "run")
     (tmp_path / "compare.png").mkdir()
     ended = run_main("tools.compare_runs", "run")
-    assert (ended.status, ended.err.count("\n")) == (2, 1) and "compare.png: it exists and is not a file" in ended.err
+    assert (ended.status, ended.err.count("\n")) == (2, 1) and "compare.png: it exists but is not a file" in ended.err
 
 
 def test_a_stopwatch_counts_only_while_it_goes():

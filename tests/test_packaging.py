@@ -92,5 +92,5 @@ def test_make_refuses_an_old_python_before_any_work(tmp_path):
     (tmp_path / "python").chmod(0o755)
     command = ["make", "PYTHON=./python", "quickstart"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.startswith("plainGPT needs Python 3.11 to 3.14, and this is ")
+    assert ended.returncode == 2 and ended.stderr.startswith("plainGPT needs Python 3.11 to 3.14, but this is ")
     assert not (tmp_path / ".venv").exists()

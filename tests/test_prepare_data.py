@@ -321,7 +321,7 @@ def failed(*arguments) -> str:
     ("arguments", "message"),
     [
         (["good.txt", "--name="], "prepare_data.py: '' cannot be the data set's name"),
-        (["good.txt", "--vocab_size=300"], "prepare_data.py: --vocab_size is for --tokenizer=bpe, and this is gpt2"),
+        (["good.txt", "--vocab_size=300"], "prepare_data.py: --vocab_size is for --tokenizer=bpe, but this is gpt2"),
         (["nothing/*.txt"], "prepare_data.py: nothing/*.txt: no such file"),
         (["empty.txt"], "prepare_data.py: empty.txt contains no text"),
         (["good.txt", "binary.txt"], "prepare_data.py: binary.txt is binary, not text: "),
@@ -360,7 +360,7 @@ def test_a_folder_that_is_not_a_data_set_is_left_alone(prepare, folder, tmp_path
     source = folder({"a.txt": "text " * 100})
     folder(theirs, "data/set")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="set exists and is not a plainGPT data set; choose another --name"):
+    with pytest.raises(UserError, match="set exists but is not a plainGPT data set; choose another --name"):
         prepare(source)
     assert contents(tmp_path) == before
 
@@ -397,7 +397,7 @@ def test_an_unfinished_data_set_is_not_to_be_begun_anew(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 100)
     flags = [tmp_path / "a.txt", f"--data_dir={tmp_path}", "--name=set", "--tokenizer=byte"]
     assert run_main("prepare_data", *flags, "--part=1/2").status == 0
-    with pytest.raises(UserError, match=r"its preparation was not finished: run its prepare_data\.py command again"):
+    with pytest.raises(UserError, match=r"its preparation is unfinished: run the same prepare_data\.py command again"):
         open_data_set(tmp_path / "set")
 
 

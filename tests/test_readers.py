@@ -192,8 +192,8 @@ def test_the_column_is_named_and_a_missing_one_refused_with_the_nearest(tmp_path
     ("line", "message"),
     [
         (b'{"text": "one"', "the line at byte 16, is not JSON"),
-        (b'"one"', "has no 'text'; it must be a JSON object that has it"),
-        (b"{}", "has no 'text'; it must be a JSON object that has it"),
+        (b'"one"', "has no 'text'; write JSON objects with this field"),
+        (b"{}", "has no 'text'; write JSON objects with this field"),
         (b'{"text": 1}', "'text' is not text"),
         (b'{"text": "\xff"}', "is not UTF-8 text (byte 0xff at 10)"),
         (b'{"text": "\\ud800"}', "is not UTF-8 text (byte 0xed at 0)"),

@@ -342,4 +342,4 @@ def test_several_processes_are_refused(learned, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     ended = run_main("sample", f"--out_dir={learned}")
     assert (ended.status, ended.out) == (2, "")
-    assert "sampling uses one process, without torchrun and WORLD_SIZE" in ended.err
+    assert "sample.py runs as one process, without torchrun or WORLD_SIZE" in ended.err

@@ -34,7 +34,7 @@ def test_an_old_python_is_one_line(script):
     ended = run(sys.executable, script("import sys\nsys.version_info = (3, 10, 1)\nimport plaingpt.startup\nprint(1)"))
     version = sys.version.split()[0]
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"train.py: needs Python 3.11 or later, and this is {version}\n"
+    assert ended.stderr == f"train.py: needs Python 3.11 or later, but this is {version}\n"
 
 
 def test_the_garbage_collector_rests_only_during_imports(script, tmp_path):

@@ -125,14 +125,14 @@ def test_a_truncated_missing_or_changed_file_is_refused(data_set, name, n):
         path.unlink()
         assert refusal(data_set, check=check) == f"{path} is missing; prepare the data again"
     path.write_bytes(sound[:4] + bytes([sound[4] ^ 1]) + sound[5:])
-    assert refusal(data_set).startswith(f"{path} was changed since meta.json was written")
+    assert refusal(data_set).startswith(f"{path} has changed since meta.json was written")
 
 
 def test_a_large_data_set_opens_without_being_read_and_is_compared_on_request(data_set, monkeypatch):
     monkeypatch.setattr(plaingpt.tokens, "HASHED", 63)  # bytes: one less than these files have
     (data_set / "val.bin").write_bytes(bytes(16))
     assert ids(open_data_set(data_set).val) == [0] * 8
-    assert "val.bin was changed" in refusal(data_set, check_all=True)
+    assert "val.bin has changed" in refusal(data_set, check_all=True)
     os.truncate(data_set / "val.bin", 14)
     assert "val.bin was truncated or changed" in refusal(data_set)
 

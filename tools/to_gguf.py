@@ -67,7 +67,7 @@ def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, dtype: str) -> None
 
 
 def add_tokenizer(writer, tokenizer: Tokenizer) -> None:
-    """To llama.cpp, all of ours are of GPT-2's kind: bytes and merges, of which byte and char tokenizers have none."""
+    """For llama.cpp, all of ours are of GPT-2's kind, bytes and merges; byte and char tokenizers have no merges."""
     import gguf
 
     if not (ours := as_ours(json.loads(tokenizer.to_json()))):
@@ -103,7 +103,7 @@ def main() -> None:
         raise UserError("this requires a package: pip install gguf") from error
     model, tokenizer = load_model(config.models[0])
     if config.dtype == "int8" and model.config.n_embd % 32:
-        raise UserError(f"--dtype=int8 needs a multiple of 32, but n_embd={model.config.n_embd}: use float16")
+        raise UserError(f"--dtype=int8 needs n_embd to be a multiple of 32, not {model.config.n_embd}: use float16")
     path = Path(config.out)
     with new_file(path, "wb") as file:
         write_gguf(Path(file.name), model, tokenizer, config.dtype)

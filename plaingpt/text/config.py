@@ -28,8 +28,8 @@ class PrepareConfig:
     split_documents: bool = False
     """split text files into documents at <|endoftext|>"""
     bad_files: Literal["stop", "skip", "replace"] | None = None
-    """invalid UTF-8: stop; skip the document (of a text file over 1 MB: the bad megabyte; of a JSON array: all of it);
-    or replace the invalid bytes by U+FFFD (default: stop; skip for python)"""
+    """invalid UTF-8: stop; skip the document (in a text file over 1 MB, the bad megabyte; in a JSON array, the entire
+    array); or replace the invalid bytes with U+FFFD (default: stop; skip for python)"""
     encoding: str | None = None
     """encoding of text, JSON, CSV and TSV without a byte order mark, such as latin-1 (default: UTF-8)"""
     column: str = "text"

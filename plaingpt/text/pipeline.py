@@ -75,8 +75,8 @@ class Part:
 
     def __post_init__(self):
         found = json_or_empty(self.progress)
-        # `position` does not count skipped texts, so progress with another --bad_files cannot be continued, except that
-        # of "stop", which skips none.
+        # `position` does not count skipped texts. So progress is continued only with the same --bad_files, or if it was
+        # made with "stop", which skips none.
         continues = found and (found.get("finished") or found.get("bad_files") in ("stop", self.config.bad_files))
         if not continues:
             none = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
@@ -133,7 +133,8 @@ class Part:
         self.unsaved = 0
 
     def seal(self, threads: int) -> None:
-        """Close the shards and compute their checksums. `finish` saves this under a lock: then one part is the last."""
+        """Close the shards and compute their checksums. `job.finish` saves this while it holds the plan's lock, so
+        exactly one process finds that all parts are finished."""
         self.save()
         with ThreadPoolExecutor(threads) as pool:
             for split in SPLITS:
@@ -188,7 +189,8 @@ def encode(batch: Batch, part: Part, encoder: BulkEncoder) -> dict[str, np.ndarr
         if any(b"|" in text and SEPARATOR in text for text in texts):  # one byte is faster to search for
             message = "<|endoftext|> occurs in the text and is encoded as ordinary text"
             note_once(f"{message}; --split_documents splits text files at it", message)
-        encoded[split] = encoder.encode(texts)[int(split in batch.continued) :].astype(part.dtype)
+        first = 1 if split in batch.continued else 0  # no end of text before a piece that continues a document
+        encoded[split] = encoder.encode(texts)[first:].astype(part.dtype)
     return encoded
 
 
@@ -197,7 +199,8 @@ def batches(part: Part) -> Iterator[Batch]:
     resumed_at, batch = part.position, Batch()  # part.position moves as batches are written
     for position, text, train_end in divided_texts(part):
         if position > resumed_at:
-            if batch.size and (text.start > 0 or batch.size >= streams.PIECE):  # a later piece begins a batch
+            # A piece that continues a document begins a batch: only there can a document be `continued`.
+            if batch.size and (text.start > 0 or batch.size >= streams.PIECE):
                 yield batch
                 batch = Batch()
             batch.add(text, train_end)
@@ -221,7 +224,7 @@ def divided_texts(part: Part) -> Iterator[tuple[tuple[int, int], Text, int]]:
                     if digest in seen:
                         continue
                     seen.add(digest)
-                train_end = training_bytes(part, text_input, text, digest)
+                train_end = training_bytes(part, text_input, text, digest)  # also for the document's later pieces
             yield (i, n), text, train_end
 
 

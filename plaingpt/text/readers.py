@@ -118,7 +118,7 @@ def _text_of(row: Any, where: str, column: str) -> bytes:
     """The column of a JSON object."""
     if not isinstance(row, dict) or column not in row:
         names = ", ".join(row)[:300] if isinstance(row, dict) else ""
-        remedy = f"name the --column: {names}" if names else "it must be a JSON object that has it"
+        remedy = f"name the --column: {names}" if names else "write JSON objects with this field"
         raise NotDocuments(f"{where}, has no {column!r}; {remedy}")
     if not isinstance(row[column], str | None):
         raise NotDocuments(f"{where}: {column!r} is not text: name another --column, or write it as text")
@@ -145,7 +145,7 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
                     raise UserError(f"{where} has {problem}: put quotes around the text")
                 yield Text(checked(row[index].encode("utf-8", "surrogateescape"), where, config.bad_files), raw.tell())
         except csv.Error as error:
-            remedy = "quotes around a field have to be closed, and doubled inside it"
+            remedy = "close the quotes around a field, and double those inside it"
             raise UserError(f"{file.path}, line {last + 1:,} cannot be read: {one_line(error)}; {remedy}") from error
 
 

@@ -84,7 +84,7 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
         raise UserError(f"--encoding={config.encoding}: unknown; examples: {examples}") from error
     named = next((w for w in wanted if w == "-" or w.startswith("hf:") or (w in NAMED and not os.path.exists(w))), None)
     if named and len(wanted) > 1:
-        raise UserError(f"{named} cannot be combined with other sources: prepare them one by one, with a --name each")
+        raise UserError(f"{named} cannot be combined with other sources: prepare each by itself, with its own --name")
     if not wanted:
         others = "files, directories and globs of text, or hf:owner/name"
         raise UserError(f"name a source: one of {', '.join(NAMED)}, or {others}")
