@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
 
-from plaingpt.console import UserError, note, out_of_memory
+from plaingpt.console import TooLittleMemory, UserError, note, out_of_memory
 from plaingpt.distributed import Distributed
 from plaingpt.metrics import Stopwatch
 from plaingpt.run import initial_model, write_recipe
@@ -21,6 +21,7 @@ from plaingpt.train_config import TrainConfig, muon_learning_rate
 
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
 SEQUENCES_PER_STEP = 32
+FEW_TOKENS = 5e6  # of BPE: until then a single layer learns more than two layers of its size, afterwards nothing
 TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 END = 1.0  # seconds for the last picture and the exit
 EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of few epochs, and in longer ones
@@ -30,21 +31,22 @@ EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the trainin
 # are timed again: the speed of some machines varies briefly, and half the speed raises a predicted loss by 15%.
 CLOSE, UNCERTAIN = 1.06, 1.15
 
-# Trains with these settings for that many seconds. Returns tokens per second; UserError if memory is too small
+# Trains with these settings for that many seconds. Returns tokens per second; TooLittleMemory if it does not fit
 Measure = Callable[[TrainConfig, float], float]
 
 
 def predicted_loss(config: TrainConfig, tokens: float, text_tokens: int) -> float:
     """Predicted loss, up to constants of the text, after training on `tokens` tokens of a text of `text_tokens`.
 
-    A law fitted to 45 runs (docs/scaling.md). The terms for size and data are combined with an exponent, not summed as
-    by Hoffmann et al. 2022: more parameters without more tokens help less. Repeated tokens count less and less
-    (Muennighoff et al. 2023, whose large models gain for 15 epochs where these gain for 5).
+    Fitted to 45 runs (docs/scaling.md). Unlike in Hoffmann et al. 2022, an exponent combines the terms for size and
+    data: more parameters without more tokens help less. Repeated tokens count less (Muennighoff et al. 2023).
     """
     repeated = max(tokens / text_tokens - 1, 0)
     effective_tokens = min(tokens, text_tokens) + text_tokens * 5 * (1 - math.exp(-repeated / 5))
+    if config.n_layer == 1:
+        effective_tokens = min(effective_tokens, FEW_TOKENS)
     size, data = (block_parameters(config) / 1e6) ** -0.18, 1.7 * (effective_tokens / 1e6) ** -0.2
-    return (size**3.7 + data**3.7) ** (1 / 3.7)
+    return (size**3.7 + data**3.7) ** (1 / 3.7) * (0.97 if config.n_layer == 1 else 1)
 
 
 def block_parameters(config: TrainConfig) -> int:
@@ -90,8 +92,8 @@ def time_candidates(
         try:
             return measure(candidate, period)
         except Exception as error:
-            # All processes raise the same UserError. If one of several runs out of memory, the others wait for it.
-            needs_memory = isinstance(error, UserError) or (dist.world_size == 1 and out_of_memory(error))
+            # TooLittleMemory is raised by all processes. If memory runs out in one of several, the others wait for it.
+            needs_memory = isinstance(error, TooLittleMemory) or (dist.world_size == 1 and out_of_memory(error))
             if not needs_memory or not (timed or halved(candidate, given)):
                 raise
             return 0.0
@@ -103,6 +105,9 @@ def time_candidates(
         return candidate, rate
 
     for candidate in candidates(config, given, data, dist):
+        single = candidate.n_layer == 1 and "n_layer" not in given
+        if single and tokens > FEW_TOKENS:
+            continue
         if timed and block_parameters(candidate) > 12 * len(data.train):
             break  # it would memorize the text
         first = with_batch(candidate, given, tokens, data, dist)
@@ -113,7 +118,7 @@ def time_candidates(
         if not rate:
             break  # larger models need more memory still
         timed[fitted], tokens = [rate], rate * seconds
-        if late() or fitted not in promising(CLOSE):
+        if late() or not (single or fitted in promising(CLOSE)):
             break
     for _ in range(2 if len(timed) > 1 else 0):  # in turn, so that a change of the machine's speed affects all of them
         # Timing the largest takes longest, so it is timed again only if it is close.
@@ -133,7 +138,7 @@ def halved(config: TrainConfig, given: dict[str, str]) -> TrainConfig | None:
 
 
 def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: Distributed) -> Iterator[TrainConfig]:
-    """Models of one layer per 80 channels, for characters also of more; or the shape of a trained model."""
+    """Models of about one layer per 80 channels, or of a single layer; or the shape of a trained model."""
     if not config.is_new_model:
         # [1] drops the model: timing needs its memory. batch_size=1 because the chosen batch is checked later.
         found = initial_model(dataclasses.replace(config, batch_size=1), given, data, None, dist)[1]
@@ -147,7 +152,8 @@ def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: 
     for n_embd in widths:
         heads = [n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0]
         layers = [config.n_layer] if "n_layer" in given else [max(2, round(n_embd / 80 + extra)) for extra in (0, more)]
-        for n_layer in dict.fromkeys(layers):
+        single = [] if more or n_embd == WIDTHS[0] or "n_layer" in given else [1]
+        for n_layer in dict.fromkeys([*single, *layers]):
             yield unless_given(config, given, n_layer=n_layer, n_embd=n_embd, n_head=heads[-1])
 
 
@@ -173,10 +179,8 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     """`config` with what follows from the number of training tokens. Intervals are kept only if flags give them."""
     steps = int(tokens / config.tokens_per_step)
     if steps < 2:
-        raise UserError(
-            f"--minutes={config.minutes:g} is too short for two steps of {config.tokens_per_step:,} tokens: give more "
-            "time, or a smaller --batch_size or --gradient_accumulation_steps"
-        )
+        problem = f"--minutes={config.minutes:g} is too short for two steps of {config.tokens_per_step:,} tokens"
+        raise UserError(f"{problem}: give more time, or a smaller --batch_size or --gradient_accumulation_steps")
     lr = muon_learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
     epochs = tokens / len(data.train)
     # With this learning rate, weights are an average of the updates of the last 1 / (lr * weight_decay) steps. About an
@@ -206,8 +210,7 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
 def extend_run(config: TrainConfig, given: dict[str, str], state: RunState) -> tuple[TrainConfig, dict[str, str]]:
     """Settings that continue a run for `config.minutes`, at the speed it had so far."""
     check_flags(given)
-    rate = state.step / max(state.seconds, 1.0)
-    steps = state.step + max(1, int(TRAINING_SHARE * 60 * config.minutes * rate))
+    steps = state.step + max(1, int(TRAINING_SHARE * 60 * config.minutes * state.step / max(state.seconds, 1.0)))
     warmup = min(state.settings.get("warmup_iters") or 0, max(state.step, steps // 20))  # it may not be over yet
     changed = {"max_iters": steps, "warmup_iters": warmup, "lr_decay_iters": None}
     return dataclasses.replace(config, **changed), given | dict.fromkeys(changed, "--minutes")
@@ -227,11 +230,11 @@ def time_left(minutes: float, dist: Distributed) -> float:
 class Deadline:
     """Makes a run with --minutes end in time, by correcting the number of steps.
 
-    The first correction comes after 5% of the steps, at the end of a new run's warmup. Until then, learning rates do
-    not depend on the number of steps (if it is 40 or more), so the corrected recipe trains the same model. Later ones
-    come if the run would miss its time by 2%, which is checked at each evaluation, more often after the last but one.
-    If two evaluations in a row find no lower loss after a few epochs of a new run, it ends early: the learning rate
-    drops, and decays within an eighth of the steps made so far.
+    The first correction comes after 5% of the steps, when a new run's warmup ends. Learning rates before it do not
+    depend on the number of steps (if it is 40 or more), so the corrected recipe trains the same model. Later ones come
+    if the run would miss its time by more than 2% (checked at each evaluation, more often after the last but one). A
+    new run ends early if, after a few epochs, two evaluations in a row find no lower loss: its learning rate drops, and
+    decays within an eighth of the steps so far.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch, epoch_tokens: int):
@@ -252,7 +255,6 @@ class Deadline:
             self.ending = True
             note("ending early: the validation loss no longer falls")
             return self.with_steps(config, min(step + math.ceil(step / 8), config.max_iters))
-        # After the last evaluation but one, nothing else would correct a change of speed.
         often = 4 if config.max_iters - step < config.eval_interval else 1
         due = step > self.first_correction and step % max(1, config.eval_interval // often) == 0
         if step == self.last[0] or not (due or step in (self.measured_from, self.first_correction)):
@@ -271,8 +273,7 @@ class Deadline:
         self.dist.synchronize()
         before, self.last = self.last, (self.state.step, self.watch.seconds, time.monotonic())
         steps, trained, passed = (new - old for new, old in zip(self.last, before))
-        # This runs before a step's evaluation, so `passed` includes that of step before[0], if any. The first one does
-        # not count: it is slow on a GPU, or was made before a resume.
+        # `passed` includes the evaluation of step before[0], if any. The first is slow on a GPU, or precedes a resume.
         first = before[0] == self.start and (self.start or self.dist.device.type == "cuda")
         if self.state.evaluated_at == before[0] and not first:
             self.evaluation_seconds = passed - trained
@@ -283,8 +284,7 @@ class Deadline:
         left = time_left(config.minutes, self.dist) - END
         if not self.evaluation_seconds:
             return TRAINING_SHARE * left
-        # It includes one per eval_interval steps. But the next one is nearer than that, the interval before the last
-        # step is half as long on average, and the last step is evaluated too.
+        # It has one per interval. But the next is nearer, the last interval half as long, and the last step has one.
         to_next = -self.state.step % config.eval_interval / config.eval_interval
         return left - (1.5 - to_next) * self.evaluation_seconds
 

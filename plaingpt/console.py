@@ -17,6 +17,10 @@ class UserError(Exception):
     """A mistake of the user, whose message is one line with the remedy."""
 
 
+class TooLittleMemory(UserError):
+    """A model or a batch that does not fit."""
+
+
 class RunFailed(Exception):
     """A failure that is not the user's mistake; its message is one line."""
 

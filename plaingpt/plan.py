@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
-from plaingpt.console import UserError, counted, note
+from plaingpt.console import TooLittleMemory, counted, note
 from plaingpt.cpu import return_freed_memory
 from plaingpt.distributed import Distributed
 from plaingpt.parallel import shard_count
@@ -21,8 +21,8 @@ from plaingpt.train_config import TrainConfig
 
 
 def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
-    """UserError if training certainly needs more memory than is free. Call it before the model is created: otherwise
-    the kernel kills the process. All ranks.
+    """TooLittleMemory if training certainly needs more memory than is free. Call it before the model is created:
+    otherwise the kernel kills the process. All ranks.
 
     Counts this process's weights, gradients and moments (12 bytes per parameter, or 16 with AdamW alone), and only the
     activations that are stored in any case, so that a run that fits is never refused.
@@ -38,7 +38,7 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     free = -dist.max(-free_memory(dist))  # the least of all ranks, so that they agree
     if needed > free:
         more = ", or more GPUs with --sharding=fsdp" if dist.device.type == "cuda" else ""
-        raise UserError(
+        raise TooLittleMemory(
             f"a model of {counted(c.n_layer, 'layer')} and width {c.n_embd} needs at least {gb(needed)} to train, but "
             f"only {gb(free)} is free for each process; try a smaller model, a smaller --batch_size or "
             f"--recompute=True{more}"
