@@ -79,7 +79,7 @@ def main() -> None:
     if len(modes) > 1:
         raise UserError(f"{' and '.join(modes)} cannot be combined: give one of them")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        remedy = "for more GPUs, start it once per GPU, with --device=cuda:N and --prompts"
+        remedy = "for more GPUs, start it once per GPU, each with its own --device=cuda:N and --prompts"
         raise UserError(f"sample.py runs as one process, without torchrun or WORLD_SIZE; {remedy}")
     dist = connect(config.device, config.dtype)
     # first, so that a mistake is reported before a model is downloaded
@@ -130,6 +130,7 @@ def start_samples(
         samples = [Sample(prompt, tokenizer, config) for prompt in together]
         for sample in samples:
             yield sample, text_of(sample, samples, batch)
+        del batch  # its cache, before the next one is allocated
 
 
 class Sample:

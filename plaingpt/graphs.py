@@ -17,6 +17,8 @@ class Captured:
 
     pool_of: another `Captured`, whose memory pool this one shares. The two must never run at the same time, and a call
     of one may overwrite the last result of the other.
+
+    While graphs are in use, no other may be destroyed: that frees cuBLAS memory which all share (pytorch issue 193402).
     """
 
     def __init__(self, function: Callable[..., Tensor], pool_of: "Captured | None" = None):
@@ -38,12 +40,14 @@ class Captured:
 
     def _capture(self, arguments: tuple) -> tuple[torch.cuda.CUDAGraph, list, Tensor]:
         graph, inputs = torch.cuda.CUDAGraph(), [v.clone() if isinstance(v, Tensor) else v for v in arguments]
+        stream = torch.cuda.current_stream()
         self.pool = self.pool or (self.pool_of and self.pool_of.pool) or torch.cuda.graph_pool_handle()
         # thread_local: what other threads, such as a library's, do on the device does not end the capture
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 return graph, inputs, self.function(*inputs)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # if the capture cannot begin or end, torch leaves its own stream current
             for generator in torch.cuda.default_generators:  # in torch 2.11, a failed capture leaves them unusable
                 generator.graphsafe_set_state(generator.clone_state())
             raise error.__context__ or error from None  # what failed first, such as a lack of memory

@@ -111,12 +111,15 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
 
 
 def check_same(config: TrainConfig, data: DataSet, dist: Distributed) -> None:
-    """UserError if processes differ in the data set, or in settings other than a machine's own and W&B's. All ranks."""
+    """UserError if processes differ in data set, precision, kind of device, or a setting that is not a machine's own or
+    W&B's. All ranks."""
     own = {"out_dir", "data_dir", "init_from", "timeout", "wandb_log", "wandb_project", "wandb_run_name"}
     values = {name: value for name, value in vars(config).items() if name not in own}
     values["dataset"] = config.dataset, data.digest
+    values["dtype"], values["device"] = str(dist.dtype), dist.device.type  # `auto` may differ between machines
     if different := [name for name, value in values.items() if not dist.all_equal(derive_seed(value))]:
-        raise UserError(f"processes have different values of {', '.join(different)}: start all with the same command")
+        remedy = "give all the same settings and data, also --dtype and --device if `auto` differs between machines"
+        raise UserError(f"processes have different values of {', '.join(different)}: {remedy}")
 
 
 def check_shared(config: TrainConfig, dist: Distributed, *values: object) -> None:
@@ -226,12 +229,13 @@ def finish_run(
         reason = f"{counted(state.evaluations_since_lowest, 'evaluation')} without improvement"
         note(f"ended early, after step {state.step}: {reason}; to continue: {resume} --patience=0")
     loss, step = best
-    risen = state.evaluations_since_lowest > 1 and step < state.step  # one evaluation may be noise
-    since = "; no later one is lower, so the model may be overfitting" if risen else ""
-    if is_below(state.initial_val_loss, loss):
-        since += f"; before training, val_loss was {state.initial_val_loss:.4f}"
+    since = ""
     if step > state.step:
         since = ", before the run went back to an earlier step"
+    elif step < state.step and state.evaluations_since_lowest > 1:  # one may be noise
+        since = "; no later one is lower, so the model may be overfitting"
+    if is_below(state.initial_val_loss, loss):
+        since += f"; before training, val_loss was {state.initial_val_loss:.4f}"
     note(f"lowest val_loss {loss:.4f} at step {step}, saved in {out_dir}/best{since}")
     note(f"next: python sample.py --out_dir={out_dir}")
     return 0

@@ -363,7 +363,7 @@ def test_what_cannot_be_a_page_is_refused_in_one_line(tmp_path, tiny_run, monkey
         assert (ended.status, ended.out) == (2, "") and reason in ended.err.splitlines()[-1], ended.err
     monkeypatch.setattr("tools.page.MOST_MILLIONS", 0.001)
     ended = run_main("tools.page", tiny_run / "best", f"--out={tmp_path / 'page.html'}")
-    assert ended.status == 2 and "browsers do not open pages of more than 0.001M" in ended.err
+    assert ended.status == 2 and "browsers do not open pages of models above 0.001M" in ended.err
     assert not list(tmp_path.glob("*.html*"))
 
 

@@ -187,7 +187,7 @@ def test_a_finished_part_is_not_removed_by_another_command(tmp_path, mixed, smal
     prepare(mixed, tmp_path, "--part=1/2")
     before = contents(tmp_path / ".set.partial" / "shards")
     ended = prepare(mixed, tmp_path, "--part=2/2", "--val_fraction=0.2", status=2)
-    assert "contains partly finished work for another text or other settings" in ended.err
+    assert "contains finished parts of work for another text or other settings" in ended.err
     assert contents(tmp_path / ".set.partial" / "shards") == before
     prepare(f"{mixed}/", tmp_path, "--part=2/2")  # the same text
     assert len(documents(tmp_path, "train")) > 200

@@ -3,6 +3,7 @@ import itertools
 import json
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,20 @@ def test_temperature_zero_writes_the_likeliest_text(learned, prompt):
     text = sample(learned, start=prompt, temperature=0)
     assert text == prompt + likeliest(learned, prompt, 20) + "\n"
     assert sample(learned, start=prompt, temperature=0, seed=5, top_p=0.3, top_k=2) == text
+
+
+def test_only_one_batch_has_memory_for_its_cache_at_a_time(learned, monkeypatch):
+    alive, counts = weakref.WeakSet(), []
+
+    class Counted(script.Batch):
+        def __init__(self, *arguments):
+            alive.add(self)
+            counts.append(len(alive))
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(script, "Batch", Counted)
+    sample(learned, num_samples=3, batch_size=1)
+    assert counts == [1, 1, 1]
 
 
 def test_a_seed_names_a_text(learned):

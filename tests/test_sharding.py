@@ -27,8 +27,8 @@ OTHERS = {  # at most so far from one process
     "adamw-fsdp": (dict(optimizer="adamw", sharding="fsdp", recompute=True), 1e-5),
 }
 
-# Each job is {"flags"} or {"flags", "of_rank_1"}, with the error in "refused" if there is one; {"copy": [from, to]}, a
-# run's folder in which another is to go on; or {"script"}.
+# Each job is {"flags"} or {"flags", "of_rank_1"}, with the error in "refused" if there is one, and with what torch says
+# of each rank's CPU in "processors"; {"copy": [from, to]}, a run's folder in which another is to go on; or {"script"}.
 WORKER = """
 import functools, json, os, runpy, shutil, sys, time
 from pathlib import Path
@@ -54,6 +54,8 @@ def work():
             runpy.run_path(job["script"])
         else:
             flags = job["flags"] + (job.get("of_rank_1", []) if os.environ["RANK"] == "1" else [])
+            if "processors" in job:
+                torch.cpu.get_capabilities = functools.partial(dict, job["processors"][int(os.environ["RANK"])])
             argv, sys.argv = sys.argv, ["train.py", *flags]
             try:
                 assert train.main() == 0 and "refused" not in job
@@ -161,6 +163,8 @@ def runs(tmp_path_factory, train, resume, tiny_flags) -> tuple[Path, subprocess.
     jobs.append({"flags": flags, "of_rank_1": [f"--out_dir={folder / 'nothing'}"], "refused": refused})
     flags, refused = tiny_flags(folder / "other", **PLAN), "processes have different values of grad_clip, dataset: "
     jobs.append({"flags": flags, "of_rank_1": ["--grad_clip=2", "--dataset=other"], "refused": refused})
+    processors, refused = [{}, {"amx_bf16": True}], "processes have different values of dtype: "
+    jobs.append({"flags": [*flags, "--dtype=auto"], "processors": processors, "refused": refused})
     (folder / "held.py").write_text(HELD.format(done=str(folder / "held")))
     jobs.append({"script": str(folder / "held.py")})
     jobs.append({"flags": tiny_flags(folder / "fails", **PLAN), "of_rank_1": [f"--data_dir={folder / 'nowhere'}"]})

@@ -116,7 +116,7 @@ def main() -> None:
     model, tokenizer = load_model(config.models[0])
     millions, path = model.num_parameters() / 1e6, Path(config.out)
     if millions > MOST_MILLIONS:
-        raise UserError(f"{millions:,.0f}M parameters: browsers do not open pages of more than {MOST_MILLIONS}M")
+        raise UserError(f"{millions:,.0f}M parameters: browsers do not open pages of models above {MOST_MILLIONS}M")
     bits = 16 if millions <= 20 else 8
     note(f"{millions:,.2f}M parameters in {bits} bits: a page of about {max(1, round(millions * bits / 6)):,} MB")
     write_page(path, config.models[0], model, tokenizer, bits, config.start)

@@ -133,7 +133,7 @@ def remove_other_work(job: Job) -> None:
             job.lock(path).lock.release()
     if job.shards.exists():
         finished = any(json_or_empty(path).get("finished") for path in job.partial.glob("part-*.json"))
-        kind = "partly finished" if finished else "unfinished"
+        kind = "finished parts of" if finished else "unfinished"
         problem = f"{job.partial} contains {kind} work for another text or other settings"
         if finished:
             raise UserError(f"{problem}: finish it with the commands that began it, or delete that directory")
