@@ -152,7 +152,7 @@ def candidates(config: TrainConfig, given: dict[str, str], data: DataSet, dist: 
     for n_embd in widths:
         heads = [n for n in range(1, max(1, n_embd // 64) + 1) if n_embd % n == 0]
         layers = [config.n_layer] if "n_layer" in given else [max(2, round(n_embd / 80 + extra)) for extra in (0, more)]
-        single = [] if more or n_embd == WIDTHS[0] or "n_layer" in given else [1]
+        single = [] if more or n_embd < WIDTHS[1] or "n_layer" in given else [1]
         for n_layer in dict.fromkeys([*single, *layers]):
             yield unless_given(config, given, n_layer=n_layer, n_embd=n_embd, n_head=heads[-1])
 
@@ -180,7 +180,7 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
     steps = int(tokens / config.tokens_per_step)
     if steps < 2:
         problem = f"--minutes={config.minutes:g} is too short for two steps of {config.tokens_per_step:,} tokens"
-        raise UserError(f"{problem}: give more time, or a smaller --batch_size or --gradient_accumulation_steps")
+        raise UserError(f"{problem}: give more time, or a smaller model, --batch_size or --gradient_accumulation_steps")
     lr = muon_learning_rate(config.n_embd, steps) / (1 if config.optimizer == "muon" else 4)
     epochs = tokens / len(data.train)
     # With this learning rate, weights are an average of the updates of the last 1 / (lr * weight_decay) steps. About an
@@ -231,10 +231,10 @@ class Deadline:
     """Makes a run with --minutes end in time, by correcting the number of steps.
 
     The first correction comes after 5% of the steps, when a new run's warmup ends. Learning rates before it do not
-    depend on the number of steps (if it is 40 or more), so the corrected recipe trains the same model. Later ones come
-    if the run would miss its time by more than 2% (checked at each evaluation, more often after the last but one). A
-    new run ends early if, after a few epochs, two evaluations in a row find no lower loss: its learning rate drops, and
-    decays within an eighth of the steps so far.
+    depend on the number of steps (if it is 40 or more), so a recipe corrected only then trains the same model. Later
+    ones come if the run would miss its time by more than 2% (checked at each evaluation, more often after the last but
+    one). A new run ends early if, after a few epochs, two evaluations in a row find no lower loss: its learning rate
+    drops, and decays within an eighth of the steps so far.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch, epoch_tokens: int):

@@ -230,9 +230,9 @@ def finish_run(
         note(f"ended early, after step {state.step}: {reason}; to continue: {resume} --patience=0")
     loss, step = best
     since = ""
-    if step > state.step:
+    if is_below(loss, state.lowest_val_loss):
         since = ", before the run went back to an earlier step"
-    elif step < state.step and state.evaluations_since_lowest > 1:  # one may be noise
+    elif state.evaluations_since_lowest > 1:  # one may be noise
         since = "; no later one is lower, so the model may be overfitting"
     if is_below(state.initial_val_loss, loss):
         since += f"; before training, val_loss was {state.initial_val_loss:.4f}"

@@ -197,6 +197,8 @@ def test_a_return_to_an_earlier_checkpoint_loses_no_record_and_blames_no_loss(tm
     assert "at step 8, saved in" in ended.err and "best, before the run went back to an earlier step" in ended.err
     assert "overfit" not in ended.err
     assert load_state(tmp_path / "run" / "last")[0].evaluations_since_lowest == 0
+    ended = resume(tmp_path / "run", max_iters=10, lr_decay_iters=10)  # beyond that step, with higher losses
+    assert "at step 8, saved in" in ended.err and "best, before the run went back to an earlier step" in ended.err
 
 
 def test_a_return_to_a_checkpoint_before_the_first_evaluation_keeps_a_better_model(tmp_path, train, resume):
