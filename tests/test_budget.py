@@ -16,7 +16,15 @@ from conftest import edit_json, flags, run_main
 
 from model import GPT
 from plaingpt import budget
-from plaingpt.budget import Deadline, block_parameters, candidates, choose_settings, extend_run, write_recipe
+from plaingpt.budget import (
+    Deadline,
+    block_parameters,
+    candidates,
+    choose_settings,
+    extend_run,
+    predicted_loss,
+    write_recipe,
+)
 from plaingpt.console import TooLittleMemory, UserError
 from plaingpt.distributed import Distributed, connect
 from plaingpt.run import resumed_settings
@@ -133,6 +141,13 @@ def test_characters_get_more_layers_where_there_is_time_and_longer_tokens_one_wh
     assert chosen(data, 0.1, dict(n_embd=128), 1e11).n_layer == layers[0]
     assert chosen(data, 10, dict(n_embd=128)).n_layer == layers[-1]
     assert chosen(data, 0.1, dict(n_embd=128, n_layer=2), 1e11).n_layer == 2
+
+
+@pytest.mark.parametrize(("better", "worse"), [((1, 128, 0.75e6), (2, 64, 1.12e6)), ((2, 192, 6.8e6), (1, 256, 7.5e6))])
+def test_the_law_ranks_a_single_layer_as_measured(better, worse):
+    """Layers, channels and tokens of runs on perl and python (bench/results/2026-11-30-minutes.md)."""
+    losses = [predicted_loss(TrainConfig(n_layer=n, n_embd=c), tokens, 3_500_000) for n, c, tokens in (better, worse)]
+    assert losses[0] < losses[1]
 
 
 def test_only_wide_models_in_very_long_runs_get_dropout(data):
