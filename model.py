@@ -34,7 +34,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of `wte`: matrix products are fastest in multiples of 64. The padding never leaves the model."""
+        """Rows of `wte`: matrix products are fastest in multiples of 64. A saved model does not have the padding."""
         return math.ceil(self.vocab_size / 64) * 64
 
 
@@ -179,8 +179,8 @@ class GPT(nn.Module):
     ) -> Iterator[int]:
         """Yield new token ids until `max_new_tokens` or `end_of_text`, which is not yielded.
 
-        temperature: 0 takes the most likely id. top_k: draw from the k most likely ids; 0: from all. A text
-        longer than block_size continues from its last half. Recomputes the context for every id;
+        temperature: 0 takes the most likely id. top_k: draw from the k most likely ids; 0: from all. When a
+        text fills block_size positions, its last block_size / 2 tokens are kept. Recomputes the context for every id;
         plaingpt/generate.py caches keys and values.
         """
         assert prompt, "the prompt needs at least one token"
@@ -205,7 +205,7 @@ class GPT(nn.Module):
             text.append(token)
 
     def num_parameters(self) -> int:
-        """Parameters of the model as saved: without the padding of the vocabulary."""
+        """Number of parameters, without the padding of the vocabulary."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 

@@ -53,7 +53,7 @@ class SampleConfig:
     seed: NonNegativeInt = 1337
     """random seed"""
     interactive: bool = False
-    """read prompts from the terminal; Ctrl-C stops a sample, Ctrl-D exits"""
+    """read prompts from the terminal"""
     prompts: PathName | None = None
     """file with one prompt per line, instead of start; empty lines are skipped"""
     output: Literal["text", "jsonl"] = "text"
@@ -181,7 +181,8 @@ def interact(decoder: Decoder, tokenizer: Tokenizer, config: SampleConfig) -> No
     """Sample from one prompt after another. A line such as `/temperature 0.7` changes a setting."""
     with contextlib.suppress(ImportError):  # not on Windows
         import readline  # noqa: F401 (gives `input` line editing and history)
-    note("type a prompt, or /temperature 0.7 to change a setting; Ctrl-C stops a sample, Ctrl-D exits")
+    leave = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
+    note(f"type a prompt, or /temperature 0.7 to change a setting; Ctrl-C stops a sample, {leave} exits")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     number = 0  # of the next sample
     while True:

@@ -135,7 +135,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
     if config.minutes and not start and dist.is_main:
         write_recipe(config)
     stop, stopping = StopSignal(), 0  # stopping: the number of a signal that some rank received; equal on all ranks
-    paused_at = None  # the step of the last evaluation or save: a stop during the step after it has nothing new to save
+    paused_at = None  # the step of the last evaluation or save: a stop right after it has nothing new to save
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
@@ -174,7 +174,8 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
             skipped.count(norm)
             if state.step % config.log_interval == 0 or state.step == config.max_iters:
                 log(run, state.step, loss, norm, skipped, watch, metrics)
-        stopping = dist.max(stop.number)
+        else:
+            stopping = dist.max(stop.number)
 
     metrics.draw(at_once=True)  # during the last save
     problem = saver.wait()

@@ -33,7 +33,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     value, outside = index.astype(np.uint64), np.arange(len(index))
     while len(outside):
         left, right = value[outside] >> half, value[outside] & mask
-        for turn_key in keys:  # splitmix64's finalizer (Steele et al. 2014); products wrap at 64 bits
+        for turn_key in keys:  # the end of splitmix64 (Steele et al. 2014); products wrap at 64 bits
             h = (right ^ turn_key) * np.uint64(0xBF58476D1CE4E5B9)
             h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             left, right = right, left ^ ((h ^ (h >> np.uint64(31))) & mask)

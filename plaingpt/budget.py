@@ -21,14 +21,14 @@ from plaingpt.train_config import TrainConfig, muon_learning_rate
 
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
 SEQUENCES_PER_STEP = 32
-FEW_TOKENS = 5e6  # of BPE: until then a single layer learns more than two layers of its size, afterwards nothing
+FEW_TOKENS = 5e6  # of BPE: up to this many, one layer beats two of equal cost; it gains nothing from more
 TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 END = 1.0  # seconds for the last picture and the exit
 EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of few epochs, and in longer ones
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the training tokens: 1% of the time
-# Ratios of predicted losses to the lowest. If the last model is below CLOSE, a larger one is timed. All below UNCERTAIN
-# are timed again: the speed of some machines varies briefly, and half the speed raises a predicted loss by 15%.
+# Ratios of predicted losses to the lowest. If the last model is below CLOSE, a larger one is timed. Models below
+# UNCERTAIN are timed again: the speed of some machines varies briefly, and half the speed raises a loss by up to 15%.
 CLOSE, UNCERTAIN = 1.06, 1.15
 
 # Trains with these settings for that many seconds. Returns tokens per second; TooLittleMemory if it does not fit
@@ -233,8 +233,8 @@ class Deadline:
     The first correction comes after 5% of the steps, when a new run's warmup ends. Learning rates before it do not
     depend on the number of steps (if it is 40 or more), so a recipe corrected only then trains the same model. Later
     ones come if the run would miss its time by more than 2% (checked at each evaluation, more often after the last but
-    one). A new run ends early if, after a few epochs, two evaluations in a row find no lower loss: its learning rate
-    drops, and decays within an eighth of the steps so far.
+    one). A new run ends early if, after a few epochs, the loss has not fallen for an eighth of the run and two
+    evaluations: its learning rate drops, and decays within an eighth of the steps so far.
     """
 
     def __init__(self, config: TrainConfig, state: RunState, dist: Distributed, watch: Stopwatch, epoch_tokens: int):
@@ -251,7 +251,8 @@ class Deadline:
         step, state = self.state.step, self.state
         if not config.minutes or self.ending or step >= config.max_iters:
             return config
-        if not self.start and state.evaluations_since_lowest >= 2 and state.evaluated_at > self.few_steps:
+        flat = max(2, math.ceil(config.max_iters / 8 / config.eval_interval))  # evaluations without a lower loss
+        if not self.start and state.evaluations_since_lowest >= flat and state.evaluated_at > self.few_steps:
             self.ending = True
             note("ending early: the validation loss no longer falls")
             return self.with_steps(config, min(step + math.ceil(step / 8), config.max_iters))
@@ -284,7 +285,7 @@ class Deadline:
         left = time_left(config.minutes, self.dist) - END
         if not self.evaluation_seconds:
             return TRAINING_SHARE * left
-        # It has one per interval. But the next is nearer, the last interval half as long, and the last step has one.
+        # For the interval that is partly over, a last one that is half as long on average, and the final evaluation
         to_next = -self.state.step % config.eval_interval / config.eval_interval
         return left - (1.5 - to_next) * self.evaluation_seconds
 

@@ -110,7 +110,7 @@ def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
 
 
 def _read_directory(directory: Path, check: bool) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
-    with ThreadPoolExecutor(1) as thread:  # checksums in a thread while reading: each takes half a second for 124M
+    with ThreadPoolExecutor(1) as thread:  # checksums in a thread beside reading: half a second each for 124M
         sums = thread.submit(check_sums, directory) if check else None
         try:
             config = read_config(directory)

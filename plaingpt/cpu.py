@@ -26,7 +26,7 @@ LOGITS_AT_ONCE_GPU = 1 << 26
 def speed_up(model: GPT) -> None:
     """Replace dropout and attention with versions that are faster on CPUs, the loss with one that needs less memory.
 
-    On other devices, torch's dropout and attention are used; under torch.compile, its dropout.
+    On CUDA, torch's dropout and attention are used; under torch.compile, its dropout.
     """
     faster = {nn.Dropout: FastDropout, CausalSelfAttention: FastAttention}
     for module in model.modules():
@@ -63,13 +63,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
     In bfloat16, torch's fused attention for CPUs multiplies at the speed of float32, and its backward pass is slower
     still; with dropout it is not fused at all. Plain products take half the time. In long sequences, keys that no query
-    of a chunk may see are skipped.
+    of a chunk may see are skipped. (On MPS, torch's attention may ignore dropout: pytorch pull request 184126.)
     """
-    if q.device.type != "cpu" or (q.dtype == torch.float32 and p == 0):
+    if q.device.type == "cuda" or (q.dtype == torch.float32 and p == 0):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
     B, H, T, D = q.shape
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    mask = torch.full((T, T), -torch.inf, dtype=q.dtype).triu_(1)
+    mask = torch.full((T, T), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
     parts = []
     for start in range(0, T, CHUNK):
         end = min(start + CHUNK, T)

@@ -9,9 +9,9 @@ import contextlib
 import dataclasses
 import gc
 import glob
-import math
 import os
 import re
+import shutil
 import signal
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -61,10 +61,9 @@ class Distributed:
     def per_process(self, micro_steps: int) -> int:
         """How many of a step's micro-steps each process computes; UserError if they cannot be divided equally."""
         if micro_steps % self.world_size:
-            example = math.ceil(micro_steps / self.world_size) * self.world_size
             raise UserError(
                 f"gradient_accumulation_steps={micro_steps} must be a multiple of the number of processes, "
-                f"{self.world_size}: it counts the micro-steps of all of them; give {example} and a smaller batch_size"
+                f"{self.world_size}: it counts the micro-steps of all of them; change it, and batch_size with it"
             )
         return micro_steps // self.world_size
 
@@ -116,7 +115,7 @@ class Distributed:
 
 
 class StopSignal:
-    """The number of the signal that asked the run to stop: SIGTERM, SIGINT, SIGHUP or SIGUSR1 (Slurm's warning); or 0.
+    """The number of the signal that asked the run to stop: SIGTERM, SIGINT, SIGHUP or SIGUSR1; or 0.
 
     The training loop checks it, saves and stops; Ctrl-C after that stops at once.
     """
@@ -190,7 +189,8 @@ def _has_gpu() -> bool:
     """Whether there is an NVIDIA GPU and a CUDA build of torch, even if they do not work together (an old driver).
     Prints a note if only the build is missing."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
-    found = not hidden and bool(glob.glob("/dev/nvidia[0-9]*"))
+    driver = shutil.which("nvidia-smi") if os.name == "nt" else glob.glob("/dev/nvidia[0-9]*")
+    found = bool(driver) and not hidden
     if found and not torch.version.cuda:
         note("the NVIDIA GPU is not used: this torch is built for CPUs only; docs/machines.md says how to replace it")
     return found and torch.version.cuda is not None
@@ -204,7 +204,7 @@ def _check_capability(device: torch.device) -> None:
         raise UserError(
             f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) is too old for torch "
             f"{torch.__version__}, which has kernels for {min(built) / 10} and above; for 5.0 and above, install a "
-            f"build for CUDA 12.6 (pip install torch=={torch.__version__.partition('+')[0]} "
+            f"build for CUDA 12.6 (pip install torch=={torch.__version__.partition('+')[0]}+cu126 "
             "--index-url https://download.pytorch.org/whl/cu126), or use --device=cpu"
         )
 

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -37,7 +38,7 @@ def new_file(path: Path, mode: str = "w") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        rename(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -80,10 +81,22 @@ def put_in_place(new: Path, final: Path) -> None:
         fsync(path)
     if final.exists():
         delete(old)
-        final.rename(old)
-    new.rename(final)
+        rename(final, old)
+    rename(new, final)
     fsync(final.parent)
     delete(old)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Rename a file or a directory; a file may replace another. On Windows this fails while a program, such as a virus
+    scanner, reads the file or one in the directory, so it is tried for some seconds."""
+    for pause in (0.1, 0.3, 1, 3, None):
+        try:
+            return path.replace(new)
+        except PermissionError:
+            if not pause:
+                raise
+            time.sleep(pause)
 
 
 def existing(final: Path) -> Path | None:
@@ -108,7 +121,8 @@ def claim(out_dir: Path) -> FileLock:
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise UserError(f"another run is still using {out_dir}; stop it, or choose another --out_dir") from error
+        remedy = f"stop it (if there is none, delete {lock.lock_file}), or choose another --out_dir"
+        raise UserError(f"another run is still using {out_dir}; {remedy}") from error
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     return lock

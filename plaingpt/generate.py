@@ -84,8 +84,8 @@ class Batch:
     """Texts that are generated together. Each has its own length, its own end and its own random generator.
 
     Row r of the cache belongs to text `rows[r]`; a text that has ended gives its row up. When a text fills block_size
-    positions, its most recent half is read again from position 0. So the cost of a token is bounded, and each token of
-    a long text sees at least block_size / 2 tokens before it.
+    positions, its most recent half is read again from position 0. So the cost of a token is bounded, and later tokens
+    see at least block_size / 2 tokens before them.
     """
 
     @torch.inference_mode()
@@ -261,9 +261,9 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Weights and ids, (B, K) each, of the ids that can be drawn from logits (B, V), the most likely first.
+    """Weights and ids, (B, K) each, of the ids that can be drawn from logits (B, V); a weight of 0 excludes one.
 
-    With no filter, the ids are None, and the weights of all ids are in the order of the ids.
+    The most likely id comes first with top_k or top_p. Without, the ids are None, and K = V in the order of the ids.
     """
     ids = None
     if 0 < sampling.top_k < logits.size(-1):

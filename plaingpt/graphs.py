@@ -18,7 +18,7 @@ class Captured:
     pool_of: another `Captured`, whose memory pool this one shares. The two must never run at the same time, and a call
     of one may overwrite the last result of the other.
 
-    While graphs are in use, no other may be destroyed: that frees cuBLAS memory which all share (pytorch issue 193402).
+    Destroy no graph while another will be replayed: that frees cuBLAS memory which all share (pytorch issue 193402).
     """
 
     def __init__(self, function: Callable[..., Tensor], pool_of: "Captured | None" = None):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from plaingpt.console import RunFailed
 from plaingpt.parallel import full, is_sharded
 
-ELEMENTS_AT_ONCE = 2**27  # of matrices: 0.5 GB in float32 for each of four temporary tensors
+ELEMENTS_AT_ONCE = 2**27  # of a stack of matrices: 0.5 GB in float32 for each of four temporary tensors
 SMALL_MODEL = 2**22  # elements of its matrices; below, launching the kernels takes longer than running them
 MAX_SKIPPED = 20  # consecutive steps with non-finite gradients after which a run ends
 
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
     With W processes (hybrid: the W of a node), each orthogonalizes 1/W of the matrices. Under DDP an all-gather in
     `dtype` then brings the other updates. Under FSDP a process stores some rows of every matrix: an all-to-all brings
     the rows of its matrices in float32, and another returns their updates in `dtype`. For N parameters each process
-    receives 2 N bytes per step under DDP and 6 N / W under FSDP, little compared with gradients and weights.
+    receives 2 N bytes per step under DDP and 6 N / W under FSDP (in bf16), little compared with gradients and weights.
     """
 
     add_param_group = AdamW.add_param_group  # torch's own, without its wrapper
@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
         weights, gradients = [local_rows(p) for p in matrices], [local_rows(p.grad) for p in matrices]
         buffers = [local_rows(self.state[p]["momentum_buffer"]) for p in matrices]
         for gradient, buffer in zip(gradients, buffers):
-            torch.where(skipped, buffer, gradient, out=gradient)  # averaging a buffer with itself changes nothing
+            torch.where(skipped, buffer, gradient, out=gradient)  # skipped: the next line leaves the buffer as it is
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov momentum
         torch._foreach_mul_(weights, torch.where(skipped, 1.0, 1 - lr * group["weight_decay"]))
@@ -104,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
 def batches(matrices: list[Tensor]) -> list[list[list[Tensor]]]:
     """Lists of stacks; those of one list are orthogonalized together. A stack: matrices of one shape, of at most
-    ELEMENTS_AT_ONCE. A small model is one list: few large products are faster than many small ones."""
+    ELEMENTS_AT_ONCE, or one per process. A small model is one list: few large products are faster than many small."""
     of_shape, stacks = {}, []
     for matrix in matrices:
         of_shape.setdefault(matrix.shape, []).append(matrix)
@@ -210,7 +210,7 @@ def apply_gradients(
     """Update the parameters. Return the norm of the gradients before clipping, a scalar tensor on the device.
 
     If it is not finite, parameters and optimizer state do not change. The optimizers' kernels check that on the
-    device: the host never waits.
+    device: the host waits only on MPS.
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)

@@ -23,6 +23,8 @@ def wrap(
     sharding: `ddp`: every process has the full model. `fsdp`: each has an equal shard of parameters, gradients and
         optimizer state, and gathers a block while it is computed. `hybrid`: fsdp within a node, ddp between nodes.
     """
+    if recompute and model.config.dropout and dist.device.type == "mps":  # the backward pass would draw other masks
+        raise UserError("on mps, recompute with dropout gives wrong gradients (pytorch issue 127676): use only one")
     model.recompute = recompute
     speed_up(model)
     if dist.device.type == "cpu":

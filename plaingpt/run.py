@@ -24,8 +24,7 @@ from plaingpt.train_config import TrainConfig
 
 FIRST_LINE = "# Chosen by --minutes"  # of recipe.py
 MODEL_SETTINGS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-# A resumed run does not take these from its checkpoint: they belong to the machine or to the command. (`init_from`
-# becomes what the run began from.)
+# A resumed run does not take these from its checkpoint: they belong to the machine or to the command.
 LOCAL = {"out_dir", "init_from", "eval_only", "dry_run", "device", "timeout", "minutes"}
 # These decide what is trained: a resumed run keeps them.
 FIXED = {"dataset", "seed", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "beta1", "beta2"}
@@ -57,7 +56,7 @@ def resumed_settings(
             check_change(config, name, given[name], trained[name])
     kept = vars(config).keys() - flags.keys() - LOCAL
     saved = {name: value for name, value in trained.items() if name in kept}
-    saved["init_from"] = trained.get("init_from", "scratch")  # what the run began from, no longer `resume` or `auto`
+    saved["init_from"] = trained.get("init_from", "scratch")  # how the run began: never `resume`
     config = dataclasses.replace(config, **saved)
     if config.eval_only:
         return config, flags
@@ -75,10 +74,10 @@ def resumed_settings(
 
 
 def check_change(config: TrainConfig, name: str, source: str, trained: object) -> None:
-    """Print which value of a setting is used, that in `config` or that of the checkpoint: a flag changes it, a recipe
-    does not.
+    """Print which value of a setting is used: that of a flag, else that of the checkpoint, whatever a recipe says.
 
-    UserError if a flag changes a setting in FIXED, or, under `auto`, a recipe does: it may belong to another run.
+    UserError if a flag contradicts the checkpoint in a setting in FIXED, or, under `auto`, a recipe does: it may belong
+    to another run.
     """
     fixed = name in FIXED and not (config.eval_only and name == "dataset")
     is_flag, value = source.startswith("--"), getattr(config, name)
@@ -104,9 +103,10 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
     asked = given.keys() & sizes or any(not source.startswith("--") for source in given.values())
     if not (asked or config.minutes or config.dry_run or config.eval_only or device_type == "cuda"):
         problem = "this would train GPT-2 124M" if config.is_new_model else "a step would have 480 sequences"
+        dataset = "" if "dataset" in given else "--dataset=NAME "
         raise UserError(
-            f"without a recipe {problem}, which is too much for a CPU: add --minutes=10, which chooses settings for "
-            "that time, or name a recipe from config/"
+            f"without a recipe {problem}, which is too much for a CPU: add {dataset}--minutes=10, which chooses "
+            "settings for that time, or name a recipe from config/"
         )
 
 
@@ -155,7 +155,7 @@ def check_tokenizer(config: TrainConfig, data: DataSet, tokenizer: Tokenizer, so
         raise UserError(
             f"the data set {config.dataset} was not prepared with the tokenizer of {source}; prepare its text again "
             f"with --tokenizer={wanted}"
-            + (" and another --name" if source == config.init_from else ", or choose another --out_dir")
+            + (" and another --name" if source == config.init_from else ", or start a new run: --init_from=scratch")
         )
 
 
@@ -179,12 +179,13 @@ def initial_model(
         shape = read_config(path)
         check_memory(config, dist, dataclasses.replace(shape, block_size=block_size or shape.block_size))
     model, tokenizer = load_model(source, block_size, config.dropout, check=not checkpoint)  # checked with the state
-    for name in MODEL_SETTINGS:
-        asked, found = getattr(config, name), getattr(model.config, name)
-        if name in given and asked != found:
-            raise UserError(f"{named(given[name], name)}={asked}, but {source} has {found}")
+    shape = {name: getattr(model.config, name) for name in MODEL_SETTINGS}
+    if wrong := [name for name in shape if name in given and getattr(config, name) != shape[name]]:
+        asked = ", ".join(f"{named(given[name], name)}={getattr(config, name)}" for name in wrong)
+        remedy = " ".join(f"--{name}={shape[name]}" for name in wrong)
+        raise UserError(f"{asked}: {source} has another shape; leave these out, or give {remedy}")
     check_tokenizer(config, data, tokenizer, source)
-    return model.train(), dataclasses.replace(config, **{name: getattr(model.config, name) for name in MODEL_SETTINGS})
+    return model.train(), dataclasses.replace(config, **shape)
 
 
 def write_recipe(config: TrainConfig) -> None:

@@ -40,7 +40,7 @@ class RunState:
     initial_val_loss: float | None = None
     """of the model that training began with, which is not saved"""
     lowest_val_loss: float | None = None
-    """of the evaluations up to this step; `best` may have a lower one, from steps that were undone"""
+    """of the evaluations from step 1 to this one; `best` may have a lower one, from steps that were undone"""
     evaluations_since_lowest: int = 0
     evaluated_at: int | None = None
     """the step of the last evaluation"""

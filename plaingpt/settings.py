@@ -107,8 +107,8 @@ def _no_setting(name: str, source: str, names: Iterable[str]) -> str:
 def _read_recipe(path: str, cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe, the user's own code, with the names that nanoGPT gave it, and return what it assigns."""
     if not os.path.isfile(path):
-        example = f", such as --out_dir={path}" if os.path.isdir(path) else ""
         near = closest(os.path.basename(path), glob.glob("*.py", root_dir="config")).replace("mean ", "mean config/")
+        near, example = ("", f", such as --out_dir={path}") if os.path.isdir(path) else (near, "")
         raise UserError(f"{path}: recipe not found{near}; settings are written --name=value{example}")
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     modules = {name: sys.modules.get(name) for name in ("os", "sys", "time", "math", "torch", "numpy")}

@@ -105,9 +105,11 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     """
     found = existing(directory)
     if found is None:
-        is_path = (directory.parent.parent / directory.name / "meta.json").exists()  # --dataset=data/books
-        remedy = f"did you mean --dataset={directory.name}?" if is_path else f"to get it: {how_to_get(directory)}"
-        if directory.with_name(f".{directory.name}.partial").exists():
+        above = directory.parent.parent / directory.name  # --dataset=data/books
+        remedy = f"to get it: {how_to_get(directory)}"
+        if any(above.glob("*.bin")):
+            remedy = f"did you mean --dataset={above.name}{data_dir_flag(above)}?"
+        if directory.with_name(f".{directory.name}.partial").joinpath("plan.json").exists():
             remedy = "its preparation is unfinished: run the same prepare_data.py command again (for each --part)"
         others = sorted(path.parent.name for path in directory.parent.glob("[!.]*/meta.json"))
         there = f"; available: {', '.join(others[:20])}" if others else ""

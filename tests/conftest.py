@@ -23,11 +23,13 @@ settings.load_profile("no deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
 
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no pool of processes that import torch
+
 # A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Run in parallel, they would end last: they take longest.
-FIRST = ("test_hosts.py", "test_resume.py", "test_sharding.py", "test_stop.py", "test_train.py", "test_page.py")
+FIRST = tuple(f"test_{name}.py" for name in ("hosts", "parallel", "resume", "sharding", "stop", "train", "page"))
 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "gradient_accumulation_steps": 1,

@@ -273,6 +273,16 @@ def test_a_run_ends_early_once_the_loss_rises_after_a_few_epochs(tmp_path, clock
     assert "ending early: " in (printed := capsys.readouterr().err) and "steps to 564" in printed
 
 
+def test_many_evaluations_end_a_run_only_if_none_of_an_eighth_of_it_is_lower(tmp_path, clock):
+    config = TrainConfig(minutes=10_000, max_iters=100_000, eval_interval=100, warmup_iters=50, out_dir=str(tmp_path))
+    state, watch = RunState(settings=dataclasses.asdict(config)), SimpleNamespace(seconds=0.0)
+    deadline = Deadline(config, state, DIST, watch, epoch_tokens=50 * config.tokens_per_step)
+    for since, steps in ((2, 100_000), (124, 100_000), (125, 90_002)):
+        state.step, state.evaluated_at, state.evaluations_since_lowest = 80_001, 80_000, since
+        deadline.last = (80_001, 0.0, 0.0)  # no correction is due
+        assert deadline.corrected(config).max_iters == steps
+
+
 def test_a_resumed_run_does_not_end_early(clock):
     config = TrainConfig(minutes=10, max_iters=1000, eval_interval=100, warmup_iters=50)
     state, watch = RunState(step=400, settings=dataclasses.asdict(config)), SimpleNamespace(seconds=0.0)
@@ -459,7 +469,7 @@ def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_
     ("changed", "message"),
     [
         (dict(dataset="other"), "not prepared with the tokenizer of {}/best"),
-        (dict(n_layer=5), "n_layer=5, but {}/best has 2"),
+        (dict(n_layer=5), "n_layer=5: {}/best has another shape; leave these out, or give --n_layer=2"),
         (dict(block_size=64), "block_size=64: {}/best has 16 positions"),
         (dict(init_from="scratch", block_size=1000), "the val split has 400 tokens"),
     ],

@@ -36,6 +36,7 @@ def main():
         case "escapes": raise UserError("\x1b[31mred\x07, \u202ereversed, caf\u00e9 \u2603\t\U0001f642")
         case "snow": print("\u2603")
         case "seven": return 7
+        case "pipe": raise BrokenPipeError
 run_script(main)
 """
 
@@ -106,6 +107,11 @@ def test_text_goes_out_as_utf8_whatever_the_machines_encoding_is():
 def test_without_an_error_the_status_is_what_main_returns():
     assert run("fine").returncode == 0
     assert run("seven").returncode == 7
+
+
+def test_a_reader_that_has_seen_enough_ends_a_script_quietly():
+    ended = run("pipe")
+    assert (ended.returncode, ended.stderr) == (141, "a note\n")
 
 
 def test_other_ranks_say_which_they_are_and_give_no_notes():

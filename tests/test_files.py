@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,26 @@ def test_success_replaces_the_old_directory_and_everything_in_it(tmp_path):
         assert contents(final) == {"only_in_the_old.txt": "old"}
     assert contents(final) == {"a.txt": "new"}
     assert os.listdir(tmp_path) == ["final"]
+
+
+@pytest.mark.parametrize("refusals", [2, 100])
+def test_a_rename_that_windows_refuses_while_a_file_is_open_is_tried_again(tmp_path, monkeypatch, refusals):
+    waits, replace = [], os.replace
+
+    def refuse(source, target):
+        if len(waits) < refusals:
+            raise PermissionError(13, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    if refusals > 50:
+        with pytest.raises(PermissionError):
+            write(tmp_path / "final", "new")
+        assert len(waits) == 4 and not list(tmp_path.iterdir())
+    else:
+        write(tmp_path / "final", "new")
+        assert len(waits) == 2 and contents(tmp_path / "final") == {"a.txt": "new"}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -183,7 +183,8 @@ def test_muon_equals_a_plain_reference_matrix_by_matrix(dtype, most):
 def test_orthogonalize_brings_singular_values_near_one_and_keeps_their_directions(shape, dtype):
     """float16 on cards without bfloat16: its smallest numbers are still far below the products of a large matrix."""
     generator = torch.Generator().manual_seed(0)
-    u, values, vh = torch.linalg.svd(torch.randn(3, *shape, generator=generator), full_matrices=False)
+    n = 1 if max(shape) > 1000 else 3  # on many CPUs products in 16 bits are slow
+    u, values, vh = torch.linalg.svd(torch.randn(n, *shape, generator=generator), full_matrices=False)
     result = u @ torch.diag_embed(values.clamp(min=values.max() / 200)) @ vh * 100
     orthogonalize([result], dtype)
     assert torch.equal(result, result.to(dtype).float())

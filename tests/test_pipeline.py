@@ -126,8 +126,9 @@ def killed(work, folder: Path, n: int) -> bool:
     ("flags", "step"), [([], 4), (["--shard_tokens=1000", "--threads=3"], 9), (["--dedup"], 9)], ids=str
 )
 def test_killed_before_any_change_on_disk_and_started_again_it_ends_with_the_same_bytes(
-    tmp_path, mixed, small, flags, step
+    tmp_path, mixed, small, monkeypatch, flags, step
 ):
+    monkeypatch.setattr(pipeline, "SAVE_TOKENS", 1200)  # each save makes the same changes: half as many are enough
     prepare(mixed, tmp_path / "undisturbed", *flags)
     expected = contents(tmp_path / "undisturbed")
     assert set(expected) >= {
@@ -177,17 +178,19 @@ def test_the_progress_bar_of_a_data_set_of_the_hub_counts_all_its_shards(tmp_pat
     assert b"encoding: 100%" in shown and b"2/2" in shown, shown
 
 
-def test_work_on_other_shards_of_a_data_set_is_not_continued(tmp_path):
-    source, configs = Source("set", "hf:me/set"), [PrepareConfig(split=split) for split in ("train", "train[:9]")]
-    digests = {Job(tmp_path, source, config, "gpt2", None, 1, 1).digests[0] for config in configs}
-    assert len(digests) == 2
+def test_work_on_a_revision_that_was_the_newest_is_continued_if_it_is_named(tmp_path):
+    def digest(newest: str, **given) -> str:
+        source = Source("set", f"hf:me/set --split=train --revision={newest}")
+        return Job(tmp_path, source, PrepareConfig(**given), "gpt2", None, 1, 1).digests[0]
+
+    assert digest("a") == digest("a", revision="a") == digest("a", split="train") != digest("b")
 
 
 def test_a_finished_part_is_not_removed_by_another_command(tmp_path, mixed, small):
     prepare(mixed, tmp_path, "--part=1/2")
     before = contents(tmp_path / ".set.partial" / "shards")
     ended = prepare(mixed, tmp_path, "--part=2/2", "--val_fraction=0.2", status=2)
-    assert "contains finished parts of work for another text or other settings" in ended.err
+    assert "contains unfinished work on " in ended.err
     assert contents(tmp_path / ".set.partial" / "shards") == before
     prepare(f"{mixed}/", tmp_path, "--part=2/2")  # the same text
     assert len(documents(tmp_path, "train")) > 200
@@ -241,6 +244,9 @@ def test_work_with_one_choice_is_not_continued_with_another(tmp_path, invalid, s
     if after_stop:
         prepare(invalid, changed, status=2)
     assert killed(lambda: prepare(invalid, changed, f"--bad_files={first}"), changed, 45 if after_stop else 150)
+    if not after_stop:
+        assert "contains unfinished work" in prepare(invalid, changed, f"--bad_files={second}", status=2).err
+        shutil.rmtree(changed / ".set.partial")
     prepare(invalid, changed, f"--bad_files={second}")
     prepare(invalid, tmp_path / "undisturbed", f"--bad_files={second}")
     assert token_files(changed) == token_files(tmp_path / "undisturbed")
@@ -254,24 +260,31 @@ def test_validation_of_a_small_share_is_never_empty_by_chance(tmp_path, text):
     assert len(documents(tmp_path, "val")) == 2000
 
 
-def test_other_settings_or_another_text_begin_anew(tmp_path, text, small):
+def test_other_settings_or_another_text_are_refused_until_the_unfinished_work_is_deleted(tmp_path, text, small):
     folder = tmp_path / "50% data"
     folder.mkdir()
     assert killed(lambda: prepare(text, folder), folder, 35)
-    printed = prepare(text, folder, "--tokenizer=gpt2").err
-    assert "continuing after" not in printed
-    assert "unfinished work for another text or other settings: removing it" in printed
+    unfinished = f"unfinished work on {text}, with other settings or before it changed: finish it"
+    assert unfinished in prepare(text, folder, "--tokenizer=gpt2", status=2).err
+    assert "continuing after" in prepare(text, folder).err
     assert killed(lambda: prepare(text, folder), folder, 35)
     write(text, DOCUMENTS[::-1])
-    printed = prepare(text, folder).err
-    assert "continuing after" not in printed and "unfinished work for another text or other settings" in printed
+    assert unfinished in prepare(text, folder, status=2).err
+    shutil.rmtree(folder / ".set.partial")
+    prepare(text, folder)
     assert documents(folder, "train")[0] == DOCUMENTS[-1]
 
 
+def test_work_without_progress_gives_way_to_other_settings(tmp_path, text):
+    assert killed(lambda: prepare(text, tmp_path), tmp_path, 20)
+    assert (tmp_path / ".set.partial" / "shards").exists()
+    prepare(text, tmp_path, "--tokenizer=gpt2")
+
+
 @pytest.mark.parametrize("n", range(3, 15, 2))
-def test_killed_while_other_work_is_removed_that_work_can_be_done_after_all(tmp_path, text, small, n):
+def test_killed_while_other_work_is_removed_that_work_can_be_done_after_all(tmp_path, text, n):
     prepare(text, tmp_path / "undisturbed")
-    assert killed(lambda: prepare(text, tmp_path), tmp_path, 35)
+    assert killed(lambda: prepare(text, tmp_path), tmp_path, 20)
     assert killed(lambda: prepare(text, tmp_path, "--tokenizer=gpt2"), tmp_path, n)
     prepare(text, tmp_path)
     assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed" / "set")
@@ -358,7 +371,8 @@ def test_two_at_once_on_one_data_set_are_refused(tmp_path, mixed, small, running
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    prepare(mixed, tmp_path)
+    for flags in [running, ["--part=2/2"]] if running else [running]:
+        prepare(mixed, tmp_path, *flags)
     assert len(documents(tmp_path, "train")) > 200
 
 
@@ -468,7 +482,7 @@ def test_long_documents_wait_in_bounded_memory(tmp_path, monkeypatch):
     assert 16 << 20 < max(waiting) < 21 << 20
 
 
-def test_a_mistake_in_the_text_is_one_line_and_the_corrected_text_is_prepared(tmp_path, small):
+def test_a_mistake_in_the_text_is_one_line_and_the_corrected_text_is_prepared(tmp_path):
     source = write(tmp_path / "text.jsonl", DOCUMENTS)
     with open(source, "a") as file:
         file.write('{"words": 1}\n')
@@ -525,7 +539,9 @@ def test_a_file_that_changes_while_it_is_read_is_no_mixture_of_both(tmp_path, te
 
     os.waitpid(forked(work), 0)
     assert (tmp_path / "refused").exists() and not (tmp_path / "set").exists()
-    assert "unfinished work for another text" in prepare(text, tmp_path).err
+    assert "or before it changed" in prepare(text, tmp_path, status=2).err
+    shutil.rmtree(tmp_path / ".set.partial")
+    prepare(text, tmp_path)
     assert sorted(documents(tmp_path, "train") + documents(tmp_path, "val")) == sorted(DOCUMENTS[:200])
 
 

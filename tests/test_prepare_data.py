@@ -101,7 +101,8 @@ def test_shakespeare_char_is_split_at_nine_tenths():
 
 
 def test_a_document_too_short_to_be_parted_goes_to_validation_and_leaves_no_empty_one_in_training(prepare, folder):
-    directory = prepare(folder({"a.txt": "aaaa", "b.txt": "b", "c.txt": "cccc"}), "--val_fraction=0.5")
+    source = folder({"a.txt": "aaaa", "b.txt": "b", "c.txt": "cccc"})
+    directory = prepare(source, "--val_fraction=0.5", "--tokenizer=byte")
     assert split_texts(directory, "train") == ["aa", "cc"]
     assert split_texts(directory, "val") == ["aa", "b", "cc"]
 
@@ -136,16 +137,16 @@ def test_the_order_does_not_depend_on_how_much_is_encoded_at_a_time(prepare, fol
 
 def test_another_text_replaces_a_data_set_only_by_its_name(prepare, folder, monkeypatch):
     books = folder({"a.txt": "abc " * 100}, "books")
-    made = prepare(books, name="books")
+    made = prepare(books, "--tokenizer=byte", name="books")
     before = (made / "train.bin").read_bytes()
     more = folder({"b.txt": "other " * 100}, "more")
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", str(books), str(more)])
     with pytest.raises(UserError, match=r"data/books was made from .*--name=books replaces it"):
         prepare_data.main()
     assert (made / "train.bin").read_bytes() == before
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", str(books)])
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", str(books), "--tokenizer=byte"])
     prepare_data.main()  # the same text
-    prepare(books, more, name="books")
+    prepare(books, more, "--tokenizer=byte", name="books")
     assert (made / "train.bin").read_bytes() != before
 
 
@@ -190,9 +191,9 @@ def test_of_python_bad_files_are_skipped_unless_asked_otherwise(prepare, folder,
 
 
 def test_a_link_to_another_place_stays_one(prepare, folder, tmp_path):
-    prepare(folder({"a.txt": "old " * 100}), name="elsewhere").rename(tmp_path / "far")
+    prepare(folder({"a.txt": "old " * 100}), "--tokenizer=byte", name="elsewhere").rename(tmp_path / "far")
     (tmp_path / "data" / "set").symlink_to(tmp_path / "far")
-    prepare(folder({"a.txt": "new " * 100}))
+    prepare(folder({"a.txt": "new " * 100}), "--tokenizer=byte")
     assert (tmp_path / "data" / "set").is_symlink() and split_texts(tmp_path / "far", "train") == ["new " * 95]
     assert os.listdir(tmp_path / "data") == ["set"]
 
@@ -275,7 +276,7 @@ def test_what_is_not_text_is_left_out_of_a_folder_and_refused_by_name(prepare, f
     assert split_texts(directory, "train") == ["a" * 95, "c" * 95]
     printed = capsys.readouterr().err
     assert "reading 2 files: 2 text; 7 skipped: 5 binary, " in printed
-    for kind in ("1 json damaged or without 'text'", "1 csv damaged or without 'text'"):
+    for kind in ("1 json damaged or without 'text' (--column)", "1 csv damaged or without 'text' (--column)"):
         assert kind in printed.splitlines()[0]
     for name, message in {
         "b.png": "b.png is binary, not text", "b.pdf": "is binary, not text", "c.json": "has no 'text'",

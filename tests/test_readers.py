@@ -91,10 +91,18 @@ def test_each_line_is_a_document_plain_or_compressed(tmp_path, suffix):
 def test_an_array_of_objects_is_read_too(tmp_path, suffix):
     data = json.dumps([{"text": text} for text in [*TEXTS, None]], indent=1)
     assert read(compressed(tmp_path, suffix, b" \n" + data.encode())) == WHOLE
-    with pytest.raises(UserError, match=r"the array, has no 'text'; name the --column: other"):
+    with pytest.raises(UserError, match=r"the JSON at byte 0, has no 'text'; name the --column: other"):
         read(compressed(tmp_path, suffix, b'[{"text": "one"}, {"other": "two"}]'))
-    with pytest.raises(UserError, match="the array, is not JSON"):
+    with pytest.raises(UserError, match="the JSON at byte 0, is not JSON"):
         read(compressed(tmp_path, suffix, b'[{"text": "one"}, {"text"'))
+
+
+@pytest.mark.parametrize("suffix", ["json", "json.gz"])
+def test_an_indented_object_is_read_too(tmp_path, suffix):
+    data = json.dumps({"title": "one", "text": TEXTS[0]}, indent=2).encode()
+    assert read(compressed(tmp_path, suffix, data)) == WHOLE[:1]
+    with pytest.raises(UserError, match="the JSON at byte 0, is not JSON: Extra data"):
+        read(compressed(tmp_path, suffix, data + b"\n" + data))
 
 
 def test_a_json_file_that_is_no_documents_is_refused_when_it_is_named_and_left_out_of_a_folder(tmp_path):
@@ -107,7 +115,7 @@ def test_a_json_file_that_is_no_documents_is_refused_when_it_is_named_and_left_o
     }.items():
         (tmp_path / name).write_text(text)
     assert read(tmp_path) == ["text"]
-    skipped = ", ".join(f"{kind} damaged or without 'text'" for kind in ("2 json", "1 csv", "1 tsv"))
+    skipped = ", ".join(f"{kind} damaged or without 'text' (--column)" for kind in ("2 json", "1 csv", "1 tsv"))
     assert source(tmp_path).summary.endswith(f": 1 text; 4 skipped: {skipped}")
     for name in ("a.json", "b.json", "c.csv", "d.tsv"):
         with pytest.raises(UserError, match=name):
@@ -200,7 +208,7 @@ def test_the_column_is_named_and_a_missing_one_refused_with_the_nearest(tmp_path
         (b"[" * 100_000, "is not JSON"),
         (b'{"text": "one"}{"text": "two"}', "the line at byte 16, is not JSON: Extra data"),
         (b'{"text": "one"}\r{"text": "two"}\r', "the line at byte 16, is not JSON: Extra data"),
-        (b'{\n"text":\n"one"\n}', "the line at byte 16, is not JSON"),
+        (b'{\n"text":\n"one"\n}', "the JSON at byte 16, is not JSON: Extra data"),
     ],
 )
 def test_a_line_that_is_no_document_is_refused_with_its_place(tmp_path, line, message):

@@ -180,7 +180,9 @@ def test_a_run_whose_data_were_prepared_in_another_way_goes_on_once_they_are_pre
     train(tmp_path / "run", **place, max_iters=2)
     assert run_main("prepare_data", *prepare, "--tokenizer=byte").status == 0
     printed = resume(tmp_path / "run", status=2, data_dir=tmp_path, max_iters=4).err
-    flag = re.search(r"prepare its text again with (--tokenizer=\S+), or choose another --out_dir\n$", printed)[1]
+    flag = re.search(
+        r"prepare its text again with (--tokenizer=\S+), or start a new run: --init_from=scratch\n$", printed
+    )[1]
     assert run_main("prepare_data", *prepare, flag).status == 0
     resume(tmp_path / "run", data_dir=tmp_path, max_iters=4)
     assert load_state(tmp_path / "run" / "last")[0].step == 4

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import itertools
 import json
@@ -7,6 +8,7 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, child_environment, flags, made_text, run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from test_checkpoint import make_model
 import sample as script
 from plaingpt.batches import derive_seed
 from plaingpt.checkpoint import load_model, save_model
+from plaingpt.generate import Decoder
 from plaingpt.tokenizer import make_tokenizer
 from sample import Sample, SampleConfig
 
@@ -351,6 +354,24 @@ def test_only_a_line_feed_ends_a_prompt_in_a_file(emoji, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(f"{text}\r\na road\n".encode())
     lines = sample(emoji, output="jsonl", prompts=tmp_path / "prompts.txt").split("\n")
     assert [json.loads(line)["prompt"] for line in lines if line] == [text, "a road"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [("text", r"\x1b[31mred \u202e"), ("jsonl", r'{"prompt": "\u001b[31mred \u202e", ')],
+)
+def test_a_terminal_gets_no_escape_codes(emoji, output, expected):
+    model, tokenizer = load_model(emoji / "best")
+    config, prompt = SampleConfig(max_new_tokens=1, output=output), tokenizer.encode("\x1b[31mred \u202e")
+    with contextlib.redirect_stdout(Terminal()) as terminal:
+        script.write_all(Decoder(model, torch.float32), tokenizer, config, [prompt])
+    printed = terminal.getvalue()
+    assert printed.startswith(expected) and printed.replace("\n", "").isprintable()
 
 
 def test_several_processes_are_refused(learned, monkeypatch):

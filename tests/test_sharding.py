@@ -1,6 +1,7 @@
 """One process, two that hold everything, two or four that share the model: the same run, from any one's checkpoint."""
 
 import json
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 torch.compile = functools.partial(torch.compile, backend="aot_eager")  # graphs alone: the C++ code takes a minute
+import plaingpt.budget
 import train
 from plaingpt.console import UserError, run_script
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -56,6 +58,7 @@ def work():
             flags = job["flags"] + (job.get("of_rank_1", []) if os.environ["RANK"] == "1" else [])
             if "processors" in job:
                 torch.cpu.get_capabilities = functools.partial(dict, job["processors"][int(os.environ["RANK"])])
+            plaingpt.budget.STARTED = time.monotonic()
             argv, sys.argv = sys.argv, ["train.py", *flags]
             try:
                 assert train.main() == 0 and "refused" not in job
@@ -157,6 +160,8 @@ def runs(tmp_path_factory, train, resume, tiny_flags) -> tuple[Path, subprocess.
             again = tiny_flags(folder / f"{start}-{name}", **PLAN | mode | {"init_from": "resume:step-000004"})
             jobs += [{"copy": [str(folder / start), str(folder / f"{start}-{name}")]}, {"flags": again}]
     jobs += [{"flags": tiny_flags(folder / name, **PLAN | changes)} for name, (changes, _) in OTHERS.items()]
+    timed = tiny_flags(folder / "timed", **PLAN | dict(minutes=0.08, sample_tokens=0))
+    jobs.append({"flags": [flag for flag in timed if not flag.startswith(("--max_iters", "--warmup_iters"))]})
     # As on two nodes without a common disk: before the state of a sharded model is read, which takes both.
     flags = tiny_flags(folder / "fsdp", **PLAN | MODES["fsdp"] | {"init_from": "auto"})
     refused = "differs between processes: it must be on a disk that all nodes share"
@@ -208,6 +213,12 @@ def test_any_goes_on_with_the_run_of_any(runs, resume, start, goes_on):
         resume(out_dir, init_from="resume:step-000004")
     assert "resumed_from" in (out_dir / "metrics.jsonl").read_text(), ended.stderr
     assert apart(folder / "one", out_dir) < 1e-5
+
+
+def test_two_processes_agree_on_the_steps_that_fit_into_a_time(runs):
+    folder, ended = runs
+    recipe, state = folder / "timed" / "recipe.py", json.loads((folder / "timed/last/training.json").read_text())
+    assert state["step"] == state["settings"]["max_iters"] == runpy.run_path(recipe)["max_iters"], ended.stderr
 
 
 def test_a_shared_model_is_saved_as_any_other(runs):

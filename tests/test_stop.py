@@ -14,6 +14,7 @@ from runs import PLAN, ROUNDING, TWO, largest_difference, records, same_run, tor
 
 from plaingpt.batches import EvalBatches, TrainBatches
 from plaingpt.budget import Deadline
+from plaingpt.distributed import StopSignal
 from plaingpt.run_state import load_state
 
 
@@ -118,6 +119,22 @@ def test_ctrl_c_after_another_signal_leaves_at_once():
     assert ended.stderr == "\nsaving and stopping; Ctrl-C now exits at once\n"
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of POSIX")
+def test_a_closed_terminal_stops_a_run_except_under_nohup(monkeypatch, capfd):
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    try:
+        for handler, number in ((signal.SIG_IGN, 0), (signal.SIG_DFL, signal.SIGHUP)):
+            signal.signal(signal.SIGHUP, handler)
+            stop = StopSignal()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == number
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(getattr(signal, name), handler)
+    assert capfd.readouterr().err.startswith("\nsaving and stopping")
+
+
 def signalled(path: Path, step: int, name: str) -> Path:
     """A script that is train.py, but the second process sends itself a signal before that step, unless restarted."""
     path.write_text(f"""
@@ -153,7 +170,7 @@ def test_two_processes_stop_together_and_any_number_goes_on(tmp_path, tiny_flags
     """One of the two gets the signal, and both stop after the same step: else they would wait for each other."""
     flags = tiny_flags(tmp_path / "two", **TWO)
     ended = torchrun(flags, script=signalled(tmp_path / "script.py", 3, "SIGUSR1"))
-    assert "stopped by SIGUSR1 after step 3, saved" in ended.stderr
+    assert "stopped by SIGUSR1 after step 3, saved" in ended.stderr and ended.returncode == 1
     assert load_state(tmp_path / "two" / "last")[0].step == 3
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     resume(tmp_path / "one")

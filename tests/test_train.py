@@ -108,7 +108,7 @@ def test_accumulated_micro_steps_equal_one_large_batch(tmp_path, train):
     train(tmp_path / "four", optimizer="adamw", gradient_accumulation_steps=4, batch_size=1, eval_iters=8)
     # Adam divides gradients by their own size: where they are next to nothing, it makes much of their rounding
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "four")) < 2e-4
-    for one, four in zip(records(tmp_path / "one"), records(tmp_path / "four")):
+    for one, four in zip(records(tmp_path / "one"), records(tmp_path / "four"), strict=True):
         assert one == pytest.approx(four, rel=1e-4)
 
 
@@ -227,7 +227,7 @@ def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tin
 
 def test_finetuning_with_another_shape_is_refused(tmp_path, train, tiny_run):
     ended = train(tmp_path / "run", status=2, init_from=tiny_run / "last", n_layer=3)
-    assert "train.py: --n_layer=3, but " in ended.err
+    assert "train.py: --n_layer=3: " in ended.err and "or give --n_layer=2\n" in ended.err
 
 
 class Seen(Tokens):

@@ -100,7 +100,7 @@ def main() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError("this requires a package: pip install gguf") from error
+        raise UserError(f"this requires a package: {sys.executable} -m pip install gguf") from error
     model, tokenizer = load_model(config.models[0])
     if config.dtype == "int8" and model.config.n_embd % 32:
         raise UserError(f"--dtype=int8 needs n_embd to be a multiple of 32, not {model.config.n_embd}: use float16")

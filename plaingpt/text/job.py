@@ -1,8 +1,7 @@
 """One data set in preparation: what all processes that work on it share, and how the last one completes it.
 
 data/.<name>.partial contains plan.json, the tokenizer, the progress of each part, and the shards. It survives a
-failure: the same command continues it. Another command for the same name deletes it, or is refused if a part is
-finished.
+failure: the same command continues it. Another command for the same name is refused once there is progress to lose.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from plaingpt.text.sources import Source
 from plaingpt.tokenizer import Tokenizer, gpt2, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
-FORMAT = 9  # version of the .partial directory; work in another version starts over
+FORMAT = 9  # version of the .partial directory; work in another version cannot be continued
 # With at least this many documents, and five or more in validation on average, entire documents go to validation; with
 # fewer, the tail of each.
 MANY_DOCUMENTS = 200
@@ -59,6 +58,7 @@ class Job:
         --bad_files=stop. Work with either is continued: after invalid text, another --bad_files may finish it."""
         source = self.source.description, self.source.files, secrets.token_hex(8) if self.source.once else None
         ignored = dict(sources=[], name=None, part="", threads=None, data_dir="")  # no effect on ids, or in `source`
+        ignored |= dict(config=None, split="", revision=None)  # in `source`, with the revision that was newest then
         config = dataclasses.replace(self.config, tokenizer=self.kind, **ignored)
         configs = config, dataclasses.replace(config, bad_files="stop")
         keys = [repr((FORMAT, source, config, self.parts)) for config in configs]
@@ -127,17 +127,16 @@ def make_part(job: Job) -> Part:
 
 
 def remove_other_work(job: Job) -> None:
-    """Empty `partial`, except for locks. UserError if it contains finished parts, or if another process works there."""
+    """Empty `partial`, except for locks. UserError if progress would be lost, or if another process works there."""
     for path in job.partial.glob("part-*.lock"):
         if int(path.stem[5:]) != job.part:
             job.lock(path).lock.release()
-    if job.shards.exists():
-        finished = any(json_or_empty(path).get("finished") for path in job.partial.glob("part-*.json"))
-        kind = "finished parts of" if finished else "unfinished"
-        problem = f"{job.partial} contains {kind} work for another text or other settings"
-        if finished:
-            raise UserError(f"{problem}: finish it with the commands that began it, or delete that directory")
-        note(f"{problem}: removing it")
+    if job.shards.exists() and any(job.partial.glob("part-*.json")):
+        source = json_or_empty(job.partial / "plan.json").get("source")
+        raise UserError(
+            f"{job.partial} contains unfinished work on {source!s:.300}, with other settings or before it changed: "
+            "finish it with the command that began it, or delete that directory to start over"
+        )
     (job.partial / "plan.json").unlink(missing_ok=True)  # first: without it, the rest is ignored
     for path in job.partial.iterdir():
         if path.suffix != ".lock":
@@ -167,7 +166,8 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
         fsync(path)
     job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it means that the rest is complete
-        json.dump({"digest": job.digests[0], "by_content": len(digests) >= many}, file)
+        plan = {"digest": job.digests[0], "source": source.description, "by_content": len(digests) >= many}
+        json.dump(plan, file)
     return tokenizer
 
 

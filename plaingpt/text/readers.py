@@ -49,7 +49,7 @@ class File(NamedTuple):
         read = READERS.get(kind_of(self.path)) or (split_text if config.split_documents else text_pieces)
         yield from (text for text in read(self, config) if text.data)
         if File.at(self.path) != self:
-            raise RunFailed(f"{self.path} was changed while it was read; run again to read it from the start")
+            raise RunFailed(f"{self.path} was changed while it was read; run again once it is complete")
 
 
 def text_pieces(file: File, config: PrepareConfig) -> Iterator[Text]:
@@ -95,14 +95,14 @@ def split_text(file: File, config: PrepareConfig) -> Iterator[Text]:
 
 
 def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
-    """JSON Lines, or one array of objects."""
+    """JSON Lines, an object, or an array of objects."""
     with open_utf8(file.path, config) as (raw, stream):
         position = 0
         while data := stream.readline(streams.MAX_RECORD):
             where = f"{file.path}, the line at byte {position:,}"
+            if data.lstrip().startswith(b"[") or data.strip() == b"{":  # an array, or an indented object
+                where, data = where.replace("the line", "the JSON"), data + stream.read(streams.MAX_RECORD)
             position += len(data)
-            if data.lstrip().startswith(b"["):
-                where, data = f"{file.path}, the array", data + stream.read(streams.MAX_RECORD)
             if len(data) >= streams.MAX_RECORD:
                 raise too_long(where)
             if (data := checked(data, where, config.bad_files)).strip():

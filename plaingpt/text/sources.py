@@ -169,7 +169,7 @@ def why_skipped(path: str, config: PrepareConfig, is_named: bool) -> str | None:
         if config.bad_files != "skip" and (is_named or maybe_text):
             raise
         other = f" or not {config.encoding}" if config.encoding else ""
-        return f"binary{other}" if kind == "text" else f"{kind} damaged{other} or without {config.column!r}"
+        return f"binary{other}" if kind == "text" else f"{kind} damaged{other} or without {config.column!r} (--column)"
     return None
 
 
@@ -199,8 +199,9 @@ def _hub(named: str, config: PrepareConfig) -> Source:
         options["streaming"] = "[" not in config.split  # what train[:10%] stands for is not known before the download
         dataset = datasets.load_dataset(repository, configuration, **options)
         if dataset.info.builder_name == "text":  # `datasets` makes a document of every line
-            remedy = "name their directory, without hf: (`hf download` fetches it from the hub)"
-            raise UserError(f"hf:{repository} consists of text files: {remedy}")
+            download = f"hf download {repository} --repo-type=dataset --local-dir=DIR"
+            remedy = "" if local else f" ({download} fetches it from the hub)"
+            raise UserError(f"hf:{repository} consists of text files: name their directory, without hf:{remedy}")
         if config.column in (dataset.column_names or ()):
             dataset = dataset.select_columns([config.column])
     flags = {"config": configuration, "split": config.split, "revision": revision}
