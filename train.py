@@ -244,7 +244,7 @@ def start_run(
     check_shared(config, dist, state.evaluated_at, state.lowest_val_loss)  # read from `best`
     eval_batches = EvalBatches(data.val, config.block_size, config.batch_size, sequences)
     if config.eval_only:
-        model = wrap(raw_model, dist, config.sharding, config.recompute, config.compiles_on(dist.device.type))
+        model = wrap(raw_model, dist, config.sharding, compiled=config.compiles_on(dist.device.type))
         note(describe_loss(evaluate(model, eval_batches, dist), data))
         return 0
     run = Run(config, data.train, raw_model, dist)

@@ -26,7 +26,7 @@ LOGITS_AT_ONCE_GPU = 1 << 26
 def speed_up(model: GPT) -> None:
     """Replace dropout and attention with versions that are faster on CPUs, the loss with one that needs less memory.
 
-    On CUDA, torch's dropout and attention are used; under torch.compile, its dropout.
+    Torch's dropout is used on GPUs and under torch.compile, its attention on CUDA.
     """
     faster = {nn.Dropout: FastDropout, CausalSelfAttention: FastAttention}
     for module in model.modules():
@@ -63,9 +63,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
     In bfloat16, torch's fused attention for CPUs multiplies at the speed of float32, and its backward pass is slower
     still; with dropout it is not fused at all. Plain products take half the time. In long sequences, keys that no query
-    of a chunk may see are skipped. (On MPS, torch's attention may ignore dropout: pytorch pull request 184126.)
+    of a chunk may see are skipped. (On MPS, torch's attention has no dropout: pytorch pull request 184126.)
     """
-    if q.device.type == "cuda" or (q.dtype == torch.float32 and p == 0):
+    if q.device.type == "cuda" or (p == 0 and (q.dtype == torch.float32 or q.device.type == "mps")):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
     B, H, T, D = q.shape
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from plaingpt.console import UserError, errors_of_library, note, one_line
 
+WINDOWS = os.name == "nt"
 SUMS = "SHA256SUMS"  # in the format of `sha256sum -c`
 UNCHECKED = (".bin", ".md", ".png")  # token files, whose checksums are in meta.json, and what people edit
 
@@ -94,7 +95,7 @@ def rename(path: Path, new: Path) -> None:
         try:
             return path.replace(new)
         except PermissionError:
-            if not pause:
+            if not (WINDOWS and pause):
                 raise
             time.sleep(pause)
 
@@ -121,8 +122,7 @@ def claim(out_dir: Path) -> FileLock:
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        remedy = f"stop it (if there is none, delete {lock.lock_file}), or choose another --out_dir"
-        raise UserError(f"another run is still using {out_dir}; {remedy}") from error
+        raise UserError(f"another run is still using {out_dir}; stop it, or choose another --out_dir") from error
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     return lock
@@ -217,9 +217,9 @@ def sha256(path: Path) -> str:
 
 def fsync(path: Path) -> None:
     """Wait until the file or directory is on disk, so that what is written later may rely on it after a power loss."""
-    if path.is_dir() and os.name == "nt":
+    if path.is_dir() and WINDOWS:
         return  # Windows cannot sync a directory
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs only writable files
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows syncs only writable files
     try:
         os.fsync(descriptor)
     finally:

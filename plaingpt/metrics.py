@@ -61,7 +61,7 @@ class Metrics:
         self._call_wandb("log", record)
 
     def draw(self, at_once: bool = False) -> None:
-        """Draw loss.png if there is something new, and a minute since the last time or the start (or `at_once`)."""
+        """Draw loss.png if there is something new and the last time, or the start, was a minute ago (or `at_once`)."""
         recent = time.monotonic() - self._drawn_at < SECONDS_BETWEEN_PICTURES
         if self.active and self._undrawn and (at_once or not recent):
             try:
@@ -180,7 +180,7 @@ def curves(out_dirs: list[Path]):
     bits = len(runs) > 1 and all(any("val_bpb" in record for record in records) for records in runs)
     kinds = {"val_bpb": "validation"} if bits else {"train_loss": "training", "val_loss": "validation"}
     figure, late = Figure(figsize=(9, 6), dpi=150), []
-    axes = figure.subplots(gridspec_kw=dict(left=0.08, right=0.98, bottom=0.08, top=0.98))  # faster than a layout
+    axes = figure.subplots(gridspec_kw=dict(left=0.1, right=0.98, bottom=0.08, top=0.98))  # faster than a layout
     for i, (out_dir, records) in enumerate(zip(out_dirs, runs)):
         run = f"{out_dir}: ".replace("$", r"\$") if len(runs) > 1 else ""  # matplotlib reads $ as mathematics
         for key, kind in kinds.items():
@@ -194,6 +194,7 @@ def curves(out_dirs: list[Path]):
     margin = 0.05 * (max(late) - min(late)) or 0.01
     axes.set(xlabel="steps", ylabel="bits per byte" if bits else "loss (nats per token)")
     axes.set_ylim(min(late) - margin, max(late) + margin)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.3)
     axes.legend(handles=axes.lines)  # otherwise labels that begin with _ are left out
     return figure

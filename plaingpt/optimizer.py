@@ -104,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 
 def batches(matrices: list[Tensor]) -> list[list[list[Tensor]]]:
     """Lists of stacks; those of one list are orthogonalized together. A stack: matrices of one shape, of at most
-    ELEMENTS_AT_ONCE, or one per process. A small model is one list: few large products are faster than many small."""
+    ELEMENTS_AT_ONCE, or one per process. A small model is one list, because few large products are fastest."""
     of_shape, stacks = {}, []
     for matrix in matrices:
         of_shape.setdefault(matrix.shape, []).append(matrix)

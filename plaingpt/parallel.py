@@ -24,7 +24,7 @@ def wrap(
         optimizer state, and gathers a block while it is computed. `hybrid`: fsdp within a node, ddp between nodes.
     """
     if recompute and model.config.dropout and dist.device.type == "mps":  # the backward pass would draw other masks
-        raise UserError("on mps, recompute with dropout gives wrong gradients (pytorch issue 127676): use only one")
+        raise UserError("wrong gradients on mps (pytorch issue 127676): use only one of --recompute and --dropout")
     model.recompute = recompute
     speed_up(model)
     if dist.device.type == "cpu":

@@ -183,7 +183,7 @@ def initial_model(
     if wrong := [name for name in shape if name in given and getattr(config, name) != shape[name]]:
         asked = ", ".join(f"{named(given[name], name)}={getattr(config, name)}" for name in wrong)
         remedy = " ".join(f"--{name}={shape[name]}" for name in wrong)
-        raise UserError(f"{asked}: {source} has another shape; leave these out, or give {remedy}")
+        raise UserError(f"{asked}: {source} has another shape; give {remedy}, or leave the shape out")
     check_tokenizer(config, data, tokenizer, source)
     return model.train(), dataclasses.replace(config, **shape)
 

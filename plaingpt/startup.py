@@ -35,8 +35,8 @@ def explain(kind: type, error: BaseException, traceback: object) -> None:
     package = (error.name or "").partition(".")[0] if kind is ModuleNotFoundError else ""
     if package in ("", "plaingpt", "model"):
         return sys.__excepthook__(kind, error, traceback)
-    python = os.path.join(ROOT, ".venv", "Scripts" if os.name == "nt" else "bin", "python")
-    if os.path.exists(os.path.dirname(python)) and sys.prefix != os.path.join(ROOT, ".venv"):
+    python = os.path.join(ROOT, ".venv", *(("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")))
+    if os.path.exists(python) and sys.prefix != os.path.join(ROOT, ".venv"):
         remedy = f"run {os.path.relpath(python)} {sys.argv[0]}"
     else:
         remedy = f"{sys.executable} -m pip install -r {os.path.relpath(os.path.join(ROOT, 'requirements.txt'))}"

@@ -107,7 +107,7 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     if found is None:
         above = directory.parent.parent / directory.name  # --dataset=data/books
         remedy = f"to get it: {how_to_get(directory)}"
-        if any(above.glob("*.bin")):
+        if any(LLM_C_NAME.fullmatch(path.name) for path in above.glob("*.bin")):
             remedy = f"did you mean --dataset={above.name}{data_dir_flag(above)}?"
         if directory.with_name(f".{directory.name}.partial").joinpath("plan.json").exists():
             remedy = "its preparation is unfinished: run the same prepare_data.py command again (for each --part)"

@@ -469,7 +469,7 @@ def test_a_model_is_finetuned_for_a_time_with_a_recipe(tmp_path, data_dir, tiny_
     ("changed", "message"),
     [
         (dict(dataset="other"), "not prepared with the tokenizer of {}/best"),
-        (dict(n_layer=5), "n_layer=5: {}/best has another shape; leave these out, or give --n_layer=2"),
+        (dict(n_layer=5), "n_layer=5: {}/best has another shape; give --n_layer=2, or leave"),
         (dict(block_size=64), "block_size=64: {}/best has 16 positions"),
         (dict(init_from="scratch", block_size=1000), "the val split has 400 tokens"),
     ],

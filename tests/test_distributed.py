@@ -178,6 +178,6 @@ def test_a_mistake_is_what_the_last_lines_of_torchrun_say_and_nothing_is_moved(t
     summary = ended.stderr.partition("train.py FAILED")[2]
     assert "Traceback" not in summary
     *_, cause, boundary = summary.strip().splitlines()
-    printed = "gradient_accumulation_steps=3 must be a multiple of the number of processes, 2: it counts .*"
+    printed = "gradient_accumulation_steps=3 must be a multiple of the number of processes, 2: .* give 4, say, .*"
     assert re.fullmatch(rf"  traceback : train.py( \[rank 1\])?: {printed}", cause) and set(boundary) == {"="}
     assert os.listdir(tmp_path) == ["run"] and "val_loss" not in ended.stderr

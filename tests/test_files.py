@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from plaingpt import files
 from plaingpt.console import UserError
 from plaingpt.files import SUMS, check_sums, check_writable, existing, new_directory, new_file, set_aside, sha256
 
@@ -42,6 +43,7 @@ def test_a_rename_that_windows_refuses_while_a_file_is_open_is_tried_again(tmp_p
             raise PermissionError(13, "Access is denied")
         replace(source, target)
 
+    monkeypatch.setattr(files, "WINDOWS", True)
     monkeypatch.setattr(os, "replace", refuse)
     monkeypatch.setattr(time, "sleep", waits.append)
     if refusals > 50:

@@ -489,8 +489,15 @@ def test_a_mistake_in_the_text_is_one_line_and_the_corrected_text_is_prepared(tm
     ended = prepare(source, tmp_path / "made", "--threads=2", status=2)
     assert "has no 'text'" in ended.err and sorted(os.listdir(tmp_path / "made")) == [".set.lock", ".set.partial"]
     write(source, DOCUMENTS)
-    prepare(source, tmp_path / "made", "--threads=2")
+    assert f"unfinished work on {source}: removing it" in prepare(source, tmp_path / "made", "--threads=2").err
     assert os.listdir(tmp_path / "made") == ["set"]
+
+
+def test_killed_work_on_standard_input_gives_way(tmp_path, small):
+    text = "\n".join(DOCUMENTS)
+    assert killed(lambda: prepare("-", tmp_path, stdin=text), tmp_path, 35)
+    assert list((tmp_path / ".set.partial").glob("part-1.json"))
+    assert "unfinished work on standard input: removing it" in prepare("-", tmp_path, stdin=text).err
 
 
 def test_a_name_that_is_no_utf8_is_reported(tmp_path):

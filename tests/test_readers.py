@@ -19,7 +19,7 @@ import pytest
 from plaingpt.console import RunFailed, UserError
 from plaingpt.text import pipeline, readers, streams
 from plaingpt.text.config import PrepareConfig
-from plaingpt.text.sources import find_source
+from plaingpt.text.sources import find_files, find_source
 from plaingpt.tokenizer import gpt2, make_tokenizer
 
 TEXTS = ["one", "two\nlines", "größer 字 👍", "", "a <|endoftext|> b", 'quotes " and \\', "x" * 3000]
@@ -91,9 +91,9 @@ def test_each_line_is_a_document_plain_or_compressed(tmp_path, suffix):
 def test_an_array_of_objects_is_read_too(tmp_path, suffix):
     data = json.dumps([{"text": text} for text in [*TEXTS, None]], indent=1)
     assert read(compressed(tmp_path, suffix, b" \n" + data.encode())) == WHOLE
-    with pytest.raises(UserError, match=r"the JSON at byte 0, has no 'text'; name the --column: other"):
+    with pytest.raises(UserError, match=r"the value at byte 0, has no 'text'; name the --column: other"):
         read(compressed(tmp_path, suffix, b'[{"text": "one"}, {"other": "two"}]'))
-    with pytest.raises(UserError, match="the JSON at byte 0, is not JSON"):
+    with pytest.raises(UserError, match="the value at byte 0, is not JSON"):
         read(compressed(tmp_path, suffix, b'[{"text": "one"}, {"text"'))
 
 
@@ -101,8 +101,16 @@ def test_an_array_of_objects_is_read_too(tmp_path, suffix):
 def test_an_indented_object_is_read_too(tmp_path, suffix):
     data = json.dumps({"title": "one", "text": TEXTS[0]}, indent=2).encode()
     assert read(compressed(tmp_path, suffix, data)) == WHOLE[:1]
-    with pytest.raises(UserError, match="the JSON at byte 0, is not JSON: Extra data"):
+    with pytest.raises(UserError, match="the value at byte 0, is not JSON: Extra data"):
         read(compressed(tmp_path, suffix, data + b"\n" + data))
+
+
+def test_a_large_object_is_left_out_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "MAX_RECORD", 1000)
+    (tmp_path / "map.json").write_text(json.dumps({"points": [1] * 1000}, indent=1))
+    (tmp_path / "a.txt").write_text("text")
+    _, summary = find_files([str(tmp_path)], PrepareConfig())
+    assert summary.endswith("1 skipped: 1 json damaged or without 'text' (--column)")
 
 
 def test_a_json_file_that_is_no_documents_is_refused_when_it_is_named_and_left_out_of_a_folder(tmp_path):
@@ -208,7 +216,7 @@ def test_the_column_is_named_and_a_missing_one_refused_with_the_nearest(tmp_path
         (b"[" * 100_000, "is not JSON"),
         (b'{"text": "one"}{"text": "two"}', "the line at byte 16, is not JSON: Extra data"),
         (b'{"text": "one"}\r{"text": "two"}\r', "the line at byte 16, is not JSON: Extra data"),
-        (b'{\n"text":\n"one"\n}', "the JSON at byte 16, is not JSON: Extra data"),
+        (b'{\n"text":\n"one"\n}', "the line at byte 16, is not JSON"),
     ],
 )
 def test_a_line_that_is_no_document_is_refused_with_its_place(tmp_path, line, message):
@@ -491,6 +499,7 @@ def repository(tmp_path, monkeypatch):
 def test_a_data_set_is_streamed_and_a_part_of_a_split_read_from_a_copy(repository, split, shards):
     found = source(f"hf:{repository}", split=split)
     assert found.name == "stories" and len(found.inputs()) == shards
+    assert f"--split={split}" in found.description.replace("'", "")
     assert read(f"hf:{repository}", split=split) == [text for i in range(3) for text in WHOLE[i::3]]
     assert read(f"hf:{repository}", split=split.replace("train", "validation")) == ["for validation"]
 

@@ -124,7 +124,7 @@ def test_a_folder_where_a_run_goes_on_or_that_is_a_checkpoint_is_refused(tmp_pat
     save_checkpoint(tmp_path / "run" / "last", *trained(), of_kind("char"))
     lock = claim(tmp_path / "run")
     for check in (set_aside, holds_run):
-        with pytest.raises(UserError, match=r"another run is still using .*; stop it .*, or choose another --out_dir"):
+        with pytest.raises(UserError, match=r"another run is still using .*; stop it, or choose another --out_dir"):
             check(tmp_path / "run")
     with pytest.raises(UserError, match="another run is still using"):
         Metrics(tmp_path / "run", active=True)

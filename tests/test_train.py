@@ -227,7 +227,7 @@ def test_finetuning_on_data_of_another_tokenizer_is_refused(tmp_path, train, tin
 
 def test_finetuning_with_another_shape_is_refused(tmp_path, train, tiny_run):
     ended = train(tmp_path / "run", status=2, init_from=tiny_run / "last", n_layer=3)
-    assert "train.py: --n_layer=3: " in ended.err and "or give --n_layer=2\n" in ended.err
+    assert "train.py: --n_layer=3: " in ended.err and "; give --n_layer=2, or leave the shape out\n" in ended.err
 
 
 class Seen(Tokens):

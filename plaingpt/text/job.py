@@ -131,12 +131,13 @@ def remove_other_work(job: Job) -> None:
     for path in job.partial.glob("part-*.lock"):
         if int(path.stem[5:]) != job.part:
             job.lock(path).lock.release()
-    if job.shards.exists() and any(job.partial.glob("part-*.json")):
-        source = json_or_empty(job.partial / "plan.json").get("source")
-        raise UserError(
-            f"{job.partial} contains unfinished work on {source!s:.300}, with other settings or before it changed: "
-            "finish it with the command that began it, or delete that directory to start over"
-        )
+    if job.shards.exists():
+        plan = json_or_empty(job.partial / "plan.json")
+        problem = f"{job.partial} contains unfinished work on {plan.get('source', 'another text'):.300}"
+        if any(job.partial.glob("part-*.json")) and not plan.get("once"):
+            remedy = "finish it with the same text, settings and --revision, or delete that directory to start over"
+            raise UserError(f"{problem}, with other settings or before it changed: {remedy}")
+        note(f"{problem}: removing it")
     (job.partial / "plan.json").unlink(missing_ok=True)  # first: without it, the rest is ignored
     for path in job.partial.iterdir():
         if path.suffix != ".lock":
@@ -166,8 +167,8 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
         fsync(path)
     job.shards.mkdir()
     with new_file(job.partial / "plan.json") as file:  # last: it means that the rest is complete
-        plan = {"digest": job.digests[0], "source": source.description, "by_content": len(digests) >= many}
-        json.dump(plan, file)
+        plan = {"digest": job.digests[0], "source": source.description, "once": source.once}
+        json.dump(plan | {"by_content": len(digests) >= many}, file)
     return tokenizer
 
 

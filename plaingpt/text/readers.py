@@ -99,12 +99,13 @@ def json_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
     with open_utf8(file.path, config) as (raw, stream):
         position = 0
         while data := stream.readline(streams.MAX_RECORD):
+            is_object = position == 0 and data.strip() == b"{"  # over several lines
             where = f"{file.path}, the line at byte {position:,}"
-            if data.lstrip().startswith(b"[") or data.strip() == b"{":  # an array, or an indented object
-                where, data = where.replace("the line", "the JSON"), data + stream.read(streams.MAX_RECORD)
+            if is_object or data.lstrip().startswith(b"["):
+                where, data = f"{file.path}, the value at byte {position:,}", data + stream.read(streams.MAX_RECORD)
             position += len(data)
             if len(data) >= streams.MAX_RECORD:
-                raise too_long(where)
+                raise NotDocuments(f"{where} is too long for a document") if is_object else too_long(where)
             if (data := checked(data, where, config.bad_files)).strip():
                 try:
                     found = json.loads(data)
