@@ -61,7 +61,7 @@ class Distributed:
     def per_process(self, micro_steps: int) -> int:
         """How many of a step's micro-steps each process computes; UserError if they cannot be divided equally."""
         if micro_steps % self.world_size:
-            multiple = -(-micro_steps // self.world_size) * self.world_size
+            multiple = (micro_steps // self.world_size + 1) * self.world_size
             raise UserError(
                 f"gradient_accumulation_steps={micro_steps} must be a multiple of the number of processes, "
                 f"{self.world_size}: it counts the micro-steps of all; give {multiple}, say, and adjust batch_size"

@@ -31,8 +31,11 @@ def test_whoever_asks_for_it_or_has_the_machine_is_not_refused(settings, given, 
 
 
 def test_without_a_recipe_a_cpu_does_not_finetune_on_480_sequences_per_step():
-    with pytest.raises(UserError, match="a step would have 480 sequences, which is too much for a CPU"):
+    refused = "a step would have 480 sequences, which is too much for a CPU: add "
+    with pytest.raises(UserError, match=f"{refused}--dataset=NAME --minutes=10"):
         check_default(TrainConfig(init_from="gpt2"), {"max_iters": "--max_iters"}, "cpu")
+    with pytest.raises(UserError, match=f"{refused}--minutes=10"):
+        check_default(TrainConfig(init_from="gpt2"), {"dataset": "--dataset"}, "cpu")
 
 
 def test_the_learning_rate_follows_from_width_and_steps_for_a_new_model_under_muon():

@@ -395,6 +395,9 @@ def test_files_of_the_user_in_the_directory_of_a_data_set_are_not_replaced(tmp_p
 
 
 def test_an_unfinished_data_set_is_not_to_be_begun_anew(tmp_path):
+    (tmp_path / ".set.partial").mkdir()  # nothing has been begun
+    with pytest.raises(UserError, match="to get it: python"):
+        open_data_set(tmp_path / "set")
     (tmp_path / "a.txt").write_text("some text " * 100)
     flags = [tmp_path / "a.txt", f"--data_dir={tmp_path}", "--name=set", "--tokenizer=byte"]
     assert run_main("prepare_data", *flags, "--part=1/2").status == 0

@@ -262,7 +262,8 @@ def test_an_impossible_value_in_a_file_is_refused_with_file_setting_and_value(re
 
 
 def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
-    assert refusal(tmp_path).endswith(f"settings are written --name=value, such as --out_dir={tmp_path}")
+    (run := tmp_path / "out-quickstart").mkdir()  # and not config/quickstart.py
+    assert refusal(run) == f"{run}: recipe not found; settings are written --name=value, such as --out_dir={run}"
     assert refusal("config/nowhere.py") == "config/nowhere.py: recipe not found; settings are written --name=value"
     assert refusal("config/quikstart.py").startswith(
         "config/quikstart.py: recipe not found; did you mean config/quickstart.py?"

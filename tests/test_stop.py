@@ -120,7 +120,7 @@ def test_ctrl_c_after_another_signal_leaves_at_once():
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of POSIX")
-def test_a_closed_terminal_stops_a_run_except_under_nohup(monkeypatch, capfd):
+def test_a_closed_terminal_stops_a_run_except_under_nohup(capfd):
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
     handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
     try:

@@ -426,10 +426,8 @@ def test_a_data_set_that_is_missing_is_answered_with_the_command_that_works(tmp_
 
 def test_a_path_instead_of_a_name_is_answered_with_the_name(data_set):
     path = data_set.parent / data_set.parent.name / data_set.name  # --dataset=data/books
-    assert (
-        refusal(path)
-        == f"{path}: no such data set; did you mean --dataset={data_set.name} --data_dir={data_set.parent}?"
-    )
+    meant = f"--dataset={data_set.name} --data_dir={data_set.parent}"
+    assert refusal(path) == f"{path}: no such data set; did you mean {meant}?"
     assert refusal(data_set.parent / "other").endswith(f"; available: {data_set.name}")
     for file in [data_set / "meta.json", *data_set.glob("*.bin")]:  # a directory of text, for example
         file.unlink()
