@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +58,6 @@ def save_model(directory: Path, model: GPT, tokenizer: Tokenizer, weights: dict[
     generation = ends | {"max_new_tokens": 100, "do_sample": True}
     for name, content in {"config.json": described, "generation_config.json": generation}.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # safetensors makes it private
 
 
 def with_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def new_directory(final: Path) -> Iterator[Path]:
     final = final.resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(final, "new")
-    delete(temporary)
+    make_way(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -78,14 +78,17 @@ def put_in_place(new: Path, final: Path) -> None:
     delete(new / SUMS)  # of an interrupted attempt
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(new.iterdir()) if path.suffix not in UNCHECKED]
     (new / SUMS).write_text("".join(lines), newline="\n")
-    for path in [*new.iterdir(), new]:
+    for path in new.iterdir():
+        with contextlib.suppress(OSError):  # some file systems refuse it
+            shutil.copymode(new / SUMS, path)  # files that safetensors writes are private
         fsync(path)
+    fsync(new)
     if final.exists():
-        delete(old)
+        make_way(old)
         rename(final, old)
     rename(new, final)
     fsync(final.parent)
-    delete(old)
+    make_way(old)
 
 
 def rename(path: Path, new: Path) -> None:
@@ -123,15 +126,19 @@ def claim(out_dir: Path) -> FileLock:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"another run is still using {out_dir}; stop it, or choose another --out_dir") from error
+    except PermissionError as error:
+        problem = f"another user's run may be using {out_dir}: {lock.lock_file} is theirs"
+        raise UserError(f"{problem}; delete it if no run is, or choose another --out_dir") from error
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     return lock
 
 
 def release(lock: FileLock) -> None:
-    with contextlib.suppress(OSError):  # Windows cannot delete an open file
-        Path(lock.lock_file).unlink()
-    lock.release()
+    if lock.is_locked:
+        with contextlib.suppress(OSError):  # Windows cannot delete an open file
+            Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def holds_run(out_dir: Path) -> bool:
@@ -217,13 +224,15 @@ def sha256(path: Path) -> str:
 
 def fsync(path: Path) -> None:
     """Wait until the file or directory is on disk, so that what is written later may rely on it after a power loss."""
-    if path.is_dir() and WINDOWS:
-        return  # Windows cannot sync a directory
-    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows syncs only writable files
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows syncs only writable files
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno == errno.EIO or not path.is_dir():  # Windows and some file systems cannot sync a directory
+            raise
 
 
 def _sibling(path: Path, suffix: str) -> Path:
@@ -237,3 +246,10 @@ def delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def make_way(path: Path) -> None:
+    """Delete `path`, or rename it if that fails: its files may be another user's, or open on a network file system."""
+    delete(path)
+    if os.path.lexists(path):
+        note(f"{path} cannot be deleted; renamed it to {rename_aside(path)}")

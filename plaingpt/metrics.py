@@ -103,7 +103,8 @@ def start_wandb(settings: dict, out_dir: Path, resumed: bool):
     )
     # Without this, wandb drops records whose step is not above the last one logged, as after a resume
     run.define_metric("*", step_metric="step")
-    run_id.write_text(run.id + "\n")
+    with new_file(run_id) as file:
+        file.write(run.id + "\n")
     return run
 
 

@@ -8,7 +8,6 @@ model directories with the optimizer state (optimizer.safetensors) and the state
 import dataclasses
 import json
 import math
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,7 +170,6 @@ class Saver:
                 (new / record).write_text(json.dumps(content, indent=2) + "\n")
                 if moments is not None:
                     safetensors.torch.save_file(moments, new / "optimizer.safetensors")
-                    shutil.copymode(new / record, new / "optimizer.safetensors")  # which is private otherwise
                 if name == "best" and self.best is None and path.is_dir():
                     note(f"renamed {path} to {rename_aside(path)}: its loss is not comparable with later ones")
             return True

@@ -1,8 +1,11 @@
 """Files and directories are complete or absent, whatever happens while they are written."""
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -11,7 +14,17 @@ import pytest
 
 from plaingpt import files
 from plaingpt.console import UserError
-from plaingpt.files import SUMS, check_sums, check_writable, existing, new_directory, new_file, set_aside, sha256
+from plaingpt.files import (
+    SUMS,
+    check_sums,
+    check_writable,
+    existing,
+    holds_run,
+    new_directory,
+    new_file,
+    set_aside,
+    sha256,
+)
 
 
 def contents(directory):
@@ -297,11 +310,64 @@ def test_a_folder_that_can_be_written_passes_and_any_other_is_refused_in_one_lin
     assert not (tmp_path / "unmounted").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
+def test_a_file_system_that_syncs_no_directories_and_changes_no_permissions_is_written_to(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    monkeypatch.setattr(os, "chmod", refuse)
+    write(tmp_path / "final", "new")
+    assert contents(tmp_path / "final") == {"a.txt": "new"}
+
+
+@pytest.fixture
+def shared():
+    """A folder in which everyone may write. Root becomes another user, who may not write everywhere."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("Windows has other permissions")
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o777)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        yield Path(name)
+        if is_root:
+            os.seteuid(0)
+        for path in Path(name).rglob("*"):
+            path.chmod(0o700)
+
+
+def test_a_folder_without_permission_is_refused(shared):
+    (shared / "out").mkdir(0o500)
     with pytest.raises(UserError, match="Permission denied"):
-        check_writable(tmp_path)
+        check_writable(shared / "out")
+
+
+def test_a_lock_of_another_user_is_respected(shared):
+    (shared / "run.lock").touch(0)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"another user's run may be using .*run.lock is theirs; delete it if no"):
+            holds_run(shared)
+    assert os.listdir(shared) == ["run.lock"]
+
+
+def test_files_of_another_user_do_not_prevent_saves(shared, capfd):
+    for name in (".last.new", "last"):
+        (shared / name).mkdir()
+        (shared / name / "a.txt").write_text("theirs")
+        (shared / name).chmod(0o500)
+    for text in ("first", "second", "third"):
+        write(shared / "last", text)
+        assert contents(shared / "last") == {"a.txt": text}
+    assert sorted(os.listdir(shared)) == [".last.new.1", ".last.old.1", "last"]
+    assert capfd.readouterr().err.count("cannot be deleted; renamed it to") == 2
 
 
 def test_what_is_not_a_file_is_not_replaced_by_one(tmp_path):

@@ -229,25 +229,29 @@ def server(monkeypatch, tmp_path):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        monkeypatch.setattr(sources, "SHAKESPEARE", tmp_path / "cache" / "text.txt")
+        server.cache = tmp_path / ".downloads" / "tinyshakespeare.txt"
         monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(BODY).hexdigest())
         yield server
         server.shutdown()
 
 
-def downloaded() -> str:
-    config = PrepareConfig()
-    return "".join(source("shakespeare").fetched(Path(), config).texts(config))
+def downloaded(server) -> str:
+    config, partial = PrepareConfig(), server.cache.parents[1] / ".shakespeare.partial"
+    return "".join(source("shakespeare").fetched(partial, config).texts(config))
+
+
+def files_in_cache(server) -> list[str]:
+    return [name for name in os.listdir(server.cache.parent) if not name.endswith(".lock")]
 
 
 def test_a_good_download_is_kept_and_not_fetched_again(server, monkeypatch):
     monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server.url}/good")
     for _ in range(2):
-        assert downloaded() == BODY.decode()
+        assert downloaded(server) == BODY.decode()
     assert server.asked == ["/good"]
-    assert [name for name in os.listdir(sources.SHAKESPEARE.parent) if name != "text.lock"] == ["text.txt"]
-    sources.SHAKESPEARE.write_text("<html>put there by hand")
-    assert downloaded() == BODY.decode()
+    assert files_in_cache(server) == [server.cache.name]
+    server.cache.write_text("<html>put there by hand")
+    assert downloaded(server) == BODY.decode()
 
 
 @pytest.mark.parametrize(
@@ -263,14 +267,14 @@ def test_a_failed_download_is_refused_with_address_reason_and_remedy_and_leaves_
 ):
     monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server.url}/{page}")
     with pytest.raises(UserError, match=re.escape(reason)) as caught:
-        downloaded()
+        downloaded(server)
     assert str(caught.value).startswith(f"{server.url}/{page} cannot be downloaded")
-    assert f"put it at {sources.SHAKESPEARE}" in str(caught.value)
-    assert [name for name in os.listdir(sources.SHAKESPEARE.parent) if name != "text.lock"] == []
+    assert f"put it at {server.cache}" in str(caught.value)
+    assert files_in_cache(server) == []
 
 
 def test_first_downloads_at_once_do_not_disturb_each_other(server, monkeypatch):
     monkeypatch.setattr(sources, "SHAKESPEARE_URL", f"{server.url}/good")
     with ThreadPoolExecutor(4) as threads:
-        texts = [*threads.map(lambda _: downloaded(), range(4))]
+        texts = [*threads.map(lambda _: downloaded(server), range(4))]
     assert texts == [BODY.decode()] * 4 and server.asked == ["/good"]

@@ -27,7 +27,6 @@ from plaingpt.tokens import NAMED
 HEAD = 8000  # bytes in which a NUL makes a file binary, as in git
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE = Path(__file__).parents[2] / "data" / ".downloads" / "tinyshakespeare.txt"
 HUB = {  # repository, share for validation, and what is pinned
     "tinystories": ("roneneldan/TinyStories", 0.01, {}),
     # the revision that has Parquet files instead of a script
@@ -223,27 +222,28 @@ def _standard_input(path: Path) -> Path:
     return path
 
 
-def _shakespeare(_: Path) -> Path:
-    if _needs_download():
-        SHAKESPEARE.parent.mkdir(parents=True, exist_ok=True)
+def _shakespeare(directory: Path) -> Path:
+    path = directory.parent / ".downloads" / "tinyshakespeare.txt"  # in data_dir
+    if not _is_shakespeare(path):
+        path.parent.mkdir(exist_ok=True)
         # Two data sets are made from it, perhaps at the same time: neither may replace what the other one reads.
-        with FileLock(SHAKESPEARE.with_suffix(".lock")):
-            if _needs_download():
-                _download_shakespeare()
-    return SHAKESPEARE
+        with FileLock(path.with_suffix(".lock")):
+            if not _is_shakespeare(path):
+                _download_shakespeare(path)
+    return path
 
 
-def _needs_download() -> bool:
-    return not SHAKESPEARE.exists() or sha256(SHAKESPEARE) != SHAKESPEARE_SHA256
+def _is_shakespeare(path: Path) -> bool:
+    return path.exists() and sha256(path) == SHAKESPEARE_SHA256
 
 
-def _download_shakespeare() -> None:
+def _download_shakespeare(path: Path) -> None:
     import urllib.request  # slow to import
 
-    problem = f"{SHAKESPEARE_URL} cannot be downloaded (try again, or put it at {SHAKESPEARE})"
+    problem = f"{SHAKESPEARE_URL} cannot be downloaded (try again, or put it at {path})"
     with errors_of_library(problem), urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
         data = response.read()
         if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
             raise OSError(f"the {len(data):,} bytes received are not the expected file")
-    with new_file(SHAKESPEARE, "wb") as file:
+    with new_file(path, "wb") as file:
         file.write(data)
