@@ -6,7 +6,7 @@
 out_dir = "out-gpt2"
 dataset = "fineweb10B-gpt2"
 eval_interval = 250
-eval_iters = 340  # x 30 x 1024 = 10.4M tokens, as in the published runs
+eval_iters = 340  # x 30 x 1024 = 10.4M tokens, as many as in the published runs, which use the first ones
 
 n_layer = 12
 n_head = 12

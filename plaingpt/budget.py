@@ -36,7 +36,7 @@ Measure = Callable[[TrainConfig, float], float]
 
 
 def predicted_loss(config: TrainConfig, tokens: float, text_tokens: int) -> float:
-    """Predicted loss, up to constants of the text, after training on `tokens` tokens of a text of `text_tokens`.
+    """Predicted loss after training on `tokens` tokens of a text of `text_tokens`, up to an offset and a factor.
 
     Fitted to 45 runs (docs/scaling.md). Unlike in Hoffmann et al. 2022, an exponent combines the terms for size and
     data: more parameters without more tokens help less. Repeated tokens count less (Muennighoff et al. 2023).

@@ -186,8 +186,10 @@ def curves(out_dirs: list[Path]):
         run = f"{out_dir}: ".replace("$", r"\$") if len(runs) > 1 else ""  # matplotlib reads $ as mathematics
         for key, kind in kinds.items():
             if points := [(record["step"], record[key]) for record in records if key in record]:
-                style = {"lw": 0.8, "alpha": 0.6} if kind == "training" else {"lw": 1.2, "marker": "o", "ms": 3}
-                label = f"{run}{kind}, lowest {min(loss for _, loss in points):.3f}"
+                label, style = f"{run}{kind}", {"lw": 0.8, "alpha": 0.6}
+                if kind == "validation":
+                    label += f", lowest {min(loss for _, loss in points):.3f}"
+                    style = {"lw": 1.2, "marker": "o", "ms": 3}
                 axes.plot(*zip(*points), color=f"C{i if run else int(kind == 'validation')}", label=label, **style)
                 late += [loss for step, loss in points if step >= records[-1]["step"] / 10]
     if not late:
