@@ -88,7 +88,7 @@ def put_in_place(new: Path, final: Path) -> None:
         rename(final, old)
     rename(new, final)
     fsync(final.parent)
-    make_way(old)
+    delete(old)
 
 
 def rename(path: Path, new: Path) -> None:
