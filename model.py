@@ -179,9 +179,9 @@ class GPT(nn.Module):
     ) -> Iterator[int]:
         """Yield new token ids until `max_new_tokens` or `end_of_text`, which is not yielded.
 
-        temperature: 0 takes the most likely id. top_k: draw from the k most likely ids; 0: from all. When a
-        text fills block_size positions, its last block_size / 2 tokens are kept. Recomputes the context for every id;
-        plaingpt/generate.py caches keys and values.
+        Call `eval` first, or dropout applies. temperature: 0 takes the most likely id. top_k: draw from the k most
+        likely ids; 0: from all. generator: on the CPU. When a text fills block_size positions, its last block_size / 2
+        tokens are kept. Recomputes the context for every id; plaingpt/generate.py caches keys and values.
         """
         assert prompt, "the prompt needs at least one token"
         block_size = self.config.block_size

@@ -66,7 +66,7 @@ class TrainBatches:
         """Inputs and targets, (batch_size, block_size) int64: micro-batch `index` of step `step`."""
         starts = self.starts(step, index * batch_size, batch_size)
         ids = self.tokens.windows(starts, self.block_size + 1)
-        return torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, 1:])
+        return torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, 1:].copy())  # targets may be masked
 
 
 class EvalBatches:

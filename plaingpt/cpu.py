@@ -109,7 +109,8 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (count,) = ctx.saved_tensors
-        return ctx.gradient.mul_(grad / count), None, None
+        gradient, ctx.gradient = ctx.gradient, None  # frees it; a second backward pass would find it changed
+        return gradient.mul_(grad / count), None, None
 
 
 def has_fp16_products() -> bool:
@@ -135,9 +136,11 @@ def pack(model: GPT, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     parts = [part for block in model.transformer.h for part in (block.attn, block.mlp)]
     # Packing a matrix uses one core, so several are packed at once, by one OpenMP thread each: with more of these than
     # cores, all would be slow.
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         head = pool.submit(PackedLinear, model.transformer.wte.weight.detach(), None, dtype)
         list(pool.map(pack_matrices, parts))
+    torch.set_num_threads(threads)  # the 1 would hold for every thread that is started later
     return head.result()
 
 

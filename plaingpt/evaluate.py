@@ -18,12 +18,13 @@ from plaingpt.tokens import DataSet, Tokens
 def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed, stop: StopSignal | None = None) -> float | None:
     """Mean loss in nats over all targets; each rank computes some of the batches. None if `stop` is set meanwhile. All
     ranks."""
+    was_training = model.training
     model.eval()
     losses, count = [], 0
     # The same number of passes on every rank, as a sharded model needs; a batch beyond the last has no targets.
     for first in range(0, len(batches), dist.world_size):
         if stop and dist.max(stop.number):
-            model.train()
+            model.train(was_training)
             return None
         inputs, targets = batches.batch(first + dist.rank)
         n_targets = int((targets != IGNORED).sum())
@@ -33,7 +34,7 @@ def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed, stop: St
         if n_targets:
             losses.append(loss.float() * n_targets)
         count += n_targets
-    model.train()
+    model.train(was_training)
     total = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
     return dist.sum(total) / dist.sum(count)
 

@@ -85,7 +85,8 @@ class Batch:
 
     Row r of the cache belongs to text `rows[r]`; a text that has ended gives its row up. When a text fills block_size
     positions, its most recent half is read again from position 0. So the cost of a token is bounded, and later tokens
-    see at least block_size / 2 tokens before them.
+    see at least block_size / 2 tokens before them. The caller ends texts, with `end`: `step` may be called
+    `max_new_tokens` times. generators: on the CPU.
     """
 
     @torch.inference_mode()

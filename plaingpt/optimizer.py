@@ -33,7 +33,7 @@ def make_optimizers(
 
     dtype: of Muon's matrix products; use the model's.
     """
-    named = dict(model.named_parameters())
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in named.items() if kind == "muon" and ".h." in name and p.dim() == 2}
     others = [p for name, p in named.items() if name not in matrices]
     groups = [

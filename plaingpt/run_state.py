@@ -74,11 +74,7 @@ def load_state(directory: Path) -> tuple[RunState, Path]:
             remedy = f"to train on from nanoGPT's weights: --init_from={nanogpt} and another --out_dir"
         raise UserError(f"{directory}: no checkpoint there; {remedy}")
     try:
-        try:
-            return _read_state(found), found
-        except UserError:  # a run may have replaced it meanwhile; if not, the second attempt fails like the first
-            found = existing(directory) or found
-            return _read_state(found), found
+        return _read_state(found), found
     except UserError as error:
         if not others:
             raise

@@ -43,7 +43,8 @@ def explain(kind: type, error: BaseException, traceback: object) -> None:
     refuse(f"the Python package {error.name} is not installed; {remedy}")
 
 
-if os.path.dirname(SCRIPT) in (ROOT, os.path.join(ROOT, "tools")):  # and not for a script imported as a module
+OURS = [os.path.join(ROOT, name) for name in ("train.py", "sample.py", "prepare_data.py")]
+if SCRIPT in OURS or os.path.dirname(SCRIPT) == os.path.join(ROOT, "tools"):  # not for programs that import us
     if sys.version_info < (3, 11):  # noqa: UP036
         refuse(f"needs Python 3.11 or later, but this is {sys.version.split()[0]}")
     sys.excepthook = explain

@@ -7,7 +7,6 @@ and a change of its bytes into other valid ids is detected only by tools/inspect
 """
 
 import bisect
-import contextlib
 import hashlib
 import itertools
 import os
@@ -132,7 +131,6 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
         ]
     if vocab_size not in (tokenizer.vocab_size, len(tokenizer.vocabulary())):  # these two differ if ids have gaps
         raise UserError(f"{found}: tokenizer.json has {tokenizer.vocab_size} ids, but meta.json says {vocab_size}")
-    _allow_open_files(len(files))
     ids = {path: _open_ids(path, np.dtype(dtype), tokens) for _, path, tokens, _ in files}
     if check_all or (check and sum(array.nbytes for array in ids.values()) <= HASHED):
         for _, path, _, digest in files:
@@ -145,15 +143,6 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     )
     digest = hashlib.sha256("".join(digest for _, _, _, digest in files).encode()).hexdigest()
     return DataSet(train, val, tokenizer, digest)
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the limit of open files, often 1,024: a memory-mapped file stays open."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, count + 512), hard), hard))
 
 
 def _open_ids(path: Path, dtype: np.dtype, tokens: int | None = None, header: int = 0) -> np.ndarray:
@@ -195,7 +184,6 @@ def _open_foreign(directory: Path, check_all: bool) -> DataSet:
             f"{directory} is not a prepared data set: it has neither meta.json, nor train.bin and val.bin, "
             "nor shards of llm.c, such as NAME_train_000001.bin and NAME_val_000000.bin"
         )
-    _allow_open_files(sum(map(len, paths.values())))
     ids = {path: _open_foreign_ids(path) for split in SPLITS for path in paths[split]}
     note(f"{directory} has no meta.json: reading it as GPT-2 tokens (uint16)")
     tokenizer = gpt2()

@@ -42,6 +42,13 @@ def test_inputs_are_windows_of_the_corpus_and_targets_are_one_further():
         assert target.tolist() == [(int(row[0]) + i + 1) % 100 for i in range(BLOCK)]
 
 
+def test_masked_targets_do_not_change_the_inputs():
+    inputs, targets = batches(100).micro_batch(step=3, index=0, batch_size=4)
+    before = inputs.clone()
+    targets[:] = IGNORED
+    assert inputs.equal(before)
+
+
 def test_a_batch_depends_on_seed_and_step_and_on_nothing_that_came_before():
     walked = batches()
     all_in_turn = [walked.micro_batch(step, 0, 4)[0].tolist() for step in range(20)]

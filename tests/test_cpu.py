@@ -1,6 +1,7 @@
 """The fast versions of what the model does compute the same."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -39,6 +40,14 @@ def test_a_model_asked_for_the_loss_alone_gives_it(fast):
     with torch.no_grad():
         nothing, alone = model(ids, ids, need_logits=False)
     assert nothing is None and alone.item() == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_a_second_backward_pass_through_the_loss_without_logits_fails():
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = cross_entropy(logits * 1, torch.tensor([1, 2]), IGNORED)
+    loss.backward(retain_graph=True)
+    with pytest.raises(AttributeError):
+        loss.backward()
 
 
 @pytest.mark.parametrize("T", [1, 64, 700])
@@ -129,6 +138,8 @@ def test_packing_frees_each_matrix_and_returns_the_head(dtype):
     head = pack(model, dtype)
     assert torch.allclose(head(x).float(), expected, atol=1e-4 if dtype == torch.float32 else 0.1)
     assert not [name for name in model.state_dict() if ".h." in name and ".c_" in name]
+    with ThreadPoolExecutor(1) as thread:  # one started later has as many OpenMP threads as before
+        assert thread.submit(torch.get_num_threads).result() == torch.get_num_threads()
 
 
 @pytest.mark.skipif(not has_fp16_products(), reason="torch has no products with float16 weights here")

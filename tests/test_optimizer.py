@@ -91,6 +91,17 @@ def test_a_warm_up_as_long_as_the_decay_is_no_division_by_zero(shape):
 
 
 @KINDS
+def test_frozen_parameters_do_not_change(kind):
+    model, _ = make(kind)
+    frozen = model.transformer.h[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in frozen.parameters()]
+    optimizers = make_optimizers(model, kind, 0.02, 0.1, betas=(0.9, 0.95))
+    model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[1].backward()
+    apply_gradients([p for p in model.parameters() if p.requires_grad], optimizers, NO_SCALER, 0.02, 1.0)
+    assert all(map(torch.equal, before, frozen.parameters()))
+
+
+@KINDS
 def test_matrices_and_embeddings_decay_and_vectors_do_not(kind):
     model, optimizers = make(kind, weight_decay=0.5)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -12,7 +12,6 @@ from conftest import ROOT, child_environment, edit_json
 from test_checkpoint import of_kind
 
 from model import GPT, GPTConfig
-from plaingpt import run_state
 from plaingpt.checkpoint import load_model
 from plaingpt.console import UserError
 from plaingpt.distributed import Distributed
@@ -319,19 +318,3 @@ def test_a_checkpoint_of_the_previous_version_loads(tmp_path):
     (tmp_path / "last" / "SHA256SUMS").unlink()
     state, _ = load_state(tmp_path / "last")
     assert state == RunState(step=4, settings={"eval_iters": None, "batch_size": 2})
-
-
-def test_a_checkpoint_that_a_run_replaces_while_it_is_read_is_read_again(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "last", *trained(), of_kind("char"), step=4)
-    path, check = tmp_path / "last" / "training.json", run_state.check_sums
-    complete = path.read_bytes()
-    path.write_bytes(b"{}")  # as if the sums were those of the earlier checkpoint
-
-    def check_and_complete(directory):
-        try:
-            check(directory)
-        finally:
-            path.write_bytes(complete)
-
-    monkeypatch.setattr(run_state, "check_sums", check_and_complete)
-    assert load_state(tmp_path / "last")[0].step == 4

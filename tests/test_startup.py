@@ -109,9 +109,13 @@ def test_ctrl_c_during_imports_ends_the_process_though_something_catches_the_exc
     assert process.communicate(timeout=600) == ("", "") and process.returncode == -signal.SIGINT
 
 
-def test_a_script_imported_as_a_module_leaves_the_process_as_it_is():
+def test_a_script_imported_as_a_module_leaves_the_process_as_it_is(tmp_path):
     code = "import gc, signal, sys, sample\nassert sys.excepthook is sys.__excepthook__ and gc.isenabled()\n"
     code += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     docs = ROOT / "docs"  # or another subdirectory, where a notebook may be
     assert subprocess.run([sys.executable, "-c", code], cwd=docs, env=environment).returncode == 0
+    for name in ("plaingpt", "model.py", "sample.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "mine.py").write_text(code)  # beside sample.py
+    assert subprocess.run([sys.executable, tmp_path / "mine.py"], env=ENVIRONMENT).returncode == 0
