@@ -97,7 +97,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         )
         self.transformer = nn.ModuleDict(parts)
-        self.register_buffer("padding", torch.empty(config.padded_vocab_size), persistent=False)
+        self.register_buffer("logit_bias", torch.empty(config.padded_vocab_size), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -112,12 +112,11 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
         self.transformer.wte.weight[self.config.vocab_size :] = 0
-        self.init_padding()
+        self.init_logit_bias()
 
-    def init_padding(self) -> None:
-        """Set the bias of the logits: a padded id has probability exactly 0, so its row of `wte` gets no gradient
-        and stays 0."""
-        self.padding.zero_()[self.config.vocab_size :] = -torch.inf
+    def init_logit_bias(self) -> None:
+        """A padded id has probability exactly 0, so its row of `wte` gets no gradient and stays 0."""
+        self.logit_bias.zero_()[self.config.vocab_size :] = -torch.inf
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters by name, `wte` without its padding: what `checkpoint.model_with` takes."""
@@ -135,14 +134,6 @@ class GPT(nn.Module):
         loss: the mean cross-entropy in nats over the targets that count; None without targets.
         """
         return self.head(self.hidden(idx), targets, need_logits)
-
-    def head(self, hidden: Tensor, targets: Tensor | None, need_logits: bool) -> tuple[Tensor | None, Tensor | None]:
-        logits = self.logits(hidden)
-        loss = None
-        if targets is not None:
-            cross_entropy = F.cross_entropy if need_logits else self.cross_entropy  # which may overwrite the logits
-            loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        return logits[..., : self.config.vocab_size] if need_logits else None, loss
 
     def hidden(
         self, idx: Tensor, positions: Tensor | None = None, attentions: Sequence[Attention] | None = None
@@ -165,7 +156,16 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) to (..., padded V). The head is tied to `wte`."""
-        return F.linear(hidden, self.transformer.wte.weight, self.padding)
+        return F.linear(hidden, self.transformer.wte.weight, self.logit_bias)
+
+    def head(self, hidden: Tensor, targets: Tensor | None, need_logits: bool) -> tuple[Tensor | None, Tensor | None]:
+        """(logits, loss) as `forward`. `parallel` compiles it as one piece."""
+        logits = self.logits(hidden)
+        loss = None
+        if targets is not None:
+            cross_entropy = F.cross_entropy if need_logits else self.cross_entropy  # which may overwrite the logits
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return logits[..., : self.config.vocab_size] if need_logits else None, loss
 
     @torch.inference_mode()
     def generate(
@@ -189,7 +189,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if len(text) > block_size:
                 text = text[-max(1, block_size // 2) :]
-            idx = torch.tensor([text], device=self.padding.device)
+            idx = torch.tensor([text], device=self.logit_bias.device)
             logits = self.logits(self.hidden(idx)[0, -1])[: self.config.vocab_size]
             logits = logits.float().cpu().nan_to_num()  # weights that overflow must not end a run
             if top_k:

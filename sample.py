@@ -154,13 +154,14 @@ class Sample:
             if self.tokens == self.max_tokens:
                 self.stop_reason = "length"
         text = self.text + self.stream.rest()
-        delay = max(map(len, self.stops), default=1) - 1  # that many at the end may begin a stop string
         if found := [(at + len(stop), at) for stop in self.stops if (at := text.find(stop, self.final)) >= 0]:
-            text = text[: min(found)[1]]  # before the stop string that ends first
-            self.stop_reason = "stop"
+            _, start = min(found)  # of the stop string that ends first
+            text, self.stop_reason = text[:start], "stop"
         if self.stop_reason:
-            self.text, delay = text, 0
-        self.final = max(self.final, len(self.text) - delay)
+            self.text, self.final = text, len(text)
+        else:
+            undecided = max(map(len, self.stops), default=1) - 1  # characters that may begin a stop string
+            self.final = max(self.final, len(self.text) - undecided)
 
 
 def text_of(sample: Sample, samples: list[Sample], batch: Batch) -> Iterator[str]:

@@ -123,9 +123,9 @@ def train_step(
     return total, run.update(torch.full((), lr, device=dist.device) if run.gradients else lr)
 
 
-def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, out_dir: Path) -> int:
+def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches) -> int:
     """The training loop: evaluate, save, step, log. All ranks. Returns the exit status."""
-    config, dist, start = run.config, run.dist, state.step
+    config, dist, start, out_dir = run.config, run.dist, state.step, Path(run.config.out_dir)
     metrics = Metrics(out_dir, dist.is_main, resumed_from=start or None)
     # W&B gets the derived values. A checkpoint keeps None, so that a resumed run derives them from its own settings.
     metrics.track(state.settings | {"lr_decay_iters": config.decay_end, "min_lr": config.final_lr})
@@ -135,7 +135,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
     if config.minutes and not start and dist.is_main:
         write_recipe(config)
     stop, stopping = StopSignal(), 0  # stopping: the number of a signal that some rank received; equal on all ranks
-    paused_at = None  # the step of the last evaluation or save: a stop right after it has nothing new to save
+    paused_at = None  # the step of the last evaluation or save: if a stop follows at once, nothing new has to be saved
     gc.disable()  # a step leaves no garbage, and searching for it causes pauses
     gc.freeze()  # the collections below skip everything that exists now
     while True:
@@ -155,11 +155,11 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
                 bpb = bits_per_byte(val_loss, data.val)
                 metrics.write(step=step, tokens=step * config.tokens_per_step, val_loss=val_loss, val_bpb=bpb)
                 note(f"step {step}: {describe_loss(val_loss, data)}")
-            if step > start or (step and val_loss is not None):
+            if step == 0:  # the model that training begins with is not saved
+                state.initial_val_loss = val_loss if is_below(val_loss, None) else None  # None: not finite
+            elif step > start or val_loss is not None:
                 state.seconds, state.scaler = watch.seconds, run.scaler.state_dict()
                 saver.save(val_loss, keeping)  # also counts evaluations_since_lowest
-            elif is_below(val_loss, None):  # finite
-                state.initial_val_loss = val_loss
             metrics.draw()
             if val_loss is not None and config.sample_tokens:
                 text = sample_text(run.raw_model, data, config.sample_tokens, dist, seed=step)
@@ -179,7 +179,7 @@ def train(run: Run, state: RunState, data: DataSet, eval_batches: EvalBatches, o
 
     metrics.draw(at_once=True)  # during the last save
     problem = saver.wait()
-    stopping = dist.max(stop.number)  # all ranks exchange this before W&B's uploads, for which only main waits
+    stopping = dist.max(stop.number)  # before W&B's uploads: only main waits for them
     metrics.close()
     return finish_run(config, state, start, saver.best, stopping, problem)
 
@@ -221,9 +221,6 @@ def start_run(
     run is resumed from, if it is.
     """
     choosing = config.minutes and not checkpoint and not config.eval_only
-    micro_steps_open = choosing and "gradient_accumulation_steps" not in given
-    if not (micro_steps_open or config.eval_only):
-        dist.per_process(config.gradient_accumulation_steps)  # raises UserError before anything is read
     check_shared(config, dist, state.step)
     data = open_data_set(Path(config.data_dir) / config.dataset, check=dist.is_main)
     check_same(config, data, dist)
@@ -233,9 +230,11 @@ def start_run(
         check_out_dir(config, checkpoint, state)
     if choosing:
         config = choose_settings(config, given, data, dist, functools.partial(tokens_per_second, data, dist))
+    if not config.eval_only:
+        dist.per_process(config.gradient_accumulation_steps)  # UserError before the model is read
     raw_model, config = initial_model(config, given, data, checkpoint, dist)
-    # As numbers, these two do not change if the run is extended. `min_lr` and `lr_decay_iters` may stay None: then the
-    # decay ends at the new last step.
+    # Saved as numbers, these two stay the same if the run is extended. `min_lr` and `lr_decay_iters` may remain None:
+    # then the decay ends at the new last step.
     config = dataclasses.replace(config, learning_rate=config.peak_lr, warmup_iters=config.warmup_steps)
     sequences = state.eval_sequences
     if sequences is None or "eval_iters" in given:
@@ -263,7 +262,7 @@ def start_run(
     elif dist.is_main:
         set_aside(Path(config.out_dir))
     state.settings = dataclasses.asdict(config)
-    return train(run, state, data, eval_batches, Path(config.out_dir))
+    return train(run, state, data, eval_batches)
 
 
 def main() -> int:

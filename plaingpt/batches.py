@@ -91,8 +91,8 @@ class EvalBatches:
         found = self.starts[index * self.batch_size :][: self.batch_size]
         starts[: len(found)] = found
         ids = self.tokens.windows(starts, self.block_size + 1)
-        targets = starts[:, None] + np.arange(1, self.block_size + 1)  # their positions
-        targets = np.where(targets < len(self.tokens), ids[:, 1:], IGNORED)
+        positions = starts[:, None] + np.arange(1, self.block_size + 1)  # of the targets
+        targets = np.where(positions < len(self.tokens), ids[:, 1:], IGNORED)
         return torch.from_numpy(ids[:, :-1]), torch.from_numpy(targets)
 
 

@@ -16,15 +16,16 @@ from plaingpt.distributed import Distributed
 from plaingpt.metrics import Stopwatch
 from plaingpt.run import initial_model, write_recipe
 from plaingpt.run_state import RunState
+from plaingpt.settings import flags_of
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import TrainConfig, muon_learning_rate
 
 WIDTHS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1600)
 SEQUENCES_PER_STEP = 32
-FEW_TOKENS = 5e6  # of BPE: up to this many, one layer beats two of equal cost; it gains nothing from more
+FEW_TOKENS = 5e6  # BPE tokens. Up to this many, one layer beats two of equal cost; more do not improve it
 TRAINING_SHARE = 0.85  # of the time; the rest is for evaluations and saves
 END = 1.0  # seconds for the last picture and the exit
-EVALUATIONS, MORE_EVALUATIONS = 4, 12  # after the one at the start: in runs of few epochs, and in longer ones
+EVALUATIONS, MORE_EVALUATIONS = 4, 12  # besides the one at the start: in a run of few epochs, and of more
 FEW_EPOCHS = 4  # until then a rising validation loss is noise, not overfitting
 EVALUATION_SHARE = 0.03  # an evaluation reads at most this share of the training tokens: 1% of the time
 # Ratios of predicted losses to the lowest. If the last model is below CLOSE, a larger one is timed. Models below
@@ -38,15 +39,15 @@ Measure = Callable[[TrainConfig, float], float]
 def predicted_loss(config: TrainConfig, tokens: float, text_tokens: int) -> float:
     """Predicted loss after training on `tokens` tokens of a text of `text_tokens`, up to an offset and a factor.
 
-    Fitted to 45 runs (docs/scaling.md). Unlike in Hoffmann et al. 2022, an exponent combines the terms for size and
-    data: more parameters without more tokens help less. Repeated tokens count less (Muennighoff et al. 2023).
+    Fitted to 45 runs (docs/scaling.md). Hoffmann et al. 2022 add a term for size and one for data; here a power mean
+    combines them: more parameters without more tokens help less. Repeated tokens count less (Muennighoff et al. 2023).
     """
     repeated = max(tokens / text_tokens - 1, 0)
     effective_tokens = min(tokens, text_tokens) + text_tokens * 5 * (1 - math.exp(-repeated / 5))
     if config.n_layer == 1:
         effective_tokens = min(effective_tokens, FEW_TOKENS)
-    size, data = (block_parameters(config) / 1e6) ** -0.18, 1.7 * (effective_tokens / 1e6) ** -0.2
-    return (size**3.7 + data**3.7) ** (1 / 3.7) * (0.97 if config.n_layer == 1 else 1)
+    of_size, of_tokens = (block_parameters(config) / 1e6) ** -0.18, 1.7 * (effective_tokens / 1e6) ** -0.2
+    return (of_size**3.7 + of_tokens**3.7) ** (1 / 3.7) * (0.97 if config.n_layer == 1 else 1)
 
 
 def block_parameters(config: TrainConfig) -> int:
@@ -105,20 +106,19 @@ def time_candidates(
         return candidate, rate
 
     for candidate in candidates(config, given, data, dist):
-        single = candidate.n_layer == 1 and "n_layer" not in given
-        if single and tokens > FEW_TOKENS:
+        one_layer = candidate.n_layer == 1 and "n_layer" not in given
+        if one_layer and tokens > FEW_TOKENS:
             continue
         if timed and block_parameters(candidate) > 12 * len(data.train):
             break  # it would memorize the text
-        first = with_batch(candidate, given, tokens, data, dist)
-        fitted, rate = fitting(first)
-        if rate and not late():  # the batch follows from the speed, and changes it
-            second = with_batch(candidate, given, rate * seconds, data, dist)
-            fitted, rate = fitting(second) if second != first else (fitted, rate)
+        fitted, rate = fitting(first := with_batch(candidate, given, tokens, data, dist))
+        # The measured speed implies a batch, which in turn changes the speed.
+        if rate and not late() and (second := with_batch(candidate, given, rate * seconds, data, dist)) != first:
+            fitted, rate = fitting(second)
         if not rate:
             break  # larger models need more memory still
         timed[fitted], tokens = [rate], rate * seconds
-        if late() or not (single or fitted in promising(CLOSE)):
+        if late() or not (one_layer or fitted in promising(CLOSE)):
             break
     for _ in range(2 if len(timed) > 1 else 0):  # in turn, so that a change of the machine's speed affects all of them
         # Timing the largest takes longest, so it is timed again only if it is close.
@@ -201,8 +201,7 @@ def with_schedule(config: TrainConfig, given: dict[str, str], tokens: float, dat
         log_interval=max(1, steps // max(50, math.ceil(config.minutes))),
         eval_interval=math.ceil(steps / evaluations),
     )
-    flags = {name for name in given if given[name].startswith("--")}
-    config = unless_given(unless_given(config, given, **chosen), flags, **intervals)
+    config = unless_given(unless_given(config, given, **chosen), flags_of(given), **intervals)
     # The warmup stays the same if the number of steps is corrected.
     return dataclasses.replace(config, max_iters=steps, warmup_iters=steps // 20, lr_decay_iters=None)
 
@@ -218,7 +217,7 @@ def extend_run(config: TrainConfig, given: dict[str, str], state: RunState) -> t
 
 def check_flags(given: dict[str, str]) -> None:
     for name in ("max_iters", "warmup_iters", "lr_decay_iters"):
-        if given.get(name, "").startswith("--"):
+        if name in flags_of(given):
             raise UserError(f"--minutes determines {name}: leave out --{name}, or --minutes")
 
 
@@ -232,8 +231,8 @@ class Deadline:
 
     The first correction comes after 5% of the steps, when a new run's warmup ends. Learning rates before it do not
     depend on the number of steps (if it is 40 or more), so a recipe corrected only then trains the same model. Later
-    ones come if the run would miss its time by more than 2% (checked at each evaluation, more often after the last but
-    one). A new run ends early if, after a few epochs, the loss has not fallen for an eighth of the run and two
+    ones are made if the run would miss its time by more than 2%, which is checked at each evaluation, and more often
+    near the end. A new run ends early if, after a few epochs, the loss has not fallen for an eighth of the run and two
     evaluations: its learning rate drops, and decays within an eighth of the steps so far.
     """
 
@@ -242,8 +241,8 @@ class Deadline:
         steps = config.max_iters - state.step
         self.measured_from = state.step + max(1, steps // 40)  # the steps before it include compilation
         self.first_correction = state.step + max(2, steps // 20)
-        self.few_steps = max(FEW_EPOCHS * epoch_tokens / config.tokens_per_step, self.first_correction)
-        self.last = state.step, watch.seconds, time.monotonic()  # when speed was last measured
+        self.may_end_after = max(FEW_EPOCHS * epoch_tokens / config.tokens_per_step, self.first_correction)
+        self.measured = state.step, watch.seconds, time.monotonic()  # when speed was last measured
         self.evaluation_seconds, self.ending = 0.0, False  # of one evaluation, with its save
 
     def corrected(self, config: TrainConfig) -> TrainConfig:
@@ -252,16 +251,16 @@ class Deadline:
         if not config.minutes or self.ending or step >= config.max_iters:
             return config
         flat = max(2, math.ceil(config.max_iters / 8 / config.eval_interval))  # evaluations without a lower loss
-        if not self.start and state.evaluations_since_lowest >= flat and state.evaluated_at > self.few_steps:
+        if not self.start and state.evaluations_since_lowest >= flat and state.evaluated_at > self.may_end_after:
             self.ending = True
             note("ending early: the validation loss no longer falls")
             return self.with_steps(config, min(step + math.ceil(step / 8), config.max_iters))
         often = 4 if config.max_iters - step < config.eval_interval else 1
         due = step > self.first_correction and step % max(1, config.eval_interval // often) == 0
-        if step == self.last[0] or not (due or step in (self.measured_from, self.first_correction)):
+        if step == self.measured[0] or not (due or step in (self.measured_from, self.first_correction)):
             return config
-        per_step = self.seconds_per_step(config)
-        if step == self.measured_from:  # only starts the measurement, after compilation
+        per_step = self.measure_step(config)
+        if step == self.measured_from:  # only begins the measurement, after compilation
             return config
         steps = step + max(1, int(self.seconds_for_steps(config) / per_step))
         misses_time = abs(steps - config.max_iters) * per_step > 0.02 * 60 * config.minutes
@@ -269,11 +268,12 @@ class Deadline:
         steps = self.dist.max(steps if decided else 0)  # the main process decides
         return self.with_steps(config, steps) if steps else config
 
-    def seconds_per_step(self, config: TrainConfig) -> float:
-        """Since the last measurement, plus a step's share of an evaluation with its save, once one has been timed."""
+    def measure_step(self, config: TrainConfig) -> float:
+        """Seconds per step since the last call, plus a step's share of an evaluation with its save, once one has been
+        timed."""
         self.dist.synchronize()
-        before, self.last = self.last, (self.state.step, self.watch.seconds, time.monotonic())
-        steps, trained, passed = (new - old for new, old in zip(self.last, before))
+        before, self.measured = self.measured, (self.state.step, self.watch.seconds, time.monotonic())
+        steps, trained, passed = (new - old for new, old in zip(self.measured, before))
         # `passed` includes the evaluation of step before[0], if any. The first is slow on a GPU, or precedes a resume.
         first = before[0] == self.start and (self.start or self.dist.device.type == "cuda")
         if self.state.evaluated_at == before[0] and not first:
@@ -281,7 +281,7 @@ class Deadline:
         return trained / steps + self.evaluation_seconds / config.eval_interval
 
     def seconds_for_steps(self, config: TrainConfig) -> float:
-        """What is left of the time, without the evaluations that `seconds_per_step` does not include."""
+        """What is left of the time, without the evaluations that `measure_step` does not include."""
         left = time_left(config.minutes, self.dist) - END
         if not self.evaluation_seconds:
             return TRAINING_SHARE * left

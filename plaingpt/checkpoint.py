@@ -70,8 +70,8 @@ def with_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_model(
     path_or_name: str | Path, block_size: int | None = None, dropout: float = 0.0, check: bool = True
 ) -> tuple[GPT, Tokenizer]:
-    """(model, tokenizer) of a model directory, nanoGPT's ckpt.pt, the directory of a run that has either, or a GPT-2 on
-    the hub: `gpt2`, `owner/name@revision` (a Path is always local).
+    """(model, tokenizer) of a model directory, a run's directory (its best/, last/ or ckpt.pt), nanoGPT's ckpt.pt, or a
+    GPT-2 on the hub: `gpt2`, `owner/name@revision` (a Path is always local).
 
     The model is in fp32 on the CPU, in evaluation mode. Loading maps the files, and copies the weights one by one.
     `model.config.vocab_size` is the tokenizer's: embedding rows that belong to no token are dropped. A smaller
@@ -102,8 +102,8 @@ def model_with(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     if missing := config.padded_vocab_size - len(wte):
         wte = F.pad(wte, (0, 0, 0, missing))
     model.load_state_dict(weights | {WTE: wte}, assign=True)
-    model.padding = torch.empty(config.padded_vocab_size)
-    model.init_padding()
+    model.logit_bias = torch.empty(config.padded_vocab_size)
+    model.init_logit_bias()
     return model
 
 
@@ -135,11 +135,10 @@ def _fp32_copy(source: Path, name: str, tensor: Tensor, config: GPTConfig) -> Te
 
     Raises UserError if it has too few rows, or numbers that are not finite.
     """
-    rows = padded = found = len(tensor)
-    if name == WTE:
-        rows, padded = config.vocab_size, config.padded_vocab_size
-    if found < rows:
-        raise UserError(f"{source}: the embedding has {found} rows; config.json or the tokenizer requires {rows}")
+    rows = config.vocab_size if name == WTE else len(tensor)
+    padded = config.padded_vocab_size if name == WTE else rows
+    if len(tensor) < rows:
+        raise UserError(f"{source}: the embedding has {len(tensor)} rows; config.json or the tokenizer requires {rows}")
     copy = torch.zeros(padded, *tensor.shape[1:])
     copy[:rows] = tensor[:rows]
     if not tensor.is_floating_point() or not all_finite(copy):

@@ -12,6 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+CONNECTION_FAILED = "the connection to the other processes failed"
+# RuntimeErrors of torch on CPUs (Linux, Windows) and on Apple's and NVIDIA's GPUs; OSErrors
+NO_MEMORY = re.compile("can't allocate memory|not enough memory|(backend|error:) out of memory|Cannot allocate memory")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and line break
+
 
 class UserError(Exception):
     """A mistake of the user, whose message is one line with the remedy."""
@@ -56,11 +61,6 @@ def run_script(main: Callable[[], int | None], less_memory: str = "model") -> No
             print(line, file=sys.stderr)
         _report_to_torchrun(line, is_cause=not message.startswith(CONNECTION_FAILED))
         sys.exit(status)
-
-
-CONNECTION_FAILED = "the connection to the other processes failed"
-# RuntimeErrors of torch on CPUs (Linux, Windows) and on Apple's and NVIDIA's GPUs; OSErrors
-NO_MEMORY = re.compile("can't allocate memory|not enough memory|(backend|error:) out of memory|Cannot allocate memory")
 
 
 def _explain(error: BaseException, less_memory: str) -> tuple[int, str]:
@@ -111,9 +111,6 @@ def note(message: str) -> None:
 def escaped(text: str) -> str:
     """`text` with control characters, which names in files may contain and terminals obey, written as \\x1b."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and line break
 
 
 def cores() -> int:

@@ -143,9 +143,9 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
 
     timeout: seconds that a process waits for another before it fails.
     """
-    # set by torchrun; other launchers may not set the last: 0
-    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 0}
-    rank, local_rank, world_size, local_world_size = (int(os.environ.get(n) or d) for n, d in defaults.items())
+    # torchrun sets these; other launchers may not set LOCAL_WORLD_SIZE
+    rank, local_rank = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK"))
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
     if not 0 <= rank < world_size:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment: start processes with torchrun")
     chosen = _choose_device(device, local_rank, world_size)
@@ -157,9 +157,9 @@ def connect(device: str = "auto", dtype: str = "auto", timeout: float = 600) -> 
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = rendezvous_store(wait)
         torch_dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=world_size)
-    dist = Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size, local_world_size)
-    if not local_world_size:
-        dist = dataclasses.replace(dist, local_world_size=dist.max(local_rank) + 1)
+    dist = Distributed(chosen, _choose_dtype(dtype, chosen), rank, world_size)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or 0) or dist.max(local_rank) + 1
+    dist = dataclasses.replace(dist, local_world_size=local_world_size)
     if chosen.type == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's default
         torch.set_num_threads(max(1, cores() // dist.local_world_size))
     return dist

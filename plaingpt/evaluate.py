@@ -21,7 +21,8 @@ def evaluate(model: nn.Module, batches: EvalBatches, dist: Distributed, stop: St
     was_training = model.training
     model.eval()
     losses, count = [], 0
-    # The same number of passes on every rank, as a sharded model needs; a batch beyond the last has no targets.
+    # Every rank makes the same number of passes, because a sharded model needs all ranks. A batch past the last one has
+    # no targets.
     for first in range(0, len(batches), dist.world_size):
         if stop and dist.max(stop.number):
             model.train(was_training)

@@ -47,7 +47,7 @@ class Decoder:
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype):
-        self.model, self.config, self.device = model.eval(), model.config, model.padding.device
+        self.model, self.config, self.device = model.eval(), model.config, model.logit_bias.device
         self.on_cuda = self.device.type == "cuda"
         self.draw_device = torch.device("cpu") if self.device.type == "mps" else self.device  # MPS has no float64
         # On a CPU attention in bfloat16 is slower than in float32.
@@ -197,7 +197,7 @@ class Batch:
     def _logits(self, rows: int, length: int) -> Tensor:
         """Read the last id of each row: (B, V) in float32."""
         cache, positions = self.cache[:, :, :rows], self.inputs[0, :rows, None]  # positions: (B, T = 1)
-        attention = masked_attention(cache, positions, length) if self.decoder.on_cuda else self._attention(cache)
+        attention = masked_attention(cache, positions, length) if self.decoder.on_cuda else self._unmasked(cache)
         keys, values = layers(cache)
         where = positions[..., None, None].expand(-1, cache.size(3), -1, cache.size(5))  # (B, H, 1, D)
 
@@ -209,12 +209,14 @@ class Batch:
 
         return self.decoder.logits(self.decoder.hidden(self.last_ids[:rows, None], positions, attend)[:, 0])
 
-    def _attention(self, cache: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """Attention, without a mask, of rows of equal length together: a text is the same alone and in a batch."""
+    def _unmasked(self, cache: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """As `masked_attention`, but rows of equal length together, without a mask: a text is the same alone and in a
+        batch."""
         groups, start = [], 0
         for length, group in itertools.groupby(self.lengths[i] for i in self.rows):
-            rows = slice(start, start := start + len(list(group)))
+            rows = slice(start, start + len(list(group)))
             groups.append((rows, *layers(cache[:, :, rows, :, :length])))
+            start = rows.stop
 
         def attention(layer: int, q: Tensor) -> Tensor:
             parts = [F.scaled_dot_product_attention(q[rows], k[layer], v[layer]) for rows, k, v in groups]
@@ -264,7 +266,7 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 def filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """Weights and ids, (B, K) each, of the ids that can be drawn from logits (B, V); a weight of 0 excludes one.
 
-    The most likely id comes first with top_k or top_p. Without, the ids are None, and K = V in the order of the ids.
+    With top_k or top_p, the most likely id comes first. Without both, `ids` is None: all V weights, in order of ids.
     """
     ids = None
     if 0 < sampling.top_k < logits.size(-1):

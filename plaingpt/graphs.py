@@ -23,7 +23,7 @@ class Captured:
 
     def __init__(self, function: Callable[..., Tensor], pool_of: "Captured | None" = None):
         self.function, self.pool_of = function, pool_of
-        self.graphs, self.pool = {}, None  # a graph is None after the first call, which is not captured
+        self.graphs, self.pool = {}, None  # the value is None after the first call, which is not captured
 
     def __call__(self, *arguments: Tensor | float) -> Tensor:
         key = tuple(value.shape if isinstance(value, Tensor) else value for value in arguments)

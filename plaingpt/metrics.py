@@ -61,7 +61,7 @@ class Metrics:
         self._call_wandb("log", record)
 
     def draw(self, at_once: bool = False) -> None:
-        """Draw loss.png if there is something new and the last time, or the start, was a minute ago (or `at_once`)."""
+        """Draw loss.png if there are new records, at most once a minute unless `at_once`."""
         recent = time.monotonic() - self._drawn_at < SECONDS_BETWEEN_PICTURES
         if self.active and self._undrawn and (at_once or not recent):
             try:
@@ -178,19 +178,20 @@ def curves(out_dirs: list[Path]):
     from matplotlib.figure import Figure
 
     runs = [read_metrics(out_dir / "metrics.jsonl") for out_dir in out_dirs]
-    bits = len(runs) > 1 and all(any("val_bpb" in record for record in records) for records in runs)
+    several = len(runs) > 1
+    bits = several and all(any("val_bpb" in record for record in records) for records in runs)
     kinds = {"val_bpb": "validation"} if bits else {"train_loss": "training", "val_loss": "validation"}
     figure, late = Figure(figsize=(9, 6), dpi=150), []
     axes = figure.subplots(gridspec_kw=dict(left=0.1, right=0.98, bottom=0.08, top=0.98))  # faster than a layout
     for i, (out_dir, records) in enumerate(zip(out_dirs, runs)):
-        run = f"{out_dir}: ".replace("$", r"\$") if len(runs) > 1 else ""  # matplotlib reads $ as mathematics
+        prefix = f"{out_dir}: ".replace("$", r"\$") if several else ""  # matplotlib reads $ as mathematics
         for key, kind in kinds.items():
             if points := [(record["step"], record[key]) for record in records if key in record]:
-                label, style = f"{run}{kind}", {"lw": 0.8, "alpha": 0.6}
+                label, style = f"{prefix}{kind}", {"lw": 0.8, "alpha": 0.6}
                 if kind == "validation":
                     label += f", lowest {min(loss for _, loss in points):.3f}"
                     style = {"lw": 1.2, "marker": "o", "ms": 3}
-                axes.plot(*zip(*points), color=f"C{i if run else int(kind == 'validation')}", label=label, **style)
+                axes.plot(*zip(*points), color=f"C{i if several else int(kind == 'validation')}", label=label, **style)
                 late += [loss for step, loss in points if step >= records[-1]["step"] / 10]
     if not late:
         return None

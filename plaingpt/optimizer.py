@@ -49,7 +49,7 @@ def make_optimizers(
 class AdamW(torch.optim.AdamW):
     """Torch's, with its state from the beginning, so that `load_optimizers` only has to fill it."""
 
-    # Without torch's wrappers, which exclude them from compilation: for that they import the compiler, over a second
+    # Unwrapped: torch's wrappers, which exclude these methods from compilation, import the compiler (over a second)
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
@@ -65,10 +65,11 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized matrix by matrix (Jordan et al. 2024), with the step's size matched to AdamW's
     (0.2 sqrt(longer side), Liu et al. 2025), so that both share one learning rate.
 
-    With W processes (hybrid: the W of a node), each orthogonalizes 1/W of the matrices. Under DDP an all-gather in
-    `dtype` then brings the other updates. Under FSDP a process stores some rows of every matrix: an all-to-all brings
-    the rows of its matrices in float32, and another returns their updates in `dtype`. For N parameters each process
-    receives 2 N bytes per step under DDP and 6 N / W under FSDP (in bf16), little compared with gradients and weights.
+    Each of W processes (all, or those of a node under hybrid) orthogonalizes 1/W of the matrices. Under DDP an
+    all-gather in `dtype` then brings the other updates. Under FSDP a process stores some rows of every matrix: an
+    all-to-all brings the rows of its matrices in float32, and another returns their updates in `dtype`. For N
+    parameters each process receives 2 N bytes per step under DDP and 6 N / W under FSDP (in bf16), little compared with
+    gradients and weights.
     """
 
     add_param_group = AdamW.add_param_group  # torch's own, without its wrapper
@@ -80,7 +81,7 @@ class Muon(torch.optim.Optimizer):
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Update. If the tensor `found_inf`, which `apply_gradients` sets, is 1, parameters and state do not change.
         Overwrites the gradients."""
         (group,), skipped = self.param_groups, self.found_inf.bool()
@@ -92,19 +93,19 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, buffers, momentum)  # Nesterov momentum
         torch._foreach_mul_(weights, torch.where(skipped, 1.0, 1 - lr * group["weight_decay"]))
-        for batch in batches(matrices):
-            stacks = [take_share(torch.stack([local_rows(p.grad) for p in same]), same[0]) for same in batch]
-            orthogonalize(stacks, self.dtype)
-            for same, share in zip(batch, stacks):
+        for stacks in stacks_at_once(matrices):
+            shares = [take_share(torch.stack([local_rows(p.grad) for p in same]), same[0]) for same in stacks]
+            orthogonalize(shares, self.dtype)
+            for same, share in zip(stacks, shares):
                 size = 0.2 * wide_maps(share).size(2) ** 0.5
                 update = return_share(share, len(same), same[0], self.dtype)
                 update.mul_(torch.where(skipped, 0.0, lr * size))
                 torch._foreach_sub_([local_rows(p) for p in same], list(update))
 
 
-def batches(matrices: list[Tensor]) -> list[list[list[Tensor]]]:
-    """Lists of stacks; those of one list are orthogonalized together. A stack: matrices of one shape, of at most
-    ELEMENTS_AT_ONCE, or one per process. A small model is one list, because few large products are fastest."""
+def stacks_at_once(matrices: list[Tensor]) -> list[list[list[Tensor]]]:
+    """Stacks of matrices of one shape (at most ELEMENTS_AT_ONCE, or one matrix per process), in groups that are
+    orthogonalized together: all stacks of a small model, because few large products are fastest, else one by one."""
     of_shape, stacks = {}, []
     for matrix in matrices:
         of_shape.setdefault(matrix.shape, []).append(matrix)

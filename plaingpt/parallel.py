@@ -18,7 +18,8 @@ from plaingpt.distributed import Distributed
 def wrap(
     model: nn.Module, dist: Distributed, sharding: str = "ddp", recompute: bool = False, compiled: bool = False
 ) -> nn.Module:
-    """Move `model` to the device; `backward` then averages gradients over all processes. All ranks.
+    """`model` on the device, with faster parts, and compiled if wanted; `backward` averages gradients over all
+    processes. All ranks.
 
     sharding: `ddp`: every process has the full model. `fsdp`: each has an equal shard of parameters, gradients and
         optimizer state, and gathers a block while it is computed. `hybrid`: fsdp within a node, ddp between nodes.
@@ -56,8 +57,9 @@ def _shard(model: nn.Module, dist: Distributed, sharding: str) -> nn.Module:
     size = shard_count(dist, sharding)
     if not dist.all_equal(size):
         raise UserError(f"--sharding=hybrid needs the same number of processes on every node; one has {size}")
-    hybrid = sharding == "hybrid"
-    shape, names = ((dist.world_size // size, size), ("nodes", "in_node")) if hybrid else ((size,), ("all",))
+    shape, names = (size,), ("all",)
+    if sharding == "hybrid":
+        shape, names = (dist.world_size // size, size), ("nodes", "in_node")
     mesh = init_device_mesh(dist.device.type, shape, mesh_dim_names=names)
     precise = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy(dist.dtype, torch.float32, cast_forward_inputs=False)

@@ -30,8 +30,8 @@ def check_memory(config: TrainConfig, dist: Distributed, c: GPTConfig) -> None:
     if config.eval_only:
         return
     parameters = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab_size * c.n_embd
-    # bytes: for each block and channel, its input in float32, or half of the 34 that bf16 training stores; for each
-    # logit, half of its 2
+    # Bytes, at least. A block stores 4 per channel if it is recomputed (its input in float32), otherwise 34 in bf16, of
+    # which half are counted; a logit has 2, of which 1 is counted.
     per_token = c.n_layer * c.n_embd * (4 if config.recompute else 17) + c.padded_vocab_size
     state = (16 if config.optimizer == "adamw" else 12) * parameters / shard_count(dist, config.sharding)
     needed = state + config.batch_size * c.block_size * per_token

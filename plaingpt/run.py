@@ -17,7 +17,7 @@ from plaingpt.files import check_writable, existing, holds_run, json_or_empty, n
 from plaingpt.hub import model_path, read_config
 from plaingpt.plan import check_memory
 from plaingpt.run_state import RunState, is_below, load_state
-from plaingpt.settings import named
+from plaingpt.settings import flags_of, named
 from plaingpt.tokenizer import Tokenizer, gpt2
 from plaingpt.tokens import DataSet
 from plaingpt.train_config import TrainConfig
@@ -50,7 +50,7 @@ def resumed_settings(
     """(settings, flags): the settings of the run in `directory`, overridden by `config`'s LOCAL ones and flags; and the
     entries of `given` that are flags. UserError if the run cannot continue.
     """
-    trained, flags = state.settings, {name: source for name, source in given.items() if source.startswith("--")}
+    trained, flags = state.settings, flags_of(given)
     for name in sorted(given.keys() & (trained.keys() - LOCAL)):
         if getattr(config, name) != trained[name]:
             check_change(config, name, given[name], trained[name])
@@ -74,19 +74,20 @@ def resumed_settings(
 
 
 def check_change(config: TrainConfig, name: str, source: str, trained: object) -> None:
-    """Print which value of a setting is used: that of a flag, else that of the checkpoint, whatever a recipe says.
+    """Print which value of a setting is used: a flag overrides the checkpoint, the checkpoint overrides a recipe.
 
-    UserError if a flag contradicts the checkpoint in a setting in FIXED, or, under `auto`, a recipe does: it may belong
-    to another run.
+    UserError if a flag would change a setting in FIXED; under `auto` also if a recipe would, because the checkpoint may
+    be another run's.
     """
     fixed = name in FIXED and not (config.eval_only and name == "dataset")
     is_flag, value = source.startswith("--"), getattr(config, name)
     if fixed and (is_flag or (config.init_from == "auto" and not config.eval_only)):
+        problem = f"{named(source, name)}={value}, but the checkpoint was trained with {trained}"
         remedy = "leave it out" if is_flag else "choose another --out_dir"
-        found = f"but the checkpoint was trained with {trained}"
-        best = f", or from these weights: --init_from={shlex.quote(config.out_dir)}/best --out_dir=…"
-        fresh = f"start a new run: --init_from=scratch{best if name == 'dataset' else ''}"
-        raise UserError(f"{named(source, name)}={value}, {found}; {remedy}, or {fresh}")
+        remedy += ", or start a new run: --init_from=scratch"
+        if name == "dataset":
+            remedy += f", or from these weights: --init_from={shlex.quote(config.out_dir)}/best --out_dir=…"
+        raise UserError(f"{problem}; {remedy}")
     if is_flag:
         note(f"changed on resume: {name}={value}, was {trained}")
     else:
@@ -100,7 +101,7 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
     GPT-2 124M for 600,000 steps would take two CPU cores twelve years, at 790 tokens/s.
     """
     sizes = {"n_layer", "n_head", "n_embd"} if config.is_new_model else {"batch_size", "gradient_accumulation_steps"}
-    asked = given.keys() & sizes or any(not source.startswith("--") for source in given.values())
+    asked = given.keys() & sizes or flags_of(given) != given
     if not (asked or config.minutes or config.dry_run or config.eval_only or device_type == "cuda"):
         problem = "this would train GPT-2 124M" if config.is_new_model else "a step would have 480 sequences"
         dataset = "" if "dataset" in given else "--dataset=NAME "
@@ -111,8 +112,8 @@ def check_default(config: TrainConfig, given: dict[str, str], device_type: str) 
 
 
 def check_same(config: TrainConfig, data: DataSet, dist: Distributed) -> None:
-    """UserError if processes differ in data set, precision, kind of device, or a setting that is not a machine's own or
-    W&B's. All ranks."""
+    """UserError if processes differ in data set, precision, kind of device or a setting, except paths, W&B's settings
+    and others that may differ between machines. All ranks."""
     own = {"out_dir", "data_dir", "init_from", "timeout", "wandb_log", "wandb_project", "wandb_run_name"}
     values = {name: value for name, value in vars(config).items() if name not in own}
     values["dataset"] = config.dataset, data.digest
@@ -139,7 +140,7 @@ def check_out_dir(config: TrainConfig, checkpoint: Path | None, state: RunState)
     elif is_run:
         sources = [Path(config.data_dir) / config.dataset, *([] if config.is_new_model else [Path(config.init_from)])]
         for path in sources:
-            if any(Path(full(path)).is_relative_to(full(out_dir)) for full in (os.path.abspath, os.path.realpath)):
+            if any(Path(real(path)).is_relative_to(real(out_dir)) for real in (os.path.abspath, os.path.realpath)):
                 raise UserError(f"a new run would rename {out_dir}, which contains {path}: choose another --out_dir")
 
 
@@ -217,7 +218,7 @@ def finish_run(
         raise RunFailed(f"the last save failed: {problem}")
     out_dir = shlex.quote(config.out_dir)
     resume = f"--init_from=resume --out_dir={out_dir}"
-    complete = state.step == config.max_iters == state.evaluated_at  # a signal came during the last save
+    complete = state.step == config.max_iters == state.evaluated_at  # a signal during the last save changes nothing
     if stopping and not complete:
         remedy = f"saved; to continue: {resume}" if state.step > start else "nothing new to save"
         note(f"stopped by {signal.Signals(stopping).name} after step {state.step}, {remedy}")

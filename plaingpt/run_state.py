@@ -39,7 +39,7 @@ class RunState:
     initial_val_loss: float | None = None
     """of the model that training began with, which is not saved"""
     lowest_val_loss: float | None = None
-    """of the evaluations from step 1 to this one; `best` may have a lower one, from steps that were undone"""
+    """of this run's evaluations from step 1 on; `best` may have a lower one, from steps that a resume undid"""
     evaluations_since_lowest: int = 0
     evaluated_at: int | None = None
     """the step of the last evaluation"""
@@ -51,8 +51,8 @@ class RunState:
     scaler: dict = field(default_factory=dict)
 
     def set_evaluation(self, data: str, eval_sequences: int, out_dir: Path) -> None:
-        """Set what evaluations read. Forget the earlier ones if their losses are not comparable with later ones, or if
-        `best` is missing."""
+        """Set which data evaluations use. Forget the earlier ones if their losses are not comparable with later ones,
+        or if `best` is missing."""
         same = (self.data, self.eval_sequences) == (data, eval_sequences)
         self.data, self.eval_sequences = data, eval_sequences
         self.initial_val_loss = self.initial_val_loss if same else None
@@ -98,9 +98,8 @@ def _read_state(directory: Path) -> RunState:
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path}: format version {content.get('format_version')}; this plainGPT reads {FORMAT_VERSION}")
     with errors_of_library(f"{path} is damaged"):
-        # Earlier versions saved the values of derived settings.
-        content["settings"] |= dict.fromkeys({*content.get("derived", [])} - {"warmup_iters"})
-        known = {field.name for field in dataclasses.fields(RunState)} & content.keys()  # and not all of these
+        # Earlier versions did not save all of these.
+        known = {field.name for field in dataclasses.fields(RunState)} & content.keys()
         return RunState(content["step"], **{name: content[name] for name in known - {"step"}})
 
 

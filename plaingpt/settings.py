@@ -25,7 +25,7 @@ from plaingpt.console import UserError, closest, note, one_line
 
 
 class Range(NamedTuple):
-    """Which numbers a setting accepts: in words, and as a test, which infinity and NaN have to fail."""
+    """Which numbers a setting accepts: in words, and as a test, which has to reject infinity and NaN."""
 
     words: str
     accepts: Callable[[float], bool]
@@ -57,10 +57,10 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
     files, flags = _split(argv, hints | dict.fromkeys(retired, bool))
     if hint := hints.pop(positional, None):
         values[positional], files = [check_value(positional, file, hint, file) for file in files], []
-    # A generator: each recipe runs when the assignments of those before it are in `values`.
-    recipes = ((path, name, value) for path in files for name, value in _read_recipe(path, cls, values).items())
-    parsed = ((f"--{name}", name, _parse(text, hints.get(name))) for name, text in flags)
-    for source, name, value in itertools.chain(recipes, parsed):
+    # A generator: a recipe runs after `values` has the assignments of those before it, which it can read.
+    from_recipes = ((path, name, value) for path in files for name, value in _read_recipe(path, cls, values).items())
+    from_flags = ((f"--{name}", name, _parse(text, hints.get(name))) for name, text in flags)
+    for source, name, value in itertools.chain(from_recipes, from_flags):
         if name in retired:
             note(f"{named(source, name)}: {retired[name]}")
         elif name in hints:
@@ -73,6 +73,11 @@ def load_settings(cls: type, argv: list[str] | None = None, positional: str = "r
 def named(source: str, name: str) -> str:
     """A setting as messages name it: its flag, or the file that sets it and its name."""
     return source if source in (name, f"--{name}") else f"{source}: {name}"
+
+
+def flags_of(given: dict[str, str]) -> dict[str, str]:
+    """The settings in `given` that came from flags, not from recipes."""
+    return {name: source for name, source in given.items() if source.startswith("--")}
 
 
 def _split(argv: list[str], hints: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -12,7 +12,7 @@ import sys
 import time
 
 for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-    if getattr(sys, name) is None:  # closed: a file opened later would get its number
+    if getattr(sys, name) is None:  # closed: the next file that is opened would take its place
         setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 STARTED = time.monotonic()  # train.py --minutes counts from here
 # While torch's CPU threads wait for each other, they spin at most this many times before they sleep. OpenMP's default,

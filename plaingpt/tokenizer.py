@@ -20,7 +20,7 @@ from plaingpt.console import UserError, errors_of_library
 from plaingpt.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
-# A new kind is made in `make_tokenizer`. It must encode any text, also half a word: validation may begin within one. No
+# A new kind is made in `make_tokenizer`. It must encode any text, even half a word: validation may begin inside one. No
 # token may contain a place where text/streams.py cuts texts (SAFE_BOUNDARY). `decode` must return the text, and
 # `byte_lengths` its bytes. Kinds that `as_ours` does not know are encoded slowly; tools/ cannot export their models.
 KINDS = ("gpt2", "char", "byte", "bpe")

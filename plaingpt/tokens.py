@@ -89,12 +89,16 @@ def data_dir_flag(directory: Path) -> str:
 
 
 def how_to_get(directory: Path) -> str:
-    """The command that prepares or downloads a data set."""
-    name = directory.name
+    """What to do about a missing data set: finish it, correct its name, or download or prepare it."""
+    name, above = directory.name, directory.parent.parent / directory.name  # above: --dataset=data/books
+    if directory.with_name(f".{name}.partial").joinpath("plan.json").exists():
+        return "its preparation is unfinished: run the same prepare_data.py command again (for each --part)"
+    if any(LLM_C_NAME.fullmatch(path.name) for path in above.glob("*.bin")):
+        return f"did you mean --dataset={name}{data_dir_flag(above)}?"
     if name == "fineweb10B-gpt2":  # llm.c's token files
-        return f"hf download kjj0/{name} --repo-type=dataset --local-dir={shlex.quote(str(directory))}"
+        return f"to get it: hf download kjj0/{name} --repo-type=dataset --local-dir={shlex.quote(str(directory))}"
     source = name if name in NAMED else f"FILES --name={shlex.quote(name)}"
-    return f"python prepare_data.py {source}{data_dir_flag(directory)}"
+    return f"to get it: python prepare_data.py {source}{data_dir_flag(directory)}"
 
 
 def open_data_set(directory: Path, check: bool = True, check_all: bool = False) -> DataSet:
@@ -104,15 +108,9 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
     """
     found = existing(directory)
     if found is None:
-        above = directory.parent.parent / directory.name  # --dataset=data/books
-        remedy = f"to get it: {how_to_get(directory)}"
-        if any(LLM_C_NAME.fullmatch(path.name) for path in above.glob("*.bin")):
-            remedy = f"did you mean --dataset={above.name}{data_dir_flag(above)}?"
-        if directory.with_name(f".{directory.name}.partial").joinpath("plan.json").exists():
-            remedy = "its preparation is unfinished: run the same prepare_data.py command again (for each --part)"
         others = sorted(path.parent.name for path in directory.parent.glob("[!.]*/meta.json"))
         there = f"; available: {', '.join(others[:20])}" if others else ""
-        raise UserError(f"{directory}: no such data set; {remedy}{there}")
+        raise UserError(f"{directory}: no such data set; {how_to_get(directory)}{there}")
     if not (found / "meta.json").exists():
         return _open_foreign(found, check_all)
     check_sums(found)
@@ -123,25 +121,24 @@ def open_data_set(directory: Path, check: bool = True, check_all: bool = False) 
             raise UserError(f"{found}/meta.json: format version {meta['format_version']}, expected {FORMAT_VERSION}")
         vocab_size = int(meta["vocab_size"])
         dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
-        n_bytes = {split: int(meta["splits"][split]["bytes"]) for split in SPLITS}
+        splits = [meta["splits"][split] for split in SPLITS]
+        # Of each split, the number of ids and the checksum of each file
         files = [
-            (split, found / Path(file["name"]).name, int(file["tokens"]), str(file["sha256"]))
-            for split in SPLITS
-            for file in meta["splits"][split]["files"]
+            {found / Path(file["name"]).name: (int(file["tokens"]), str(file["sha256"])) for file in split["files"]}
+            for split in splits
         ]
+        n_bytes = [int(split["bytes"]) for split in splits]
     if vocab_size not in (tokenizer.vocab_size, len(tokenizer.vocabulary())):  # these two differ if ids have gaps
         raise UserError(f"{found}: tokenizer.json has {tokenizer.vocab_size} ids, but meta.json says {vocab_size}")
-    ids = {path: _open_ids(path, np.dtype(dtype), tokens) for _, path, tokens, _ in files}
+    of_file = files[0] | files[1]
+    ids = {path: _open_ids(path, np.dtype(dtype), tokens) for path, (tokens, _) in of_file.items()}
     if check_all or (check and sum(array.nbytes for array in ids.values()) <= HASHED):
-        for _, path, _, digest in files:
+        for path, (_, digest) in of_file.items():
             if hashlib.sha256(ids[path]).hexdigest() != digest:
                 raise UserError(f"{path} has changed since meta.json was written; prepare the data again")
             _check_ids(path, ids[path], tokenizer.vocab_size)
-    train, val = (
-        Tokens([ids[path] for of, path, *_ in files if of == split], n_bytes[split], tokenizer.vocab_size)
-        for split in SPLITS
-    )
-    digest = hashlib.sha256("".join(digest for _, _, _, digest in files).encode()).hexdigest()
+    train, val = (Tokens([ids[path] for path in of], n, tokenizer.vocab_size) for of, n in zip(files, n_bytes))
+    digest = hashlib.sha256("".join(digest for _, digest in of_file.values()).encode()).hexdigest()
     return DataSet(train, val, tokenizer, digest)
 
 

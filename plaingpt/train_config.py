@@ -28,7 +28,7 @@ class RunSettings:
     init_from: PathName = "scratch"
     """scratch; resume (out_dir/last); resume:step-001000; auto (resume, else scratch); gpt2 or another model"""
     minutes: Annotated[float, Range("above 0, at most 1,000,000", lambda x: 0 < x <= 1e6)] | None = None
-    """end after about this many minutes; sets the steps and, unless given, model, batch and learning rate"""
+    """end after about this many minutes; chooses the steps and, unless given, model, batch and learning rate"""
     max_iters: PositiveInt = 600000
     """number of training steps"""
     batch_size: Size = 12
@@ -40,7 +40,7 @@ class RunSettings:
     eval_iters: NonNegativeInt = 200
     """batches per evaluation, the same ones each time (0: the entire validation split)"""
     patience: NonNegativeInt = 0
-    """stop after this many evaluations without improvement (0: never, except under --minutes)"""
+    """stop after this many evaluations without improvement (0: never; a new run under --minutes has its own rule)"""
     keep_every: NonNegativeInt = 0
     """steps between permanent checkpoints, out_dir/step-001000 and so on (0: none)"""
     eval_only: bool = False

@@ -279,7 +279,7 @@ def test_many_evaluations_end_a_run_only_if_none_of_an_eighth_of_it_is_lower(tmp
     deadline = Deadline(config, state, DIST, watch, epoch_tokens=50 * config.tokens_per_step)
     for since, steps in ((2, 100_000), (124, 100_000), (125, 90_002)):
         state.step, state.evaluated_at, state.evaluations_since_lowest = 80_001, 80_000, since
-        deadline.last = (80_001, 0.0, 0.0)  # no correction is due
+        deadline.measured = (80_001, 0.0, 0.0)  # no correction is due
         assert deadline.corrected(config).max_iters == steps
 
 

@@ -172,7 +172,7 @@ def test_two_processes_sum_and_average_gradients_and_wait_for_the_work_of_one(tm
 
 def test_a_mistake_is_what_the_last_lines_of_torchrun_say_and_nothing_is_moved(tmp_path, tiny_flags, train):
     train(tmp_path / "run", max_iters=1)
-    flags = [*tiny_flags(tmp_path / "run", init_from="scratch", gradient_accumulation_steps=3), "--minutes=0.1"]
+    flags = tiny_flags(tmp_path / "run", init_from="scratch", gradient_accumulation_steps=3)
     command = [*TORCHRUN, ROOT / "train.py", *flags]
     ended = subprocess.run(command, env=child_environment(), cwd=ROOT, capture_output=True, text=True)
     summary = ended.stderr.partition("train.py FAILED")[2]

@@ -11,9 +11,9 @@ from plaingpt.optimizer import (
     SAFETY,
     SkippedSteps,
     apply_gradients,
-    batches,
     make_optimizers,
     orthogonalize,
+    stacks_at_once,
 )
 from plaingpt.train_config import TrainConfig
 
@@ -232,7 +232,7 @@ def test_a_small_model_and_a_large_one_are_updated_alike(monkeypatch):
         monkeypatch.setattr("plaingpt.optimizer.ELEMENTS_AT_ONCE", at_once)
         model, _ = make("muon")
         optimizers = make_optimizers(model, "muon", 0.02, 0.1, (0.9, 0.95), dtype=torch.float32)
-        sizes = [[len(stack) for stack in batch] for batch in batches(optimizers[1].param_groups[0]["params"])]
+        sizes = [[len(stack) for stack in batch] for batch in stacks_at_once(optimizers[1].param_groups[0]["params"])]
         assert len(sizes) == {2**22: 1, 2**27: 4, 2000: 8, 1: 8}[small or at_once], sizes
         set_gradients(model, 0)
         apply_gradients(list(model.parameters()), optimizers, NO_SCALER, 0.02, 1.0)
