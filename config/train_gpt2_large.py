@@ -6,7 +6,7 @@
 out_dir = "out-gpt2-large"
 dataset = "fineweb10B-gpt2"
 eval_interval = 250
-eval_iters = 200
+eval_iters = 2040  # x 5 x 1024 = 10.4M tokens, those that train_gpt2.py evaluates
 
 n_layer = 36
 n_head = 20

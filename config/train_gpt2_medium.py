@@ -6,7 +6,7 @@
 out_dir = "out-gpt2-medium"
 dataset = "fineweb10B-gpt2"
 eval_interval = 250
-eval_iters = 200
+eval_iters = 1020  # x 10 x 1024 = 10.4M tokens, those that train_gpt2.py evaluates
 
 n_layer = 24
 n_head = 16
