@@ -135,8 +135,8 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def errors_of_library(message: str) -> Iterator[None]:
-    """Turn whatever a library raises into a UserError. Rust's panics are BaseExceptions."""
+def errors_of_library(message: str, kind: type[Exception] = UserError) -> Iterator[None]:
+    """Turn whatever a library raises into a UserError, or another `kind`. Rust's panics are BaseExceptions."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -144,7 +144,7 @@ def errors_of_library(message: str) -> Iterator[None]:
     except BaseException as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"{message}: {one_line(error)}") from error
+        raise kind(f"{message}: {one_line(error)}") from error
 
 
 def counted(n: int, thing: str) -> str:

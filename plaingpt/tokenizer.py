@@ -244,9 +244,7 @@ def resolve_tokenizer(wanted: str) -> tuple[str, Tokenizer | None]:
     if tokenizer.same_as(gpt2()) and as_ours(json.loads(tokenizer.to_json())):
         return "gpt2", None
     if tokenizer.end_of_text is None:
-        raise UserError(
-            f"--tokenizer={wanted}: it has no {END_OF_TEXT} and no special eos_token to put between documents"
-        )
+        raise UserError(f"--tokenizer={wanted}: no {END_OF_TEXT} and no special eos_token to put between documents")
     return f"a model's, {hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]}", tokenizer
 
 
@@ -263,16 +261,12 @@ def gpt2() -> Tokenizer:
 def gpt2_by_tiktoken():
     """tiktoken's GPT-2 encoding, built from the merges beside this file instead of a download."""
     import tiktoken
-    from tiktoken_ext.openai_public import r50k_pat_str
+    from tiktoken_ext.openai_public import r50k_pat_str as pattern
 
     bytes_of = {symbol: bytes([byte]) for byte, symbol in byte_symbols().items()}
     tokens = [*bytes_of.values(), *(b"".join(map(bytes_of.get, left + right)) for left, right in _gpt2_merges())]
-    return tiktoken.Encoding(
-        name="gpt2",
-        pat_str=r50k_pat_str,
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens={END_OF_TEXT: len(tokens)},
-    )
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
 
 
 def _gpt2_merges() -> list[tuple[str, str]]:

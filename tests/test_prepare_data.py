@@ -367,11 +367,11 @@ def test_a_folder_that_is_not_a_data_set_is_left_alone(prepare, folder, tmp_path
 
 
 def test_end_of_text_in_a_text_gets_a_note_and_splits_documents_on_request(prepare, folder, capsys):
-    streams._noted.clear()
+    streams.note_once.cache_clear()
     source = folder({"a.txt": "\n<|endoftext|>\n".join(["one " * 20, "two " * 20])})
     prepare(source, "--tokenizer=byte")
     printed = capsys.readouterr().err
-    assert printed.count("<|endoftext|> occurs in the text and is encoded as ordinary text") == 1
+    assert printed.count("<|endoftext|> in the text is encoded as ordinary text") == 1
     assert "--split_documents" in printed
     directory = prepare(source, "--tokenizer=byte", "--split_documents", "--val_fraction=0.5")
     assert split_texts(directory, "train") == ["one " * 10, "two " * 10]

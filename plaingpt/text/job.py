@@ -25,10 +25,9 @@ from plaingpt.text.sources import Source
 from plaingpt.tokenizer import Tokenizer, gpt2, make_tokenizer
 from plaingpt.tokens import FORMAT_VERSION, SPLITS
 
-FORMAT = 9  # version of the .partial directory; work in another version cannot be continued
-# With at least this many documents, and five or more in validation on average, entire documents go to validation; with
-# fewer, the tail of each.
-MANY_DOCUMENTS = 200
+FORMAT = 10  # version of the .partial directory; work in another version cannot be continued
+# If validation would get at least this many documents on average, it gets entire ones; otherwise the tail of each.
+MANY_VALIDATION_DOCUMENTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +70,10 @@ class Job:
         """Whether `partial` is the work of this job."""
         return json_or_empty(self.partial / "plan.json").get("digest") in self.digests and self.shards.exists()
 
+    def is_useless(self) -> bool:
+        """Whether nothing in `partial` can be continued. (Other parts may be waiting to make the plan.)"""
+        return self.source.once or (self.parts == 1 and not self.shards.exists())
+
     def lock(self, path: Path, wait: bool = False) -> AcquireReturnProxy:
         """Acquire a lock; UserError if another process has it, unless this one may wait for it."""
         try:
@@ -84,26 +87,22 @@ def prepare(job: Job, threads: int) -> dict | None:
     job.partial.parent.mkdir(parents=True, exist_ok=True)
     # Locked while the plan is made and at the end. The file is outside of the directory that the last part removes.
     plan_lock = job.partial.with_suffix(".lock")
-    with contextlib.ExitStack() as until_done:  # for this part's lock, which outlasts the plan's
+    with contextlib.ExitStack() as until_done:  # this part's lock, which outlasts the plan's, and the removal
         with job.lock(plan_lock, wait=job.parts > 1):  # the parts start together, and one makes the plan
             if job.parts > 1 and job.is_done():
-                if job.has_begun() or not job.shards.exists():  # else `partial` is the work of another command
+                if not job.shards.exists():  # else it is the work of another command
                     remove(job)
                 note(f"{job.directory} is already prepared; to prepare it again, delete it first")
                 return None
             job.partial.mkdir(exist_ok=True)
             until_done.enter_context(job.lock(job.partial / f"part-{job.part}.lock"))
+            until_done.push(lambda failed, *_: remove(job) if failed and job.is_useless() else None)
             part = make_part(job)
             if part.finished:  # by an earlier process, perhaps interrupted before it completed the data set
                 return finish(job, part)
-        try:
-            encode_part(part, threads)
-            with job.lock(plan_lock, wait=True):
-                return finish(job, part)
-        except BaseException:
-            if job.source.once:  # it cannot be continued
-                remove(job)
-            raise
+        encode_part(part, threads)
+        with job.lock(plan_lock, wait=True):
+            return finish(job, part)
 
 
 def make_part(job: Job) -> Part:
@@ -111,16 +110,11 @@ def make_part(job: Job) -> Part:
     has_begun = job.has_begun()
     if not has_begun:
         remove_other_work(job)
-    try:
-        source = job.source.fetched(job.partial, job.config)
-        if not has_begun:
-            tokenizer = make_plan(job, source)
-        else:  # GPT-2's own encodes faster than a loaded one
-            tokenizer = gpt2() if job.kind == "gpt2" else Tokenizer.load(job.partial)
-    except BaseException:
-        if job.parts == 1 and not has_begun:  # nothing has been encoded
-            remove(job)
-        raise
+    source = job.source.fetched(job.partial, job.config)
+    if has_begun:  # GPT-2's own encodes faster than a loaded one
+        tokenizer = gpt2() if job.kind == "gpt2" else Tokenizer.load(job.partial)
+    else:
+        tokenizer = make_plan(job, source)
     by_content = read_json(job.partial / "plan.json")["by_content"]
     inputs = source.inputs()[job.part - 1 :: job.parts]
     return Part(job.shards, job.partial / f"part-{job.part}.json", job.part, inputs, job.config, tokenizer, by_content)
@@ -146,7 +140,7 @@ def remove_other_work(job: Job) -> None:
 
 def make_plan(job: Job, source: Source) -> Tokenizer:
     """Decide how documents are divided, make the tokenizer, and save both in `partial`."""
-    many = max(MANY_DOCUMENTS, math.ceil(5 / job.config.val_fraction))
+    many = math.ceil(MANY_VALIDATION_DOCUMENTS / job.config.val_fraction)
     digests = set()  # of different documents; of a large text file, of its first piece
     texts = (itertools.takewhile(lambda text: text.start == 0, found.texts(job.config)) for found in source.inputs())
     for text in itertools.chain.from_iterable(texts):
@@ -155,8 +149,6 @@ def make_plan(job: Job, source: Source) -> Tokenizer:
             break
     if not digests:
         raise UserError(f"{source.description:.300} contains no text")
-    if source.summary:
-        note(source.summary)
     tokenizer = job.tokenizer or make_tokenizer(job.kind, source.texts(job.config), job.config.vocab_size)
     if job.tokenizer:
         texts = [text[:10_000] for text in itertools.islice(source.texts(job.config), 20)]

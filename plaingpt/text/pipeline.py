@@ -47,10 +47,9 @@ class Batch:
         """Add a document, or a piece of one. The first `train_end` bytes of the document are for training, the rest for
         validation."""
         cut = character_boundary(text.data, min(max(train_end - text.start, 0), len(text.data)))
-        for split, data, continues in (
-            ("train", text.data[:cut], text.start > 0),
-            ("val", text.data[cut:], text.start > train_end),  # validation began in an earlier piece
-        ):
+        # The data of each split, and whether its part of the document began in an earlier piece
+        pieces = {"train": (text.data[:cut], text.start > 0), "val": (text.data[cut:], text.start > train_end)}
+        for split, (data, continues) in pieces.items():
             if data:
                 self.splits[split].append(data)
                 if continues:
@@ -77,8 +76,7 @@ class Part:
         found = json_or_empty(self.progress)
         # `position` does not count skipped texts. So progress is continued only with the same --bad_files, or if it was
         # made with "stop", which skips none.
-        continues = found and (found.get("finished") or found.get("bad_files") in ("stop", self.config.bad_files))
-        if not continues:
+        if not (found.get("finished") or found.get("bad_files", "none") in ("stop", self.config.bad_files)):
             none = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
             found = {"position": (0, 0), "splits": none, "finished": False}
             for shard in self.shards.glob(f"part{self.number}_*.bin"):
@@ -157,8 +155,7 @@ def encode_part(part: Part, threads: int) -> None:
     unit = {"unit": "shard"} if in_shards else {"unit": "B", "unit_scale": True}
     bytes_before = list(itertools.accumulate((text_input.size for text_input in part.inputs), initial=0))
     begun = bytes_before[part.position[0]]
-    # disable=None: only on a terminal
-    bar = tqdm(total=bytes_before[-1], initial=begun, desc="encoding", disable=None, **unit)
+    bar = tqdm(total=bytes_before[-1], initial=begun, desc="encoding", disable=None, **unit)  # None: on a terminal
     with bar, contextlib.closing(encoded_batches(part, threads)) as encoded:
         for batch, ids in encoded:
             part.write(batch, ids.result())
@@ -187,8 +184,7 @@ def encode(batch: Batch, part: Part, encoder: BulkEncoder) -> dict[str, np.ndarr
     encoded = {}
     for split, texts in batch.splits.items():
         if any(b"|" in text and SEPARATOR in text for text in texts):  # one byte is faster to search for
-            message = "<|endoftext|> occurs in the text and is encoded as ordinary text"
-            note_once(f"{message}; --split_documents splits text files at it", message)
+            note_once("<|endoftext|> in the text is encoded as ordinary text; --split_documents splits files at it")
         first = 1 if split in batch.continued else 0  # no end of text before a piece that continues a document
         encoded[split] = encoder.encode(texts)[first:].astype(part.dtype)
     return encoded

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from plaingpt.console import RunFailed, UserError, counted, one_line
+from plaingpt.console import RunFailed, UserError, counted, errors_of_library, one_line
 from plaingpt.text import streams
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.streams import checked, last_boundary, open_utf8, too_long, with_unix_lines
@@ -151,22 +151,16 @@ def csv_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
 
 
 def parquet_texts(file: File, config: PrepareConfig) -> Iterator[Text]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        # as bytes: pyarrow refuses a str that is not UTF-8
-        raw = pyarrow.OSFile(os.fsencode(file.path))
-        with raw, pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20) as parquet:
-            check_column(file.path, parquet.schema_arrow.names, config.column)
-            for group in range(parquet.num_row_groups):
-                where, done = f"{file.path}, row group {group}", file.size * (group + 1) // parquet.num_row_groups
-                for batch in parquet.iter_batches(ROWS, [group], columns=[config.column], use_threads=False):
-                    yield from _column_texts(batch.column(0), where, done, config)
-    except (OSError, pyarrow.ArrowException) as error:
-        if getattr(error, "errno", None):  # the operating system's error, not a fault of the file
-            raise
-        raise UserError(f"{file.path} is not a Parquet file, or is damaged: {one_line(error)}") from error
+    raw = pyarrow.OSFile(os.fsencode(file.path))  # as bytes: pyarrow refuses a str that is not UTF-8
+    damaged = errors_of_library(f"{file.path} is not a Parquet file, or is damaged")
+    with raw, damaged, pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20) as parquet:
+        check_column(file.path, parquet.schema_arrow.names, config.column)
+        for group in range(parquet.num_row_groups):
+            where, done = f"{file.path}, row group {group}", file.size * (group + 1) // parquet.num_row_groups
+            for batch in parquet.iter_batches(ROWS, [group], columns=[config.column], use_threads=False):
+                yield from _column_texts(batch.column(0), where, done, config)
 
 
 def _column_texts(column: Any, where: str, done: int, config: PrepareConfig) -> Iterator[Text]:
@@ -198,21 +192,15 @@ class HubShard(NamedTuple):
 
     def texts(self, config: PrepareConfig) -> Iterator[Text]:
         where = f"{self.name}, shard {self.number}"
-        try:
+        with errors_of_library(f"{where} cannot be read (run again to continue)", RunFailed):
             shard = self.dataset.shard(num_shards=self.shards, index=self.number)
             for table in shard.with_format("arrow").iter(batch_size=256):
                 check_column(self.name, table.column_names, config.column)
                 yield from (t for t in _column_texts(table.column(config.column), where, 0, config) if t.data)
-        except UserError:
-            raise
-        except Exception as error:  # of any library below: network, server, file format
-            raise RunFailed(f"{where} cannot be read: {one_line(error)}; run again to continue") from error
 
 
-READERS = {
-    "jsonl": json_texts, "ndjson": json_texts, "json": json_texts, "csv": csv_texts, "tsv": csv_texts,
-    "parquet": parquet_texts,
-}  # fmt: skip
+READERS = dict.fromkeys(("jsonl", "ndjson", "json"), json_texts) | dict.fromkeys(("csv", "tsv"), csv_texts)
+READERS["parquet"] = parquet_texts
 
 
 def kind_of(path: str) -> str:

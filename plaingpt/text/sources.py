@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from plaingpt.console import UserError, closest, counted, errors_of_library
+from plaingpt.console import UserError, closest, counted, errors_of_library, note
 from plaingpt.files import SUMS, new_file, sha256
 from plaingpt.text.config import PrepareConfig
 from plaingpt.text.readers import File, HubShard, NotDocuments, kind_of
@@ -48,7 +48,6 @@ class Source:
     bad_files: str = "stop"
     fetch: Callable[[Path], Path] | None = None  # returns the only file, after downloading or copying it
     once: bool = False  # it cannot be read again later
-    summary: str = ""  # of the files read and skipped
 
     def fetched(self, directory: Path, config: PrepareConfig) -> "Source":
         if not self.fetch:
@@ -98,13 +97,12 @@ def find_source(config: PrepareConfig, json_lines: bool = False) -> Source:
     if named:
         return _hub(named, config)
     wanted = [str(Path(word)) for word in wanted]  # unlike normpath, keeps `..`, which may follow a link
-    files, summary = find_files(wanted, config)
     name = re.sub(r"[^\w-]+", "_", Path(wanted[0]).stem.partition(".")[0]).strip("_-") or "text"
-    return Source(name, shlex.join(wanted), files, summary=summary)
+    return Source(name, shlex.join(wanted), find_files(wanted, config))
 
 
-def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...], str]:
-    """The files that are read, each once, in the order of their paths, and a summary of these and of those left out."""
+def find_files(words: list[str], config: PrepareConfig) -> tuple[File, ...]:
+    """The files that are read, each once, in the order of their paths. Prints how many are read and left out."""
     given = {word for word in words if os.path.isfile(word)}
     found = {str(Path(path)) for word in words for path in _matches(word)}
     # by inode and device: each file once, whatever links there are; some file systems give 0 for every inode
@@ -121,7 +119,8 @@ def find_files(words: list[str], config: PrepareConfig) -> tuple[tuple[File, ...
     if not files:
         raise UserError(f"{' '.join(words):.300}: {left_out}")
     read = f"reading {counted(len(files), 'file')}: {listed(kind_of(file.path) for file in files)}"
-    return files, f"{read}; {left_out}" if skipped else read
+    note(f"{read}; {left_out}" if skipped else read)
+    return files
 
 
 def _matches(word: str) -> Iterable[str]:
@@ -198,9 +197,8 @@ def _hub(named: str, config: PrepareConfig) -> Source:
         options["streaming"] = "[" not in config.split  # what train[:10%] stands for is not known before the download
         dataset = datasets.load_dataset(repository, configuration, **options)
         if dataset.info.builder_name == "text":  # `datasets` makes a document of every line
-            download = f"hf download {repository} --repo-type=dataset --local-dir=DIR"
-            remedy = "" if local else f" ({download} fetches it from the hub)"
-            raise UserError(f"hf:{repository} consists of text files: name their directory, without hf:{remedy}")
+            download = f"(from the hub: hf download {repository} --repo-type=dataset --local-dir=DIR)"
+            raise UserError(f"hf:{repository} consists of text files: name their directory, without hf: {download}")
         if config.column in (dataset.column_names or ()):
             dataset = dataset.select_columns([config.column])
     flags = {"config": configuration, "split": config.split, "revision": revision}
@@ -224,26 +222,17 @@ def _standard_input(path: Path) -> Path:
 
 def _shakespeare(directory: Path) -> Path:
     path = directory.parent / ".downloads" / "tinyshakespeare.txt"  # in data_dir
-    if not _is_shakespeare(path):
-        path.parent.mkdir(exist_ok=True)
-        # Two data sets are made from it, perhaps at the same time: neither may replace what the other one reads.
-        with FileLock(path.with_suffix(".lock")):
-            if not _is_shakespeare(path):
-                _download_shakespeare(path)
-    return path
-
-
-def _is_shakespeare(path: Path) -> bool:
-    return path.exists() and sha256(path) == SHAKESPEARE_SHA256
-
-
-def _download_shakespeare(path: Path) -> None:
-    import urllib.request  # slow to import
-
+    path.parent.mkdir(exist_ok=True)
     problem = f"{SHAKESPEARE_URL} cannot be downloaded (try again, or put it at {path})"
-    with errors_of_library(problem), urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
-        data = response.read()
-        if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
-            raise OSError(f"the {len(data):,} bytes received are not the expected file")
-    with new_file(path, "wb") as file:
-        file.write(data)
+    # Two data sets are made from it, perhaps at the same time: neither may replace what the other one reads.
+    with FileLock(path.with_suffix(".lock")), errors_of_library(problem):
+        if not path.exists() or sha256(path) != SHAKESPEARE_SHA256:
+            import urllib.request  # slow to import
+
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=30) as response:
+                data = response.read()
+            if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
+                raise OSError(f"the {len(data):,} bytes received are not the expected file")
+            with new_file(path, "wb") as file:
+                file.write(data)
+    return path

@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import functools
 import io
 import os
 import re
@@ -18,11 +19,7 @@ MAX_RECORD = 1 << 26  # bytes of a line or a field: a few kilobytes of compresse
 # the bytes of an incomplete character.
 _INK = r"[^\s\udc80-\udcff]"
 SAFE_BOUNDARY = re.compile(f"(?<={_INK})(?= {_INK})|(?:(?<={_INK}\n)|(?<={_INK}\r\n))(?={_INK})")
-BOMS = {  # UTF-32's first: it begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
-_noted = set()
+note_once = functools.cache(note)  # text is read again to count documents, to train a tokenizer and to encode
 
 
 @contextlib.contextmanager
@@ -37,7 +34,7 @@ def open_utf8(path: str, config: PrepareConfig) -> Iterator[tuple[IO[bytes], IO[
 
                 stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, codec), PIECE)
             head = stream.peek(4)[:4]
-            encoding = next((name for bom, name in BOMS.items() if head.startswith(bom)), config.encoding)
+            encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else config.encoding
             if head.startswith(codecs.BOM_UTF8):
                 stream.read(len(codecs.BOM_UTF8))
             elif encoding:
@@ -66,17 +63,10 @@ def checked(text: bytes, where: str, bad_files: str | None, position: int = 0) -
     if bad_files == "replace":
         return text.decode(errors="replace").encode()
     if bad_files == "skip":
-        note_once(f"skipped: {problem}", (where, position))
+        note_once(f"skipped: {problem}")
         return b""
     remedy = "use --bad_files=skip to drop it, --bad_files=replace to write U+FFFD instead, or name the --encoding"
     raise UserError(f"{problem}; {remedy}")
-
-
-def note_once(message: str, about: object) -> None:
-    """Print a note once: text is read again to count documents, to train a tokenizer and to encode."""
-    if about not in _noted:
-        _noted.add(about)
-        note(message)
 
 
 def too_long(where: str) -> UserError:
